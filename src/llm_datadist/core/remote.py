@@ -1,0 +1,84 @@
+"""What this process knows of its peers' caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.core.messages import CacheInfo, ProtocolError
+from llm_datadist.core.registry import Entry, KeyName
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Guard(NamedTuple):
+    """What a one-sided access must find unchanged: this generation, in this word of the owner."""
+
+    cache_id: int
+    generation: int
+    word_addr: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemoteCache:
+    """A peer's cache, as its owner described it."""
+
+    guard: Guard
+    layout: Layout
+    placement: int
+    is_remote_accessible: bool
+    keys: dict[KeyName, int]
+
+
+def describe(entry: Entry) -> CacheInfo:
+    """What the owner of a cache tells its peers about it."""
+    geometry = entry.layout.geometry
+    return CacheInfo(
+        cache_id=entry.cache_id,
+        kind=geometry.kind,
+        num_tensors=geometry.num_tensors,
+        num_rows=geometry.num_rows,
+        row_nbytes=geometry.row_nbytes,
+        placement=entry.placement,
+        is_remote_accessible=entry.is_remote_accessible,
+        generation=entry.generation,
+        word_addr=entry.word_addr,
+        addrs=entry.layout.addrs.astype("<u8", copy=False).tobytes(),
+        keys=[(key.id, key.model_id, key.is_prefix, row) for key, row in entry.keys.items()],
+    )
+
+
+def understand(info: CacheInfo) -> RemoteCache:
+    """A peer's description, checked. Raises ProtocolError when it cannot be true."""
+    if len(info.addrs) != 8 * info.num_tensors or info.kind not in tuple(CacheKind):
+        raise ProtocolError(f"cache {info.cache_id} is described with parts that do not fit")
+    if info.num_rows * info.row_nbytes >= 2**63:
+        raise ProtocolError(f"cache {info.cache_id} is described as larger than an int64")
+    geometry = Geometry(CacheKind(info.kind), info.num_tensors, info.num_rows, info.row_nbytes)
+    return RemoteCache(
+        Guard(info.cache_id, info.generation, info.word_addr),
+        Layout(geometry, np.frombuffer(info.addrs, dtype="<u8").astype(np.uint64, copy=False)),
+        info.placement,
+        info.is_remote_accessible,
+        {KeyName(key_id, model_id, prefix): row for key_id, model_id, prefix, row in info.keys},
+    )
+
+
+class RemoteTable:
+    """The caches of one peer in remote-accessible mode; replaced as a whole when it is refreshed."""
+
+    def __init__(self, caches: Iterable[RemoteCache] = ()) -> None:
+        self._by_id = {cache.guard.cache_id: cache for cache in caches}
+        self._by_key = {
+            key: (cache, row) for cache in self._by_id.values() for key, row in cache.keys.items()
+        }
+
+    def find(self, cache_id: int) -> RemoteCache | None:
+        return self._by_id.get(cache_id)
+
+    def find_key(self, key: KeyName) -> tuple[RemoteCache, int] | None:
+        return self._by_key.get(key)

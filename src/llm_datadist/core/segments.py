@@ -1,0 +1,92 @@
+"""Segments: what a transfer moves, as numpy columns from the plan to the system call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm_datadist.core.geometry import U64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Byte ranges to copy: `nbytes[i]` from address `src[i]` to address `dst[i]`.
+
+    Which of the two addresses lies in another process is up to the operation:
+    a read's `src` is remote, a write's `dst` is.
+    """
+
+    src: U64
+    dst: U64
+    nbytes: U64
+
+    def __len__(self) -> int:
+        return len(self.nbytes)
+
+    @property
+    def total_nbytes(self) -> int:
+        return int(self.nbytes.sum())
+
+    def slice(self, start: int, stop: int) -> Segments:
+        return Segments(self.src[start:stop], self.dst[start:stop], self.nbytes[start:stop])
+
+    def coalesced(self) -> Segments:
+        """The same bytes with neighbours that touch on both sides merged."""
+        if len(self) < 2:
+            return self
+        touches = (self.src[1:] == self.src[:-1] + self.nbytes[:-1]) & (
+            self.dst[1:] == self.dst[:-1] + self.nbytes[:-1]
+        )
+        if not touches.any():
+            return self
+        first = np.flatnonzero(np.concatenate(([True], ~touches)))
+        return Segments(self.src[first], self.dst[first], np.add.reduceat(self.nbytes, first))
+
+    def bounded(self, max_nbytes: int) -> Segments:
+        """The same bytes in pieces of at most `max_nbytes`, so that a deadline is looked at in time."""
+        if not len(self) or int(self.nbytes.max()) <= max_nbytes:
+            return self
+        limit = np.uint64(max_nbytes)
+        pieces = (self.nbytes + limit - np.uint64(1)) // limit
+        owner = np.repeat(np.arange(len(self)), pieces.astype(np.int64))
+        first = np.concatenate(([0], np.cumsum(pieces)[:-1])).astype(np.int64)
+        offset = (np.arange(len(owner)) - first[owner]).astype(np.uint64) * limit
+        nbytes = np.minimum(self.nbytes[owner] - offset, limit)
+        return Segments(self.src[owner] + offset, self.dst[owner] + offset, nbytes)
+
+    def split(self, parts: int) -> list[Segments]:
+        """Consecutive parts of about equal bytes, at most `parts` of them, none empty."""
+        if parts <= 1 or len(self) <= 1:
+            return [self] if len(self) else []
+        ends = np.cumsum(self.nbytes)
+        goals = ends[-1] / parts * np.arange(1, parts)
+        cuts = np.searchsorted(ends, goals.astype(np.uint64), side="right")
+        bounds = np.unique(np.concatenate(([0], cuts, [len(self)])))
+        return [
+            self.slice(int(start), int(stop))
+            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+
+
+def iovecs(addrs: U64, nbytes: U64) -> U64:
+    """The columns as an array of `struct iovec` (address, length), C-contiguous."""
+    vectors = np.empty((len(addrs), 2), dtype=np.uint64)
+    vectors[:, 0] = addrs
+    vectors[:, 1] = nbytes
+    return vectors
+
+
+def skip_bytes(vectors: U64, nbytes: int, window: int) -> U64:
+    """What is left of iovecs after a call on the first `window` of them moved `nbytes`.
+
+    A view: the first vector left is changed in place when it was moved in part.
+    """
+    ends = np.cumsum(vectors[:window, 1])
+    done = int(np.searchsorted(ends, np.uint64(nbytes), side="right"))
+    left = vectors[done:]
+    used = np.uint64(nbytes) - (ends[done - 1] if done else np.uint64(0))
+    if used:
+        left[0, 0] += used
+        left[0, 1] -= used
+    return left

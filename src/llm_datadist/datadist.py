@@ -1,0 +1,206 @@
+"""LLMDataDist: the life of a cluster, and its links. Spec 5."""
+
+from __future__ import annotations
+
+import atexit
+from contextlib import suppress
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
+
+from llm_datadist.cache_manager import CacheManager
+from llm_datadist.checks import check_int32, check_optional, check_sequence, check_type, check_uint64
+from llm_datadist.cluster_info import LLMClusterInfo
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.observe.log import get_logger
+from llm_datadist.options import Options
+from llm_datadist.types import LLMRole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.engine.engine import Engine, Outcome, Target
+
+
+class LinkInfo(NamedTuple):
+    """A live link, as `LLMDataDist.links` shows it."""
+
+    cluster_id: int
+    path: str  #: how its bytes travel: "cma" (same host) or "tcp"
+    path_reason: str  #: why no better path is used; empty when there is none
+    endpoint: Endpoint | None  #: where we called the peer; None when it called us
+
+
+@final
+class LLMDataDist:
+    """One cluster: a process that holds caches and links to others. Spec 5.
+
+    One instance at a time may be initialised in a process (spec 5.1); it can be finalized and
+    initialised again. Methods other than `init` and `finalize` may be called from any thread, at the
+    same time. Not usable in a forked child of the process that initialised it.
+
+    Raises TypeError, ValueError for a role or an id that is none.
+    """
+
+    llm_engine_instance: ClassVar[LLMDataDist | None] = None
+
+    def __init__(self, role: LLMRole, cluster_id: int) -> None:
+        self._role = check_optional("role", role, LLMRole)
+        self._cluster_id = check_uint64("cluster_id", cluster_id)
+        self._engine: Engine | None = None
+        self._cache_manager: CacheManager | None = None
+
+    @property
+    def cluster_id(self) -> int:
+        """The id that was chosen for this cluster. Spec 5."""
+        return self._cluster_id
+
+    def init(self, options: dict[str, str]) -> None:
+        """Starts the cluster: listens when the options say where, ready to link. Spec 5.1.
+
+        `options` comes from `LLMConfig.generate_options`, or is written by hand; unknown keys are
+        ignored, the dict is not changed. A second call is a no-op.
+
+        Raises TypeError, ValueError for malformed options; LLMException with LLM_PARAM_INVALID for
+        options that cannot be, LLM_FAILED when the address to listen on cannot be had or another
+        instance of this process is initialised. After a failure `init` may be called again.
+        """
+        if self._engine is not None:
+            return
+        if LLMDataDist.llm_engine_instance is not None:
+            raise LLMException(
+                "another LLMDataDist of this process is initialised: finalize it first",
+                LLMStatusCode.LLM_FAILED,
+            )
+        parsed = Options.parse(self._role, options)  # type: ignore[arg-type]  # None is refused there
+        from llm_datadist.engine.engine import Engine  # asyncio and threads: not at import
+
+        engine = Engine(self._cluster_id, parsed)
+        engine.start()
+        self._engine = engine
+        self._cache_manager = CacheManager(engine)
+        LLMDataDist.llm_engine_instance = self
+        atexit.register(_shutdown_handler)
+
+    def finalize(self) -> None:
+        """Ends all links, waits for running calls, frees everything. May be called again. Spec 5.2.
+
+        Peers notice at once. Memory that was registered stays the caller's.
+        """
+        engine, manager = self._engine, self._cache_manager
+        self._engine = self._cache_manager = None
+        if LLMDataDist.llm_engine_instance is self:
+            LLMDataDist.llm_engine_instance = None
+        if manager is not None:
+            manager._detach()
+        if engine is not None:
+            engine.stop()
+
+    @property
+    def cache_manager(self) -> CacheManager:
+        """The caches of this cluster; the same object until `finalize`. Spec 5.3.
+
+        Raises RuntimeError before `init`, LLMException when the options enable no cache manager.
+        """
+        engine = self._require_engine()
+        if not engine.options.cache_manager or self._cache_manager is None:
+            raise invalid("the cache manager is off: set LLMConfig.enable_cache_manager")
+        return self._cache_manager
+
+    @property
+    def listen_endpoint(self) -> Endpoint | None:
+        """Where this cluster listens, with the port that was taken for 0; None if it does not.
+
+        An addition to the reference.
+        """
+        return self._require_engine().listen_endpoint
+
+    def links(self) -> list[LinkInfo]:
+        """The live links, each with the path of its bytes. An addition to the reference."""
+        return [
+            LinkInfo(session.cluster_id, session.path, session.path_reason, session.endpoint)
+            for session in self._require_engine().links.all()
+        ]
+
+    def link_clusters(
+        self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000
+    ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
+        """Links to clusters that listen, all at once, each within `timeout` milliseconds. Spec 5.4.
+
+        Returns the last status that is not LLM_SUCCESS, else LLM_SUCCESS, and one status per
+        cluster: LLM_ALREADY_LINK, LLM_LINK_FAILED (nobody listens there, or no path to its memory
+        works), LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address; the two ends' options do not
+        fit), LLM_FAILED (what listens there is no cluster). What failed leaves nothing behind on
+        either end and is logged with its cause; what succeeded stays. An unset `remote_cluster_id`
+        is learned from the peer. An empty list is (LLM_PARAM_INVALID, []).
+
+        Raises RuntimeError before `init`, TypeError, ValueError, LLMException for bad arguments.
+        """
+        engine = self._require_engine()
+        infos = _check_clusters(clusters, timeout)
+        for info in infos:
+            if not engine.options.local_comm_res and not info.local_ip_info_list:
+                raise invalid(
+                    f"local_ip_info_list is empty for {info}: call append_local_ip_info"
+                )
+        outcomes = engine.link([_target(info) for info in infos], timeout / 1000)
+        return self._report("link", infos, outcomes)
+
+    def unlink_clusters(
+        self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000, force: bool = False
+    ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
+        """Ends links, once the transfers on them have ended, with the peers' consent. Spec 5.5.
+
+        With `force` nobody is asked or waited for: this end drops the link at once, transfers that
+        run on it fail, and the peer sees it end. Unlinking what is not linked is LLM_SUCCESS.
+        Statuses as for `link_clusters`: LLM_UNLINK_FAILED (the peer cannot be reached),
+        LLM_TIMEOUT (the link is kept), LLM_PARAM_INVALID.
+
+        Raises RuntimeError before `init`, TypeError, ValueError, LLMException for bad arguments.
+        """
+        engine = self._require_engine()
+        infos = _check_clusters(clusters, timeout)
+        check_type("force", force, bool)
+        for info in infos:
+            check_uint64("remote_cluster_id", info.remote_cluster_id)
+        targets = [_target(info) for info in infos]
+        return self._report("unlink", infos, engine.unlink(targets, timeout / 1000, force=force))
+
+    def _require_engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("llm datadist is not initialized")
+        return self._engine
+
+    def _report(
+        self, verb: str, infos: Sequence[LLMClusterInfo], outcomes: Sequence[Outcome]
+    ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
+        for info, outcome in zip(infos, outcomes, strict=True):
+            if outcome.status is not LLMStatusCode.LLM_SUCCESS:
+                get_logger().error(
+                    "cluster %d could not %s %s: %s (%s)",
+                    self._cluster_id, verb, info, outcome.reason, outcome.status,
+                )  # fmt: skip
+        statuses = [outcome.status for outcome in outcomes]
+        failures = [status for status in statuses if status is not LLMStatusCode.LLM_SUCCESS]
+        if not statuses:
+            return LLMStatusCode.LLM_PARAM_INVALID, []
+        return failures[-1] if failures else LLMStatusCode.LLM_SUCCESS, statuses
+
+
+def _check_clusters(clusters: object, timeout: object) -> Sequence[LLMClusterInfo]:
+    if check_int32("timeout", timeout) <= 0:
+        raise invalid(f"timeout must be greater than 0 milliseconds, got {timeout}")
+    return check_sequence("clusters", clusters, LLMClusterInfo)
+
+
+def _target(info: LLMClusterInfo) -> Target:
+    from llm_datadist.engine.engine import Target
+
+    return Target(info.remote_cluster_id, tuple(info.remote_endpoints))
+
+
+def _shutdown_handler() -> None:
+    """At exit: finalizes what is still initialised."""
+    instance = LLMDataDist.llm_engine_instance
+    if instance is not None:
+        with suppress(LLMException):
+            instance.finalize()

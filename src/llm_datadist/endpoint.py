@@ -1,0 +1,113 @@
+"""Network addresses as the interface writes them. Spec 3.11, 5.1."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from contextlib import suppress
+from typing import NamedTuple
+
+from llm_datadist.checks import check_uint16, check_uint32
+from llm_datadist.errors import invalid
+
+_HOST_AND_PORT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>[^:]*)")
+_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_MAX_HOST_NAME = 253
+
+
+class Endpoint(NamedTuple):
+    """Where a cluster listens: an IP address or host name, and a TCP port. Spec 3.11, 5.1.
+
+    It is the pair that sockets take, and prints as `1.2.3.4:5` or `[::1]:5`.
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, name: str = "the address") -> Endpoint:
+        """The endpoint that `host:port` or `[ipv6]:port` names. Spec 5.1, decision O34.
+
+        Raises LLMException for text of another form, ValueError when the port is no number of
+        [0, 65535]. `name` is what the messages call the text.
+        """
+        found = _HOST_AND_PORT.fullmatch(text)
+        if found is None:
+            raise invalid(f'{name} must be "ip:port" or "[ipv6]:port", got {text!r}')
+        if found["bracketed"] and not _is_ipv6(found["bracketed"]):
+            raise invalid(f"{name} has no IPv6 address between its brackets: {text!r}")
+        return cls(found["bracketed"] or found["plain"], _parse_port(name, found["port"]))
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether the host is an IPv4 or IPv6 address rather than a name to be looked up."""
+        return is_ip_literal(self.host)
+
+
+def is_ip_literal(host: str) -> bool:
+    """Whether `host` is a complete IPv4 or IPv6 address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def ipv4_to_int(text: str) -> int:
+    """IPv4 by the rules of inet_aton, little-endian: "1.2.3.4" is 0x04030201. Spec 3.11.
+
+    Raises RuntimeError when it is none.
+    """
+    # inet_aton of glibc reads up to a blank and takes no notice of what follows
+    if text.split() == [text]:
+        with suppress(OSError, ValueError):
+            return int.from_bytes(socket.inet_aton(text), "little")
+    raise RuntimeError(f"{text!r} is no IPv4 address")
+
+
+def parse_ip(text: str) -> int | str:
+    """What stands for an address in an ip list: IPv4 as an int, all else as text. Spec 3.11, O34.
+
+    Raises RuntimeError when it is neither an IP address nor a possible host name. Names are looked
+    up when the link is made.
+    """
+    try:
+        return ipv4_to_int(text)
+    except RuntimeError:
+        if not is_ip_literal(text) and not _is_host_name(text):
+            raise RuntimeError(f"{text!r} is no IP address and no host name") from None
+        return text
+
+
+def host_of(ip: int | str) -> str:
+    """The text of an entry of an ip list, the reverse of `parse_ip`. Spec 3.11.
+
+    Raises ValueError when an int has more than 32 bits.
+    """
+    if isinstance(ip, str):
+        return ip
+    return socket.inet_ntoa(check_uint32("ip", ip).to_bytes(4, "little"))
+
+
+def _is_ipv6(host: str) -> bool:
+    return is_ip_literal(host) and ":" in host
+
+
+def _is_host_name(text: str) -> bool:
+    labels = text.removesuffix(".").split(".")
+    # with a number at the end it is an IPv4 address gone wrong
+    return (
+        len(text) <= _MAX_HOST_NAME
+        and all(_LABEL.fullmatch(label) for label in labels)
+        and not labels[-1].isdigit()
+    )
+
+
+def _parse_port(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"the port of {name} must be a number, got {text!r}")
+    return check_uint16(f"the port of {name}", int(text))

@@ -1,0 +1,90 @@
+"""The control connection of a link: messages on a non-blocking socket, in the engine's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.frames import FrameReader
+
+_CHUNK_NBYTES = 64 * 1024
+_KEEPALIVE = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    # a host that vanishes without a word is noticed after 10 + 3 * 5 seconds, by the kernel
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+
+
+class ConnectionEnded(Exception):
+    """The peer closed the connection or broke the protocol on it."""
+
+
+class Control:
+    """One connection. Belongs to the loop's thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        for level, option, value in _KEEPALIVE:
+            sock.setsockopt(level, option, value)
+        self.socket = sock
+        self._frames = FrameReader()
+
+    def trust(self) -> None:
+        """The peer is known: accept frames of full size."""
+        self._frames.max_nbytes = m.MAX_BODY_NBYTES
+
+    @property
+    def has_leftovers(self) -> bool:
+        return not self._frames.is_empty
+
+    async def send(self, message: m.Message) -> None:
+        """Raises ConnectionEnded."""
+        try:
+            await asyncio.get_running_loop().sock_sendall(self.socket, m.encode(message))
+        except OSError as error:
+            raise ConnectionEnded(error.strerror or str(error)) from error
+
+    async def receive(self) -> m.AnyMessage:
+        """Raises ConnectionEnded."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                for message in self._frames:
+                    return message
+                data = await loop.sock_recv(self.socket, _CHUNK_NBYTES)
+                if not data:
+                    raise ConnectionEnded("the peer closed the connection")
+                self._frames.feed(data)
+        except OSError as error:
+            raise ConnectionEnded(error.strerror or str(error)) from error
+        except m.ProtocolError as error:
+            raise ConnectionEnded(str(error)) from error
+
+    def end(self) -> None:
+        """Ends the connection; whoever is receiving notices, and then closes it."""
+        with suppress(OSError):  # the peer was first
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Only where nothing is receiving: the loop would watch a descriptor that others get."""
+        self.socket.close()
+
+
+async def dial(host: str, port: int) -> Control:
+    """Connects. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, kind, protocol, _, address = infos[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, address)
+        return Control(sock)
+    except BaseException:
+        sock.close()
+        raise

@@ -1,0 +1,75 @@
+"""The links of an engine, by the cluster id that the peer said it has."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+
+if TYPE_CHECKING:
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.engine.session import Session
+
+
+class Links:
+    """Live sessions. Thread-safe.
+
+    Several peers may carry one cluster id (spec 12.7): each keeps its link, told apart by instance
+    and address, and an operation that names only the id uses the newest.
+    """
+
+    def __init__(self, cluster_id: int) -> None:
+        self._cluster_id = cluster_id
+        self._lock = threading.Lock()
+        self._sessions: dict[int, list[Session]] = {}
+        #: why the last link to a cluster ended, for the error of whoever still uses it
+        self._endings: dict[int, str] = {}
+
+    def add(self, session: Session) -> list[Session]:
+        """Files a live session; returns those of the same peer that it replaces."""
+        with self._lock:
+            others = self._sessions.setdefault(session.cluster_id, [])
+            replaced = [other for other in others if session.supersedes(other)]
+            others[:] = [session, *(other for other in others if other not in replaced)]
+            self._endings.pop(session.cluster_id, None)
+        return replaced
+
+    def remove(self, session: Session, ending: str) -> None:
+        with self._lock:
+            others = self._sessions.get(session.cluster_id, [])
+            if session in others:
+                others.remove(session)
+            if not others and self._sessions.pop(session.cluster_id, None) is not None:
+                self._endings[session.cluster_id] = ending
+
+    def find(self, cluster_id: int) -> Session:
+        """Raises LLMException(LLM_NOT_YET_LINK)."""
+        with self._lock:
+            sessions = self._sessions.get(cluster_id)
+            if sessions:
+                return sessions[0]
+            ending = self._endings.get(cluster_id)
+        because = f": the last link ended because {ending}" if ending else ""
+        raise LLMException(
+            f"cluster {self._cluster_id} is not linked to cluster {cluster_id}{because}; "
+            "call link_clusters first",
+            LLMStatusCode.LLM_NOT_YET_LINK,
+        )
+
+    def of(self, cluster_id: int, endpoint: Endpoint | None = None) -> list[Session]:
+        """The live sessions to a cluster: those at the endpoint if any is, else all."""
+        with self._lock:
+            sessions = list(self._sessions.get(cluster_id, ()))
+        there = [session for session in sessions if endpoint and session.endpoint == endpoint]
+        return there or sessions
+
+    def at(self, endpoint: Endpoint) -> list[Session]:
+        return [session for session in self.all() if session.endpoint == endpoint]
+
+    def with_instance(self, instance: bytes) -> list[Session]:
+        return [session for session in self.all() if session.instance == instance]
+
+    def all(self) -> list[Session]:
+        with self._lock:
+            return [session for sessions in self._sessions.values() for session in sessions]

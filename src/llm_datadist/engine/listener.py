@@ -1,0 +1,135 @@
+"""The listener: every connection to this engine's one port, up to the point where its purpose is known."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import secrets
+import socket
+from typing import TYPE_CHECKING
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.link import ListenerLink
+from llm_datadist.engine.control import ConnectionEnded, Control
+from llm_datadist.engine.session import Context, Session
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.observe.log import get_logger
+from llm_datadist.transport.stream import Stream
+
+if TYPE_CHECKING:
+    from llm_datadist.endpoint import Endpoint
+
+_BACKLOG = 512
+#: strangers may stay silent this long, and so many of them at once
+_GREETING_S = 10.0
+_MAX_GREETINGS = 512
+_MAX_HAND_SHAKE_S = 60.0
+#: how long to leave new connections in the backlog when descriptors have run out
+_EXHAUSTED_S = 0.2
+
+
+def bind(endpoint: Endpoint) -> socket.socket:
+    """A listening socket. Raises LLMException: LLM_FAILED when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((endpoint.host, endpoint.port))
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        remedy = {
+            errno.EADDRINUSE: "another process has it; choose another port, or 0 for a free one",
+            errno.EADDRNOTAVAIL: "no interface of this machine has that address",
+            errno.EACCES: "ports below 1024 need privileges",
+        }.get(error.errno or 0, error.strerror)
+        raise LLMException(
+            f"cannot listen on {endpoint} (listen_ip_info): {remedy}", LLMStatusCode.LLM_FAILED
+        ) from error
+    return sock
+
+
+class Listener:
+    """Accepts connections. Lives in the loop's thread."""
+
+    def __init__(self, sock: socket.socket, context: Context) -> None:
+        self._socket = sock
+        self._context = context
+        self._greetings: set[asyncio.Task[None]] = set()
+        self._sessions: dict[bytes, Session] = {}
+        self._accepting = context.loop.create_task(self._accept())
+
+    async def close(self) -> None:
+        for task in (self._accepting, *self._greetings):
+            task.cancel()
+        await asyncio.gather(self._accepting, *self._greetings, return_exceptions=True)
+        self._socket.close()
+        for session in list(self._sessions.values()):
+            await session.cut("this cluster was finalized")
+            await session.join()
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = await self._context.loop.sock_accept(self._socket)
+            except OSError as error:
+                get_logger().error("cannot accept a connection: %s", error)
+                await asyncio.sleep(_EXHAUSTED_S)
+                continue
+            if len(self._greetings) >= _MAX_GREETINGS:
+                sock.close()
+                continue
+            task = self._context.loop.create_task(self._greet(sock))
+            self._greetings.add(task)
+            task.add_done_callback(self._greetings.discard)
+
+    async def _greet(self, sock: socket.socket) -> None:
+        control = Control(sock)
+        kept = False
+        try:
+            first = await asyncio.wait_for(control.receive(), _GREETING_S)
+            kept = await self._welcome(control, first)
+        except (asyncio.TimeoutError, ConnectionEnded) as error:
+            get_logger().info("dropped a connection that said nothing of use: %s", error)
+        finally:
+            if not kept:
+                control.close()
+
+    async def _welcome(self, control: Control, first: m.AnyMessage) -> bool:
+        """Whether the connection is kept."""
+        if isinstance(first, m.Hello):
+            return await self._open_session(control, first)
+        if isinstance(first, m.Attach):
+            return await self._attach(control, first)
+        if isinstance(first, m.Forget):
+            for session in self._context.links.with_instance(first.instance):
+                await session.cut("the peer unlinked")
+            await control.send(m.ByeDone())
+            return False
+        await control.send(
+            m.Refused(LLMStatusCode.LLM_FAILED, f"a connection cannot begin with {type(first).__name__}")
+        )
+        return False
+
+    async def _open_session(self, control: Control, hello: m.Hello) -> bool:
+        link = ListenerLink(self._context.me, token=secrets.token_bytes(16))
+        session = Session(self._context, control, link, None)
+        known = any(not s.is_closed for s in self._context.links.with_instance(hello.instance))
+        self._sessions[session.token] = session
+        session.when_closed(lambda: self._sessions.pop(session.token, None))
+        timeout_s = min(hello.timeout_ms / 1000, _MAX_HAND_SHAKE_S)
+        await session.greet(link.admit(hello, is_known=known), timeout_s)
+        return not session.is_closed
+
+    async def _attach(self, control: Control, attach: m.Attach) -> bool:
+        session = self._sessions.get(attach.token)
+        if session is None or control.has_leftovers:
+            await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "there is no such link"))
+            return False
+        await control.send(m.Attached())
+        if attach.is_reverse:
+            session.streams.add(Stream(control.socket))
+        else:
+            session.serve(control.socket)
+        return True

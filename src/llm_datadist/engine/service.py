@@ -1,0 +1,141 @@
+"""Serving: the answering end of a request stream, driven by the engine's loop.
+
+Small answers are sent at once in the loop's thread. What does not fit the socket's buffer goes to a
+worker thread, and the stream is not listened to meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import TYPE_CHECKING
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.frames import FrameReader
+from llm_datadist.errors import LLMException
+from llm_datadist.observe.log import get_logger
+from llm_datadist.transport.deadline import Deadline
+from llm_datadist.transport.tcp import FrameSender, Sender
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from concurrent.futures import Executor
+
+    from llm_datadist.engine.catalog import Catalog
+
+_CHUNK_NBYTES = 256 * 1024
+#: a peer that takes no more of an answer for this long, or asks for longer, is cut off
+MAX_ANSWER_S = 600.0
+
+
+class StreamService:
+    """Answers the requests that come on one connection. Lives in the loop's thread."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        catalog: Catalog,
+        loop: asyncio.AbstractEventLoop,
+        workers: Executor,
+        when_closed: Callable[[StreamService], None],
+    ) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._catalog = catalog
+        self._loop = loop
+        self._workers = workers
+        self._when_closed = when_closed
+        self._frames = FrameReader(m.MAX_BODY_NBYTES)
+        self._is_busy = False
+        self._is_closed = False
+
+    def start(self) -> None:
+        self._loop.add_reader(self._socket, self._readable)
+
+    def close(self) -> None:
+        """Ends the service; a worker that is sending notices by itself."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._loop.remove_reader(self._socket)
+        if self._is_busy:
+            _shutdown(self._socket)  # the worker still holds the descriptor: _resume closes it
+        else:
+            self._socket.close()
+        self._when_closed(self)
+
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(_CHUNK_NBYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._frames.feed(data)
+        self._serve()
+
+    def _serve(self) -> None:
+        try:
+            for request in self._frames:
+                self._answer(request)
+                if self._is_busy or self._is_closed:
+                    return
+        except (m.ProtocolError, OSError) as error:
+            get_logger().warning("closing a stream of a peer: %s", error)
+            self.close()
+
+    def _answer(self, request: m.AnyMessage) -> None:
+        try:
+            if isinstance(request, m.Read):
+                entry, addrs, nbytes = self._catalog.readable(request)
+                sender: FrameSender = Sender(
+                    self._socket.fileno(), addrs, nbytes, lambda: entry.generation
+                )
+                timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
+            else:
+                answer = self._catalog.answer(request)
+                sender, timeout_s = FrameSender(self._socket.fileno(), answer), MAX_ANSWER_S
+        except LLMException as error:
+            refusal = m.Refused(error.status_code, str(error)[:4000])
+            sender, timeout_s = FrameSender(self._socket.fileno(), refusal), MAX_ANSWER_S
+        if not sender.advance():
+            self._is_busy = True
+            self._loop.remove_reader(self._socket)
+            self._workers.submit(self._finish, sender, Deadline.after(timeout_s))
+
+    def _finish(self, sender: FrameSender, deadline: Deadline) -> None:
+        """In a worker thread."""
+        failure = ""
+        try:
+            sender.finish(deadline)
+        except (OSError, LLMException) as error:
+            failure = _describe(error)
+        self._loop.call_soon_threadsafe(self._resume, failure)
+
+    def _resume(self, failure: str) -> None:
+        self._is_busy = False
+        if self._is_closed:
+            self._socket.close()
+        elif failure:
+            get_logger().warning("closing a stream of a peer: %s", failure)
+            self.close()
+        else:
+            self._loop.add_reader(self._socket, self._readable)
+            self._serve()
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET):
+        return "the peer closed it in the middle of an answer"
+    return str(error)
+
+
+def _shutdown(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:  # the peer was first
+        return

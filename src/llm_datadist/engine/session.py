@@ -1,0 +1,357 @@
+"""A session: one end of a link at work. It does what the link machine decides, and nothing else.
+
+The control connection, the machine and the services belong to the loop's thread; `operation`,
+`streams`, `lookup` and `channel` are used by the threads that transfer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llm_datadist.core import link as lk
+from llm_datadist.core import messages as m
+from llm_datadist.engine.control import ConnectionEnded, Control, dial
+from llm_datadist.engine.lookup import Lookup
+from llm_datadist.engine.service import StreamService
+from llm_datadist.engine.streams import StreamPool
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.observe.log import get_logger
+from llm_datadist.transport.base import Channel, PathUnavailable, Transport, verify
+from llm_datadist.transport.deadline import Deadline
+from llm_datadist.transport.stream import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+    from concurrent.futures import Executor
+
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.engine.catalog import Catalog
+    from llm_datadist.engine.links import Links
+
+_DIAL_BACK_S = 10.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all sessions of an engine share."""
+
+    me: lk.Identity
+    catalog: Catalog
+    links: Links
+    transports: Mapping[str, Transport]
+    loop: asyncio.AbstractEventLoop
+    workers: Executor
+    sync_timeout_s: float
+
+
+class Session:
+    """One link to one peer."""
+
+    def __init__(
+        self,
+        context: Context,
+        control: Control,
+        link: lk.CallerLink | lk.ListenerLink,
+        endpoint: Endpoint | None,
+    ) -> None:
+        self._context = context
+        self._control = control
+        self._link = link
+        #: where the caller reached its peer; None at the listener
+        self.endpoint = endpoint
+        self._address = control.socket.getpeername()
+        self.streams = StreamPool(self._open_stream)
+        self.lookup = Lookup(self.streams, is_tabled=context.me.is_remote_accessible)
+        self._channels: dict[str, Channel] = {}
+        self._services: set[StreamService] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._deadline = Deadline.after(0)
+        self.status = LLMStatusCode.LLM_SUCCESS
+        self.reason = ""
+        self.closed = asyncio.Event()
+        self._on_close: list[Callable[[], object]] = []
+        self._gate = threading.Condition()
+        self._running = 0
+        self._shut_because: str | None = "the link is still being made"
+
+    # -- what the peer said, once it is linked --------------------------------------------------
+
+    @property
+    def cluster_id(self) -> int:
+        return self._peer.cluster_id
+
+    @property
+    def instance(self) -> bytes:
+        return self._peer.instance
+
+    @property
+    def path(self) -> str:
+        return self._link.path
+
+    @property
+    def path_reason(self) -> str:
+        """Why better paths are not used; empty when there is no better one."""
+        return "; ".join(f"{path}: {reason}" for path, reason, _ in self._link.rejected)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._link.state is lk.State.CLOSED
+
+    @property
+    def is_caller(self) -> bool:
+        return isinstance(self._link, lk.CallerLink)
+
+    @property
+    def token(self) -> bytes:
+        return self._link.token
+
+    @property
+    def channel(self) -> Channel:
+        return self._channels[self._link.path]
+
+    @property
+    def _peer(self) -> lk.Peer:
+        assert self._link.peer is not None
+        return self._link.peer
+
+    def supersedes(self, other: Session) -> bool:
+        """Whether this session is what became of the other one's link."""
+        same_way = self.is_caller == other.is_caller and self.instance == other.instance
+        return same_way or (self.endpoint is not None and self.endpoint == other.endpoint)
+
+    # -- operations, in any thread ---------------------------------------------------------------
+
+    @contextmanager
+    def operation(self) -> Iterator[None]:
+        """Holds the link for one transfer. Raises LLMException(LLM_NOT_YET_LINK) when it is gone."""
+        with self._gate:
+            if self._shut_because is not None:
+                raise LLMException(self._shut_because, LLMStatusCode.LLM_NOT_YET_LINK)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._running -= 1
+                self._gate.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Lets no transfer begin and waits for those that run; False when some still do."""
+        with self._gate:
+            self._shut_because = "the link is being unlinked"
+            return self._gate.wait_for(lambda: not self._running, timeout_s)
+
+    def reopen(self) -> None:
+        with self._gate:
+            self._shut_because = None
+
+    # -- the link's life, in the loop's thread -----------------------------------------------------
+
+    async def greet(self, actions: Sequence[lk.Action], timeout_s: float) -> None:
+        """The hand-shake from its first actions on; afterwards the link is made or closed."""
+        self._deadline = Deadline.after(timeout_s)
+        try:
+            await asyncio.wait_for(self._shake_hands(actions), timeout_s)
+        except asyncio.TimeoutError:
+            await self.perform(
+                self._link.timed_out(f"the hand-shake was not done within {timeout_s:.3f} s")
+            )
+        if self.is_closed:
+            self._control.close()
+        else:
+            self._spawn(self._listen())
+
+    async def join(self) -> None:
+        """Waits for what a closed session still has running."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def leave(self, timeout_s: float) -> bool:
+        """Unlinks with the peer's consent; False when it does not answer, the link is then kept."""
+        await self.perform(self._link.leave())
+        try:
+            await asyncio.wait_for(self.closed.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            self._link.stay()
+            self.reopen()
+            return False
+        return True
+
+    async def cut(self, reason: str) -> None:
+        await self.perform(self._link.cut(reason))
+
+    async def perform(self, actions: Sequence[lk.Action]) -> None:
+        """Does what the machine decided, and what it decides on the results."""
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, lk.Send):
+                todo.extend(await self._send(action.message))
+            elif isinstance(action, lk.Probe):
+                todo.extend(await self._probe(action.path))
+            elif isinstance(action, lk.Publish):
+                await self._publish()
+            elif isinstance(action, lk.Dial):
+                for _ in range(action.count):
+                    self._spawn(self._dial_back())
+            elif isinstance(action, lk.Drain):
+                self._spawn(self._drain_for_peer())
+            else:
+                self._close(action)
+
+    def when_closed(self, call: Callable[[], object]) -> None:
+        self._on_close.append(call)
+
+    def serve(self, sock: socket.socket) -> None:
+        """Answers the peer's requests on a connection of its."""
+        context = self._context
+        service = StreamService(
+            sock, context.catalog, context.loop, context.workers, self._services.discard
+        )
+        self._services.add(service)
+        service.start()
+
+    async def _shake_hands(self, actions: Sequence[lk.Action]) -> None:
+        await self.perform(actions)
+        while self._link.state not in (lk.State.LINKED, lk.State.CLOSED):
+            await self._receive()
+
+    async def _listen(self) -> None:
+        self._control.trust()
+        while not self.is_closed:
+            await self._receive()
+        self._control.close()
+
+    async def _receive(self) -> None:
+        try:
+            message = await self._control.receive()
+        except ConnectionEnded as error:
+            await self.perform(self._link.lost(str(error)))
+        else:
+            await self.perform(self._link.received(message))
+
+    async def _send(self, message: m.Message) -> Sequence[lk.Action]:
+        try:
+            await self._control.send(message)
+        except ConnectionEnded as error:
+            return self._link.lost(str(error))
+        return ()
+
+    async def _probe(self, path: str) -> Sequence[lk.Action]:
+        try:
+            await self._context.loop.run_in_executor(
+                self._context.workers, self._open_and_verify, path
+            )
+        except PathUnavailable as error:
+            return self._link.probed(path, error.reason, is_remarkable=error.is_remarkable)
+        return self._link.probed(path, None, is_remarkable=False)
+
+    def _open_and_verify(self, path: str) -> None:
+        """In a worker thread. Raises PathUnavailable."""
+        peer = self._peer
+        channel = self._context.transports[path].open(peer.offers[path], self.streams)
+        verify(channel, peer.probe, self._deadline)
+        self._channels[path] = channel
+
+    async def _publish(self) -> None:
+        self.reopen()
+        links = self._context.links
+        is_echo = self.instance == self._context.me.instance and not self.is_caller
+        if not is_echo:  # the answering end of a link to ourselves is not one to use
+            for stale in links.add(self):
+                await stale.cut(f"cluster {self.cluster_id} linked anew")
+        self._report()
+
+    def _report(self) -> None:
+        logger = get_logger()
+        logger.info(
+            "cluster %d is linked to cluster %d by %s", self._context.me.cluster_id,
+            self.cluster_id, self.path,
+        )  # fmt: skip
+        for path, reason, is_remarkable in self._link.rejected:
+            if is_remarkable:
+                logger.warning(
+                    "the link to cluster %d uses %s, because %s is not available: %s",
+                    self.cluster_id, self.path, path, reason,
+                )  # fmt: skip
+
+    async def _drain_for_peer(self) -> None:
+        await self._context.loop.run_in_executor(
+            self._context.workers, self.drain, self._context.sync_timeout_s
+        )
+        await self.perform(self._link.drained())
+
+    async def _dial_back(self) -> None:
+        try:
+            await asyncio.wait_for(self._add_service(), _DIAL_BACK_S)
+        except (OSError, asyncio.TimeoutError, ConnectionEnded) as error:
+            get_logger().warning(
+                "could not open a stream for cluster %d: %s", self.cluster_id, error
+            )
+
+    async def _add_service(self) -> None:
+        control = await dial(*self._address[:2])
+        try:
+            await control.send(m.Attach(self.token, is_reverse=True))
+            answer = await control.receive()
+        except BaseException:
+            control.close()
+            raise
+        if isinstance(answer, m.Attached) and not self.is_closed:
+            self.serve(control.socket)
+        else:
+            control.close()
+
+    def _open_stream(self, deadline: Deadline) -> Stream | None:
+        """In any thread: a caller dials, a listener asks its caller to."""
+        if not self.is_caller:
+            loop = self._context.loop
+            loop.call_soon_threadsafe(lambda: self._spawn(self.perform([lk.Send(m.DialBack(1))])))
+            return None
+        try:
+            sock = socket.create_connection(
+                self._address[:2], deadline.require("opening a stream to the peer")
+            )
+        except OSError as error:
+            raise LLMException(
+                f"no stream to {self.endpoint} could be opened: {error}",
+                LLMStatusCode.LLM_NOT_YET_LINK,
+            ) from error
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream = Stream(sock)
+        try:
+            stream.ask(m.Attach(self.token, is_reverse=False), deadline)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _close(self, action: lk.Close) -> None:
+        self.status, self.reason = action.status, action.reason
+        with self._gate:
+            self._shut_because = f"the link ended because {action.reason}"
+        if self._link.peer is not None:
+            self._context.links.remove(self, action.reason)
+            get_logger().info(
+                "the link of cluster %d to cluster %d ended: %s",
+                self._context.me.cluster_id, self.cluster_id, action.reason,
+            )  # fmt: skip
+        self.streams.close(self._shut_because)
+        for channel in self._channels.values():
+            channel.close()
+        for service in list(self._services):
+            service.close()
+        self._control.end()
+        self.closed.set()
+        for call in self._on_close:
+            call()
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = self._context.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

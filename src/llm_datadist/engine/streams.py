@@ -1,0 +1,135 @@
+"""The request streams of one link: opened when needed, kept, and closed with the link."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.transport.base import StaleCache
+from llm_datadist.transport.stream import RequestRefused, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from llm_datadist.transport.deadline import Deadline
+
+#: more threads than this on one link wait for each other's streams
+MAX_STREAMS = 16
+
+
+class StreamPool:
+    """Lends streams, one thread each. Thread-safe.
+
+    `open_one` either returns a new stream at once, or asks the peer to dial and returns None; the
+    stream then comes by `add`.
+    """
+
+    def __init__(self, open_one: Callable[[Deadline], Stream | None]) -> None:
+        self._open_one = open_one
+        self._changed = threading.Condition()
+        self._idle: list[Stream] = []
+        self._lent: set[Stream] = set()
+        self._opening = 0
+        self._closed_because: str | None = None
+
+    @contextmanager
+    def borrow(self, deadline: Deadline) -> Iterator[Stream]:
+        """A stream for one exchange. One that an exchange fails on is closed, not given back."""
+        stream = self._take(deadline)
+        try:
+            yield stream
+        except (RequestRefused, StaleCache):  # a complete exchange with a bad outcome
+            self._give_back(stream)
+            raise
+        except BaseException:
+            self._drop(stream)
+            raise
+        else:
+            self._give_back(stream)
+
+    def add(self, stream: Stream) -> None:
+        """A stream that the peer dialled for us."""
+        with self._changed:
+            self._opening = max(0, self._opening - 1)
+            if self._closed_because is not None:
+                stream.close()
+                return
+            self._idle.append(stream)
+            self._changed.notify()
+
+    def close(self, because: str) -> None:
+        """Ends all streams; whoever waits on one gets LLM_NOT_YET_LINK."""
+        with self._changed:
+            self._closed_because = because
+            for stream in self._lent:
+                stream.shutdown()
+            for stream in self._idle:
+                stream.close()
+            self._idle.clear()
+            self._changed.notify_all()
+
+    def _take(self, deadline: Deadline) -> Stream:
+        with self._changed:
+            while not self._idle:
+                self._require_open()
+                if len(self._lent) + self._opening < MAX_STREAMS:
+                    self._opening += 1
+                    break
+                self._wait(deadline)
+            else:
+                return self._lend(self._idle.pop())
+        return self._open(deadline)
+
+    def _open(self, deadline: Deadline) -> Stream:
+        try:
+            stream = self._open_one(deadline)
+        except BaseException:
+            self._opening_failed()
+            raise
+        with self._changed:
+            if stream is not None:
+                self._opening -= 1
+                return self._lend(stream)
+            while not self._idle:
+                self._require_open()
+                try:
+                    self._wait(deadline)
+                except LLMException:
+                    self._opening = max(0, self._opening - 1)
+                    raise
+            return self._lend(self._idle.pop())
+
+    def _opening_failed(self) -> None:
+        with self._changed:
+            self._opening -= 1
+            self._changed.notify()
+
+    def _lend(self, stream: Stream) -> Stream:
+        self._lent.add(stream)
+        if self._closed_because is not None:
+            stream.shutdown()
+        return stream
+
+    def _give_back(self, stream: Stream) -> None:
+        with self._changed:
+            self._lent.discard(stream)
+            if self._closed_because is None:
+                self._idle.append(stream)
+            else:
+                stream.close()
+            self._changed.notify()
+
+    def _drop(self, stream: Stream) -> None:
+        with self._changed:
+            self._lent.discard(stream)
+            stream.close()
+            self._changed.notify()
+
+    def _wait(self, deadline: Deadline) -> None:
+        self._changed.wait(deadline.require("waiting for a stream to the peer"))
+
+    def _require_open(self) -> None:
+        if self._closed_because is not None:
+            raise LLMException(self._closed_because, LLMStatusCode.LLM_NOT_YET_LINK)

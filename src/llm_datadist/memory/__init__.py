@@ -1,0 +1,1 @@
+"""Memory: what lies where in this process."""

@@ -1,0 +1,38 @@
+"""Process memory: which of its addresses are mapped."""
+
+from __future__ import annotations
+
+import bisect
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_MAPS = Path("/proc/self/maps")
+
+
+def unmapped(addrs: Iterable[int], nbytes: int) -> list[int]:
+    """Those of the addresses behind which not all of `nbytes` are mapped at this moment."""
+    ranges = _mapped_ranges(_MAPS.read_text())
+    return [addr for addr in addrs if not _lies_within(ranges, addr, addr + nbytes)]
+
+
+def _mapped_ranges(maps: str) -> list[tuple[int, int]]:
+    """Readable address ranges in ascending order, neighbours joined."""
+    ranges: list[tuple[int, int]] = []
+    for line in maps.splitlines():
+        span, access = line.split(maxsplit=2)[:2]
+        start, stop = (int(part, 16) for part in span.split("-"))
+        if not access.startswith("r"):
+            continue
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
+        else:
+            ranges.append((start, stop))
+    return ranges
+
+
+def _lies_within(ranges: list[tuple[int, int]], start: int, stop: int) -> bool:
+    index = bisect.bisect_right(ranges, (start, 2**64)) - 1
+    return index >= 0 and stop <= ranges[index][1]

@@ -1,0 +1,34 @@
+"""The keys of the option dict. Spec 4.2, 7.1."""
+
+from __future__ import annotations
+
+from typing import Final
+
+DEVICE_ID: Final = "ge.exec.deviceId"
+SESSION_DEVICE_ID: Final = "ge.session_device_id"
+#: what C++ calls DEVICE_ID
+CPP_DEVICE_ID: Final = "llm.DeviceId"
+LISTEN_IP_INFO: Final = "llm.listenIpInfo"
+#: what C++ calls LISTEN_IP_INFO
+CPP_LISTEN_IP_INFO: Final = "llm.ListenIpInfo"
+SYNC_KV_TIMEOUT: Final = "llm.SyncKvCacheWaitTime"
+ENABLE_SWITCH_ROLE: Final = "llm.EnableSwitchRole"
+ENABLE_CACHE_MANAGER: Final = "llm.EnableCacheManager"
+ENABLE_REMOTE_CACHE_ACCESSIBLE: Final = "llm.EnableRemoteCacheAccessible"
+MEM_POOL_CFG: Final = "llm.MemPoolConfig"
+HOST_MEM_POOL_CFG: Final = "llm.HostMemPoolConfig"
+BUF_POOL_CFG: Final = "llm.BufPoolCfg"
+RDMA_TRAFFIC_CLASS: Final = "llm.RdmaTrafficClass"
+RDMA_SERVICE_LEVEL: Final = "llm.RdmaServiceLevel"
+LOCAL_COMM_RES: Final = "llm.LocalCommRes"
+TRANSFER_BACKEND: Final = "llm.TransferBackend"
+GLOBAL_RESOURCE_CONFIG: Final = "llm.GlobalResourceConfig"
+LINK_TOTAL_TIME: Final = "llm.LinkTotalTime"
+LINK_RETRY_COUNT: Final = "llm.LinkRetryCount"
+DEPLOY_RES_PATH: Final = "llm.deployResPath"
+CLUSTER_INFO: Final = "llm.ClusterInfo"
+OUTPUT_MAX_SIZE: Final = "llm.OutputMaxSize"
+MEM_UTILIZATION: Final = "llm.MemoryUtilization"
+GRAPH_MEM_MAX_SIZE: Final = "ge.flowGraphMemMaxSize"
+#: ours alone: which path the bytes take
+TRANSFER_PATH: Final = "llm_datadist.Path"

@@ -1,0 +1,234 @@
+"""Options: the option dict, read once and checked into a frozen value. Spec 4.4, 5.1."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, final
+
+from llm_datadist import option_keys as key
+from llm_datadist.checks import INT32_MAX, UINT32_MAX, check_dict, check_type
+from llm_datadist.endpoint import Endpoint
+from llm_datadist.errors import invalid
+from llm_datadist.pool_config import BufPoolConfig, PoolConfig
+from llm_datadist.types import LLMRole
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "BufPoolConfig",
+    "Endpoint",
+    "Options",
+    "PoolConfig",
+    "check_transfer_path",
+    "parse_listen",
+]
+
+#: paths that can be asked for by name; "auto" is the best that both ends have
+TRANSFER_PATHS: Final = ("auto", "cma", "tcp", "nixl")
+#: gives the path when no option does
+PATH_VARIABLE: Final = "LLM_DATADIST_PATH"
+
+_DEFAULT_SYNC_TIMEOUT_MS: Final = 1000
+_MAX_LINK_RETRIES: Final = 100
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an engine is started with. Spec 4, 5.1."""
+
+    role: LLMRole
+    device_id: int = 0
+    listen: Endpoint | None = None  #: None: a pure client
+    cache_manager: bool = True  #: False is the v1 mode of the reference
+    remote_accessible: bool = False  #: one-sided reads and writes; otherwise the owner is asked
+    sync_timeout_s: float = 1.0  #: bounds each pull, push and transferred layer
+    link_total_time_s: int = 0  #: bounds a rank-table link; 0 is the engine's default
+    link_retry_count: int = 1
+    device_pool: PoolConfig | None = None
+    host_pool: PoolConfig | None = None
+    buf_pool: BufPoolConfig | None = None
+    transfer_backend: str | None = None  #: "hixl" or None
+    local_comm_res: str | None = None  #: not looked into; the reference does so when it links
+    enable_switch_role: bool = False
+    path: str = "auto"  #: one of TRANSFER_PATHS
+
+    @classmethod
+    def parse(cls, role: LLMRole, options: object) -> Options:
+        """Read an option dict; it is not changed, and keys that nobody knows are passed over.
+
+        Raises TypeError unless it is a dict of str to str; ValueError when the listening port is no
+        number of [0, 65535]; LLMException (LLM_PARAM_INVALID) for everything else that is refused.
+        Spec 4.4, 5.1, decisions D30 and O34.
+        """
+        raw = check_dict("options", options, str, str)
+        _check_graph_memory(raw)
+        _check_rdma(raw)
+        cache_manager = _cache_manager(raw)
+        remote_accessible = _remote_accessible(raw)
+        listen = parse_listen(raw)
+        return cls(
+            role=_role(role),
+            device_id=_device_id(raw),
+            listen=listen,
+            cache_manager=cache_manager,
+            remote_accessible=cache_manager and remote_accessible,
+            sync_timeout_s=_sync_timeout_ms(raw) / 1000,
+            link_total_time_s=_number(raw, key.LINK_TOTAL_TIME, 0, range(INT32_MAX + 1)),
+            link_retry_count=_number(raw, key.LINK_RETRY_COUNT, 1, range(1, _MAX_LINK_RETRIES + 1)),
+            device_pool=_device_pool(raw, cache_manager),
+            host_pool=_pool(raw, key.HOST_MEM_POOL_CFG),
+            buf_pool=_buf_pool(raw),
+            transfer_backend=_transfer_backend(raw, listen),
+            local_comm_res=raw.get(key.LOCAL_COMM_RES),
+            enable_switch_role=raw.get(key.ENABLE_SWITCH_ROLE) == "1",
+            path=_path(raw),
+        )
+
+
+def parse_listen(raw: Mapping[str, str]) -> Endpoint | None:
+    """Where the options say to listen, None when they do not; port 0 is any free one.
+
+    Raises LLMException unless it is one IP address with a port, ValueError when the port is no
+    number of [0, 65535]. Spec 5.1 step 5, 5.7.
+    """
+    text = _either(raw, key.LISTEN_IP_INFO, key.CPP_LISTEN_IP_INFO)
+    if text is None:
+        return None
+    if ";" in text:
+        raise invalid(
+            f"{key.LISTEN_IP_INFO} has an address for each of several devices, "
+            f"a process has one device: {text!r}"
+        )
+    listen = Endpoint.parse(text, key.LISTEN_IP_INFO)
+    if not listen.is_literal:
+        raise invalid(f"{key.LISTEN_IP_INFO} must have an IPv4 or IPv6 address, got {text!r}")
+    return listen
+
+
+def check_transfer_path(name: str, value: object) -> str:
+    """`value`, the name of a path. Raises TypeError, LLMException."""
+    path = check_type(name, value, str)
+    if path not in TRANSFER_PATHS:
+        raise invalid(f"{name} must be one of {', '.join(TRANSFER_PATHS)}, got {path!r}")
+    return path
+
+
+def _role(role: object) -> LLMRole:
+    if role is None:
+        raise invalid("role is None: pass an LLMRole to LLMDataDist")
+    return check_type("role", role, LLMRole)
+
+
+def _check_graph_memory(raw: Mapping[str, str]) -> None:
+    text = raw.get(key.GRAPH_MEM_MAX_SIZE)
+    if text is not None and not _is_number(text):
+        raise invalid(f"{key.GRAPH_MEM_MAX_SIZE} must be one number of bytes, got {text!r}")
+
+
+def _check_rdma(raw: Mapping[str, str]) -> None:
+    for name in (key.RDMA_TRAFFIC_CLASS, key.RDMA_SERVICE_LEVEL):
+        _number(raw, name, 0, range(UINT32_MAX + 1))
+
+
+def _cache_manager(raw: Mapping[str, str]) -> bool:
+    flag = raw.get(key.ENABLE_CACHE_MANAGER)
+    implied = key.LOCAL_COMM_RES in raw
+    if implied and flag not in (None, "1"):
+        raise invalid(
+            f"{key.ENABLE_CACHE_MANAGER} must be 1 when {key.LOCAL_COMM_RES} is given, got {flag!r}"
+        )
+    if key.TRANSFER_BACKEND in raw and not implied and flag != "1":
+        raise invalid(
+            f"{key.ENABLE_CACHE_MANAGER} must be 1 when {key.TRANSFER_BACKEND} is given, "
+            f"got {flag!r}"
+        )
+    return implied or flag == "1"
+
+
+def _remote_accessible(raw: Mapping[str, str]) -> bool:
+    flag = raw.get(key.ENABLE_REMOTE_CACHE_ACCESSIBLE)
+    if flag not in (None, "0", "1"):
+        raise invalid(f"{key.ENABLE_REMOTE_CACHE_ACCESSIBLE} must be 0 or 1, got {flag!r}")
+    if flag == "0" and key.TRANSFER_BACKEND in raw:
+        raise invalid(
+            f"{key.ENABLE_REMOTE_CACHE_ACCESSIBLE} must not be 0 "
+            f"when {key.TRANSFER_BACKEND} is given"
+        )
+    if flag is None:
+        return key.LOCAL_COMM_RES in raw or key.TRANSFER_BACKEND in raw
+    return flag == "1"
+
+
+def _transfer_backend(raw: Mapping[str, str], listen: Endpoint | None) -> str | None:
+    backend = raw.get(key.TRANSFER_BACKEND)
+    if backend is None:
+        return None
+    if listen is None:
+        raise invalid(f"{key.LISTEN_IP_INFO} is needed when {key.TRANSFER_BACKEND} is given")
+    if backend != "hixl":
+        raise invalid(f'{key.TRANSFER_BACKEND} must be "hixl" or left out, got {backend!r}')
+    return backend
+
+
+def _device_id(raw: Mapping[str, str]) -> int:
+    text = _either(raw, key.DEVICE_ID, key.CPP_DEVICE_ID)
+    if text is None:
+        return 0
+    if ";" in text:
+        raise invalid(f"{key.DEVICE_ID} must name one device for each process, got {text!r}")
+    return _parse_number(key.DEVICE_ID, text, range(INT32_MAX + 1))
+
+
+def _sync_timeout_ms(raw: Mapping[str, str]) -> int:
+    return _number(raw, key.SYNC_KV_TIMEOUT, _DEFAULT_SYNC_TIMEOUT_MS, range(1, INT32_MAX + 1))
+
+
+def _device_pool(raw: Mapping[str, str], cache_manager: bool) -> PoolConfig | None:
+    pool = _pool(raw, key.MEM_POOL_CFG)
+    if pool is None and not cache_manager and key.GRAPH_MEM_MAX_SIZE in raw:
+        # how programs of the v1 mode size their pool
+        return PoolConfig(int(raw[key.GRAPH_MEM_MAX_SIZE]))
+    return pool
+
+
+def _pool(raw: Mapping[str, str], name: str) -> PoolConfig | None:
+    return PoolConfig.parse(raw[name], name) if name in raw else None
+
+
+def _buf_pool(raw: Mapping[str, str]) -> BufPoolConfig | None:
+    text = raw.get(key.BUF_POOL_CFG)
+    return None if text is None else BufPoolConfig.parse(text, key.BUF_POOL_CFG)
+
+
+def _path(raw: Mapping[str, str]) -> str:
+    if key.TRANSFER_PATH in raw:
+        return check_transfer_path(key.TRANSFER_PATH, raw[key.TRANSFER_PATH])
+    return check_transfer_path(
+        f"the environment variable {PATH_VARIABLE}", os.environ.get(PATH_VARIABLE) or "auto"
+    )
+
+
+def _either(raw: Mapping[str, str], name: str, cpp_name: str) -> str | None:
+    if name in raw and raw.get(cpp_name, raw[name]) != raw[name]:
+        raise invalid(f"{name} and {cpp_name} are one option and differ: leave one out")
+    return raw.get(name, raw.get(cpp_name))
+
+
+def _number(raw: Mapping[str, str], name: str, default: int, allowed: range) -> int:
+    return _parse_number(name, raw[name], allowed) if name in raw else default
+
+
+def _parse_number(name: str, text: str, allowed: range) -> int:
+    if not _is_number(text) or int(text) not in allowed:
+        raise invalid(
+            f"{name} must be a number of [{allowed.start}, {allowed.stop - 1}], got {text!r}"
+        )
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    # 20 digits hold every uint64; Python refuses to read texts of thousands of them
+    return text.isascii() and text.isdigit() and len(text) <= 20

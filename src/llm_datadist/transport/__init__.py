@@ -1,0 +1,1 @@
+"""Transports: the ways in which bytes get from one process to another."""

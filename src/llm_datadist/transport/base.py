@@ -1,0 +1,112 @@
+"""The narrow door: what a transport is to the engine, and how a path is verified.
+
+A transport knows addresses, lengths and its peer's offer. It knows nothing of caches, keys, roles or
+sessions; a Guard is passed through to whoever can check it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from llm_datadist.core.remote import Guard
+from llm_datadist.core.segments import Segments
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.transport.deadline import Deadline
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from llm_datadist.core.messages import ProbeTarget
+    from llm_datadist.transport.stream import Stream
+
+NONCE_NBYTES = 16
+
+
+class PathUnavailable(Exception):
+    """This transport cannot reach this peer. `is_remarkable`: somebody could and should mend that."""
+
+    def __init__(self, reason: str, *, is_remarkable: bool = True) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.is_remarkable = is_remarkable
+
+
+class StaleCache(LLMException):
+    """The guard did not hold: the owner freed or renewed the cache. What was read is worthless."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__(
+            f"cache {guard.cache_id} was freed or changed by its owner during the transfer",
+            LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+        )
+
+
+class Streams(Protocol):
+    """Request streams to one peer: connections on which this end asks and the other answers."""
+
+    def borrow(self, deadline: Deadline) -> AbstractContextManager[Stream]:
+        """A stream for one exchange. One that an exchange fails on is closed, not given back."""
+        ...
+
+
+class Channel(Protocol):
+    """A verified way to one peer's memory. Thread-safe."""
+
+    def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
+        """Copies the peer's `segments.src` to our `segments.dst`.
+
+        Returns only when every byte was copied while the guard held. Raises StaleCache, or
+        LLMException with LLM_TIMEOUT, LLM_PARAM_INVALID (memory that is not mapped or not
+        registered) or LLM_NOT_YET_LINK (the peer is gone); the destination segments may then hold
+        anything, all else is untouched, and nothing arrives later.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """One way of moving bytes, for all peers of an engine. Thread-safe."""
+
+    name: str
+
+    def offer(self) -> bytes | None:
+        """What a peer needs to know to reach us; None when this machine cannot do it at all."""
+        ...
+
+    def open(self, offer: bytes, streams: Streams) -> Channel:
+        """A channel to the peer that made the offer. Raises PathUnavailable."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ProbeNonce:
+    """A nonce in our memory that peers read to verify a path."""
+
+    def __init__(self) -> None:
+        self.nonce = secrets.token_bytes(NONCE_NBYTES)
+        self._memory = np.frombuffer(self.nonce, dtype=np.uint8).copy()
+
+    @property
+    def addr(self) -> int:
+        return int(self._memory.ctypes.data)
+
+
+def verify(channel: Channel, target: ProbeTarget, deadline: Deadline) -> None:
+    """Reads the peer's nonce through the channel. Raises PathUnavailable."""
+    landing = np.zeros(NONCE_NBYTES, dtype=np.uint8)
+    segments = Segments(
+        np.array([target.addr], dtype=np.uint64),
+        np.array([landing.ctypes.data], dtype=np.uint64),
+        np.array([NONCE_NBYTES], dtype=np.uint64),
+    )
+    try:
+        channel.read(segments, Guard(0, target.generation, target.word_addr), deadline)
+    except LLMException as error:
+        raise PathUnavailable(str(error)) from error
+    if landing.tobytes() != target.nonce:
+        raise PathUnavailable("the process reached is not the peer of the hand-shake")

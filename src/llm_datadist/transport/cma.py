@@ -1,0 +1,193 @@
+"""Same host: `process_vm_readv`, one copy from the peer's memory into ours, no peer thread involved.
+
+Needs the same host, PID namespace and user, and under Yama a ptracer grant. Whether it really works
+is found out by reading the peer's nonce, not by guessing from such facts; they only serve to say why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from llm_datadist.core.generations import WORD_NBYTES
+from llm_datadist.core.geometry import U64
+from llm_datadist.core.remote import Guard
+from llm_datadist.core.segments import Segments
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.transport import native
+from llm_datadist.transport.base import Channel, PathUnavailable, StaleCache, Streams
+from llm_datadist.transport.deadline import Deadline
+from llm_datadist.transport.movers import Movers
+
+#: one system call moves at most this much, so that a deadline is looked at in time
+_CALL_NBYTES = 64 * 1024 * 1024
+_PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+
+class CmaOffer(msgspec.Struct, frozen=True, array_like=True):
+    """Where a process is to be found."""
+
+    boot_id: str
+    pid_namespace: str
+    pid: int
+    uid: int
+
+
+class CmaTransport:
+    """Cross-memory attach, as Linux calls it."""
+
+    name = "cma"
+
+    def __init__(self, movers: Movers) -> None:
+        self._movers = movers
+        self._here = CmaOffer(
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+            os.getpid(),
+            os.getuid(),
+        )
+
+    def offer(self) -> bytes | None:
+        if ptrace_scope() == 1:
+            with contextlib.suppress(OSError):  # the peer's probe then fails and says why
+                native.allow_tracing_by_same_user()
+        return msgspec.msgpack.encode(self._here)
+
+    def open(self, offer: bytes, streams: Streams) -> Channel:
+        try:
+            peer = msgspec.msgpack.decode(offer, type=CmaOffer)
+        except msgspec.DecodeError as error:
+            raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
+        here = self._here
+        if peer.boot_id != here.boot_id:
+            raise PathUnavailable("the peer is on another host", is_remarkable=False)
+        if peer.pid_namespace != here.pid_namespace:
+            raise PathUnavailable(
+                "the peer is in another PID namespace: let the containers share one (--pid)"
+            )
+        return CmaChannel(peer.pid, self._movers, _why_denied(peer.uid, here.uid))
+
+    def close(self) -> None:
+        pass
+
+
+class CmaChannel:
+    """Reads one peer's memory."""
+
+    def __init__(self, pid: int, movers: Movers, why_denied: str) -> None:
+        self._pid = pid
+        self._movers = movers
+        self._why_denied = why_denied
+
+    def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
+        parts = segments.bounded(_CALL_NBYTES).split(self._movers.parts_of(segments.total_nbytes))
+        self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])
+
+    def close(self) -> None:
+        pass
+
+    def _read_part(self, part: Segments, guard: Guard, deadline: Deadline) -> None:
+        words = np.zeros(2, dtype=np.uint64)
+        local = _between_words(part.dst, part.nbytes, words.ctypes.data, WORD_NBYTES)
+        remote = _between_words(part.src, part.nbytes, guard.word_addr, 0)
+        calls = max(1, _CALL_NBYTES // int(part.nbytes.max(initial=1)))
+        step = min(native.IOV_MAX, calls)
+        for start in range(0, len(local), step):
+            deadline.require("the transfer")
+            self._call(local[start : start + step], remote[start : start + step], guard)
+        if words[0] != guard.generation or words[1] != guard.generation:
+            raise StaleCache(guard)
+
+    def _call(self, local: U64, remote: U64, guard: Guard) -> None:
+        wanted = int(local[:, 1].sum())
+        try:
+            moved = native.process_vm_readv(
+                self._pid, local.ctypes.data, remote.ctypes.data, len(local)
+            )
+        except OSError as error:
+            raise self._explain(error, local, remote, guard) from error
+        if moved != wanted:
+            raise self._bad_address(native_index(local, moved), local, remote, guard)
+
+    def _explain(self, error: OSError, local: U64, remote: U64, guard: Guard) -> LLMException:
+        if error.errno == errno.ESRCH:
+            return LLMException(
+                f"process {self._pid} of the peer is gone", LLMStatusCode.LLM_NOT_YET_LINK
+            )
+        if error.errno == errno.EFAULT:
+            return self._bad_address(0, local, remote, guard)
+        if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+            return LLMException(
+                f"process_vm_readv of process {self._pid}: {error.strerror}; {self._why_denied}",
+                LLMStatusCode.LLM_FAILED,
+            )
+        return LLMException(
+            f"process_vm_readv of process {self._pid}: {error}", LLMStatusCode.LLM_FAILED
+        )
+
+    def _bad_address(self, index: int, local: U64, remote: U64, guard: Guard) -> LLMException:
+        """Why the kernel stopped at this segment: a stale cache, our address or the peer's."""
+        word = np.zeros(1, dtype=np.uint64)
+        if not self._can_read(self._pid, guard.word_addr, WORD_NBYTES, word):
+            return StaleCache(guard)
+        if word[0] != guard.generation:
+            return StaleCache(guard)
+        addr, nbytes = (int(value) for value in local[index])
+        landing = np.zeros(nbytes, dtype=np.uint8)
+        if not self._can_read(os.getpid(), addr, nbytes, landing):
+            return _not_mapped("local", addr, nbytes)
+        addr, nbytes = (int(value) for value in remote[index])
+        return _not_mapped("remote", addr, nbytes)
+
+    def _can_read(self, pid: int, addr: int, nbytes: int, landing: np.ndarray) -> bool:  # type: ignore[type-arg]
+        vectors = np.array([[landing.ctypes.data, nbytes], [addr, nbytes]], dtype=np.uint64)
+        base = vectors.ctypes.data
+        try:
+            return native.process_vm_readv(pid, base, base + 16, 1) == nbytes
+        except OSError:
+            return False
+
+
+def ptrace_scope() -> int:
+    """Yama's restriction on reading other processes: 0 none, 1 by grant, 2 root only, 3 never."""
+    try:
+        return int(_PTRACE_SCOPE.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def native_index(vectors: U64, moved: int) -> int:
+    """The first vector that a call which moved `moved` bytes did not finish."""
+    return int(np.searchsorted(np.cumsum(vectors[:, 1]), np.uint64(moved), side="right"))
+
+
+def _between_words(addrs: U64, nbytes: U64, word_addr: int, step: int) -> U64:
+    """Iovecs of the columns with the generation word in front of and behind them."""
+    vectors = np.empty((len(addrs) + 2, 2), dtype=np.uint64)
+    vectors[0] = word_addr, WORD_NBYTES
+    vectors[1:-1, 0] = addrs
+    vectors[1:-1, 1] = nbytes
+    vectors[-1] = word_addr + step, WORD_NBYTES
+    return vectors
+
+
+def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:
+    return LLMException(
+        f"the {side} address {addr:#x} (+{nbytes} bytes) is not mapped memory: "
+        "was the tensor freed after it was registered?",
+        LLMStatusCode.LLM_PARAM_INVALID,
+    )
+
+
+def _why_denied(peer_uid: int, uid: int) -> str:
+    if uid not in (0, peer_uid):
+        return f"run both processes as the same user (here {uid}, the peer {peer_uid})"
+    if ptrace_scope() >= 2:
+        return "lower kernel.yama.ptrace_scope to 1, or grant CAP_SYS_PTRACE"
+    return "in a container, allow it (--cap-add SYS_PTRACE, or a seccomp profile that does)"

@@ -1,0 +1,35 @@
+"""Deadlines: the one clock of everything that waits."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A point in time that an operation must not outlast."""
+
+    at: float
+    timeout_s: float
+
+    @classmethod
+    def after(cls, timeout_s: float) -> Deadline:
+        return cls(time.monotonic() + timeout_s, timeout_s)
+
+    def remaining_s(self) -> float:
+        return self.at - time.monotonic()
+
+    def require(self, what: str) -> float:
+        """The seconds left. Raises LLMException(LLM_TIMEOUT) when there are none."""
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise self.expired(what)
+        return left
+
+    def expired(self, what: str) -> LLMException:
+        return LLMException(
+            f"{what} timed out after {self.timeout_s:.3f} s", LLMStatusCode.LLM_TIMEOUT
+        )

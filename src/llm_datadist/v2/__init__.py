@@ -1,0 +1,1 @@
+"""The import paths of the reference. Spec 2.2."""
