@@ -2,7 +2,7 @@
 
 from llm_datadist.cache import Cache
 from llm_datadist.cluster_info import LLMClusterInfo
-from llm_datadist.config import LlmConfig, LLMConfig
+from llm_datadist.config import LLMConfig, LlmConfig
 from llm_datadist.datadist import LLMDataDist
 from llm_datadist.errors import LLMException, LLMStatusCode, Status
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 from llm_datadist.cache import Cache
 from llm_datadist.checks import (
@@ -31,21 +31,23 @@ if TYPE_CHECKING:
     from llm_datadist.core.segments import Segments
     from llm_datadist.engine.engine import Engine
 
+AnyKey: TypeAlias = CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey
+
 
 @final
 class CacheManager:
     """The caches of one LLMDataDist, and the transfers between them and those of its peers.
 
-    Obtained from `LLMDataDist.cache_manager`. All methods may be called from any thread, at the same
-    time; each blocks its caller, and those that reach a peer are bounded by `sync_kv_timeout`.
-    After a failed pull the destination blocks or row may hold anything; nothing else was touched, and
-    nothing arrives later.
+    Obtained from `LLMDataDist.cache_manager`. All methods may be called from any thread, at the
+    same time; each blocks its caller, and those that reach a peer are bounded by `sync_kv_timeout`.
+    After a failed pull the destination blocks or row may hold anything; nothing else was touched,
+    and nothing arrives later.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine: Engine | None = engine
 
-    # -- registering -------------------------------------------------------------------------------
+    # -- registering --
 
     def register_cache(
         self,
@@ -110,7 +112,7 @@ class CacheManager:
         engine = self._require_engine(LLMStatusCode.LLM_FAILED)
         engine.catalog.unregister(cache_id, engine.options.sync_timeout_s)
 
-    # -- pulling -----------------------------------------------------------------------------------
+    # -- pulling --
 
     def pull_cache(
         self,
@@ -131,10 +133,9 @@ class CacheManager:
         LLM_NOT_YET_LINK, LLM_TIMEOUT, LLM_FEATURE_NOT_ENABLED (host to host). Thread-safe.
         """
         engine = self._require_engine(LLMStatusCode.LLM_PARAM_INVALID)
+        key = _check_row_key(cache_key)
         if engine.options.remote_accessible:
-            key = check_object("cache_key", cache_key, CacheKeyByIdAndIndex)
-        else:
-            key = _check_row_key(cache_key)
+            check_type("cache_key with remote access enabled", key, CacheKeyByIdAndIndex)
         check_object("cache", cache, Cache)
         check_uint32("batch_index", batch_index)
         check_int64("size", size)
@@ -173,10 +174,10 @@ class CacheManager:
     ) -> None:
         """Copies from a peer's cache into blocks of ours. Spec 6.10.
 
-        With a BlocksCacheKey block `src_blocks[j]` goes to block `dst_blocks[j]`, in every tensor.
-        With another key the source is a batch row, `src_blocks` stays empty, and the row's bytes fill
-        `dst_blocks` in order; a shorter last chunk leaves the rest of its block alone. Blocks must be
-        of equal size on both sides; their numbers may differ. Keywords as for `pull_cache`.
+        With a BlocksCacheKey block `src_blocks[j]` goes to block `dst_blocks[j]`, in every tensor;
+        blocks must be of equal size on both sides, their numbers may differ. With another key the
+        source is a batch row, `src_blocks` stays empty, and the row's bytes fill `dst_blocks` in
+        order; a shorter last chunk leaves the rest of its block alone. Keywords as `pull_cache`.
 
         Raises as `pull_cache` does. Thread-safe.
         """
@@ -209,7 +210,7 @@ class CacheManager:
 
             engine.pull(key.cluster_id, _lookup_name(key), segments)
 
-    # -- parts of the above --------------------------------------------------------------------------
+    # -- parts of the above --
 
     def _detach(self) -> None:
         """For LLMDataDist: the engine was finalized."""
@@ -245,12 +246,10 @@ class CacheManager:
         return Cache(entry.cache_id, desc, list(addrs), self, True, is_blocks)
 
     @contextmanager
-    def _destination(
-        self, engine: Engine, cache: Cache, verb: str, key: CacheKey | object
-    ) -> Iterator[Entry]:
+    def _destination(self, engine: Engine, cache: Cache, verb: str, key: AnyKey) -> Iterator[Entry]:
         """Our cache, held for one transfer; failures of the transfer get named by what they did."""
         try:
-            if engine.is_self(getattr(key, "cluster_id", None)):
+            if engine.is_self(key.cluster_id):
                 raise invalid("the key names this cluster itself; only a linked peer can be pulled")
             entry = engine.catalog.acquire(cache.cache_id)
             try:
@@ -305,7 +304,7 @@ def _check_row_key(key: object) -> CacheKey | CacheKeyByIdAndIndex:
     return check_type("cache_key", key, CacheKey, CacheKeyByIdAndIndex)
 
 
-def _check_any_key(key: object) -> CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey:
+def _check_any_key(key: object) -> AnyKey:
     if key is None:
         raise AttributeError("src_cache_key is None: pass the key of the source")
     return check_type("src_cache_key", key, CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey)
@@ -359,7 +358,7 @@ def _row_of(key: object, remote: RemoteCache, row: int) -> int:
     return row
 
 
-def _lookup_name(key: CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey) -> int | KeyName:
+def _lookup_name(key: AnyKey) -> int | KeyName:
     if isinstance(key, CacheKeyByIdAndIndex):
         return key.cache_id
     name = _name_of(key)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 U = TypeVar("U")
+V = TypeVar("V")
 
 UINT8_MAX: Final = 2**8 - 1
 UINT16_MAX: Final = 2**16 - 1
@@ -31,6 +32,10 @@ INT64_MAX: Final = 2**63 - 1
 def check_type(name: str, value: object, kind: type[T], /) -> T: ...
 @overload
 def check_type(name: str, value: object, kind: type[T], other: type[U], /) -> T | U: ...
+@overload
+def check_type(
+    name: str, value: object, kind: type[T], other: type[U], third: type[V], /
+) -> T | U | V: ...
 def check_type(name: str, value: object, /, *kinds: type) -> object:
     """`value`, an instance of one of `kinds`. None is not. Raises TypeError. Spec 3.1."""
     if not _is_kind(type(value), kinds):

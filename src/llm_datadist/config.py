@@ -170,9 +170,9 @@ class LLMConfig:
     """Builds the options of `LLMDataDist.init`, one property each. Spec 4.
 
     Setters raise TypeError for a wrong type, ValueError for a number that does not fit its width,
-    LLMException for a value that is not allowed. Assigning None unsets an option, except where the
-    option is a number: there it is a TypeError. Attributes that are no option may be assigned, and
-    have no effect.
+    LLMException for a value that is not allowed. Assigning None unsets an option, except where it
+    is a number that has a range: there it is a TypeError. Attributes that are no option may be
+    assigned, and have no effect.
     """
 
     device_id = Option[DeviceIds | None](

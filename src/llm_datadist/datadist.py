@@ -7,7 +7,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
 
 from llm_datadist.cache_manager import CacheManager
-from llm_datadist.checks import check_int32, check_optional, check_sequence, check_type, check_uint64
+from llm_datadist.checks import (
+    check_int32,
+    check_optional,
+    check_sequence,
+    check_type,
+    check_uint64,
+)
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
@@ -35,8 +41,8 @@ class LLMDataDist:
     """One cluster: a process that holds caches and links to others. Spec 5.
 
     One instance at a time may be initialised in a process (spec 5.1); it can be finalized and
-    initialised again. Methods other than `init` and `finalize` may be called from any thread, at the
-    same time. Not usable in a forked child of the process that initialised it.
+    initialised again. Methods other than `init` and `finalize` may be called from any thread, at
+    the same time. Not usable in a forked child of the process that initialised it.
 
     Raises TypeError, ValueError for a role or an id that is none.
     """
@@ -139,9 +145,7 @@ class LLMDataDist:
         infos = _check_clusters(clusters, timeout)
         for info in infos:
             if not engine.options.local_comm_res and not info.local_ip_info_list:
-                raise invalid(
-                    f"local_ip_info_list is empty for {info}: call append_local_ip_info"
-                )
+                raise invalid(f"local_ip_info_list is empty for {info}: call append_local_ip_info")
         outcomes = engine.link([_target(info) for info in infos], timeout / 1000)
         return self._report("link", infos, outcomes)
 

@@ -1,1 +1,1 @@
-"""The pure core: arithmetic, tables and protocols without sockets, threads, clocks or native calls."""
+"""The pure core: arithmetic, tables and protocols; no sockets, threads, clocks, native calls."""

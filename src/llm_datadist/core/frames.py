@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class FrameReader:

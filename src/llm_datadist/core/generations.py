@@ -1,16 +1,19 @@
-"""Generation words: one memory cell per cache that says whether what a peer knows of it still holds.
+"""Generation words: one memory cell per cache, which says whether what peers know still holds.
 
-A one-sided reader takes the word along with the data, before and after it, and so sees without asking
-the owner that a cache was freed or changed hands. A closed word is 0, which is never a generation.
+A one-sided reader takes the word along with the data, before and after it, and so sees without
+asking the owner that a cache was freed or changed hands. A closed word is
+0, which is never a generation.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llm_datadist.core.geometry import U64
+if TYPE_CHECKING:
+    from llm_datadist.core.geometry import U64
 
 STALE = 0
 WORD_NBYTES = 8

@@ -71,13 +71,13 @@ class Layout:
 
     @classmethod
     def at(cls, geometry: Geometry, addrs: Sequence[int]) -> Layout:
-        """Raises LLMException(LLM_PARAM_INVALID) unless there is one usable address per tensor."""
+        """Raises LLMException(LLM_PARAM_INVALID) unless each tensor has a usable address."""
         if len(addrs) != geometry.num_tensors:
             raise invalid(f"{len(addrs)} addresses for {geometry.num_tensors} tensors")
         for addr in addrs:
             if not 0 <= addr <= 2**64 - max(geometry.tensor_nbytes, 1):
                 raise invalid(
-                    f"address {addr:#x} leaves no room for a tensor of {geometry.tensor_nbytes} bytes"
+                    f"no tensor of {geometry.tensor_nbytes} bytes can lie at address {addr:#x}"
                 )
         return cls(geometry, np.array(addrs, dtype=np.uint64))
 

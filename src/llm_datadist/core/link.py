@@ -11,10 +11,10 @@
               <-- Linked(path) --         LINKED
     LINKED    publishes the link
 
-A listener that cannot use the path answers Unusable, and the caller proposes its next one. A link is
-published only after both ends have moved bytes over the path; whatever fails before that closes the
-connection, which the other end sees, so that neither keeps half a link. Each side's state changes in
-one thread only, the engine's loop.
+A listener that cannot use the path answers Unusable, and the caller proposes its next one. A link
+is published only after both ends have moved bytes over the path; whatever fails before that closes
+the connection, which the other end sees, so that neither keeps half a link. Each side's state
+changes in one thread only, the engine's loop.
 """
 
 from __future__ import annotations
@@ -148,6 +148,8 @@ class Link(abc.ABC):
 
     def leave(self) -> list[Action]:
         """This end unlinks, its own transfers having ended; the peer answers when its have."""
+        if self.state is not State.LINKED:
+            return []
         self.state = State.LEAVING
         return [Send(m.Bye())]
 
@@ -160,7 +162,10 @@ class Link(abc.ABC):
         """Running transfers have ended after the peer's Bye."""
         if self.state not in (State.LINKED, State.LEAVING):
             return []
-        return [Send(m.ByeDone()), *self._close(LLMStatusCode.LLM_NOT_YET_LINK, "the peer unlinked")]
+        return [
+            Send(m.ByeDone()),
+            *self._close(LLMStatusCode.LLM_NOT_YET_LINK, "the peer unlinked"),
+        ]
 
     def cut(self, reason: str) -> list[Action]:
         """This end drops the link without a word; the peer sees the connection end."""

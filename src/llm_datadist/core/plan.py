@@ -40,7 +40,8 @@ def check_pulled_tensors(
         )
     if dst is not None and dst.stop > local.num_tensors:
         raise invalid(
-            f"dst_layer_range reaches tensor {dst.stop - 1}, the local cache has {local.num_tensors}"
+            f"dst_layer_range reaches tensor {dst.stop - 1}, "
+            f"the local cache has {local.num_tensors}"
         )
     wanted = local.num_tensors if dst is None else len(dst)
     if src is not None and len(src) != wanted:
@@ -50,7 +51,7 @@ def check_pulled_tensors(
 def select_pulled_tensors(
     remote: Layout, local: Layout, src: range | None, dst: range | None
 ) -> tuple[Layout, Layout]:
-    """Both layouts cut to the tensors asked for; their numbers must agree. Spec 6.9, remote checks."""
+    """Both layouts cut to the tensors asked for; they must be as many. Spec 6.9, remote checks."""
     if src is not None and src.stop > remote.geometry.num_tensors:
         raise invalid(
             f"src_layer_range reaches tensor {src.stop - 1}, "
@@ -125,7 +126,9 @@ def row_to_blocks(src: Layout, src_row: int, dst: Layout, dst_blocks: Sequence[i
     chunks = np.arange(len(dst_blocks), dtype=np.uint64) * np.uint64(block)
     lengths = np.minimum(np.uint64(block), np.uint64(row) - chunks)
     src_offsets = chunks + np.uint64(src_row * row)
-    return _for_every_tensor(src, src_offsets, dst, _offsets(dst_blocks, block), lengths).coalesced()
+    return _for_every_tensor(
+        src, src_offsets, dst, _offsets(dst_blocks, block), lengths
+    ).coalesced()
 
 
 def _offsets(blocks: Sequence[int], nbytes: int) -> U64:

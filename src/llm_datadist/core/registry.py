@@ -40,8 +40,8 @@ class Entry:
 class Registry:
     """Finds caches. Not thread-safe: the engine's lock guards it.
 
-    Ids count up from `first_id` and are never used again; whatever made an id or a key mean something else
-    gives the caches concerned another generation.
+    Ids count up from `first_id` and are never used again; whatever made an id or a
+    key mean something else gives the caches concerned another generation.
     """
 
     def __init__(self, generations: Generations, first_id: int = 1) -> None:
@@ -64,15 +64,13 @@ class Registry:
         *,
         is_remote_accessible: bool,
     ) -> Entry:
-        """Files a cache. `keys[i]` names batch row i, or the whole of a blocks cache; None names none.
+        """Files a cache. `keys[i]` names batch row i or a whole blocks cache; None names none.
 
         A blocks key moves to the newest cache; a bound key of a continuous cache stays where it is.
         """
         self._last_id += 1
         word_addr, generation = self._generations.open()
-        entry = Entry(
-            self._last_id, layout, placement, is_remote_accessible, word_addr, generation
-        )
+        entry = Entry(self._last_id, layout, placement, is_remote_accessible, word_addr, generation)
         self._entries[entry.cache_id] = entry
         for row, key in enumerate(keys):
             if key is not None:

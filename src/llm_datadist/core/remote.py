@@ -69,7 +69,7 @@ def understand(info: CacheInfo) -> RemoteCache:
 
 
 class RemoteTable:
-    """The caches of one peer in remote-accessible mode; replaced as a whole when it is refreshed."""
+    """The caches of one peer in remote-accessible mode; replaced as a whole, never changed."""
 
     def __init__(self, caches: Iterable[RemoteCache] = ()) -> None:
         self._by_id = {cache.guard.cache_id: cache for cache in caches}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llm_datadist.core.geometry import U64
+if TYPE_CHECKING:
+    from llm_datadist.core.geometry import U64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +47,7 @@ class Segments:
         return Segments(self.src[first], self.dst[first], np.add.reduceat(self.nbytes, first))
 
     def bounded(self, max_nbytes: int) -> Segments:
-        """The same bytes in pieces of at most `max_nbytes`, so that a deadline is looked at in time."""
+        """The same bytes in pieces of at most `max_nbytes`, so that deadlines are kept."""
         if not len(self) or int(self.nbytes.max()) <= max_nbytes:
             return self
         limit = np.uint64(max_nbytes)
@@ -63,10 +66,7 @@ class Segments:
         goals = ends[-1] / parts * np.arange(1, parts)
         cuts = np.searchsorted(ends, goals.astype(np.uint64), side="right")
         bounds = np.unique(np.concatenate(([0], cuts, [len(self)])))
-        return [
-            self.slice(int(start), int(stop))
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        return [self.slice(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]
 
 
 def iovecs(addrs: U64, nbytes: U64) -> U64:

@@ -1,1 +1,1 @@
-"""The engine: one per LLMDataDist, it links to peers, serves them, and moves bytes for its owner."""
+"""The engine: one per LLMDataDist; it links to peers, serves them and moves bytes."""

@@ -43,9 +43,7 @@ class Catalog:
     @property
     def probe_target(self) -> m.ProbeTarget:
         probe = self._probe
-        return m.ProbeTarget(
-            self._nonce.addr, self._nonce.nonce, probe.word_addr, probe.generation
-        )
+        return m.ProbeTarget(self._nonce.addr, self._nonce.nonce, probe.word_addr, probe.generation)
 
     def register(
         self,

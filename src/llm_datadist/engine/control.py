@@ -5,9 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.frames import FrameReader
+from llm_datadist.endpoint import is_ip_literal
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 _CHUNK_NBYTES = 64 * 1024
 _KEEPALIVE = (
@@ -32,15 +38,12 @@ class Control:
         for level, option, value in _KEEPALIVE:
             sock.setsockopt(level, option, value)
         self.socket = sock
-        self._frames = FrameReader()
+        #: holds what came behind the message received last
+        self.frames = FrameReader()
 
     def trust(self) -> None:
         """The peer is known: accept frames of full size."""
-        self._frames.max_nbytes = m.MAX_BODY_NBYTES
-
-    @property
-    def has_leftovers(self) -> bool:
-        return not self._frames.is_empty
+        self.frames.max_nbytes = m.MAX_BODY_NBYTES
 
     async def send(self, message: m.Message) -> None:
         """Raises ConnectionEnded."""
@@ -54,12 +57,12 @@ class Control:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                for message in self._frames:
+                for message in self.frames:
                     return message
                 data = await loop.sock_recv(self.socket, _CHUNK_NBYTES)
                 if not data:
                     raise ConnectionEnded("the peer closed the connection")
-                self._frames.feed(data)
+                self.frames.feed(data)
         except OSError as error:
             raise ConnectionEnded(error.strerror or str(error)) from error
         except m.ProtocolError as error:
@@ -75,10 +78,14 @@ class Control:
         self.socket.close()
 
 
-async def dial(host: str, port: int) -> Control:
-    """Connects. Raises OSError."""
+async def dial(host: str, port: int, workers: Executor) -> Control:
+    """Connects; a name is looked up in a worker thread. Raises OSError."""
     loop = asyncio.get_running_loop()
-    infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    if is_ip_literal(host):
+        infos = look_up()
+    else:
+        infos = await loop.run_in_executor(workers, look_up)
     family, kind, protocol, _, address = infos[0]
     sock = socket.socket(family, kind, protocol)
     try:

@@ -180,7 +180,7 @@ class Engine:
         endpoint = target.endpoints[0]
         deadline = Deadline.after(timeout_s)
         try:
-            control = await asyncio.wait_for(dial(*endpoint), timeout_s)
+            control = await asyncio.wait_for(dial(*endpoint, self._workers), timeout_s)
         except asyncio.TimeoutError:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in time")
         except OSError as error:
@@ -237,7 +237,7 @@ class Engine:
     async def _tell(self, endpoint: Endpoint, timeout_s: float) -> Outcome:
         """There is no link here; the peer may remember one."""
         try:
-            control = await asyncio.wait_for(dial(*endpoint), timeout_s)
+            control = await asyncio.wait_for(dial(*endpoint, self._workers), timeout_s)
         except asyncio.TimeoutError:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in time")
         except OSError as error:

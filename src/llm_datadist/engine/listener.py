@@ -1,4 +1,4 @@
-"""The listener: every connection to this engine's one port, up to the point where its purpose is known."""
+"""The listener: each connection to the one port, until it is known what it is for."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ class Listener:
             await control.send(m.ByeDone())
             return False
         await control.send(
-            m.Refused(LLMStatusCode.LLM_FAILED, f"a connection cannot begin with {type(first).__name__}")
+            m.Refused(
+                LLMStatusCode.LLM_FAILED, f"a connection cannot begin with {type(first).__name__}"
+            )
         )
         return False
 
@@ -124,12 +126,12 @@ class Listener:
 
     async def _attach(self, control: Control, attach: m.Attach) -> bool:
         session = self._sessions.get(attach.token)
-        if session is None or control.has_leftovers:
+        if session is None or not control.frames.is_empty:
             await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "there is no such link"))
             return False
         await control.send(m.Attached())
         if attach.is_reverse:
             session.streams.add(Stream(control.socket))
         else:
-            session.serve(control.socket)
+            session.serve(control)
         return True

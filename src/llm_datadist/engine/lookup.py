@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Lookup:
     """The caches of one peer. Thread-safe.
 
-    In two-sided mode the owner is asked each time. In remote-accessible mode (`is_tabled`) its whole
-    table is fetched once, and again when something is missing from it or proved stale.
+    In two-sided mode the owner is asked each time. In remote-accessible mode (`is_tabled`) its
+    whole table is fetched once, and again when something is missing from it or proved stale.
     """
 
     def __init__(self, streams: StreamPool, *, is_tabled: bool) -> None:
@@ -36,10 +36,10 @@ class Lookup:
         if not self._is_tabled:
             return self._ask(name, deadline)
         table = self._table
-        found = table and _find_in(table, name)
-        if not found:
+        found = None if table is None else _find_in(table, name)
+        if found is None:
             found = _find_in(self._fetch(table, deadline), name)
-        if not found:
+        if found is None:
             raise LLMException(
                 f"the peer has no cache named {name}", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
             )
@@ -81,7 +81,7 @@ def _find_in(table: RemoteTable, name: int | KeyName) -> tuple[RemoteCache, int]
     if isinstance(name, KeyName):
         return table.find_key(name)
     cache = table.find(name)
-    return cache and (cache, 0)
+    return None if cache is None else (cache, 0)
 
 
 def _understand(info: m.CacheInfo) -> RemoteCache:

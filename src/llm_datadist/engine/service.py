@@ -11,7 +11,6 @@ import socket
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.frames import FrameReader
 from llm_datadist.errors import LLMException
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.deadline import Deadline
@@ -23,8 +22,11 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from llm_datadist.engine.catalog import Catalog
+    from llm_datadist.engine.control import Control
 
 _CHUNK_NBYTES = 256 * 1024
+#: larger answers would keep the loop's thread from its other peers
+_INLINE_NBYTES = 256 * 1024
 #: a peer that takes no more of an answer for this long, or asks for longer, is cut off
 MAX_ANSWER_S = 600.0
 
@@ -34,24 +36,25 @@ class StreamService:
 
     def __init__(
         self,
-        sock: socket.socket,
+        control: Control,
         catalog: Catalog,
         loop: asyncio.AbstractEventLoop,
         workers: Executor,
         when_closed: Callable[[StreamService], None],
     ) -> None:
-        sock.setblocking(False)
-        self._socket = sock
+        self._socket = control.socket
+        self._frames = control.frames
+        self._frames.max_nbytes = m.MAX_BODY_NBYTES
         self._catalog = catalog
         self._loop = loop
         self._workers = workers
         self._when_closed = when_closed
-        self._frames = FrameReader(m.MAX_BODY_NBYTES)
         self._is_busy = False
         self._is_closed = False
 
     def start(self) -> None:
         self._loop.add_reader(self._socket, self._readable)
+        self._serve()  # a request may have come with the last message of the hand-shake
 
     def close(self) -> None:
         """Ends the service; a worker that is sending notices by itself."""
@@ -102,7 +105,7 @@ class StreamService:
         except LLMException as error:
             refusal = m.Refused(error.status_code, str(error)[:4000])
             sender, timeout_s = FrameSender(self._socket.fileno(), refusal), MAX_ANSWER_S
-        if not sender.advance():
+        if sender.nbytes > _INLINE_NBYTES or not sender.advance():
             self._is_busy = True
             self._loop.remove_reader(self._socket)
             self._workers.submit(self._finish, sender, Deadline.after(timeout_s))

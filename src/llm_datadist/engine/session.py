@@ -65,7 +65,7 @@ class Session:
         self._link = link
         #: where the caller reached its peer; None at the listener
         self.endpoint = endpoint
-        self._address = control.socket.getpeername()
+        self._host, self._port = control.socket.getpeername()[:2]
         self.streams = StreamPool(self._open_stream)
         self.lookup = Lookup(self.streams, is_tabled=context.me.is_remote_accessible)
         self._channels: dict[str, Channel] = {}
@@ -80,7 +80,7 @@ class Session:
         self._running = 0
         self._shut_because: str | None = "the link is still being made"
 
-    # -- what the peer said, once it is linked --------------------------------------------------
+    # -- what the peer said, once it is linked --
 
     @property
     def cluster_id(self) -> int:
@@ -125,11 +125,11 @@ class Session:
         same_way = self.is_caller == other.is_caller and self.instance == other.instance
         return same_way or (self.endpoint is not None and self.endpoint == other.endpoint)
 
-    # -- operations, in any thread ---------------------------------------------------------------
+    # -- operations, in any thread --
 
     @contextmanager
     def operation(self) -> Iterator[None]:
-        """Holds the link for one transfer. Raises LLMException(LLM_NOT_YET_LINK) when it is gone."""
+        """Holds the link for one transfer. Raises LLM_NOT_YET_LINK when it is gone."""
         with self._gate:
             if self._shut_because is not None:
                 raise LLMException(self._shut_because, LLMStatusCode.LLM_NOT_YET_LINK)
@@ -151,7 +151,7 @@ class Session:
         with self._gate:
             self._shut_because = None
 
-    # -- the link's life, in the loop's thread -----------------------------------------------------
+    # -- the link's life, in the loop's thread --
 
     async def greet(self, actions: Sequence[lk.Action], timeout_s: float) -> None:
         """The hand-shake from its first actions on; afterwards the link is made or closed."""
@@ -207,11 +207,11 @@ class Session:
     def when_closed(self, call: Callable[[], object]) -> None:
         self._on_close.append(call)
 
-    def serve(self, sock: socket.socket) -> None:
+    def serve(self, control: Control) -> None:
         """Answers the peer's requests on a connection of its."""
         context = self._context
         service = StreamService(
-            sock, context.catalog, context.loop, context.workers, self._services.discard
+            control, context.catalog, context.loop, context.workers, self._services.discard
         )
         self._services.add(service)
         service.start()
@@ -295,7 +295,7 @@ class Session:
             )
 
     async def _add_service(self) -> None:
-        control = await dial(*self._address[:2])
+        control = await dial(self._host, self._port, self._context.workers)
         try:
             await control.send(m.Attach(self.token, is_reverse=True))
             answer = await control.receive()
@@ -303,7 +303,7 @@ class Session:
             control.close()
             raise
         if isinstance(answer, m.Attached) and not self.is_closed:
-            self.serve(control.socket)
+            self.serve(control)
         else:
             control.close()
 
@@ -315,7 +315,7 @@ class Session:
             return None
         try:
             sock = socket.create_connection(
-                self._address[:2], deadline.require("opening a stream to the peer")
+                (self._host, self._port), deadline.require("opening a stream to the peer")
             )
         except OSError as error:
             raise LLMException(

@@ -17,25 +17,27 @@ import multiprocessing as mp
 import os
 import signal
 import traceback
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_datadist.cache import Cache
-from llm_datadist.cache_manager import CacheManager
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.config import LLMConfig
 from llm_datadist.datadist import LLMDataDist
-from llm_datadist.errors import LLMStatusCode
-from llm_datadist.keys import BlocksCacheKey, CacheKey
 from llm_datadist.types import CacheDesc, DataType, LLMRole, Placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
 
-P = ParamSpec("P")
+    from typing_extensions import Self
+
+    from llm_datadist.cache import Cache
+    from llm_datadist.cache_manager import CacheManager
+    from llm_datadist.errors import LLMStatusCode
+    from llm_datadist.keys import BlocksCacheKey, CacheKey
+
 T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
 
@@ -137,7 +139,7 @@ class NodeProcess:
         self._process.start()
         theirs.close()
 
-    def __enter__(self) -> NodeProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -148,17 +150,13 @@ class NodeProcess:
         assert self._process.pid is not None
         return self._process.pid
 
-    def call(
-        self, function: Callable[Concatenate[Node, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    def call(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """Runs `function(node, *args)` there; its result, or the exception it raised."""
         self.begin(function, *args, **kwargs)
-        result: T = self.result()
+        result: T = self.result()  # type: ignore[assignment]  # what the function returned
         return result
 
-    def begin(
-        self, function: Callable[Concatenate[Node, P], object], *args: P.args, **kwargs: P.kwargs
-    ) -> None:
+    def begin(self, function: Callable[..., object], *args: object, **kwargs: object) -> None:
         """Starts a call whose outcome `result` waits for."""
         self._pipe.send((function, args, kwargs))
 

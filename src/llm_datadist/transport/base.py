@@ -1,7 +1,7 @@
 """The narrow door: what a transport is to the engine, and how a path is verified.
 
-A transport knows addresses, lengths and its peer's offer. It knows nothing of caches, keys, roles or
-sessions; a Guard is passed through to whoever can check it.
+A transport knows addresses, lengths and its peer's offer. It knows nothing of caches, keys, roles
+or sessions; a Guard is passed through to whoever can check it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 from llm_datadist.core.remote import Guard
 from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.transport.deadline import Deadline
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from llm_datadist.core.messages import ProbeTarget
+    from llm_datadist.transport.deadline import Deadline
     from llm_datadist.transport.stream import Stream
 
 NONCE_NBYTES = 16
 
 
 class PathUnavailable(Exception):
-    """This transport cannot reach this peer. `is_remarkable`: somebody could and should mend that."""
+    """This transport cannot reach this peer; `is_remarkable` when somebody should mend that."""
 
     def __init__(self, reason: str, *, is_remarkable: bool = True) -> None:
         super().__init__(reason)

@@ -1,7 +1,7 @@
-"""Same host: `process_vm_readv`, one copy from the peer's memory into ours, no peer thread involved.
+"""Same host: `process_vm_readv`, one copy from the peer's memory to ours, without its doing.
 
-Needs the same host, PID namespace and user, and under Yama a ptracer grant. Whether it really works
-is found out by reading the peer's nonce, not by guessing from such facts; they only serve to say why.
+Needs the same host, PID namespace and user, and under Yama a ptracer grant. Whether it works is
+found out by reading the peer's nonce, not by guessing from such facts; they only serve to say why.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ import errno
 import os
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from llm_datadist.core.generations import WORD_NBYTES
-from llm_datadist.core.geometry import U64
-from llm_datadist.core.remote import Guard
-from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
 from llm_datadist.transport.base import Channel, PathUnavailable, StaleCache, Streams
-from llm_datadist.transport.deadline import Deadline
-from llm_datadist.transport.movers import Movers
+
+if TYPE_CHECKING:
+    from llm_datadist.core.geometry import U64
+    from llm_datadist.core.remote import Guard
+    from llm_datadist.core.segments import Segments
+    from llm_datadist.transport.deadline import Deadline
+    from llm_datadist.transport.movers import Movers
 
 #: one system call moves at most this much, so that a deadline is looked at in time
 _CALL_NBYTES = 64 * 1024 * 1024
@@ -145,7 +149,7 @@ class CmaChannel:
         addr, nbytes = (int(value) for value in remote[index])
         return _not_mapped("remote", addr, nbytes)
 
-    def _can_read(self, pid: int, addr: int, nbytes: int, landing: np.ndarray) -> bool:  # type: ignore[type-arg]
+    def _can_read(self, pid: int, addr: int, nbytes: int, landing: npt.NDArray[Any]) -> bool:
         vectors = np.array([[landing.ctypes.data, nbytes], [addr, nbytes]], dtype=np.uint64)
         base = vectors.ctypes.data
         try:

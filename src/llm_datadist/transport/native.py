@@ -23,17 +23,13 @@ _PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-_vm_signature = [
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-]
 _process_vm_readv = _libc.process_vm_readv
 _process_vm_readv.restype = ctypes.c_ssize_t
-_process_vm_readv.argtypes = _vm_signature
+_process_vm_readv.argtypes = (
+    ctypes.c_int,
+    *(ctypes.c_void_p, ctypes.c_ulong) * 2,
+    ctypes.c_ulong,
+)
 
 
 class _Msghdr(ctypes.Structure):
@@ -57,7 +53,7 @@ for _call in (_sendmsg, _recvmsg):
 def process_vm_readv(pid: int, local_addr: int, remote_addr: int, count: int) -> int:
     """Copies from `pid`'s iovecs to ours; both arrays lie here and have `count` elements.
 
-    Returns the bytes copied, which are fewer than asked for where an address is bad. Raises OSError.
+    Returns the bytes copied, fewer than asked for where an address is bad. Raises OSError.
     """
     return _retried(_process_vm_readv, pid, local_addr, count, remote_addr, count, 0)
 
@@ -75,7 +71,7 @@ def recvmsg(fd: int, vectors: U64, flags: int = 0) -> int:
 
 
 def allow_tracing_by_same_user() -> None:
-    """Lets processes of this user read our memory where Yama asks for a grant. Raises OSError."""
+    """Lets this user's processes read our memory where Yama wants a grant. Raises OSError."""
     _retried(_libc.prctl, _PR_SET_PTRACER, ctypes.c_ulong(_PR_SET_PTRACER_ANY), 0, 0, 0)
 
 

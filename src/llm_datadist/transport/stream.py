@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.geometry import U64
 from llm_datadist.core.link import status_of
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
@@ -18,6 +17,7 @@ from llm_datadist.transport import native
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from llm_datadist.core.geometry import U64
     from llm_datadist.transport.deadline import Deadline
 
 _TIMEVAL = struct.Struct("ll")
@@ -44,10 +44,15 @@ class Stream:
             body = self._receive_exactly(m.body_nbytes(header, m.MAX_BODY_NBYTES), deadline)
             return m.decode(body)
         except m.ProtocolError as error:
-            raise LLMException(f"the peer answered garbage: {error}", LLMStatusCode.LLM_FAILED) from error
+            raise LLMException(
+                f"the peer answered garbage: {error}", LLMStatusCode.LLM_FAILED
+            ) from error
 
     def receive_into(self, vectors: U64, deadline: Deadline) -> None:
-        """Fills memory by address, in order, using up `vectors`. An address that is not mapped is LLM_PARAM_INVALID."""
+        """Fills memory by address, in order, using up `vectors`.
+
+        An address that is not mapped is LLM_PARAM_INVALID.
+        """
         while len(vectors):
             with _mapped_errors(self._socket, socket.SO_RCVTIMEO, deadline):
                 got = native.recvmsg(self._socket.fileno(), vectors, native.MSG_WAITALL)
@@ -109,4 +114,3 @@ def _timeval(seconds: float) -> bytes:
 
 def _lost(reason: str) -> LLMException:
     return LLMException(f"the peer is gone: {reason}", LLMStatusCode.LLM_NOT_YET_LINK)
-

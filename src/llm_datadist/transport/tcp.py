@@ -79,7 +79,12 @@ class TcpChannel:
 def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadline) -> None:
     columns = np.concatenate((piece.src, piece.nbytes)).astype("<u8", copy=False).tobytes()
     timeout_ms = max(1, int(deadline.require("the transfer") * 1000))
-    answer = stream.ask(m.Read(guard.cache_id, guard.generation, timeout_ms, columns), deadline)
+    try:
+        answer = stream.ask(m.Read(guard.cache_id, guard.generation, timeout_ms, columns), deadline)
+    except RequestRefused as refused:
+        if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
+            raise StaleCache(guard) from refused
+        raise
     if not isinstance(answer, m.Sending) or answer.nbytes != piece.total_nbytes:
         raise LLMException(f"the peer answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
     trailer = np.zeros(2, dtype="<u8")
@@ -109,14 +114,21 @@ class FrameSender:
 
     def __init__(self, fd: int, message: m.Message) -> None:
         self._fd = fd
+        self._window = native.IOV_MAX
         self._frame = np.frombuffer(m.encode(message), dtype=np.uint8)  # kept for its memory
         self._vectors = np.array([[self._frame.ctypes.data, self._frame.nbytes]], dtype=np.uint64)
+
+    @property
+    def nbytes(self) -> int:
+        """What is left to send."""
+        return int(self._vectors[:, 1].sum())
 
     def advance(self) -> bool:
         """Sends what the socket takes now; True when all is sent. Raises OSError."""
         while len(self._vectors):
             try:
-                sent = native.sendmsg(self._fd, self._vectors, native.MSG_DONTWAIT)
+                window = self._vectors[: self._window]
+                sent = native.sendmsg(self._fd, window, native.MSG_DONTWAIT)
             except BlockingIOError:
                 return False
             self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
@@ -149,16 +161,19 @@ class Sender(FrameSender):
             except OSError as error:
                 if error.errno != errno.EFAULT or self._is_trailing:
                     raise
-                self._fill_up()
+                self._pass_fault()
                 continue
             if self._is_trailing:
                 return True
             self._add_trailer()
 
-    def _fill_up(self) -> None:
+    def _pass_fault(self) -> None:
         """The memory is gone: keeps the stream in step with zeros, and says so in the trailer."""
+        if self._window > 1:  # one bad vector fails a call that has good ones in front of it
+            self._window = 1
+            return
         self._bad_addr = int(self._vectors[0, 0])
-        missing = int(self._vectors[:, 1].sum())
+        missing = self.nbytes
         lengths = np.full(-(-missing // _FILLER.nbytes), _FILLER.nbytes, dtype=np.uint64)
         lengths[-1] = missing - (len(lengths) - 1) * _FILLER.nbytes
         self._vectors = iovecs(np.full(len(lengths), _FILLER.ctypes.data, np.uint64), lengths)

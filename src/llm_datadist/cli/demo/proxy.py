@@ -94,7 +94,7 @@ class Proxy:
             request = self.requests[message.request_id]
             request.note_token(message.token, message.text, time.monotonic())
         elif isinstance(message, Finished):
-            self.requests[message.request_id].is_finished = True
+            self.requests[message.request_id].finished_s = time.monotonic()
         self._terminal.show_answers(self.requests)
 
 

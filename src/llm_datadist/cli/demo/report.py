@@ -42,7 +42,7 @@ class Report:
 
     def to_table(self) -> Table:
         """A row a request."""
-        table = Table(padding=(0, 0))
+        table = Table(padding=(0, 1))
         for heading in (
             "prompt\ntokens",
             "blocks",
@@ -89,6 +89,8 @@ def _figures(request: Request) -> dict[str, object]:
         "kv_bytes": request.nbytes,
         "transfer_ms": request.transfer_s * 1e3,
         "gb_per_s": request.gb_per_s,
+        "submitted_s": request.submitted_s,
+        "finished_s": request.finished_s,
         "time_to_first_token_s": request.time_to_first_token_s,
         "identical": request.is_identical,
         "tokens": request.tokens,

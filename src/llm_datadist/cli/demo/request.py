@@ -26,7 +26,7 @@ class Request:
     transfer_s: float = 0.0
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    is_finished: bool = False
+    finished_s: float | None = None
     #: the tokens of plain generation in one process
     plain_tokens: list[int] = field(default_factory=list)
 
@@ -46,6 +46,11 @@ class Request:
             self.first_token_s = now_s
         self.tokens.append(token)
         self.text += text
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the answer is complete."""
+        return self.finished_s is not None
 
     @property
     def is_identical(self) -> bool:

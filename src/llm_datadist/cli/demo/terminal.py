@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from llm_datadist.cli.demo.model_source import ModelSource
     from llm_datadist.cli.demo.request import Request
 
-_EXCERPT = 60
-
 
 class LoadingBars:
     """One bar for each worker."""
@@ -43,8 +41,9 @@ class Terminal:
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
+        #: the request whose answer streams, and the characters shown of it; None: not its heading
         self._current = 0
-        self._num_shown = 0
+        self._num_shown: int | None = None
 
     def show_start(self, model: ModelSource, num_threads: int) -> None:
         """Say what is about to happen."""
@@ -67,16 +66,17 @@ class Terminal:
         """Print what is new of the answers, in the order of the requests."""
         while self._current < len(requests) and requests[self._current].tokens:
             request = requests[self._current]
-            if not self._num_shown:
+            if self._num_shown is None:
                 self._show_heading(request)
-            # a rest of nothing but line ends would only leave a gap below the answer
-            text = request.text.rstrip() if request.is_finished else request.text
+                self._num_shown = 0
+            # without the blank lines around it; those inside come with the text that follows them
+            text = request.text.strip()
             self._console.out(text[self._num_shown :], end="", highlight=False)
-            self._num_shown = max(self._num_shown, len(text))
+            self._num_shown = len(text)
             if not request.is_finished:
                 return
             self._console.out("")
-            self._current, self._num_shown = self._current + 1, 0
+            self._current, self._num_shown = self._current + 1, None
 
     def proving_bar(self, requests: Sequence[Request]) -> Iterator[Request]:
         """Go through `requests` under a bar."""
@@ -96,12 +96,12 @@ class Terminal:
         self._say(verdict, "bold")
 
     def _show_heading(self, request: Request) -> None:
-        words = " ".join(request.prompt.text.split())
-        excerpt = words if len(words) <= _EXCERPT else f"{words[:_EXCERPT]}…"
+        *context, question = request.prompt.text.split("\n\n")
         self._console.out("")
-        self._say(f"[{request.request_id + 1}] {excerpt}", "bold cyan")
+        self._say(f"[{request.request_id + 1}] {'… ' if context else ''}{question}", "bold cyan")
+        blocks = "1 block" if request.num_blocks == 1 else f"{request.num_blocks} blocks"
         self._say(
-            f"    {request.num_tokens} prompt tokens, {request.num_blocks} blocks pulled: "
+            f"    {request.num_tokens} prompt tokens; {blocks} pulled: "
             f"{request.kv_mib:.1f} MiB in {request.transfer_s * 1e3:.1f} ms",
             "dim",
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from typing import TYPE_CHECKING
 
 from llm_datadist.cli.demo.failure import DemoError
 from llm_datadist.cli.demo.messages import Failed, Loading
+from llm_datadist.observe.log import LOGGER_NAME
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -18,11 +20,28 @@ if TYPE_CHECKING:
     ToProxy = Connection[ToParent, ToWorker]
 
 
+class LoggedErrors(logging.Handler):
+    """Keeps what the library logs as an error, instead of a print amid the answers."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._messages: list[str] = []
+        logging.getLogger(LOGGER_NAME).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage())
+
+    def added_to(self, message: str) -> str:
+        """`message`, and below it what was logged."""
+        return "\n".join([message, *self._messages])
+
+
 def run(role: Role, parent: ToProxy, settings: Settings) -> None:
     """Be a worker until the parent closes its end, which is the order to stop.
 
     Whatever goes wrong is told to the parent, which owns the terminal.
     """
+    errors = LoggedErrors()
     # Everything is on this machine: without this, transformers would ask the network first.
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -31,9 +50,10 @@ def run(role: Role, parent: ToProxy, settings: Settings) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except DemoError as error:
-        parent.send(Failed(str(error), error.exit_code))
+        parent.send(Failed(errors.added_to(str(error)), error.exit_code))
     except Exception as error:
-        parent.send(Failed(f"{role} failed: {error!r}", 1, traceback.format_exc()))
+        message = errors.added_to(f"{role} failed: {error!r}")
+        parent.send(Failed(message, DemoError.exit_code, traceback.format_exc()))
 
 
 def _serve(role: Role, parent: ToProxy, settings: Settings) -> None:

@@ -1,0 +1,59 @@
+"""Fixtures: a node in this process, and processes with nodes to link it to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from llm_datadist.testing.cluster import Node, NodeProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MODES = [
+    pytest.param(False, id="two-sided"),
+    pytest.param(True, id="remote-accessible"),
+]
+PATHS = ["cma", "tcp"]
+
+
+@pytest.fixture(scope="session")
+def peer_process() -> Iterator[NodeProcess]:
+    """One process for all tests that do not harm it."""
+    with NodeProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def peer(peer_process: NodeProcess) -> Iterator[NodeProcess]:
+    """A process whose node is stopped after the test."""
+    yield peer_process
+    peer_process.call(Node.stop)
+
+
+@pytest.fixture
+def victim() -> Iterator[NodeProcess]:
+    """A process of the test's own, to be killed or stopped."""
+    with NodeProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    """A node in this process."""
+    node = Node()
+    yield node
+    node.stop()
+
+
+@pytest.fixture(params=MODES)
+def is_accessible(request: pytest.FixtureRequest) -> bool:
+    """Both modes: two-sided and remote-accessible."""
+    return bool(request.param)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    """Both paths that every machine has."""
+    return str(request.param)

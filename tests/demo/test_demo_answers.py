@@ -1,0 +1,94 @@
+"""The demo as a user runs it: five prompts, two processes, the same tokens as one process alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import COMMAND, figures, run, run_demo
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+BLOCK_TOKENS = 16
+
+
+@pytest.fixture(scope="module", params=["cma", "tcp"])
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def answered(path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The figures of one run over `path`, which has to succeed and to print nothing but the demo."""
+    file = tmp_path_factory.mktemp("demo") / "figures.json"
+    done = run_demo("--path", path, "--max-new-tokens", "12", "--json", str(file))
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "demo: 5/5 identical"
+    return figures(file)
+
+
+def test_every_answer_is_that_of_one_process_alone(answered: dict[str, Any], path: str) -> None:
+    assert answered["path"] == path
+    assert answered["path_reason"] == ""
+    assert answered["num_identical"] == 5
+    for request in answered["requests"]:
+        assert request["identical"] is True
+        assert request["tokens"] == request["plain_tokens"]
+
+
+def test_the_prompts_go_from_less_than_a_block_to_1500_tokens(answered: dict[str, Any]) -> None:
+    lengths = [request["prompt_tokens"] for request in answered["requests"]]
+    assert len(set(lengths)) == 5
+    assert min(lengths) < BLOCK_TOKENS
+    assert max(lengths) >= 1500
+
+
+def test_exactly_the_blocks_of_a_request_are_moved(answered: dict[str, Any]) -> None:
+    #: 30 layers of K and V, 3 heads of 64 float32
+    block_nbytes = 30 * 2 * BLOCK_TOKENS * 3 * 64 * 4
+    for request in answered["requests"]:
+        assert request["blocks"] == -(-request["prompt_tokens"] // BLOCK_TOKENS)
+        assert request["kv_bytes"] == request["blocks"] * block_nbytes
+
+
+def test_the_next_prompt_is_computed_while_the_last_one_is_answered(
+    answered: dict[str, Any],
+) -> None:
+    requests = answered["requests"]
+    overlaps = [
+        later["submitted_s"] < earlier["finished_s"]
+        for earlier, later in zip(requests, requests[1:], strict=False)
+    ]
+    assert overlaps == [True] * 4
+
+
+def test_the_answers_are_about_the_prompts(answered: dict[str, Any]) -> None:
+    assert "Paris" in answered["requests"][0]["text"]
+    assert "lighthouse" in answered["requests"][1]["text"]
+
+
+def test_without_permission_to_read_memory_it_works_over_tcp_and_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = _run_without_foreign_memory("--max-new-tokens", "2", "--json", str(file))
+    assert done.returncode == 0
+    assert "demo: 5/5 identical" in done.stdout
+    assert "not the fastest path: cma" in done.stdout
+    assert "Operation not permitted" in done.stdout
+    assert figures(file)["path"] == "tcp"
+    assert "Operation not permitted" in figures(file)["path_reason"]
+
+
+def test_a_path_that_is_insisted_on_but_not_permitted_is_an_error_with_the_remedy() -> None:
+    done = _run_without_foreign_memory("--path", "cma")
+    assert done.returncode == 1
+    assert "try --path auto" in done.stderr
+    assert "Operation not permitted" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _run_without_foreign_memory(*options: str) -> Any:
+    script = Path(__file__).with_name("without_foreign_memory.py")
+    return run(sys.executable, str(script), *COMMAND, "demo", *options)

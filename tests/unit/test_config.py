@@ -1,0 +1,278 @@
+"""LLMConfig. Spec 4.1, 4.2; 10, row 26."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from llm_datadist.config import LLMConfig, LlmConfig
+from llm_datadist.errors import LLMException, LLMStatusCode
+
+ALWAYS = {"llm.MemoryUtilization": "0.95"}
+
+
+def options_with(**values: Any) -> dict[str, str]:
+    config = LLMConfig()
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config.generate_options()
+
+
+def test_a_new_config_writes_the_memory_utilization_only() -> None:
+    assert LLMConfig().generate_options() == ALWAYS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "entries"),
+    [
+        ("device_id", 3, {"ge.exec.deviceId": "3", "ge.session_device_id": "3"}),
+        ("device_id", [2, 1, 0], {"ge.exec.deviceId": "2;1;0", "ge.session_device_id": "2"}),
+        ("device_id", (0,), {"ge.exec.deviceId": "0", "ge.session_device_id": "0"}),
+        ("sync_kv_timeout", 500, {"llm.SyncKvCacheWaitTime": "500"}),
+        ("sync_kv_timeout", "500", {"llm.SyncKvCacheWaitTime": "500"}),
+        ("listen_ip_info", "1.2.3.4:5", {"llm.listenIpInfo": "1.2.3.4:5"}),
+        ("listen_ip_info", "no check", {"llm.listenIpInfo": "no check"}),
+        ("listen_ip_info", "", {}),
+        ("deploy_res_path", "/x", {"llm.deployResPath": "/x"}),
+        ("deploy_res_path", "", {}),
+        ("ge_options", {"a": "b"}, {"a": "b"}),
+        ("enable_switch_role", True, {"llm.EnableSwitchRole": "1"}),
+        ("enable_switch_role", False, {}),
+        ("enable_cache_manager", True, {"llm.EnableCacheManager": "1"}),
+        ("enable_cache_manager", False, {"llm.EnableCacheManager": "0"}),
+        ("enable_cache_manager", None, {}),
+        ("enable_remote_cache_accessible", True, {"llm.EnableRemoteCacheAccessible": "1"}),
+        ("enable_remote_cache_accessible", False, {"llm.EnableRemoteCacheAccessible": "0"}),
+        ("mem_pool_cfg", "{}", {"llm.MemPoolConfig": "{}"}),
+        ("mem_pool_cfg", "", {}),
+        ("host_mem_pool_cfg", "{}", {"llm.HostMemPoolConfig": "{}"}),
+        ("host_mem_pool_cfg", "", {}),
+        ("buf_pool_cfg", "{}", {"llm.BufPoolCfg": "{}"}),
+        ("buf_pool_cfg", "", {}),
+        ("rdma_traffic_class", 100, {"llm.RdmaTrafficClass": "100"}),
+        ("rdma_service_level", 100, {"llm.RdmaServiceLevel": "100"}),
+        ("local_comm_res", "", {"llm.LocalCommRes": ""}),
+        ("local_comm_res", None, {}),
+        ("transfer_backend", "hixl", {"llm.TransferBackend": "hixl"}),
+        ("transfer_backend", "", {"llm.TransferBackend": ""}),
+        ("global_resource_config", "", {"llm.GlobalResourceConfig": ""}),
+        ("link_total_time", 2**32 - 1, {"llm.LinkTotalTime": "4294967295"}),
+        ("link_total_time", 0, {"llm.LinkTotalTime": "0"}),
+        ("link_retry_count", 100, {"llm.LinkRetryCount": "100"}),
+        ("output_max_size", 7, {"llm.OutputMaxSize": "7"}),
+        ("output_max_size", None, {}),
+        ("cluster_info", "", {}),
+        ("mem_utilization", 0.5, {"llm.MemoryUtilization": "0.5"}),
+        ("transfer_path", "cma", {"llm_datadist.Path": "cma"}),
+        ("transfer_path", None, {}),
+    ],
+)
+def test_a_property_writes_its_entries(name: str, value: Any, entries: dict[str, str]) -> None:
+    assert options_with(**{name: value}) == {**ALWAYS, **entries}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("device_id", None),
+        ("sync_kv_timeout", None),
+        ("listen_ip_info", ""),
+        ("deploy_res_path", ""),
+        ("ge_options", {}),
+        ("enable_switch_role", False),
+        ("enable_cache_manager", False),
+        ("enable_remote_cache_accessible", False),
+        ("mem_pool_cfg", ""),
+        ("host_mem_pool_cfg", ""),
+        ("buf_pool_cfg", ""),
+        ("rdma_traffic_class", None),
+        ("rdma_service_level", None),
+        ("local_comm_res", ""),
+        ("transfer_backend", ""),
+        ("global_resource_config", ""),
+        ("link_total_time", 0),
+        ("link_retry_count", 1),
+        ("cluster_info", ""),
+        ("output_max_size", None),
+        ("mem_utilization", 0.95),
+        ("transfer_path", ""),
+    ],
+)
+def test_a_property_that_was_not_set_has_its_documented_value(name: str, value: object) -> None:
+    assert getattr(LLMConfig(), name) == value
+
+
+@pytest.mark.parametrize("value", [3, [1, 2], (1, 2)])
+def test_the_device_is_read_back_as_it_was_set(value: Any) -> None:
+    config = LLMConfig()
+    config.device_id = value
+    assert config.device_id is value
+
+
+TEXTS = [
+    "listen_ip_info",
+    "deploy_res_path",
+    "mem_pool_cfg",
+    "host_mem_pool_cfg",
+    "buf_pool_cfg",
+    "local_comm_res",
+    "transfer_backend",
+    "global_resource_config",
+    "cluster_info",
+    "transfer_path",
+]
+SWITCHES = ["enable_switch_role", "enable_cache_manager", "enable_remote_cache_accessible"]
+NUMBERS = ["link_total_time", "link_retry_count", "rdma_traffic_class", "rdma_service_level"]
+
+
+WRONG_TYPES: dict[str, list[Any]] = {
+    **{name: [1, ["x"], b"x"] for name in TEXTS},
+    **{name: [1, "1"] for name in SWITCHES},
+    **{name: [None, "1", 1.0, True] for name in NUMBERS},
+    "device_id": [None, "0", 1.0, True, [0, "1"], [True], {0}],
+    "sync_kv_timeout": [None, 1.0, True, [1]],
+    "mem_utilization": [None, 1, "0.5", True],
+    "output_max_size": ["1", 1.0, True],
+    "ge_options": [[], "a", {"a": 1}, {1: "a"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values]
+)
+def test_a_value_of_another_type_is_a_type_error(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name}.*only support"):
+        setattr(LLMConfig(), name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("device_id", 2**31),
+        ("device_id", [0, 2**31]),
+        ("sync_kv_timeout", 2**31),
+        ("sync_kv_timeout", "2147483648"),
+        ("rdma_traffic_class", -1),
+        ("rdma_traffic_class", 2**32),
+        ("rdma_service_level", 2**32),
+    ],
+)
+def test_a_number_too_wide_is_a_value_error(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        setattr(LLMConfig(), name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("device_id", -1),
+        ("device_id", [0, -1]),
+        ("device_id", []),
+        ("sync_kv_timeout", 0),
+        ("sync_kv_timeout", "0"),
+        ("sync_kv_timeout", -1),
+        ("sync_kv_timeout", "-1"),
+        ("sync_kv_timeout", "1.5"),
+        ("sync_kv_timeout", ""),
+        ("sync_kv_timeout", "²"),
+        ("link_total_time", -1),
+        ("link_total_time", 2**32),
+        ("link_retry_count", 0),
+        ("link_retry_count", 101),
+        ("mem_utilization", -0.1),
+        ("mem_utilization", 1.1),
+        ("mem_utilization", float("nan")),
+        ("cluster_info", "{"),
+        ("transfer_path", "rdma"),
+        ("transfer_path", ""),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_param_invalid(name: str, value: Any) -> None:
+    with pytest.raises(LLMException, match=name) as caught:
+        setattr(LLMConfig(), name, value)
+    assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
+
+
+def test_a_refused_value_leaves_the_old_one() -> None:
+    config = LLMConfig()
+    config.link_retry_count = 5
+    with pytest.raises(LLMException):
+        config.link_retry_count = 101
+    assert config.link_retry_count == 5
+
+
+def test_properties_go_before_ge_options() -> None:
+    options = options_with(
+        ge_options={"llm.listenIpInfo": "old", "llm.Own": "kept"}, listen_ip_info="new"
+    )
+    assert options == {**ALWAYS, "llm.listenIpInfo": "new", "llm.Own": "kept"}
+
+
+def test_an_option_that_is_unset_again_is_gone() -> None:
+    config = LLMConfig()
+    config.mem_pool_cfg = "{}"
+    config.generate_options()
+    config.mem_pool_cfg = ""
+    assert config.generate_options() == ALWAYS
+
+
+def test_options_are_what_was_generated_last() -> None:
+    config = LLMConfig()
+    generated = config.generate_options()
+    generated["llm.Own"] = "1"
+    assert config.options is generated
+
+
+def test_options_are_empty_before_anything_is_generated() -> None:
+    assert LLMConfig().options == {}
+
+
+def test_options_cannot_be_assigned() -> None:
+    with pytest.raises(AttributeError):
+        LLMConfig().options = {}  # type: ignore[misc]
+
+
+def test_editing_generated_options_does_not_change_the_config() -> None:
+    config = LLMConfig()
+    config.generate_options()["llm.Own"] = "1"
+    assert config.generate_options() == ALWAYS
+
+
+def test_gen_options_is_the_same_function() -> None:
+    assert LLMConfig.gen_options is LLMConfig.generate_options
+
+
+def test_both_names_are_the_same_class() -> None:
+    assert LlmConfig is LLMConfig
+
+
+def test_an_attribute_that_is_no_option_may_be_assigned() -> None:
+    assert options_with(enable_cahce_manager=True) == ALWAYS
+
+
+@pytest.mark.parametrize(("flag", "text"), [(True, "1"), (False, "0")])
+def test_the_private_attribute_of_a_property_is_honoured(flag: bool, text: str) -> None:
+    entries = {"llm.EnableRemoteCacheAccessible": text}
+    assert options_with(_enable_remote_cache_accessible=flag) == {**ALWAYS, **entries}
+
+
+def test_two_configs_do_not_share_their_values() -> None:
+    one, other = LLMConfig(), LLMConfig()
+    one.ge_options["a"] = "b"
+    one.device_id = 1
+    assert other.generate_options() == ALWAYS
+
+
+def test_addresses_in_cluster_info_are_stored_as_little_endian_ints() -> None:
+    text = '{"cluster_id": 0, "listen_ip_info": [{"ip": "1.2.3.4", "port": 5}, {"ip": 9}]}'
+    options = options_with(cluster_info=text)
+    assert json.loads(options["llm.ClusterInfo"]) == {
+        "cluster_id": 0,
+        "listen_ip_info": [{"ip": 0x04030201, "port": 5}, {"ip": 9}],
+    }
+
+
+def test_a_property_documents_itself() -> None:
+    assert "page_shift" in (LLMConfig.mem_pool_cfg.__doc__ or "")

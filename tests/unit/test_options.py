@@ -1,0 +1,286 @@
+"""Options.parse. Spec 4.4, 5.1; 10, rows 3 and 5-9."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_datadist.config import LLMConfig
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.options import BufPoolConfig, Endpoint, Options, PoolConfig, parse_listen
+from llm_datadist.types import LLMRole
+
+MANAGER = {"llm.EnableCacheManager": "1"}
+LISTEN = {"llm.listenIpInfo": "1.2.3.4:5"}
+HIXL = {"llm.TransferBackend": "hixl"}
+
+
+@pytest.fixture(autouse=True)
+def _no_path_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLM_DATADIST_PATH", raising=False)
+
+
+def parse(options: Any) -> Options:
+    return Options.parse(LLMRole.PROMPT, options)
+
+
+def refusal(options: Any) -> LLMException:
+    with pytest.raises(LLMException) as caught:
+        parse(options)
+    return caught.value
+
+
+def test_the_manager_alone_gives_the_documented_defaults() -> None:
+    assert parse(MANAGER) == Options(
+        role=LLMRole.PROMPT,
+        device_id=0,
+        listen=None,
+        cache_manager=True,
+        remote_accessible=False,
+        sync_timeout_s=1.0,
+        link_total_time_s=0,
+        link_retry_count=1,
+        device_pool=None,
+        host_pool=None,
+        buf_pool=None,
+        transfer_backend=None,
+        local_comm_res=None,
+        enable_switch_role=False,
+        path="auto",
+    )
+
+
+def test_every_option_arrives_in_its_field() -> None:
+    config = LLMConfig()
+    config.device_id = 3
+    config.sync_kv_timeout = 2500
+    config.listen_ip_info = "1.2.3.4:5"
+    config.enable_switch_role = True
+    config.enable_cache_manager = True
+    config.enable_remote_cache_accessible = True
+    config.mem_pool_cfg = '{"memory_size": 131072}'
+    config.host_mem_pool_cfg = '{"memory_size": 1024, "page_shift": 10}'
+    config.buf_pool_cfg = '{"buf_pool_size": 1024}'
+    config.local_comm_res = "not looked into"
+    config.transfer_backend = "hixl"
+    config.link_total_time = 60
+    config.link_retry_count = 3
+    config.transfer_path = "tcp"
+    assert Options.parse(LLMRole.MIX, config.generate_options()) == Options(
+        role=LLMRole.MIX,
+        device_id=3,
+        listen=Endpoint("1.2.3.4", 5),
+        cache_manager=True,
+        remote_accessible=True,
+        sync_timeout_s=2.5,
+        link_total_time_s=60,
+        link_retry_count=3,
+        device_pool=PoolConfig(131072, 16),
+        host_pool=PoolConfig(1024, 10),
+        buf_pool=BufPoolConfig((), 1024),
+        transfer_backend="hixl",
+        local_comm_res="not looked into",
+        enable_switch_role=True,
+        path="tcp",
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [None, [], "llm.EnableCacheManager", [("a", "b")], {"a": 1}, {1: "a"}]
+)
+def test_options_are_a_dict_of_texts(options: Any) -> None:
+    with pytest.raises(TypeError, match=r"options.*only support"):
+        parse(options)
+
+
+def test_the_callers_dict_is_left_as_it_is() -> None:
+    options = {**MANAGER, **LISTEN, **HIXL}
+    parse(options)
+    assert options == {**MANAGER, **LISTEN, **HIXL}
+
+
+def test_unknown_keys_are_passed_over() -> None:
+    assert parse({**MANAGER, "llm.Role": "Decoder", "my.own": ""}) == parse(MANAGER)
+
+
+def test_no_role_is_param_invalid() -> None:
+    none: Any = None
+    with pytest.raises(LLMException, match="role is None") as caught:
+        Options.parse(none, MANAGER)
+    assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
+
+
+def test_a_role_of_another_type_is_a_type_error() -> None:
+    role: Any = 1
+    with pytest.raises(TypeError, match="role only supports LLMRole"):
+        Options.parse(role, MANAGER)
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({}, (False, False)),
+        ({"llm.EnableRemoteCacheAccessible": "1"}, (False, False)),
+        ({"llm.EnableCacheManager": "0"}, (False, False)),
+        ({"llm.EnableCacheManager": "true"}, (False, False)),
+        (MANAGER, (True, False)),
+        ({**MANAGER, "llm.EnableRemoteCacheAccessible": "1"}, (True, True)),
+        ({**MANAGER, "llm.EnableRemoteCacheAccessible": "0"}, (True, False)),
+        ({"llm.LocalCommRes": ""}, (True, True)),
+        ({"llm.LocalCommRes": "{}"}, (True, True)),
+        ({"llm.LocalCommRes": "", **MANAGER}, (True, True)),
+        ({"llm.LocalCommRes": "", "llm.EnableRemoteCacheAccessible": "0"}, (True, False)),
+        ({**HIXL, **LISTEN, **MANAGER}, (True, True)),
+        ({**HIXL, **LISTEN, "llm.LocalCommRes": ""}, (True, True)),
+        ({**HIXL, **LISTEN, **MANAGER, "llm.EnableRemoteCacheAccessible": "1"}, (True, True)),
+    ],
+)
+def test_the_mode_follows_from_what_is_given(
+    options: dict[str, str], mode: tuple[bool, bool]
+) -> None:
+    parsed = parse(options)
+    assert (parsed.cache_manager, parsed.remote_accessible) == mode
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"llm.LocalCommRes": "", "llm.EnableCacheManager": "0"}, "EnableCacheManager must be 1"),
+        ({**HIXL, **LISTEN}, "EnableCacheManager must be 1"),
+        ({**HIXL, **LISTEN, "llm.EnableCacheManager": "0"}, "EnableCacheManager must be 1"),
+        (
+            {**HIXL, **LISTEN, **MANAGER, "llm.EnableRemoteCacheAccessible": "0"},
+            "EnableRemoteCacheAccessible must not be 0",
+        ),
+        ({**HIXL, **MANAGER}, "llm.listenIpInfo is needed"),
+        ({**LISTEN, **MANAGER, "llm.TransferBackend": ""}, 'must be "hixl"'),
+        ({**LISTEN, **MANAGER, "llm.TransferBackend": "nccl"}, 'must be "hixl"'),
+        ({**MANAGER, "llm.EnableRemoteCacheAccessible": "yes"}, "must be 0 or 1, got 'yes'"),
+        ({**MANAGER, "llm.EnableRemoteCacheAccessible": ""}, "must be 0 or 1"),
+    ],
+)
+def test_modes_that_exclude_each_other_are_param_invalid(
+    options: dict[str, str], text: str
+) -> None:
+    error = refusal(options)
+    assert text in str(error)
+    assert error.status_code is LLMStatusCode.LLM_PARAM_INVALID
+
+
+@pytest.mark.parametrize("name", ["ge.exec.deviceId", "llm.DeviceId"])
+def test_the_device_has_two_keys(name: str) -> None:
+    assert parse({**MANAGER, name: "7"}).device_id == 7
+
+
+@pytest.mark.parametrize("name", ["llm.listenIpInfo", "llm.ListenIpInfo"])
+@pytest.mark.parametrize(
+    ("text", "listen"),
+    [
+        ("1.2.3.4:5", ("1.2.3.4", 5)),
+        ("0.0.0.0:0", ("0.0.0.0", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+    ],
+)
+def test_the_listening_address_has_two_keys(name: str, text: str, listen: tuple[str, int]) -> None:
+    assert parse({**MANAGER, name: text}).listen == listen
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"ge.exec.deviceId": "1"}, {"llm.DeviceId": "2"}),
+        (LISTEN, {"llm.ListenIpInfo": "1.2.3.4:6"}),
+    ],
+)
+def test_two_keys_of_one_option_must_agree(one: dict[str, str], other: dict[str, str]) -> None:
+    assert "are one option and differ" in str(refusal({**MANAGER, **one, **other}))
+
+
+@pytest.mark.parametrize("mode", [{}, MANAGER])
+@pytest.mark.parametrize(
+    "text", ["", "1.2.3.4", "1.2.3.4:5:6", "::1:5", "localhost:5", "1.2:5", "1.2.3.4:5;1.2.3.4:6"]
+)
+def test_a_listening_address_of_another_form_is_param_invalid(
+    mode: dict[str, str], text: str
+) -> None:
+    error = refusal({**mode, "llm.listenIpInfo": text})
+    assert "llm.listenIpInfo" in str(error)
+    assert error.status_code is LLMStatusCode.LLM_PARAM_INVALID
+
+
+@pytest.mark.parametrize("port", ["x", "", "-1", "65536"])
+def test_a_listening_port_that_is_none_is_a_value_error(port: str) -> None:
+    with pytest.raises(ValueError, match=r"port of llm\.listenIpInfo"):
+        parse({**MANAGER, "llm.listenIpInfo": f"1.2.3.4:{port}"})
+
+
+def test_the_listening_address_can_be_read_alone() -> None:
+    assert parse_listen({**LISTEN, "llm.MemPoolConfig": "not looked at"}) == ("1.2.3.4", 5)
+
+
+def test_no_listening_address_is_none() -> None:
+    assert parse_listen({}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("ge.exec.deviceId", ["", "x", "-1", "1.0", "0;1", "2147483648", "9" * 5000]),
+        ("llm.SyncKvCacheWaitTime", ["", "x", "-1", "1.5", "0", "2147483648", "²"]),
+        ("llm.LinkTotalTime", ["", "x", "-1", "2147483648"]),
+        ("llm.LinkRetryCount", ["", "x", "0", "101"]),
+        ("llm.RdmaTrafficClass", ["", "x", "-1", "4294967296"]),
+        ("llm.RdmaServiceLevel", ["", "x", "-1", "4294967296"]),
+        ("ge.flowGraphMemMaxSize", ["", "1.23", "-1", "1,2", "x"]),
+        ("llm.MemPoolConfig", ["", "{}", "[]"]),
+        ("llm.HostMemPoolConfig", ["", "{}", "[]"]),
+        ("llm.BufPoolCfg", ["", "[]"]),
+        ("llm_datadist.Path", ["", "rdma"]),
+    ],
+)
+def test_a_value_that_cannot_be_is_param_invalid(name: str, values: list[str]) -> None:
+    errors = [refusal({**MANAGER, name: value}) for value in values]
+    assert {error.status_code for error in errors} == {LLMStatusCode.LLM_PARAM_INVALID}
+
+
+@pytest.mark.parametrize("value", [[1], 1, None])
+def test_the_graph_memory_is_a_text(value: Any) -> None:
+    with pytest.raises(TypeError, match="only support"):
+        parse({**MANAGER, "ge.flowGraphMemMaxSize": value})
+
+
+def test_the_graph_memory_is_no_pool_of_the_cache_manager() -> None:
+    assert parse({**MANAGER, "ge.flowGraphMemMaxSize": "131072"}).device_pool is None
+
+
+def test_the_graph_memory_is_the_pool_of_the_v1_mode() -> None:
+    assert parse({"ge.flowGraphMemMaxSize": "131072"}).device_pool == PoolConfig(131072)
+
+
+def test_resources_that_are_no_json_are_accepted() -> None:
+    assert parse({"llm.LocalCommRes": "{broken"}).local_comm_res == "{broken"
+
+
+def test_the_environment_gives_the_path_when_no_option_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LLM_DATADIST_PATH", "tcp")
+    assert parse(MANAGER).path == "tcp"
+
+
+def test_an_option_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_DATADIST_PATH", "tcp")
+    assert parse({**MANAGER, "llm_datadist.Path": "auto"}).path == "auto"
+
+
+def test_an_empty_environment_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_DATADIST_PATH", "")
+    assert parse(MANAGER).path == "auto"
+
+
+def test_a_wrong_path_in_the_environment_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LLM_DATADIST_PATH", "rdma")
+    assert "environment variable LLM_DATADIST_PATH" in str(refusal(MANAGER))
