@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ class KeyName(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One cache that this process registered."""
+    """One cache of this process, registered or allocated."""
 
     cache_id: int
     layout: Layout
@@ -33,8 +33,18 @@ class Entry:
     is_remote_accessible: bool
     word_addr: int
     generation: int
-    #: batch row -> its key; a blocks cache has its keys under row 0
+    #: the memory is the library's: keys and the id hold references to it
+    is_owned: bool = False
+    #: the user has not deallocated it
+    has_id_reference: bool = True
+    #: key -> batch row; a blocks cache has its key at row 0
     keys: dict[KeyName, int] = field(default_factory=dict)
+    #: tensors that layered pulls by a key have still to take before the key is used up
+    remaining: dict[KeyName, set[int]] = field(default_factory=dict)
+
+    def key_at(self, row: int) -> KeyName | None:
+        """The key that a pull of this row uses up; a prefix key is none."""
+        return next((k for k, at in self.keys.items() if at == row and not k.is_prefix), None)
 
 
 class Registry:
@@ -44,8 +54,12 @@ class Registry:
     key mean something else gives the caches concerned another generation.
     """
 
-    def __init__(self, generations: Generations, first_id: int = 1) -> None:
+    def __init__(
+        self, generations: Generations, first_id: int = 1, *, peers_keep_tables: bool = True
+    ) -> None:
         self._generations = generations
+        #: peers that ask each time need no new generation when only a key goes
+        self._peers_keep_tables = peers_keep_tables
         self._entries: dict[int, Entry] = {}
         self._by_key: dict[KeyName, Entry] = {}
         self._last_id = first_id - 1
@@ -68,14 +82,71 @@ class Registry:
 
         A blocks key moves to the newest cache; a bound key of a continuous cache stays where it is.
         """
-        self._last_id += 1
-        word_addr, generation = self._generations.open()
-        entry = Entry(self._last_id, layout, placement, is_remote_accessible, word_addr, generation)
-        self._entries[entry.cache_id] = entry
+        entry = self._add(layout, placement, is_remote_accessible=is_remote_accessible)
         for row, key in enumerate(keys):
             if key is not None:
                 self._bind(entry, key, row)
         return entry
+
+    def allocate(
+        self, layout: Layout, placement: Placement, keys: Sequence[KeyName | None]
+    ) -> Entry:
+        """Files a cache in the library's memory; the id and each key hold a reference. Spec 6.2.
+
+        Of a key given twice the last counts (D2). Raises LLMException(LLM_PARAM_INVALID) for more
+        keys than rows and for a key that is bound already.
+        """
+        rows = {key: row for row, key in enumerate(keys) if key is not None}
+        if len(keys) > layout.geometry.num_rows:
+            raise invalid(f"{len(keys)} keys for {layout.geometry.num_rows} rows")
+        for key in rows:
+            if key in self._by_key:
+                raise invalid(
+                    f"{key} names cache {self._by_key[key].cache_id} already; remove that key first"
+                )
+        entry = self._add(layout, placement, is_remote_accessible=True)
+        entry.is_owned = True
+        for key, row in rows.items():
+            self._bind(entry, key, row)
+        return entry
+
+    def deallocate(self, cache_id: int) -> Entry | None:
+        """Drops the id's reference; the entry if it is free now. Spec 6.5.
+
+        A blocks cache goes at once with its key. Nothing happens to a registered cache.
+        """
+        entry = self._entries.get(cache_id)
+        if entry is None or not entry.is_owned:
+            return None
+        entry.has_id_reference = False
+        if entry.layout.geometry.has_batch_rows and entry.keys:
+            return None
+        return self.unregister(cache_id)
+
+    def remove_key(self, key: KeyName) -> Entry | None:
+        """Unbinds a key of an allocated cache; the entry if it is free now. Spec 6.6."""
+        entry = self._by_key.get(key)
+        if entry is None or not entry.is_owned:
+            return None
+        return self._unbind(entry, key)
+
+    def use_up(self, cache_id: int, row: int, tensors: range | None) -> Entry | None:
+        """A peer has pulled these tensors of a row (None: all); the entry if it is free now.
+
+        The row's key goes once all tensors have been taken, in however many pieces. Prefix keys
+        and keys of registered caches stay. Spec 6.7.
+        """
+        entry = self._entries.get(cache_id)
+        key = entry.key_at(row) if entry is not None and entry.is_owned else None
+        if entry is None or key is None or not entry.layout.geometry.has_batch_rows:
+            return None
+        if tensors is not None:
+            everything = range(entry.layout.geometry.num_tensors)
+            left = entry.remaining.setdefault(key, set(everything))
+            left.difference_update(tensors)
+            if left:
+                return None
+        return self._unbind(entry, key)
 
     def unregister(self, cache_id: int) -> Entry | None:
         """Forgets a cache and its keys; what peers know of it is stale from here on."""
@@ -101,6 +172,22 @@ class Registry:
             kind = "prefix_id" if key.is_prefix else "req_id"
             raise _missing(f"no cache has the key {kind}={key.id}, model_id={key.model_id}")
         return entry, entry.keys[key]
+
+    def _add(self, layout: Layout, placement: Placement, *, is_remote_accessible: bool) -> Entry:
+        self._last_id += 1
+        word_addr, generation = self._generations.open()
+        entry = Entry(self._last_id, layout, placement, is_remote_accessible, word_addr, generation)
+        self._entries[entry.cache_id] = entry
+        return entry
+
+    def _unbind(self, entry: Entry, key: KeyName) -> Entry | None:
+        del self._by_key[key], entry.keys[key]
+        entry.remaining.pop(key, None)
+        if not entry.has_id_reference and not entry.keys:
+            return self.unregister(entry.cache_id)
+        if self._peers_keep_tables:
+            entry.generation = self._generations.renew(entry.word_addr)
+        return None
 
     def _bind(self, entry: Entry, key: KeyName, row: int) -> None:
         holder = self._by_key.get(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from llm_datadist.transport.tcp import requested_columns
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from llm_datadist.core.geometry import U64
 
@@ -78,14 +79,18 @@ class Catalog:
             for entry in list(self._registry.entries()):
                 self._registry.unregister(entry.cache_id)
 
-    def acquire(self, cache_id: int) -> Entry:
-        """A local cache whose memory stays ours until `release`. Raises LLM_KV_CACHE_NOT_EXIST."""
+    @contextmanager
+    def use(self, cache_id: int) -> Iterator[Entry]:
+        """A cache of ours whose memory stays it meanwhile. Raises LLM_KV_CACHE_NOT_EXIST."""
         with self._lock:
             entry = self._find(cache_id)
             self._in_use[cache_id] = self._in_use.get(cache_id, 0) + 1
-            return entry
+        try:
+            yield entry
+        finally:
+            self._release(entry)
 
-    def release(self, entry: Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         with self._lock:
             left = self._in_use[entry.cache_id] - 1
             if left:

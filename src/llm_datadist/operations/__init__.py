@@ -1,0 +1,1 @@
+"""The operations of a CacheManager: their rules, and what they ask of the engine."""

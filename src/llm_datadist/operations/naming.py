@@ -1,0 +1,67 @@
+"""Keys: which are allowed where, and what they are looked up by."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+from llm_datadist.core.registry import KeyName
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.keys import NO_ID, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, is_valid_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llm_datadist.core.remote import RemoteCache
+
+AnyKey: TypeAlias = CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey
+
+
+def name_of(key: CacheKey | BlocksCacheKey) -> KeyName | None:
+    """What a key is filed under; None for a placeholder. Spec 6.2."""
+    if isinstance(key, BlocksCacheKey):
+        return KeyName(NO_ID, key.model_id)
+    if is_valid_id(key.prefix_id):
+        return KeyName(key.prefix_id, key.model_id, is_prefix=True)
+    return KeyName(key.req_id, key.model_id) if is_valid_id(key.req_id) else None
+
+
+def lookup_name(key: AnyKey) -> int | KeyName:
+    """What a peer's cache is looked up by. Raises LLMException for a key that names nothing."""
+    if isinstance(key, CacheKeyByIdAndIndex):
+        return key.cache_id
+    name = name_of(key)
+    if name is None:
+        raise invalid(f"{key} has neither a req_id nor a prefix_id")
+    if not 0 <= name.model_id < 2**64:
+        raise LLMException(f"no cache can have {key}", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+    return name
+
+
+def check_one_id(key: AnyKey) -> None:
+    """A CacheKey to be pulled names either a request or a prefix. Spec 6.9."""
+    if isinstance(key, CacheKey) and is_valid_id(key.req_id) == is_valid_id(key.prefix_id):
+        raise invalid(f"{key} must have exactly one of req_id and prefix_id")
+
+
+def row_of(key: AnyKey, remote: RemoteCache, row: int) -> int:
+    """The remote row, by index or by key; one that is not there is LLM_KV_CACHE_NOT_EXIST."""
+    if isinstance(key, CacheKeyByIdAndIndex):
+        row = key.batch_index
+    geometry = remote.layout.geometry
+    if geometry.has_batch_rows and row >= geometry.num_rows:
+        raise LLMException(
+            f"the peer's cache {remote.guard.cache_id} has no row {row}, but {geometry.num_rows}",
+            LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+        )
+    return row
+
+
+@contextmanager
+def named(template: str, key: object, cache_id: int) -> Iterator[None]:
+    """Failures inside say which call they belong to; `template` has {key} and {cache_id}."""
+    try:
+        yield
+    except LLMException as error:
+        what = template.format(key=key, cache_id=cache_id)
+        raise LLMException(f"{what}: {error}", error.status_code) from error

@@ -1,0 +1,198 @@
+"""Pulling: a peer's row or blocks into a cache of ours. Spec 6.9, 6.10."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from llm_datadist.cache import Cache
+from llm_datadist.checks import (
+    check_int64,
+    check_object,
+    check_optional,
+    check_sequence,
+    check_type,
+    check_uint32,
+)
+from llm_datadist.core import plan
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist.operations.naming import AnyKey, check_one_id, lookup_name, named, row_of
+from llm_datadist.types import Placement
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from llm_datadist.core.geometry import Geometry, Layout
+    from llm_datadist.core.registry import Entry
+    from llm_datadist.core.remote import RemoteCache
+    from llm_datadist.core.segments import Segments
+    from llm_datadist.engine.engine import Engine
+
+
+def pull_cache(
+    engine: Engine,
+    cache_key: object,
+    cache: object,
+    batch_index: object,
+    size: object,
+    options: Mapping[str, object],
+) -> None:
+    """See CacheManager.pull_cache."""
+    key = _check_row_key(cache_key)
+    if engine.options.remote_accessible:
+        check_type("cache_key with remote access enabled", key, CacheKeyByIdAndIndex)
+    target = check_object("cache", cache, Cache)
+    dst_row = check_uint32("batch_index", batch_index)
+    asked = check_int64("size", size)
+    if target.is_blocks_cache:
+        raise invalid("cache is a blocks cache: use pull_blocks")
+    if asked != -1 and asked <= 0:
+        raise invalid(f"size must be -1 or greater than 0, got {size}")
+    tensors = _Tensors.parse(options)
+    check_one_id(key)
+    with _destination(engine, target, "pull_cache", key) as entry:
+        local = entry.layout
+        nbytes = local.geometry.row_nbytes if asked == -1 else asked
+        if dst_row >= local.geometry.num_rows:
+            raise invalid(
+                f"batch_index {dst_row} is out of range: our cache has rows 0 to "
+                f"{local.geometry.num_rows - 1}"
+            )
+        plan.check_batch_rows(local.geometry, nbytes, "destination")
+        tensors.check(local.geometry)
+
+        def segments(remote: RemoteCache, row: int) -> Segments:
+            row = row_of(key, remote, row)
+            _check_access(engine, remote, entry)
+            plan.check_batch_rows(remote.layout.geometry, nbytes, "source")
+            src, dst = tensors.select(remote.layout, local)
+            return plan.row_to_row(src, row, dst, dst_row, nbytes)
+
+        engine.pull(key.cluster_id, lookup_name(key), segments)
+
+
+def pull_blocks(
+    engine: Engine,
+    src_cache_key: object,
+    dst_cache: object,
+    src_blocks: object,
+    dst_blocks: object,
+    options: Mapping[str, object],
+) -> None:
+    """See CacheManager.pull_blocks."""
+    key = _check_any_key(src_cache_key)
+    target = check_object("dst_cache", dst_cache, Cache)
+    src_list = check_sequence("src_blocks", src_blocks, int)
+    dst_list = check_sequence("dst_blocks", dst_blocks, int)
+    if not target.is_blocks_cache:
+        raise invalid("dst_cache is no blocks cache: use pull_cache")
+    if not dst_list:
+        raise invalid("dst_blocks is empty: name the blocks to fill")
+    tensors = _Tensors.parse(options)
+    _check_source_blocks(key, src_list, dst_list)
+    check_one_id(key)
+    with _destination(engine, target, "pull_blocks", key) as entry:
+        local = entry.layout
+        plan.check_blocks(local.geometry, dst_list, "destination")
+        tensors.check(local.geometry)
+
+        def segments(remote: RemoteCache, row: int) -> Segments:
+            row = row_of(key, remote, row)
+            _check_access(engine, remote, entry)
+            src, dst = tensors.select(remote.layout, local)
+            if isinstance(key, BlocksCacheKey):
+                plan.check_blocks(src.geometry, src_list, "source")
+                return plan.blocks_to_blocks(src, src_list, dst, dst_list)
+            plan.check_batch_rows(src.geometry, 0, "source")
+            return plan.row_to_blocks(src, row, dst, dst_list)
+
+        engine.pull(key.cluster_id, lookup_name(key), segments)
+
+
+class _Tensors:
+    """Which tensors a pull moves: its layer ranges, as ranges of tensors."""
+
+    __slots__ = ("_dst", "_per_layer", "_src")
+
+    def __init__(self, src: range | None, dst: range | None, per_layer: int) -> None:
+        self._src = plan.tensors_of_layers(src, per_layer)
+        self._dst = plan.tensors_of_layers(dst, per_layer)
+        self._per_layer = per_layer
+
+    @classmethod
+    def parse(cls, options: Mapping[str, object]) -> _Tensors:
+        per_layer = check_uint32("tensor_num_per_layer", options.get("tensor_num_per_layer", 2))
+        if not per_layer:
+            raise invalid("tensor_num_per_layer must be greater than 0")
+        src = _check_layers("src_layer_range", options.get("src_layer_range"))
+        dst = _check_layers("dst_layer_range", options.get("dst_layer_range"))
+        return cls(src, dst, per_layer)
+
+    def check(self, local: Geometry) -> None:
+        plan.check_pulled_tensors(local, self._src, self._dst, self._per_layer)
+
+    def select(self, remote: Layout, local: Layout) -> tuple[Layout, Layout]:
+        return plan.select_pulled_tensors(remote, local, self._src, self._dst)
+
+
+@contextmanager
+def _destination(engine: Engine, cache: Cache, verb: str, key: AnyKey) -> Iterator[Entry]:
+    """Our cache, held for one transfer, whose failures get named by it."""
+    with named(verb + " of {key} into cache {cache_id}", key, cache.cache_id):
+        if engine.is_self(key.cluster_id):
+            raise invalid("the key names this cluster itself; only a linked peer can be pulled")
+        with engine.catalog.use(cache.cache_id) as entry:
+            yield entry
+
+
+def _check_layers(name: str, value: object) -> range | None:
+    layers = check_optional(name, value, range)
+    if not layers:
+        return None
+    if layers.step != 1 or layers.start < 0:
+        raise invalid(f"{name} must count up by 1 from 0 or more, got {layers}")
+    check_uint32(f"the end of {name}", layers.stop)
+    return layers
+
+
+def _check_row_key(key: object) -> CacheKey | CacheKeyByIdAndIndex:
+    if key is None:
+        raise AttributeError("cache_key is None: pass a CacheKey or CacheKeyByIdAndIndex")
+    return check_type("cache_key", key, CacheKey, CacheKeyByIdAndIndex)
+
+
+def _check_any_key(key: object) -> AnyKey:
+    if key is None:
+        raise AttributeError("src_cache_key is None: pass the key of the source")
+    return check_type("src_cache_key", key, CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey)
+
+
+def _check_source_blocks(key: AnyKey, src: Sequence[int], dst: Sequence[int]) -> None:
+    if not isinstance(key, BlocksCacheKey):
+        if src:
+            raise invalid(f"src_blocks must be empty: the source of {key} is a batch row")
+    elif not src:
+        raise invalid("src_blocks is empty: name the blocks to pull")
+    elif len(src) != len(dst):
+        raise invalid(f"{len(src)} src_blocks do not pair with {len(dst)} dst_blocks")
+
+
+def _check_access(engine: Engine, remote: RemoteCache, local: Entry) -> None:
+    """The rules on access and placement. Spec 6.9."""
+    if engine.options.remote_accessible:
+        if not local.is_remote_accessible:
+            raise invalid(
+                f"our cache {local.cache_id} is not remote accessible: register it with "
+                "remote_accessible=True"
+            )
+    elif remote.placement == local.placement == Placement.HOST:
+        raise LLMException(
+            "both caches are placed on HOST: enable_remote_cache_accessible moves those too",
+            LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+        )
+    if not remote.is_remote_accessible:
+        raise invalid(
+            f"the peer's cache {remote.guard.cache_id} is not remote accessible: its owner must "
+            "register it with remote_accessible=True"
+        )
