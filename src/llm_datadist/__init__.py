@@ -1,6 +1,7 @@
 """LLM-DataDist on any machine: moves the KV cache of large language models between processes."""
 
 from llm_datadist.cache import Cache
+from llm_datadist.cache_task import CacheTask
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.config import LLMConfig, LlmConfig
 from llm_datadist.datadist import LLMDataDist
@@ -23,6 +24,7 @@ __all__ = [
     "CacheDesc",
     "CacheKey",
     "CacheKeyByIdAndIndex",
+    "CacheTask",
     "DataType",
     "LLMClusterInfo",
     "LLMConfig",

@@ -135,7 +135,9 @@ class TransferWithCacheKeyConfig:
             )
         self.src_batch_index = src_batch_index
         if isinstance(cache_key, BlocksCacheKey) and src_batch_index != 0:
-            raise invalid(f"src_batch_index {src_batch_index} != 0 while cache_key names blocks")
+            raise invalid(
+                f"src_batch_index {src_batch_index} != 0 while src is blocks, as cache_key is"
+            )
 
     def __repr__(self) -> str:
         return (

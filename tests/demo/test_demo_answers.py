@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import COMMAND, figures, run, run_demo
+
+from llm_datadist.cli.demo.model_source import find_model
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -21,7 +24,7 @@ def path(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def answered(path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The figures of one run over `path`, which has to succeed and to print nothing but the demo."""
+    """The figures of one run over `path`, which has to succeed."""
     file = tmp_path_factory.mktemp("demo") / "figures.json"
     done = run_demo("--path", path, "--max-new-tokens", "12", "--json", str(file))
     assert done.stderr == ""
@@ -59,8 +62,7 @@ def test_the_next_prompt_is_computed_while_the_last_one_is_answered(
 ) -> None:
     requests = answered["requests"]
     overlaps = [
-        later["submitted_s"] < earlier["finished_s"]
-        for earlier, later in zip(requests, requests[1:], strict=False)
+        later["submitted_s"] < earlier["finished_s"] for earlier, later in pairwise(requests)
     ]
     assert overlaps == [True] * 4
 
@@ -92,3 +94,38 @@ def test_a_path_that_is_insisted_on_but_not_permitted_is_an_error_with_the_remed
 def _run_without_foreign_memory(*options: str) -> Any:
     script = Path(__file__).with_name("without_foreign_memory.py")
     return run(sys.executable, str(script), *COMMAND, "demo", *options)
+
+
+def test_a_local_folder_can_be_the_model_and_blocks_another_size(tmp_path: Path) -> None:
+    folder, file = tmp_path / "tiny", tmp_path / "figures.json"
+    _write_tiny_model(folder)
+    options = ("--block-tokens", "50", "--max-new-tokens", "20", "--json", str(file))
+    done = run_demo("--model", str(folder), *options)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    found = figures(file)
+    assert (found["model"], found["block_tokens"]) == ("tiny", 50)
+    for request in found["requests"]:
+        assert request["blocks"] == -(-request["prompt_tokens"] // 50)
+        assert len(request["tokens"]) == 20
+
+
+def _write_tiny_model(folder: Path) -> None:
+    """A Llama of two layers with random weights, and the tokenizer of the packaged model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    packaged = find_model(None).path
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(packaged.parent, gguf_file=packaged.name)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)

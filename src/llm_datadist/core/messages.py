@@ -7,10 +7,14 @@ this file; nothing else is accepted, and a length is checked before anything is 
 from __future__ import annotations
 
 import struct
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import msgspec
+import numpy as np
 from msgspec import Meta
+
+if TYPE_CHECKING:
+    from llm_datadist.core.geometry import U64
 
 PROTOCOL_VERSION = 1
 
@@ -143,7 +147,10 @@ class Resolve(Message, tag=20):
 
 
 class CacheInfo(Message, tag=21):
-    """All that a peer may know of a cache; `addrs` are little-endian u64."""
+    """All that a peer may know of a cache; `addrs` are little-endian u64.
+
+    `is_owned` says that its library allocated it: a pull by one of its keys uses that key up.
+    """
 
     cache_id: int
     kind: UInt
@@ -152,6 +159,7 @@ class CacheInfo(Message, tag=21):
     row_nbytes: UInt
     placement: UInt
     is_remote_accessible: bool
+    is_owned: bool
     generation: UInt
     word_addr: UInt
     addrs: bytes
@@ -190,6 +198,37 @@ class Sending(Message, tag=26):
     nbytes: UInt
 
 
+class UseUp(Message, tag=27):
+    """These tensors of a row have been pulled (none: all); its key has done its duty."""
+
+    cache_id: int
+    row: UInt
+    first_tensor: UInt
+    num_tensors: UInt
+
+
+class Fetch(Message, tag=28):
+    """Pull this from me into your cache; so it is that a push never writes where it must not.
+
+    `columns` is u64 little-endian: source addresses, destination addresses, lengths. The cache is
+    named by id and generation, or by its addresses alone (id None). `deadline_at` is the sender's
+    monotonic clock, which is the receiver's too where both share a host.
+    """
+
+    cache_id: int | None
+    generation: UInt
+    src_cache_id: int
+    src_generation: UInt
+    src_word_addr: UInt
+    timeout_ms: UInt
+    deadline_at: float
+    columns: bytes
+
+
+class Done(Message, tag=29):
+    """What was asked for has been done."""
+
+
 AnyMessage: TypeAlias = (
     Hello
     | Welcome
@@ -209,6 +248,9 @@ AnyMessage: TypeAlias = (
     | Caches
     | Read
     | Sending
+    | UseUp
+    | Fetch
+    | Done
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -231,6 +273,18 @@ def body_nbytes(header: bytes | bytearray | memoryview, max_nbytes: int) -> int:
     if nbytes > max_nbytes:
         raise ProtocolError(f"a frame of {nbytes} bytes is over the cap of {max_nbytes}")
     return int(nbytes)
+
+
+def columns_of(data: bytes, count: int) -> list[U64]:
+    """The `count` equal columns in which a request lists segments. Raises ProtocolError."""
+    if len(data) % (8 * count) or len(data) > 8 * count * MAX_REQUEST_SEGMENTS:
+        raise ProtocolError(f"{len(data)} bytes are no {count} columns of segments")
+    return np.split(np.frombuffer(data, dtype="<u8").astype(np.uint64, copy=False), count)
+
+
+def pack_columns(*columns: U64) -> bytes:
+    """The reverse of `columns_of`."""
+    return np.concatenate(columns).astype("<u8", copy=False).tobytes()
 
 
 def decode(body: bytes | bytearray | memoryview) -> AnyMessage:

@@ -7,7 +7,7 @@ cut into blocks by its own length, not by the tensor's (O11).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -15,9 +15,14 @@ from llm_datadist.core.segments import Segments
 from llm_datadist.errors import invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from llm_datadist.core.geometry import U64, Geometry, Layout
+    from llm_datadist.core.remote import RemoteCache
+
+
+#: what a transfer asks for, given the peer's cache and the row that is meant
+Planner: TypeAlias = "Callable[[RemoteCache, int], Segments]"
 
 
 def tensors_of_layers(layers: range | None, tensors_per_layer: int) -> range | None:
@@ -82,6 +87,32 @@ def row_to_row(src: Layout, src_row: int, dst: Layout, dst_row: int, nbytes: int
     dst_start = np.uint64(dst_row * dst.geometry.row_nbytes)
     lengths = np.full(len(src.addrs), nbytes, dtype=np.uint64)
     return Segments(src.addrs + src_start, dst.addrs + dst_start, lengths).coalesced()
+
+
+def row_part_to_row(
+    src: Layout, src_row: int, dst: Layout, dst_row: int, offset: int, nbytes: int
+) -> Segments:
+    """`nbytes` (-1: the rest) behind `offset` of a row, to that offset of another. Spec 6.8."""
+    if src.geometry.num_tensors != dst.geometry.num_tensors:
+        raise invalid(
+            f"{src.geometry.num_tensors} source tensors for {dst.geometry.num_tensors} "
+            "destination tensors"
+        )
+    room = min(src.geometry.row_nbytes, dst.geometry.row_nbytes) - offset
+    wanted = src.geometry.row_nbytes - offset if nbytes == -1 else nbytes
+    for row, side, whose in ((src_row, src, "source"), (dst_row, dst, "destination")):
+        if row >= side.geometry.num_rows:
+            raise invalid(
+                f"batch index {row} is out of range: the {whose} has {side.geometry.num_rows} rows"
+            )
+    if room <= 0 or wanted > room:
+        raise invalid(
+            f"{wanted} bytes from offset {offset} on do not fit rows of "
+            f"{src.geometry.row_nbytes} and {dst.geometry.row_nbytes} bytes"
+        )
+    part = row_to_row(src, src_row, dst, dst_row, wanted)
+    start = np.uint64(offset)
+    return Segments(part.src + start, part.dst + start, part.nbytes)
 
 
 def check_blocks(geometry: Geometry, blocks: Sequence[int], whose: str) -> None:

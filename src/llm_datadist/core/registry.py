@@ -70,6 +70,11 @@ class Registry:
     def entries(self) -> Iterable[Entry]:
         return self._entries.values()
 
+    def is_owned(self, cache_id: int) -> bool:
+        """Whether the id names an allocated cache."""
+        entry = self._entries.get(cache_id)
+        return entry is not None and entry.is_owned
+
     def register(
         self,
         layout: Layout,

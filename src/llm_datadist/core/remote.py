@@ -31,7 +31,23 @@ class RemoteCache:
     layout: Layout
     placement: int
     is_remote_accessible: bool
+    is_owned: bool
     keys: dict[KeyName, int]
+
+    def has_key_at(self, row: int) -> bool:
+        """Whether a pull of this row uses up a key."""
+        return self.is_owned and any(
+            at == row and not key.is_prefix for key, at in self.keys.items()
+        )
+
+
+class RemoteRow(NamedTuple):
+    """Where a transfer reaches into a peer: a cache, or a row of it."""
+
+    cluster_id: int
+    name: int | KeyName  #: its id, or one of its keys
+    row: int | None = None  #: None: the row that the key names
+    tensors: range | None = None  #: those that are moved; None: all
 
 
 def describe(entry: Entry) -> CacheInfo:
@@ -45,6 +61,7 @@ def describe(entry: Entry) -> CacheInfo:
         row_nbytes=geometry.row_nbytes,
         placement=entry.placement,
         is_remote_accessible=entry.is_remote_accessible,
+        is_owned=entry.is_owned,
         generation=entry.generation,
         word_addr=entry.word_addr,
         addrs=entry.layout.addrs.astype("<u8", copy=False).tobytes(),
@@ -64,6 +81,7 @@ def understand(info: CacheInfo) -> RemoteCache:
         Layout(geometry, np.frombuffer(info.addrs, dtype="<u8").astype(np.uint64, copy=False)),
         info.placement,
         info.is_remote_accessible,
+        info.is_owned,
         {KeyName(key_id, model_id, prefix): row for key_id, model_id, prefix, row in info.keys},
     )
 

@@ -16,13 +16,13 @@ from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import describe
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
-from llm_datadist.transport.tcp import requested_columns
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from llm_datadist.core.geometry import U64
+    from llm_datadist.memory.arena import MemoryPool
 
 _PROBE_ID = 0
 
@@ -30,11 +30,19 @@ _PROBE_ID = 0
 class Catalog:
     """The registry behind a lock, and what peers may ask of it. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, pools: Mapping[Placement, MemoryPool], *, peers_keep_tables: bool) -> None:
+        #: where allocated caches lie, by placement
+        self.pools = pools
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._in_use: dict[int, int] = {}
-        self._registry = Registry(Generations(secrets.randbits(62)), first_id=_PROBE_ID)
+        #: freed while in use: their memory goes back to its pool with the last use
+        self._doomed: dict[int, Entry] = {}
+        self._registry = Registry(
+            Generations(secrets.randbits(62)),
+            first_id=_PROBE_ID,
+            peers_keep_tables=peers_keep_tables,
+        )
         self._nonce = ProbeNonce()
         geometry = Geometry(CacheKind.CONTINUOUS, 1, 1, NONCE_NBYTES)
         self._probe = self._registry.register(
@@ -62,9 +70,12 @@ class Catalog:
     def unregister(self, cache_id: int, timeout_s: float) -> None:
         """Forgets a cache, once the transfers of this process that use its memory have ended.
 
-        Raises LLMException(LLM_TIMEOUT) when they do not end; the cache then stays.
+        An unknown id is no error, nor is that of an allocated cache, which stays (O19). Raises
+        LLMException(LLM_TIMEOUT) when the transfers do not end; the cache then stays.
         """
         with self._lock:
+            if self._registry.is_owned(cache_id):
+                return
             if not self._idle.wait_for(lambda: not self._in_use.get(cache_id), timeout_s):
                 raise LLMException(
                     f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
@@ -72,6 +83,30 @@ class Catalog:
                 )
             if cache_id != _PROBE_ID:
                 self._registry.unregister(cache_id)
+
+    def allocate(
+        self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
+    ) -> Entry:
+        """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
+        pool = self.pools[placement]
+        addrs = pool.allocate_many(geometry.num_tensors, geometry.tensor_nbytes)
+        try:
+            with self._lock:
+                return self._registry.allocate(Layout.at(geometry, addrs), placement, keys)
+        except BaseException:
+            for addr in addrs:
+                pool.free(addr)
+            raise
+
+    def deallocate(self, cache_id: int) -> None:
+        """Drops the id's reference; what no key holds is freed. Spec 6.5."""
+        with self._lock:
+            self._give_back(self._registry.deallocate(cache_id))
+
+    def remove_key(self, key: KeyName) -> None:
+        """Drops a key of an allocated cache; what nothing else holds is freed. Spec 6.6."""
+        with self._lock:
+            self._give_back(self._registry.remove_key(key))
 
     def close(self) -> None:
         """Makes all that peers know of this process stale."""
@@ -97,6 +132,7 @@ class Catalog:
                 self._in_use[entry.cache_id] = left
             else:
                 del self._in_use[entry.cache_id]
+                self._give_back(self._doomed.pop(entry.cache_id, None))
                 self._idle.notify_all()
 
     def answer(self, request: m.Message) -> m.Message:
@@ -107,24 +143,55 @@ class Catalog:
             with self._lock:
                 infos = [describe(e) for e in self._registry.entries() if e is not self._probe]
             return m.Caches(infos)
+        if isinstance(request, m.UseUp):
+            first, count = request.first_tensor, request.num_tensors
+            tensors = range(first, first + count) if count else None
+            with self._lock:
+                self._give_back(self._registry.use_up(request.cache_id, request.row, tensors))
+            return m.Done()
         raise m.ProtocolError(f"{type(request).__name__} is no request")
 
     def readable(self, read: m.Read) -> tuple[Entry, U64, U64]:
         """The memory that a peer asks to be sent: cache, addresses, lengths; all checked."""
-        addrs, nbytes = requested_columns(read)
+        addrs, nbytes = m.columns_of(read.columns, 2)
         with self._lock:
             entry = self._registry.find(read.cache_id)
-        if entry.generation != read.generation:
-            raise LLMException(
-                f"cache {read.cache_id} was freed or changed", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
-            )
-        if not entry.is_remote_accessible:
-            raise invalid(f"cache {read.cache_id} is not registered as remote accessible")
-        if not entry.layout.covers(addrs, nbytes):
-            raise invalid(f"the read reaches beyond the tensors of cache {read.cache_id}")
-        if float(nbytes.sum(dtype=np.float64)) > m.MAX_REQUEST_NBYTES:
-            raise invalid(f"one read asks for more than {m.MAX_REQUEST_NBYTES} bytes")
+        _check_reach(entry, read.generation, addrs, nbytes)
         return entry, addrs, nbytes
+
+    @contextmanager
+    def writable(
+        self, cache_id: int | None, generation: int, addrs: U64, nbytes: U64
+    ) -> Iterator[None]:
+        """Memory that a peer asks us to fill, checked and kept meanwhile."""
+        if cache_id is None:
+            entry = self._find_by_addrs(addrs, nbytes)
+            cache_id, generation = entry.cache_id, entry.generation
+        with self.use(cache_id) as entry:
+            _check_reach(entry, generation, addrs, nbytes)
+            yield
+
+    def _find_by_addrs(self, addrs: U64, nbytes: U64) -> Entry:
+        with self._lock:
+            for entry in self._registry.entries():
+                if (
+                    entry is not self._probe
+                    and entry.is_remote_accessible
+                    and entry.layout.covers(addrs, nbytes)
+                ):
+                    return entry
+        raise invalid("the addresses lie in no cache that is remote accessible")
+
+    def _give_back(self, freed: Entry | None) -> None:
+        """Returns the memory of an allocated cache, now or when its last use ends."""
+        if freed is None:
+            return
+        if freed.cache_id in self._in_use:
+            self._doomed[freed.cache_id] = freed
+            return
+        pool = self.pools[freed.placement]
+        for addr in freed.layout.addrs.tolist():
+            pool.free(addr)
 
     def _resolve(self, request: m.Resolve) -> m.Resolved:
         with self._lock:
@@ -141,3 +208,17 @@ class Catalog:
                 f"there is no cache {cache_id}", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
             )
         return self._registry.find(cache_id)
+
+
+def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None:
+    """A peer may reach these bytes of this cache. Raises LLMException."""
+    if entry.generation != generation:
+        raise LLMException(
+            f"cache {entry.cache_id} was freed or changed", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+        )
+    if not entry.is_remote_accessible:
+        raise invalid(f"cache {entry.cache_id} is not registered as remote accessible")
+    if not entry.layout.covers(addrs, nbytes):
+        raise invalid(f"a transfer reaches beyond the tensors of cache {entry.cache_id}")
+    if float(nbytes.sum(dtype=np.float64)) > m.MAX_REQUEST_NBYTES:
+        raise invalid(f"one request asks for more than {m.MAX_REQUEST_NBYTES} bytes")

@@ -7,27 +7,32 @@ import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
 from llm_datadist.endpoint import Endpoint
+from llm_datadist.engine import requests
 from llm_datadist.engine.catalog import Catalog
+from llm_datadist.engine.context import Context
 from llm_datadist.engine.control import ConnectionEnded, dial
 from llm_datadist.engine.links import Links
 from llm_datadist.engine.listener import Listener, bind
-from llm_datadist.engine.session import Context, Session
+from llm_datadist.engine.pools import open_pools
+from llm_datadist.engine.session import Session
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport.base import StaleCache, Transport
 from llm_datadist.transport.cma import CmaTransport
 from llm_datadist.transport.deadline import Deadline
+from llm_datadist.transport.local import copy
 from llm_datadist.transport.movers import Movers
 from llm_datadist.transport.tcp import TcpTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from llm_datadist.core.registry import KeyName
-    from llm_datadist.core.remote import RemoteCache
+    from llm_datadist.core.plan import Planner
+    from llm_datadist.core.remote import Guard, RemoteCache, RemoteRow
     from llm_datadist.core.segments import Segments
     from llm_datadist.options import Options
 
@@ -60,10 +65,13 @@ class Engine:
     def __init__(self, cluster_id: int, options: Options) -> None:
         self.cluster_id = cluster_id
         self.options = options
-        self.catalog = Catalog()
+        self._pools = open_pools(options)
+        self.catalog = Catalog(self._pools, peers_keep_tables=options.remote_accessible)
         self.links = Links(cluster_id)
         self._movers = Movers()
         self._workers = ThreadPoolExecutor(_WORKERS, "llm-datadist-worker")
+        # apart from the workers, so that two peers that push to each other both have some to answer
+        self._fetchers = ThreadPoolExecutor(_WORKERS, "llm-datadist-fetcher")
         transports: list[Transport] = [
             CmaTransport(self._movers),
             TcpTransport(self._movers, _TCP_STREAMS),
@@ -80,8 +88,11 @@ class Engine:
             self._transports,
             self._loop,
             self._workers,
+            self._fetchers,
             options.sync_timeout_s,
         )
+        #: whose turn it is to link to an address; belongs to the loop's thread
+        self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
         self._listener: Listener | None = None
         self.listen_endpoint: Endpoint | None = None
 
@@ -92,7 +103,7 @@ class Engine:
             try:
                 sock = bind(self.options.listen)
             except LLMException:
-                self._release_threads()
+                self._release()
                 self._loop.close()
                 raise
         self._thread.start()
@@ -104,10 +115,10 @@ class Engine:
         """Ends all links, lets running transfers end first, and gives everything back."""
         deadline = Deadline.after(self.options.sync_timeout_s)
         for session in self.links.all():
-            session.drain(max(0.0, deadline.remaining_s()))
+            session.gate.drain(max(0.0, deadline.remaining_s()))
         self.catalog.close()
         self._run(self._close_links())
-        self._release_threads()
+        self._release()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -128,21 +139,53 @@ class Engine:
         me = self._context.me.instance
         return all(session.instance == me for session in self.links.of(cluster_id))
 
-    def pull(
-        self, cluster_id: int, name: int | KeyName, plan: Callable[[RemoteCache, int], Segments]
-    ) -> None:
-        """Reads from a peer's cache, found by id or key, what `plan` makes of its description.
+    def pull(self, source: RemoteRow, plan: Planner) -> None:
+        """Reads from a peer's cache what `plan` makes of its description.
 
         Returns only when all bytes have been moved from a cache that existed throughout. Raises
         LLMException; nothing arrives after it was raised.
         """
+
+        def move(session: Session, remote: RemoteCache, row: int, deadline: Deadline) -> None:
+            session.channel.read(plan(remote, row), remote.guard, deadline)
+            if not self.options.remote_accessible and remote.has_key_at(row):
+                requests.use_up(session.streams, remote, row, source.tensors, deadline)
+
+        self._with_remote(source, move)
+
+    def push(self, target: RemoteRow, src: Guard, plan: Planner) -> None:
+        """Has a peer fetch into its cache what `plan` makes of the cache's description.
+
+        `src` guards our cache, which the caller holds. As `pull` otherwise.
+        """
+
+        def move(session: Session, remote: RemoteCache, row: int, deadline: Deadline) -> None:
+            requests.send(session.streams, plan(remote, row), src, remote.guard, deadline)
+
+        self._with_remote(target, move)
+
+    def push_to_addresses(self, cluster_id: int, src: Guard, segments: Segments) -> None:
+        """As `push`, to addresses of the peer that must lie in one of its caches."""
         deadline = Deadline.after(self.options.sync_timeout_s)
         session = self.links.find(cluster_id)
-        with session.operation():
+        with session.gate.pass_through():
+            requests.send(session.streams, segments, src, None, deadline)
+
+    def copy(self, segments: Segments) -> None:
+        """Copies within this process."""
+        copy(segments, self._movers)
+
+    def _with_remote(
+        self, place: RemoteRow, move: Callable[[Session, RemoteCache, int, Deadline], None]
+    ) -> None:
+        """Looks the peer's cache up and moves; anew when it proves to be another by now."""
+        deadline = Deadline.after(self.options.sync_timeout_s)
+        session = self.links.find(place.cluster_id)
+        with session.gate.pass_through():
             for attempts_left in reversed(range(_ATTEMPTS)):
-                remote, row = session.lookup.find(name, deadline)
+                remote, row = session.lookup.find(place.name, deadline)
                 try:
-                    session.channel.read(plan(remote, row), remote.guard, deadline)
+                    move(session, remote, row if place.row is None else place.row, deadline)
                 except StaleCache:
                     session.lookup.forget()
                     if not attempts_left:
@@ -177,10 +220,22 @@ class Engine:
                 LLMStatusCode.LLM_PARAM_INVALID,
                 f"{len(target.endpoints)} remote addresses, one is needed (append_remote_ip_info)",
             )
-        endpoint = target.endpoints[0]
         deadline = Deadline.after(timeout_s)
+        # one after the other: of two links to one peer, each end could keep the other one
+        turn = self._turns.setdefault(target.endpoints[0], asyncio.Lock())
         try:
-            control = await asyncio.wait_for(dial(*endpoint, self._workers), timeout_s)
+            await asyncio.wait_for(turn.acquire(), timeout_s)
+        except asyncio.TimeoutError:
+            return Outcome(LLMStatusCode.LLM_TIMEOUT, "other calls were linking to it meanwhile")
+        try:
+            return await self._link_in_turn(target, deadline)
+        finally:
+            turn.release()
+
+    async def _link_in_turn(self, target: Target, deadline: Deadline) -> Outcome:
+        endpoint = target.endpoints[0]
+        try:
+            control = await asyncio.wait_for(dial(*endpoint, self._workers), deadline.remaining_s())
         except asyncio.TimeoutError:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in time")
         except OSError as error:
@@ -227,10 +282,10 @@ class Engine:
 
     async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
         drained = await self._loop.run_in_executor(
-            self._workers, session.drain, max(0.0, deadline.remaining_s())
+            self._workers, session.gate.drain, max(0.0, deadline.remaining_s())
         )
         if not drained:
-            session.reopen()
+            session.gate.open()
             return False
         return await session.leave(max(0.001, deadline.remaining_s()))
 
@@ -255,9 +310,13 @@ class Engine:
             control.close()
         return _OK
 
-    def _release_threads(self) -> None:
+    def _release(self) -> None:
+        """What is left when no link is: threads and pools."""
+        self._fetchers.shutdown(wait=True)
         self._workers.shutdown(wait=True)
         self._movers.close()
+        for pool in self._pools.values():
+            pool.close()
 
     def _run(self, work: Coroutine[object, object, T]) -> T:
         """Runs a coroutine in the loop's thread, from any other."""

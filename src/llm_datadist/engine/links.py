@@ -58,11 +58,14 @@ class Links:
         )
 
     def of(self, cluster_id: int, endpoint: Endpoint | None = None) -> list[Session]:
-        """The live sessions to a cluster: those at the endpoint if any is, else all."""
+        """The live sessions to a cluster: those to the peer at the endpoint, if any, else all.
+
+        Two ends that linked to each other at once have one in each direction.
+        """
         with self._lock:
             sessions = list(self._sessions.get(cluster_id, ()))
-        there = [session for session in sessions if endpoint and session.endpoint == endpoint]
-        return there or sessions
+        peers = {s.instance for s in sessions if endpoint is not None and s.endpoint == endpoint}
+        return [session for session in sessions if session.instance in peers] or sessions
 
     def at(self, endpoint: Endpoint) -> list[Session]:
         return [session for session in self.all() if session.endpoint == endpoint]

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
 from llm_datadist.engine.control import ConnectionEnded, Control
-from llm_datadist.engine.session import Context, Session
+from llm_datadist.engine.session import Session
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.stream import Stream
 
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.engine.context import Context
 
 _BACKLOG = 512
 #: strangers may stay silent this long, and so many of them at once

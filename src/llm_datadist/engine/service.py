@@ -17,11 +17,9 @@ from llm_datadist.transport.deadline import Deadline
 from llm_datadist.transport.tcp import FrameSender, Sender
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
-    from concurrent.futures import Executor
 
-    from llm_datadist.engine.catalog import Catalog
+    from llm_datadist.engine.context import Context
     from llm_datadist.engine.control import Control
 
 _CHUNK_NBYTES = 256 * 1024
@@ -37,17 +35,16 @@ class StreamService:
     def __init__(
         self,
         control: Control,
-        catalog: Catalog,
-        loop: asyncio.AbstractEventLoop,
-        workers: Executor,
+        context: Context,
+        fetch: Callable[[m.Fetch], None],
         when_closed: Callable[[StreamService], None],
     ) -> None:
         self._socket = control.socket
         self._frames = control.frames
         self._frames.max_nbytes = m.MAX_BODY_NBYTES
-        self._catalog = catalog
-        self._loop = loop
-        self._workers = workers
+        self._context = context
+        self._loop = context.loop
+        self._fetch = fetch
         self._when_closed = when_closed
         self._is_busy = False
         self._is_closed = False
@@ -92,26 +89,46 @@ class StreamService:
             self.close()
 
     def _answer(self, request: m.AnyMessage) -> None:
+        if isinstance(request, m.Fetch):
+            self._pause()
+            self._context.fetchers.submit(self._fetch_and_answer, request)
+            return
+        sender, timeout_s = self._prepare(request)
+        if sender.nbytes > _INLINE_NBYTES or not sender.advance():
+            self._pause()
+            self._context.workers.submit(self._finish, sender, Deadline.after(timeout_s))
+
+    def _prepare(self, request: m.AnyMessage) -> tuple[FrameSender, float]:
+        """The answer, and the seconds that sending it may take. Raises ProtocolError."""
+        fd, catalog = self._socket.fileno(), self._context.catalog
         try:
             if isinstance(request, m.Read):
-                entry, addrs, nbytes = self._catalog.readable(request)
-                sender: FrameSender = Sender(
-                    self._socket.fileno(), addrs, nbytes, lambda: entry.generation
-                )
+                entry, addrs, nbytes = catalog.readable(request)
                 timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
-            else:
-                answer = self._catalog.answer(request)
-                sender, timeout_s = FrameSender(self._socket.fileno(), answer), MAX_ANSWER_S
+                return Sender(fd, addrs, nbytes, lambda: entry.generation), timeout_s
+            return FrameSender(fd, catalog.answer(request)), MAX_ANSWER_S
         except LLMException as error:
-            refusal = m.Refused(error.status_code, str(error)[:4000])
-            sender, timeout_s = FrameSender(self._socket.fileno(), refusal), MAX_ANSWER_S
-        if sender.nbytes > _INLINE_NBYTES or not sender.advance():
-            self._is_busy = True
-            self._loop.remove_reader(self._socket)
-            self._workers.submit(self._finish, sender, Deadline.after(timeout_s))
+            return FrameSender(fd, _refusal(error)), MAX_ANSWER_S
+
+    def _pause(self) -> None:
+        """Another thread has the socket now, until `_resume`."""
+        self._is_busy = True
+        self._loop.remove_reader(self._socket)
+
+    def _fetch_and_answer(self, request: m.Fetch) -> None:
+        """In a thread of the fetchers."""
+        try:
+            self._fetch(request)
+            answer: m.Message = m.Done()
+        except LLMException as error:
+            answer = _refusal(error)
+        except m.ProtocolError as error:
+            self._loop.call_soon_threadsafe(self._resume, str(error))
+            return
+        self._finish(FrameSender(self._socket.fileno(), answer), Deadline.after(MAX_ANSWER_S))
 
     def _finish(self, sender: FrameSender, deadline: Deadline) -> None:
-        """In a worker thread."""
+        """In a thread of the workers or fetchers."""
         failure = ""
         try:
             sender.finish(deadline)
@@ -129,6 +146,10 @@ class StreamService:
         else:
             self._loop.add_reader(self._socket, self._readable)
             self._serve()
+
+
+def _refusal(error: LLMException) -> m.Refused:
+    return m.Refused(error.status_code, str(error)[:4000])
 
 
 def _describe(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """A session: one end of a link at work. It does what the link machine decides, and nothing else.
 
-The control connection, the machine and the services belong to the loop's thread; `operation`,
+The control connection, the machine and the services belong to the loop's thread; `gate`,
 `streams`, `lookup` and `channel` are used by the threads that transfer.
 """
 
@@ -8,46 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections import deque
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
+from llm_datadist.core.remote import Guard
+from llm_datadist.core.segments import Segments
 from llm_datadist.engine.control import ConnectionEnded, Control, dial
+from llm_datadist.engine.gate import Gate
 from llm_datadist.engine.lookup import Lookup
 from llm_datadist.engine.service import StreamService
 from llm_datadist.engine.streams import StreamPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
-from llm_datadist.transport.base import Channel, PathUnavailable, Transport, verify
+from llm_datadist.transport.base import Channel, PathUnavailable, verify
 from llm_datadist.transport.deadline import Deadline
 from llm_datadist.transport.stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-    from concurrent.futures import Executor
+    from collections.abc import Callable, Coroutine, Sequence
 
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.engine.catalog import Catalog
-    from llm_datadist.engine.links import Links
+    from llm_datadist.engine.context import Context
 
 _DIAL_BACK_S = 10.0
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all sessions of an engine share."""
-
-    me: lk.Identity
-    catalog: Catalog
-    links: Links
-    transports: Mapping[str, Transport]
-    loop: asyncio.AbstractEventLoop
-    workers: Executor
-    sync_timeout_s: float
 
 
 class Session:
@@ -66,6 +51,8 @@ class Session:
         #: where the caller reached its peer; None at the listener
         self.endpoint = endpoint
         self._host, self._port = control.socket.getpeername()[:2]
+        #: transfers on this link, in any thread
+        self.gate = Gate()
         self.streams = StreamPool(self._open_stream)
         self.lookup = Lookup(self.streams, is_tabled=context.me.is_remote_accessible)
         self._channels: dict[str, Channel] = {}
@@ -76,9 +63,6 @@ class Session:
         self.reason = ""
         self.closed = asyncio.Event()
         self._on_close: list[Callable[[], object]] = []
-        self._gate = threading.Condition()
-        self._running = 0
-        self._shut_because: str | None = "the link is still being made"
 
     # -- what the peer said, once it is linked --
 
@@ -125,31 +109,22 @@ class Session:
         same_way = self.is_caller == other.is_caller and self.instance == other.instance
         return same_way or (self.endpoint is not None and self.endpoint == other.endpoint)
 
-    # -- operations, in any thread --
-
-    @contextmanager
-    def operation(self) -> Iterator[None]:
-        """Holds the link for one transfer. Raises LLM_NOT_YET_LINK when it is gone."""
-        with self._gate:
-            if self._shut_because is not None:
-                raise LLMException(self._shut_because, LLMStatusCode.LLM_NOT_YET_LINK)
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._gate:
-                self._running -= 1
-                self._gate.notify_all()
-
-    def drain(self, timeout_s: float) -> bool:
-        """Lets no transfer begin and waits for those that run; False when some still do."""
-        with self._gate:
-            self._shut_because = "the link is being unlinked"
-            return self._gate.wait_for(lambda: not self._running, timeout_s)
-
-    def reopen(self) -> None:
-        with self._gate:
-            self._shut_because = None
+    def fetch(self, request: m.Fetch) -> None:
+        """Does what the peer's `send` asks. In a thread of the fetchers."""
+        timeout_s = request.timeout_ms / 1000
+        if self.path == "cma":  # one host, one clock: what was asked long ago is seen to be late
+            deadline = Deadline(request.deadline_at, timeout_s)
+        else:
+            deadline = Deadline.after(timeout_s)
+        src, dst, nbytes = m.columns_of(request.columns, 3)
+        guard = Guard(request.src_cache_id, request.src_generation, request.src_word_addr)
+        catalog = self._context.catalog
+        with (
+            self.gate.pass_through(),
+            catalog.writable(request.cache_id, request.generation, dst, nbytes),
+        ):
+            deadline.require("a push by the peer")
+            self.channel.read(Segments(src, dst, nbytes), guard, deadline)
 
     # -- the link's life, in the loop's thread --
 
@@ -178,7 +153,7 @@ class Session:
             await asyncio.wait_for(self.closed.wait(), timeout_s)
         except asyncio.TimeoutError:
             self._link.stay()
-            self.reopen()
+            self.gate.open()
             return False
         return True
 
@@ -210,9 +185,7 @@ class Session:
     def serve(self, control: Control) -> None:
         """Answers the peer's requests on a connection of its."""
         context = self._context
-        service = StreamService(
-            control, context.catalog, context.loop, context.workers, self._services.discard
-        )
+        service = StreamService(control, context, self.fetch, self._services.discard)
         self._services.add(service)
         service.start()
 
@@ -259,7 +232,7 @@ class Session:
         self._channels[path] = channel
 
     async def _publish(self) -> None:
-        self.reopen()
+        self.gate.open()
         links = self._context.links
         is_echo = self.instance == self._context.me.instance and not self.is_caller
         if not is_echo:  # the answering end of a link to ourselves is not one to use
@@ -282,7 +255,7 @@ class Session:
 
     async def _drain_for_peer(self) -> None:
         await self._context.loop.run_in_executor(
-            self._context.workers, self.drain, self._context.sync_timeout_s
+            self._context.workers, self.gate.drain, self._context.sync_timeout_s
         )
         await self.perform(self._link.drained())
 
@@ -333,15 +306,15 @@ class Session:
 
     def _close(self, action: lk.Close) -> None:
         self.status, self.reason = action.status, action.reason
-        with self._gate:
-            self._shut_because = f"the link ended because {action.reason}"
+        ending = f"the link ended because {action.reason}"
+        self.gate.shut(ending)
         if self._link.peer is not None:
             self._context.links.remove(self, action.reason)
             get_logger().info(
                 "the link of cluster %d to cluster %d ended: %s",
                 self._context.me.cluster_id, self.cluster_id, action.reason,
             )  # fmt: skip
-        self.streams.close(self._shut_because)
+        self.streams.close(ending)
         for channel in self._channels.values():
             channel.close()
         for service in list(self._services):

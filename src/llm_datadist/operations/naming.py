@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from llm_datadist.core.registry import KeyName
+from llm_datadist.core.remote import RemoteRow
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import NO_ID, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, is_valid_id
 
@@ -26,16 +27,16 @@ def name_of(key: CacheKey | BlocksCacheKey) -> KeyName | None:
     return KeyName(key.req_id, key.model_id) if is_valid_id(key.req_id) else None
 
 
-def lookup_name(key: AnyKey) -> int | KeyName:
-    """What a peer's cache is looked up by. Raises LLMException for a key that names nothing."""
+def remote_row(key: AnyKey, tensors: range | None = None) -> RemoteRow:
+    """What a key leads to at its cluster. Raises LLMException for one that names nothing."""
     if isinstance(key, CacheKeyByIdAndIndex):
-        return key.cache_id
+        return RemoteRow(key.cluster_id, key.cache_id, key.batch_index, tensors)
     name = name_of(key)
     if name is None:
         raise invalid(f"{key} has neither a req_id nor a prefix_id")
     if not 0 <= name.model_id < 2**64:
         raise LLMException(f"no cache can have {key}", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
-    return name
+    return RemoteRow(key.cluster_id, name, None, tensors)
 
 
 def check_one_id(key: AnyKey) -> None:
@@ -44,17 +45,14 @@ def check_one_id(key: AnyKey) -> None:
         raise invalid(f"{key} must have exactly one of req_id and prefix_id")
 
 
-def row_of(key: AnyKey, remote: RemoteCache, row: int) -> int:
-    """The remote row, by index or by key; one that is not there is LLM_KV_CACHE_NOT_EXIST."""
-    if isinstance(key, CacheKeyByIdAndIndex):
-        row = key.batch_index
+def check_row(remote: RemoteCache, row: int) -> None:
+    """A batch row that is not there is LLM_KV_CACHE_NOT_EXIST, as a cache is. Spec 6.9, O9."""
     geometry = remote.layout.geometry
     if geometry.has_batch_rows and row >= geometry.num_rows:
         raise LLMException(
             f"the peer's cache {remote.guard.cache_id} has no row {row}, but {geometry.num_rows}",
             LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
         )
-    return row
 
 
 @contextmanager

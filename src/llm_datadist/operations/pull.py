@@ -17,7 +17,7 @@ from llm_datadist.checks import (
 from llm_datadist.core import plan
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
-from llm_datadist.operations.naming import AnyKey, check_one_id, lookup_name, named, row_of
+from llm_datadist.operations.naming import AnyKey, check_one_id, check_row, named, remote_row
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ def pull_cache(
         tensors.check(local.geometry)
 
         def segments(remote: RemoteCache, row: int) -> Segments:
-            row = row_of(key, remote, row)
+            check_row(remote, row)
             _check_access(engine, remote, entry)
             plan.check_batch_rows(remote.layout.geometry, nbytes, "source")
             src, dst = tensors.select(remote.layout, local)
             return plan.row_to_row(src, row, dst, dst_row, nbytes)
 
-        engine.pull(key.cluster_id, lookup_name(key), segments)
+        engine.pull(remote_row(key, tensors.src), segments)
 
 
 def pull_blocks(
@@ -98,7 +98,7 @@ def pull_blocks(
         tensors.check(local.geometry)
 
         def segments(remote: RemoteCache, row: int) -> Segments:
-            row = row_of(key, remote, row)
+            check_row(remote, row)
             _check_access(engine, remote, entry)
             src, dst = tensors.select(remote.layout, local)
             if isinstance(key, BlocksCacheKey):
@@ -107,16 +107,16 @@ def pull_blocks(
             plan.check_batch_rows(src.geometry, 0, "source")
             return plan.row_to_blocks(src, row, dst, dst_list)
 
-        engine.pull(key.cluster_id, lookup_name(key), segments)
+        engine.pull(remote_row(key, tensors.src), segments)
 
 
 class _Tensors:
     """Which tensors a pull moves: its layer ranges, as ranges of tensors."""
 
-    __slots__ = ("_dst", "_per_layer", "_src")
+    __slots__ = ("_dst", "_per_layer", "src")
 
     def __init__(self, src: range | None, dst: range | None, per_layer: int) -> None:
-        self._src = plan.tensors_of_layers(src, per_layer)
+        self.src = plan.tensors_of_layers(src, per_layer)
         self._dst = plan.tensors_of_layers(dst, per_layer)
         self._per_layer = per_layer
 
@@ -130,10 +130,10 @@ class _Tensors:
         return cls(src, dst, per_layer)
 
     def check(self, local: Geometry) -> None:
-        plan.check_pulled_tensors(local, self._src, self._dst, self._per_layer)
+        plan.check_pulled_tensors(local, self.src, self._dst, self._per_layer)
 
     def select(self, remote: Layout, local: Layout) -> tuple[Layout, Layout]:
-        return plan.select_pulled_tensors(remote, local, self._src, self._dst)
+        return plan.select_pulled_tensors(remote, local, self.src, self._dst)
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class TcpChannel:
 
 
 def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadline) -> None:
-    columns = np.concatenate((piece.src, piece.nbytes)).astype("<u8", copy=False).tobytes()
+    columns = m.pack_columns(piece.src, piece.nbytes)
     timeout_ms = max(1, int(deadline.require("the transfer") * 1000))
     try:
         answer = stream.ask(m.Read(guard.cache_id, guard.generation, timeout_ms, columns), deadline)
@@ -99,14 +99,6 @@ def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadlin
         )
     if generation != guard.generation:
         raise StaleCache(guard)
-
-
-def requested_columns(read: m.Read) -> tuple[U64, U64]:
-    """Addresses and lengths of a read request. Raises ProtocolError."""
-    if len(read.columns) % 16 or len(read.columns) > 16 * m.MAX_REQUEST_SEGMENTS:
-        raise m.ProtocolError(f"{len(read.columns)} bytes are no columns of segments")
-    columns = np.frombuffer(read.columns, dtype="<u8").astype(np.uint64, copy=False)
-    return columns[: len(columns) // 2], columns[len(columns) // 2 :]
 
 
 class FrameSender:

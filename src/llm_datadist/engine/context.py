@@ -1,0 +1,32 @@
+"""What all sessions of an engine share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Mapping
+    from concurrent.futures import Executor
+
+    from llm_datadist.core.link import Identity
+    from llm_datadist.engine.catalog import Catalog
+    from llm_datadist.engine.links import Links
+    from llm_datadist.transport.base import Transport
+
+
+@dataclass(frozen=True)
+class Context:
+    """The engine's parts that sessions, services and the listener use."""
+
+    me: Identity
+    catalog: Catalog
+    links: Links
+    transports: Mapping[str, Transport]
+    loop: asyncio.AbstractEventLoop
+    #: threads that send large answers, verify paths and wait for transfers to end
+    workers: Executor
+    #: threads that fetch what peers push
+    fetchers: Executor
+    sync_timeout_s: float

@@ -1,0 +1,23 @@
+"""The pools of an engine: which memory allocated caches come from. Spec 8."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_datadist.memory.arena import MemoryPool
+from llm_datadist.types import Placement
+
+if TYPE_CHECKING:
+    from llm_datadist.options import Options
+
+
+def open_pools(options: Options) -> dict[Placement, MemoryPool]:
+    """The pools that the options configure. Raises LLMException(LLM_OUT_OF_MEMORY)."""
+    pools: dict[Placement, MemoryPool] = {}
+    if options.buf_pool is not None:
+        pools[Placement.DEVICE] = MemoryPool.of_slots(options.buf_pool, options.device_pool)
+    elif options.device_pool is not None:
+        pools[Placement.DEVICE] = MemoryPool.of_pages(options.device_pool)
+    if options.host_pool is not None:
+        pools[Placement.HOST] = MemoryPool.of_pages(options.host_pool)
+    return pools

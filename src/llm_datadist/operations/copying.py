@@ -1,0 +1,99 @@
+"""Copies between caches of this process. Spec 6.8, 6.13."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from llm_datadist.cache import Cache
+from llm_datadist.checks import (
+    check_dict,
+    check_int64,
+    check_object,
+    check_sequence,
+    check_uint32,
+    check_uint64,
+)
+from llm_datadist.core import plan
+from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.errors import invalid
+from llm_datadist.types import Placement
+
+if TYPE_CHECKING:
+    from llm_datadist.engine.engine import Engine
+
+
+def copy_cache(
+    engine: Engine,
+    dst: object,
+    src: object,
+    dst_batch_index: object,
+    src_batch_index: object,
+    offset: object,
+    size: object,
+    req_id: object,
+) -> None:
+    """See CacheManager.copy_cache."""
+    dst_cache, src_cache = check_object("dst", dst, Cache), check_object("src", src, Cache)
+    dst_row = check_uint32("dst_batch_index", dst_batch_index)
+    src_row = check_uint32("src_batch_index", src_batch_index)
+    start, nbytes = check_uint64("offset", offset), check_int64("size", size)
+    if req_id is not None:
+        check_uint64("req_id", req_id)
+    if dst_cache.is_blocks_cache or src_cache.is_blocks_cache:
+        raise invalid("copy_cache copies batch rows: use copy_blocks for a blocks cache")
+    if nbytes != -1 and nbytes <= 0:
+        raise invalid(f"size must be -1 or greater than 0, got {nbytes}")
+    catalog = engine.catalog
+    with catalog.use(src_cache.cache_id) as source, catalog.use(dst_cache.cache_id) as target:
+        engine.copy(
+            plan.row_part_to_row(source.layout, src_row, target.layout, dst_row, start, nbytes)
+        )
+
+
+def copy_blocks(engine: Engine, cache: object, copy_block_info: object) -> None:
+    """See CacheManager.copy_blocks."""
+    target = check_object("cache", cache, Cache)
+    pairs = check_dict("copy_block_info", copy_block_info, int, list)
+    for block, copies in pairs.items():
+        check_sequence(f"copy_block_info[{block}]", copies, int)
+    if not target.is_blocks_cache:
+        raise invalid("copy_blocks copies blocks: use copy_cache for a continuous cache")
+    dst = list(chain.from_iterable(pairs.values()))
+    if not dst:
+        return
+    src = list(chain.from_iterable([block] * len(copies) for block, copies in pairs.items()))
+    with engine.catalog.use(target.cache_id) as entry:
+        plan.check_blocks(entry.layout.geometry, src, "cache")
+        plan.check_blocks(entry.layout.geometry, dst, "cache")
+        engine.copy(plan.blocks_to_blocks(entry.layout, src, entry.layout, dst))
+
+
+def swap_blocks(engine: Engine, src_cache: object, dst_cache: object, src_to_dst: object) -> None:
+    """See CacheManager.swap_blocks."""
+    src = check_object("src_cache", src_cache, Cache)
+    dst = check_object("dst_cache", dst_cache, Cache)
+    pairs = check_dict("src_to_dst", check_object("src_to_dst", src_to_dst, dict), int, int)
+    if not (src.is_blocks_cache and dst.is_blocks_cache):
+        raise invalid("swap_blocks works between blocks caches")
+    placements = {src.cache_desc.placement, dst.cache_desc.placement}
+    if placements != {Placement.HOST, Placement.DEVICE}:
+        raise invalid("swap_blocks works between a HOST and a DEVICE cache")
+    src_layout, dst_layout = _layout_of(src), _layout_of(dst)
+    if src_layout.geometry.num_tensors != dst_layout.geometry.num_tensors:
+        raise invalid(
+            f"{src_layout.geometry.num_tensors} source tensors for "
+            f"{dst_layout.geometry.num_tensors} destination tensors"
+        )
+    if pairs:
+        blocks = list(pairs), list(pairs.values())
+        plan.check_blocks(src_layout.geometry, blocks[0], "source")
+        plan.check_blocks(dst_layout.geometry, blocks[1], "destination")
+        engine.copy(plan.blocks_to_blocks(src_layout, blocks[0], dst_layout, blocks[1]))
+
+
+def _layout_of(cache: Cache) -> Layout:
+    """By the cache's own addresses: CPU caches are in no table. Spec 6.13."""
+    desc = cache.cache_desc
+    geometry = Geometry.of(CacheKind.BLOCKS, desc.num_tensors, desc.shape, desc.size)
+    return Layout.at(geometry, cache.tensor_addrs)

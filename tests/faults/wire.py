@@ -1,0 +1,218 @@
+"""Peers made by hand: the protocol spoken frame by frame, so that a test can break it anywhere."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from llm_datadist.core import messages as m
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+M = TypeVar("M", bound=m.Message)
+
+TRAILER = struct.Struct("<QQ")
+NONCE = bytes(range(16))
+#: an end of the hand-shake that lies nowhere: only a peer made by hand answers reads of it
+PROBE = m.ProbeTarget(0x1000, NONCE, 0x2000, 77)
+#: no answer of an engine takes this long
+PATIENCE_S = 10.0
+
+
+class Wire:
+    """One connection, with messages on it. A context manager."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(PATIENCE_S)
+        self.socket = sock
+
+    @classmethod
+    def dial(cls, port: int) -> Wire:
+        return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.socket.close()
+
+    def send(self, message: m.Message) -> None:
+        self.socket.sendall(m.encode(message))
+
+    def send_bytes(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def receive(self) -> m.AnyMessage:
+        """Raises EOFError when the other end closed the connection instead."""
+        header = self.receive_bytes(m.HEADER.size)
+        return m.decode(self.receive_bytes(m.body_nbytes(header, m.MAX_BODY_NBYTES)))
+
+    def expect(self, kind: type[M]) -> M:
+        message = self.receive()
+        assert isinstance(message, kind), message
+        return message
+
+    def receive_bytes(self, nbytes: int) -> bytes:
+        data = b""
+        while len(data) < nbytes:
+            try:
+                part = self.socket.recv(nbytes - len(data))
+            except ConnectionResetError:
+                part = b""
+            if not part:
+                raise EOFError("the other end closed the connection")
+            data += part
+        return data
+
+    def is_ended(self) -> bool:
+        """Waits for the other end to close the connection; whatever else it says is passed over."""
+        try:
+            while self.socket.recv(65536):
+                pass
+        except ConnectionResetError:
+            pass
+        return True
+
+    def reset(self) -> None:
+        """Closes it the hard way."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+    def serve_probe(self) -> None:
+        """Answers the read that verifies the path."""
+        read = self.expect(m.Read)
+        assert (read.cache_id, read.generation) == (0, PROBE.generation)
+        self.send(m.Sending(len(NONCE)))
+        self.send_bytes(NONCE + TRAILER.pack(PROBE.generation, 0))
+
+
+def hello(
+    *,
+    cluster_id: int = 2,
+    instance: bytes = b"made by hand, 16",
+    is_remote_accessible: bool = False,
+    version: int = m.PROTOCOL_VERSION,
+    timeout_ms: int = 10_000,
+    probe: m.ProbeTarget = PROBE,
+) -> m.Hello:
+    offers = {"tcp": b""}
+    return m.Hello(
+        version, cluster_id, instance, is_remote_accessible, True, timeout_ms, offers, probe
+    )
+
+
+class LinkedCaller:
+    """A caller made by hand that an engine has linked to, over tcp. A context manager."""
+
+    def __init__(self, port: int, *, is_remote_accessible: bool = False) -> None:
+        self._port = port
+        self._wires: list[Wire] = []
+        self.control = self._dial()
+        self.control.send(hello(is_remote_accessible=is_remote_accessible))
+        self.welcome = self.control.expect(m.Welcome)
+        self.control.send(m.Ready("tcp"))
+        self.control.expect(m.DialBack)
+        reverse = self.attach(is_reverse=True)
+        reverse.serve_probe()
+        self.control.expect(m.Linked)
+
+    def __enter__(self) -> LinkedCaller:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for wire in self._wires:
+            wire.socket.close()
+
+    def attach(self, *, is_reverse: bool = False) -> Wire:
+        """A stream that has joined the link; unless `is_reverse`, the engine answers on it."""
+        wire = self._dial()
+        wire.send(m.Attach(self.welcome.token, is_reverse))
+        wire.expect(m.Attached)
+        return wire
+
+    def _dial(self) -> Wire:
+        self._wires.append(Wire.dial(self._port))
+        return self._wires[-1]
+
+
+@contextmanager
+def impostor(serve: Callable[[Wire], None]) -> Iterator[int]:
+    """A port where `serve` treats each connection in a thread of its own; its failures are ours."""
+    listening = socket.create_server(("127.0.0.1", 0), backlog=128)
+    threads: list[threading.Thread] = []
+    wires: list[Wire] = []
+    failures: list[Exception] = []
+
+    def treat(wire: Wire) -> None:
+        try:
+            with suppress(EOFError, ConnectionError):  # the engine has had enough
+                serve(wire)
+        except Exception as error:  # raised again below, in the test's thread
+            failures.append(error)
+
+    def accept() -> None:
+        with suppress(OSError):  # it was shut down
+            while True:
+                wires.append(Wire(listening.accept()[0]))
+                threads.append(threading.Thread(target=treat, args=(wires[-1],)))
+                threads[-1].start()
+
+    accepting = threading.Thread(target=accept)
+    accepting.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        accepting.join()
+        listening.close()
+        for wire in wires:
+            with suppress(OSError):  # it has ended already
+                wire.socket.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+        for wire in wires:
+            wire.socket.close()
+    if failures:
+        raise failures[0]
+
+
+def owner(answer: Callable[[Wire, m.AnyMessage], None]) -> Callable[[Wire], None]:
+    """For `impostor`: an owner of cluster id 1 that links honestly, over tcp.
+
+    It then answers every request of the caller by `answer`.
+    """
+
+    def serve(wire: Wire) -> None:
+        first = wire.receive()
+        if isinstance(first, m.Hello):
+            wire.send(
+                m.Welcome(m.PROTOCOL_VERSION, 1, b"an owner by hand", NONCE, {"tcp": b""}, PROBE)
+            )
+            wire.expect(m.Ready)
+            wire.send(m.Linked("tcp"))
+            wire.is_ended()
+        else:
+            assert isinstance(first, m.Attach), first
+            wire.send(m.Attached())
+            while True:
+                request = wire.receive()
+                if isinstance(request, m.Read) and request.cache_id == 0:
+                    wire.send(m.Sending(len(NONCE)))
+                    wire.send_bytes(NONCE + TRAILER.pack(PROBE.generation, 0))
+                else:
+                    answer(wire, request)
+
+    return serve
+
+
+def columns(pairs: Sequence[tuple[int, int]]) -> bytes:
+    """(address, length) pairs as a Read carries them."""
+    return np.array(
+        [addr for addr, _ in pairs] + [nbytes for _, nbytes in pairs], dtype="<u8"
+    ).tobytes()
