@@ -12,13 +12,12 @@ from llm_datadist.checks import (
     check_optional,
     check_sequence,
 )
-from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.core.geometry import CacheKind, Geometry
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
-from llm_datadist.memory.host import unmapped
-from llm_datadist.observe.log import get_logger
 from llm_datadist.operations import copying, pull, push, transfer
 from llm_datadist.operations.naming import name_of
+from llm_datadist.operations.registering import register
 from llm_datadist.types import CacheDesc, MemInfo, Memtype, Placement
 
 if TYPE_CHECKING:
@@ -398,14 +397,12 @@ class CacheManager:
         remote_accessible: bool | None,
     ) -> Cache:
         engine = self._require_engine(LLMStatusCode.LLM_FAILED)
-        layout = Layout.at(Geometry.of(kind, desc.num_tensors, desc.shape, desc.size), addrs)
-        for addr in unmapped(addrs, desc.size):
-            get_logger().warning(
-                "register: %#x (+%d bytes) is not mapped memory; transfers that use it will fail",
-                addr, desc.size,
-            )  # fmt: skip
-        entry = engine.catalog.register(
-            layout,
+        if remote_accessible and engine.has_rank_links:
+            raise invalid("remote_accessible=True is not possible after link(): leave it out")
+        entry = register(
+            engine,
+            Geometry.of(kind, desc.num_tensors, desc.shape, desc.size),
+            addrs,
             desc.placement,
             keys,
             is_remote_accessible=_is_accessible(desc, remote_accessible),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
 
 from llm_datadist.cache_manager import CacheManager
 from llm_datadist.checks import (
+    check_dict,
     check_int32,
     check_optional,
     check_sequence,
@@ -17,14 +18,16 @@ from llm_datadist.checks import (
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
-from llm_datadist.options import Options
+from llm_datadist.options import Options, parse_listen
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.engine.engine import Engine, Outcome, Target
+    from llm_datadist.engine.engine import Engine
+    from llm_datadist.engine.linker import Outcome, Target
+    from llm_datadist.types import RegisterMemStatus
 
 
 class LinkInfo(NamedTuple):
@@ -83,7 +86,7 @@ class LLMDataDist:
         engine = Engine(self._cluster_id, parsed)
         engine.start()
         self._engine = engine
-        self._cache_manager = CacheManager(engine)
+        self._cache_manager = CacheManager(engine) if parsed.cache_manager else None
         LLMDataDist.llm_engine_instance = self
         atexit.register(_shutdown_handler)
 
@@ -107,10 +110,79 @@ class LLMDataDist:
 
         Raises RuntimeError before `init`, LLMException when the options enable no cache manager.
         """
+        return self._require_manager()[1]
+
+    def link(self, comm_name: str, cluster_rank_info: dict[int, int], rank_table: str) -> int:
+        """Begins a link that all its 2 to 4 members call for, in any order. Spec 5.8, 12.1-12.3.
+
+        Returns its comm_id at once; `query_register_mem_status` tells when it can be used: when the
+        last member has called, maybe minutes later. `cluster_rank_info` maps cluster ids to ranks,
+        ascending. Members on one host find each other by name; for those on other hosts
+        `rank_table` (JSON) has `host_ip`, an IP `server_id` or `device_ip`, and they listen on port
+        LLM_DATADIST_LINK_BASE_PORT (60000) + device_id. `link_total_time` (120 s) bounds it.
+
+        Raises RuntimeError before `init`, TypeError, ValueError; LLMException with
+        LLM_PARAM_INVALID, LLM_LINK_FAILED (no rank table), LLM_FEATURE_NOT_ENABLED.
+        """
+        from llm_datadist.operations import ranks
+
+        return ranks.link(self._require_ranks(), comm_name, cluster_rank_info, rank_table)
+
+    def unlink(self, comm_id: int) -> None:
+        """Ends a rank-table link, or its preparation, once its transfers have ended. Spec 5.8.
+
+        Raises RuntimeError before `init`, TypeError, ValueError; LLMException with
+        LLM_NOT_YET_LINK for an unknown id, LLM_FEATURE_NOT_ENABLED.
+        """
+        self._require_ranks().unlink_ranks(check_uint64("comm_id", comm_id))
+
+    def query_register_mem_status(self, comm_id: int) -> RegisterMemStatus:
+        """How far a rank-table link has come: PREPARING, then OK or FAILED for good. Spec 5.8.
+
+        Never blocks. Raises as `unlink`.
+        """
+        return self._require_ranks().groups.status_of(check_uint64("comm_id", comm_id))
+
+    def switch_role(self, role: LLMRole, switch_options: dict[str, str] | None = None) -> None:
+        """Changes the role, and where this cluster listens. Spec 5.7.
+
+        `switch_options` may have `llm.listenIpInfo`; the listener then moves there, and without it
+        the cluster listens no more. Other entries are ignored. After a failure everything is as it
+        was.
+
+        Raises RuntimeError before `init`; KeyError, TypeError, ValueError for bad arguments;
+        LLMException with LLM_EXIST_LINK while clusters are linked, LLM_PARAM_INVALID, LLM_FAILED
+        when the address cannot be had, LLM_FEATURE_NOT_ENABLED where the options forbid it.
+        """
         engine = self._require_engine()
-        if not engine.options.cache_manager or self._cache_manager is None:
-            raise invalid("the cache manager is off: set LLMConfig.enable_cache_manager")
-        return self._cache_manager
+        if role is None:
+            raise KeyError("role is None: pass an LLMRole")
+        check_type("role", role, LLMRole)
+        options = check_dict(
+            "switch_options", {} if switch_options is None else switch_options, str, str
+        )
+        listen = parse_listen(options)
+        if not engine.options.cache_manager:
+            self._check_v1_switch(engine, role, listen)
+        if engine.options.transfer_backend is None:
+            engine.listen_on(listen)
+        elif listen not in (None, engine.options.listen):
+            raise LLMException(
+                f"with a transfer_backend the address stays {engine.options.listen}",
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+            )
+        self._role = role
+
+    def check_link_status(self, remote_cluster_id: int) -> None:
+        """Of the v1 mode: returns when there is a live link to a cluster. Spec 5.3.
+
+        Raises TypeError, ValueError; LLMException with LLM_NOT_YET_LINK, or LLM_PARAM_INVALID
+        outside of the v1 mode.
+        """
+        engine = self._require_engine()
+        if engine.options.cache_manager:
+            raise invalid("check_link_status belongs to the v1 mode: links() shows the live links")
+        engine.links.find(check_uint64("remote_cluster_id", remote_cluster_id))
 
     @property
     def listen_endpoint(self) -> Endpoint | None:
@@ -169,6 +241,32 @@ class LLMDataDist:
         targets = [_target(info) for info in infos]
         return self._report("unlink", infos, engine.unlink(targets, timeout / 1000, force=force))
 
+    def _check_v1_switch(self, engine: Engine, role: LLMRole, listen: Endpoint | None) -> None:
+        if not engine.options.enable_switch_role:
+            raise LLMException(
+                "switching roles is off: set LLMConfig.enable_switch_role",
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+            )
+        if role == self._role:
+            raise invalid(f"the role is {role} already")
+        if role == LLMRole.PROMPT and listen is None:
+            raise invalid("switching to PROMPT needs llm.listenIpInfo in switch_options")
+
+    def _require_manager(self) -> tuple[Engine, CacheManager]:
+        engine = self._require_engine()
+        if self._cache_manager is None:
+            raise invalid("the cache manager is off: set LLMConfig.enable_cache_manager")
+        return engine, self._cache_manager
+
+    def _require_ranks(self) -> Engine:
+        engine = self._require_manager()[0]
+        if engine.options.transfer_backend is not None:
+            raise LLMException(
+                "rank-table links are not for a transfer_backend: use link_clusters",
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+            )
+        return engine
+
     def _require_engine(self) -> Engine:
         if self._engine is None:
             raise RuntimeError("llm datadist is not initialized")
@@ -197,7 +295,7 @@ def _check_clusters(clusters: object, timeout: object) -> Sequence[LLMClusterInf
 
 
 def _target(info: LLMClusterInfo) -> Target:
-    from llm_datadist.engine.engine import Target
+    from llm_datadist.engine.linker import Target
 
     return Target(info.remote_cluster_id, tuple(info.remote_endpoints))
 

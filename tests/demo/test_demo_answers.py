@@ -26,7 +26,7 @@ def path(request: pytest.FixtureRequest) -> str:
 def answered(path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The figures of one run over `path`, which has to succeed."""
     file = tmp_path_factory.mktemp("demo") / "figures.json"
-    done = run_demo("--path", path, "--max-new-tokens", "12", "--json", str(file))
+    done = run_demo("--path", path, "--max-new-tokens", "8", "--json", str(file))
     assert done.stderr == ""
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "demo: 5/5 identical"

@@ -1,4 +1,4 @@
-"""The life of a cluster: init, finalize and what they leave behind, in this process and its peers."""
+"""The life of a cluster: init, finalize, and what they leave behind here and at its peers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def datadist() -> Iterator[LLMDataDist]:
     datadist.finalize()
 
 
-def listen(peer: NodeProcess, listen_ip_info: str = "127.0.0.1:0", **settings: object) -> int:
+def listen(peer: NodeProcess, listen_ip_info: str = "127.0.0.1:0", **settings: Any) -> int:
     port = peer.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info=listen_ip_info, **settings)
     peer.call(publish)
     return port
@@ -275,15 +276,14 @@ def test_finalize_ends_a_link_call_of_another_thread(node: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         node.start(LLMRole.DECODER, 2)
-        statuses: list[LLMStatusCode] = []
-        linking = threading.Thread(target=lambda: statuses.append(node.link(port, 1, 60_000)))
-        linking.start()
-        connection, _ = silent.accept()
-        with connection, takes_at_most(2.0):
-            node.datadist.finalize()
-            linking.join(5)
-    assert not linking.is_alive()
-    assert statuses == [LLMStatusCode.LLM_FAILED]
+        with ThreadPoolExecutor(1) as pool:
+            linking = pool.submit(node.link, port, 1, 60_000)
+            connection, _ = silent.accept()
+            with connection, takes_at_most(2.0):
+                node.datadist.finalize()
+                with pytest.raises(LLMException, match="finalized meanwhile") as error:
+                    linking.result(5)
+    assert error.value.status_code == LLMStatusCode.LLM_FAILED
 
 
 # -- what is left ----------------------------------------------------------------------------------
@@ -293,7 +293,10 @@ def test_finalize_ends_a_link_call_of_another_thread(node: Node) -> None:
 def test_cycles_leave_no_thread_and_no_descriptor(
     node: Node, peer: NodeProcess, path: str, listens: bool, is_accessible: bool
 ) -> None:
-    settings = {"transfer_path": path, "enable_remote_cache_accessible": is_accessible}
+    settings: dict[str, Any] = {
+        "transfer_path": path,
+        "enable_remote_cache_accessible": is_accessible,
+    }
     port = listen(peer, **settings)
     mine = {"listen_ip_info": "127.0.0.1:0"} if listens else {}
 
@@ -440,3 +443,36 @@ def peek(pid: int, address: int) -> int:
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         memory.seek(address)
         return memory.read(1)[0]
+
+
+def test_other_threads_work_on_when_the_main_thread_has_returned(
+    peer: NodeProcess, path: str
+) -> None:
+    """A program whose main thread only starts others: links, large pulls and answers go on."""
+    port = listen(peer, transfer_path=path)
+    peer.call(large_source)
+    program = """
+import sys, threading
+from llm_datadist import BlocksCacheKey, LLMRole
+from llm_datadist.testing.cluster import Node
+
+def work():
+    threading.main_thread().join()
+    assert node.link(int(sys.argv[1]), 1) == 0
+    cache = node.blocks_cache(4, 64, 1 << 14)
+    blocks = list(range(64))
+    node.manager.pull_blocks(BlocksCacheKey(1, 1), cache, blocks, blocks)
+    assert (node.arrays[cache.cache_id] == 7).all()
+    print("worked")
+
+node = Node()
+node.start(LLMRole.DECODER, 2, listen_ip_info="127.0.0.1:0", transfer_path=sys.argv[2])
+threading.Thread(target=work).start()
+"""
+    done = run(program, port, path, within_s=15)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "worked\n", "")
+
+
+def large_source(node: Node) -> None:
+    cache = node.blocks_cache(4, 64, 1 << 14, key=BlocksCacheKey(0, 1))
+    node.arrays[cache.cache_id][:] = 7

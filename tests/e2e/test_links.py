@@ -1,4 +1,4 @@
-"""Linking and unlinking: every result, what it leaves behind on both ends, and how long it takes."""
+"""Linking and unlinking: every result, what it leaves behind at both ends, how long it takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -92,12 +92,16 @@ def dead_port() -> int:
     return port
 
 
-def listen(peer: NodeProcess, cluster_id: int = 1, seed: int = SEED, **settings: object) -> int:
+def listen(peer: NodeProcess, cluster_id: int = 1, seed: int = SEED, **settings: Any) -> int:
     """Starts a listening node that has one cache to pull; its port."""
     settings.setdefault("listen_ip_info", "127.0.0.1:0")
     port = peer.call(Node.start, LLMRole.PROMPT, cluster_id, **settings)
     peer.call(publish, seed)
     return port
+
+
+def settings_of(is_accessible: bool, path: str) -> dict[str, Any]:
+    return {"enable_remote_cache_accessible": is_accessible, "transfer_path": path}
 
 
 def publish(node: Node, seed: int) -> None:
@@ -155,7 +159,10 @@ def unlink_id(node: Node, cluster_id: int, *, force: bool) -> LLMStatusCode:
 def test_a_link_shows_at_both_ends_and_serves_both(
     node: Node, peer: NodeProcess, is_accessible: bool, path: str
 ) -> None:
-    settings = {"enable_remote_cache_accessible": is_accessible, "transfer_path": path}
+    settings: dict[str, Any] = {
+        "enable_remote_cache_accessible": is_accessible,
+        "transfer_path": path,
+    }
     port = listen(peer, **settings)
     node.start(LLMRole.DECODER, 2, **settings)
     publish(node, 9)
@@ -298,7 +305,10 @@ def test_ipv6_and_host_names_reach_a_listener(
 def test_registering_after_linking_is_seen(
     node: Node, peer: NodeProcess, is_accessible: bool, path: str
 ) -> None:
-    settings = {"enable_remote_cache_accessible": is_accessible, "transfer_path": path}
+    settings: dict[str, Any] = {
+        "enable_remote_cache_accessible": is_accessible,
+        "transfer_path": path,
+    }
     port = peer.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
     node.start(LLMRole.DECODER, 2, **settings)
     assert node.link(port, 1) == SUCCESS
@@ -509,7 +519,10 @@ def test_two_ends_may_link_to_each_other_at_once(node: Node, peer: NodeProcess) 
 def test_both_ends_see_a_graceful_unlink(
     node: Node, peer: NodeProcess, is_accessible: bool, path: str
 ) -> None:
-    settings = {"enable_remote_cache_accessible": is_accessible, "transfer_path": path}
+    settings: dict[str, Any] = {
+        "enable_remote_cache_accessible": is_accessible,
+        "transfer_path": path,
+    }
     port = listen(peer, **settings)
     node.start(LLMRole.DECODER, 2, **settings)
     publish(node, 9)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from typing_extensions import Self
 
 from llm_datadist.core import messages as m
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 M = TypeVar("M", bound=m.Message)
+W = TypeVar("W", bound="Wire")
+L = TypeVar("L", bound="LinkedCaller")
 
 TRAILER = struct.Struct("<QQ")
 NONCE = bytes(range(16))
@@ -36,7 +39,7 @@ class Wire:
     def dial(cls, port: int) -> Wire:
         return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
 
-    def __enter__(self) -> Wire:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -122,7 +125,7 @@ class LinkedCaller:
         reverse.serve_probe()
         self.control.expect(m.Linked)
 
-    def __enter__(self) -> LinkedCaller:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.errors import LLMException, LLMStatusCode
 
-examples = settings(max_examples=300, deadline=None)
+examples = settings(max_examples=150, deadline=None)
 
 END = 2**64
 
@@ -18,7 +19,7 @@ geometries = st.builds(
     st.sampled_from(CacheKind),
     st.integers(1, 4),
     st.integers(1, 8),
-    st.integers(1, 100) | st.sampled_from([2**20, 2**60 - 1]),
+    st.integers(1, 100) | st.sampled_from([2**20, 2**60]),
 )
 
 
@@ -32,8 +33,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     """Tensors anywhere, often at an end of the address space; they may overlap."""
     geometry = draw(geometries)
     last = END - geometry.tensor_nbytes
-    addr = st.integers(0, last) | st.integers(0, min(last, 300)) | st.integers(last - 300, last)
-    addr = addr.filter(lambda value: 0 <= value <= last)
+    addr = st.integers(0, 300) | st.integers(last - 300, last) | st.integers(0, last)
     count = geometry.num_tensors
     return Layout.at(geometry, draw(st.lists(addr, min_size=count, max_size=count)))
 
@@ -43,10 +43,10 @@ def ranges_near(draw: st.DrawFn, layout: Layout) -> list[tuple[int, int]]:
     """Ranges that begin and end close to where tensors do, and some that wrap around."""
     size = layout.geometry.tensor_nbytes
     edges = [edge for start in layout.addrs.tolist() for edge in (start, start + size)]
-    addr = (around(0, END - 1, *edges) | st.integers(0, END - 1)).filter(range(END).__contains__)
-    nbytes = around(0, size, size // 2, 2**63, END - 1, END - size) | st.integers(0, END - 1)
-    nbytes = nbytes.filter(range(END).__contains__)
-    return draw(st.lists(st.tuples(addr, nbytes), max_size=3))
+    addr = around(0, END, *edges) | st.integers(0, END - 1)
+    nbytes = around(0, size, size // 2, 2**63, END, END - size) | st.integers(0, END - 1)
+    pairs = draw(st.lists(st.tuples(addr, nbytes), max_size=3))
+    return [(start % END, length % END) for start, length in pairs]
 
 
 @examples
@@ -84,11 +84,9 @@ def test_a_layout_is_made_of_one_address_with_room_per_tensor_and_of_nothing_els
     count = data.draw(st.just(geometry.num_tensors) | st.integers(0, 5))
     addrs = data.draw(st.lists(addr, min_size=count, max_size=count))
     is_possible = len(addrs) == geometry.num_tensors and all(0 <= a <= room for a in addrs)
-    try:
-        layout = Layout.at(geometry, addrs)
-    except LLMException as error:
-        assert error.status_code is LLMStatusCode.LLM_PARAM_INVALID
-        assert not is_possible
+    if is_possible:
+        assert Layout.at(geometry, addrs).addrs.tolist() == addrs
     else:
-        assert is_possible
-        assert layout.addrs.tolist() == addrs
+        with pytest.raises(LLMException) as caught:
+            Layout.at(geometry, addrs)
+        assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID

@@ -71,7 +71,7 @@ class RegistryMachine(RuleBasedStateMachine):
         #: what peers may still remember, though it no longer holds: (word address, generation)
         self.over: list[tuple[int, int]] = []
 
-    # -- the model -----------------------------------------------------------------------------------
+    # -- the model --
 
     def holder_of(self, name: KeyName) -> Model | None:
         return next((model for model in self.live.values() if name in model.keys), None)
@@ -113,7 +113,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if self.peers_keep_tables:  # others ask each time
             self.note_renewed(model)
 
-    # -- what may be called --------------------------------------------------------------------------
+    # -- what may be called --
 
     def register(self, kind: CacheKind, names: Sequence[KeyName | None]) -> Model:
         entry = self.registry.register(
@@ -221,7 +221,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.registry.find_key(name)
             assert caught.value.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 
-    # -- what always holds ---------------------------------------------------------------------------
+    # -- what always holds --
 
     @invariant()
     def every_live_word_holds_the_generation_that_the_cache_has(self) -> None:
@@ -263,7 +263,7 @@ def make_layout(kind: CacheKind) -> Layout:
 
 TestRegistryMachine = RegistryMachine.TestCase
 TestAskingPeersMachine = AskingPeersMachine.TestCase
-TestRegistryMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestRegistryMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestAskingPeersMachine.settings = TestRegistryMachine.settings
 
 seeds = st.integers(0, 2**70)

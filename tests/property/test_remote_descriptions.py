@@ -14,7 +14,7 @@ from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import Guard, RemoteTable, describe, understand
 from llm_datadist.types import Placement
 
-examples = settings(max_examples=100, deadline=None)
+examples = settings(max_examples=40, deadline=None)
 
 uint64s = st.integers(0, 2**64 - 1)
 keys = st.builds(KeyName, st.integers(0, 3) | uint64s, st.integers(0, 1) | uint64s, st.booleans())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llm_datadist.core.segments import Segments, iovecs, skip_bytes
 
-examples = settings(max_examples=150, deadline=None)
+examples = settings(max_examples=80, deadline=None)
 
 Triple = tuple[int, int, int]
 

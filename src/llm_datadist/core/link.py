@@ -235,7 +235,7 @@ class CallerLink(Link):
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
 
-    def start(self, *, is_fresh: bool, timeout_ms: int) -> list[Action]:
+    def start(self, *, is_fresh: bool, timeout_ms: int, group: str = "") -> list[Action]:
         self.state = State.GREETING
         me = self.me
         return [
@@ -249,6 +249,7 @@ class CallerLink(Link):
                     timeout_ms,
                     dict(me.offers),
                     me.probe,
+                    group,
                 )
             )
         ]
@@ -305,6 +306,10 @@ class ListenerLink(Link):
     """The end that was called."""
 
     token: bytes = b""
+
+    def turn_away(self, status: LLMStatusCode, reason: str) -> list[Action]:
+        """Does not admit a Hello, for a reason of the engine's."""
+        return self._refuse(status, reason)
 
     def admit(self, hello: m.Hello, *, is_known: bool) -> list[Action]:
         """Decides on a Hello; `is_known` says that a live link to this very peer exists."""

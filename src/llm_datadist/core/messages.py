@@ -63,6 +63,8 @@ class Hello(Message, tag=1):
     timeout_ms: UInt
     offers: dict[str, bytes]
     probe: ProbeTarget
+    #: names the rank-table link that this is to be part of
+    group: Text = ""
 
 
 class Welcome(Message, tag=2):
@@ -291,5 +293,5 @@ def decode(body: bytes | bytearray | memoryview) -> AnyMessage:
     """The message of a frame's body. Raises ProtocolError, and nothing else."""
     try:
         return _decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"undecodable frame: {error}") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from llm_datadist.core.generations import STALE
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.messages import CacheInfo, ProtocolError
 from llm_datadist.core.registry import Entry, KeyName
@@ -71,14 +72,18 @@ def describe(entry: Entry) -> CacheInfo:
 
 def understand(info: CacheInfo) -> RemoteCache:
     """A peer's description, checked. Raises ProtocolError when it cannot be true."""
+    tensor_nbytes = info.num_rows * info.row_nbytes
     if len(info.addrs) != 8 * info.num_tensors or info.kind not in tuple(CacheKind):
         raise ProtocolError(f"cache {info.cache_id} is described with parts that do not fit")
-    if info.num_rows * info.row_nbytes >= 2**63:
-        raise ProtocolError(f"cache {info.cache_id} is described as larger than an int64")
+    if tensor_nbytes >= 2**63 or info.generation == STALE:
+        raise ProtocolError(f"cache {info.cache_id} is described as one that cannot be")
+    addrs = np.frombuffer(info.addrs, dtype="<u8").astype(np.uint64, copy=False)
+    if len(addrs) and int(addrs.max()) > 2**64 - max(tensor_nbytes, 1):
+        raise ProtocolError(f"cache {info.cache_id} is described as beyond the address space")
     geometry = Geometry(CacheKind(info.kind), info.num_tensors, info.num_rows, info.row_nbytes)
     return RemoteCache(
         Guard(info.cache_id, info.generation, info.word_addr),
-        Layout(geometry, np.frombuffer(info.addrs, dtype="<u8").astype(np.uint64, copy=False)),
+        Layout(geometry, addrs),
         info.placement,
         info.is_remote_accessible,
         info.is_owned,

@@ -65,7 +65,8 @@ class Segments:
         ends = np.cumsum(self.nbytes)
         goals = ends[-1] / parts * np.arange(1, parts)
         cuts = np.searchsorted(ends, goals.astype(np.uint64), side="right")
-        bounds = np.unique(np.concatenate(([0], cuts, [len(self)])))
+        bounds = np.concatenate(([0], cuts, [len(self)]))
+        bounds = bounds[np.diff(bounds, prepend=-1) > 0]  # np.unique would load numpy.ma
         return [self.slice(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]
 
 

@@ -36,6 +36,8 @@ class Catalog:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._in_use: dict[int, int] = {}
+        #: being unregistered: no use may begin, or waiting for the last one might never end
+        self._leaving: set[int] = set()
         #: freed while in use: their memory goes back to its pool with the last use
         self._doomed: dict[int, Entry] = {}
         self._registry = Registry(
@@ -76,13 +78,17 @@ class Catalog:
         with self._lock:
             if self._registry.is_owned(cache_id):
                 return
-            if not self._idle.wait_for(lambda: not self._in_use.get(cache_id), timeout_s):
-                raise LLMException(
-                    f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
-                    LLMStatusCode.LLM_TIMEOUT,
-                )
-            if cache_id != _PROBE_ID:
-                self._registry.unregister(cache_id)
+            self._leaving.add(cache_id)
+            try:
+                if not self._idle.wait_for(lambda: not self._in_use.get(cache_id), timeout_s):
+                    raise LLMException(
+                        f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
+                        LLMStatusCode.LLM_TIMEOUT,
+                    )
+                if cache_id != _PROBE_ID:
+                    self._registry.unregister(cache_id)
+            finally:
+                self._leaving.discard(cache_id)
 
     def allocate(
         self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
@@ -119,6 +125,10 @@ class Catalog:
         """A cache of ours whose memory stays it meanwhile. Raises LLM_KV_CACHE_NOT_EXIST."""
         with self._lock:
             entry = self._find(cache_id)
+            if cache_id in self._leaving:
+                raise LLMException(
+                    f"cache {cache_id} is being unregistered", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+                )
             self._in_use[cache_id] = self._in_use.get(cache_id, 0) + 1
         try:
             yield entry

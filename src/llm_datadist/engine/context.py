@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.link import Identity
     from llm_datadist.engine.catalog import Catalog
+    from llm_datadist.engine.groups import Groups
     from llm_datadist.engine.links import Links
     from llm_datadist.transport.base import Transport
 
@@ -23,6 +24,7 @@ class Context:
     me: Identity
     catalog: Catalog
     links: Links
+    groups: Groups
     transports: Mapping[str, Transport]
     loop: asyncio.AbstractEventLoop
     #: threads that send large answers, verify paths and wait for transfers to end

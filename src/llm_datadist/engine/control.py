@@ -6,7 +6,7 @@ import asyncio
 import socket
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.frames import FrameReader
@@ -33,11 +33,13 @@ class ConnectionEnded(Exception):
 class Control:
     """One connection. Belongs to the loop's thread."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         sock.setblocking(False)
         for level, option, value in _KEEPALIVE:
             sock.setsockopt(level, option, value)
         self.socket = sock
+        #: the peer's; the socket no longer knows it when the peer has reset the connection
+        self.address = address
         #: holds what came behind the message received last
         self.frames = FrameReader()
 
@@ -86,12 +88,20 @@ async def dial(host: str, port: int, workers: Executor) -> Control:
         infos = look_up()
     else:
         infos = await loop.run_in_executor(workers, look_up)
-    family, kind, protocol, _, address = infos[0]
+    for info in infos[:-1]:
+        with suppress(OSError):  # "localhost" may be ::1 first, where nobody listens
+            return await _connect(*info)
+    return await _connect(*infos[-1])
+
+
+async def _connect(
+    family: int, kind: int, protocol: int, _: str, address: tuple[Any, ...]
+) -> Control:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
-        await loop.sock_connect(sock, address)
-        return Control(sock)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        return Control(sock, address)
     except BaseException:
         sock.close()
         raise

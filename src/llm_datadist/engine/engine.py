@@ -5,35 +5,40 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
-from weakref import WeakValueDictionary
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core import link as lk
-from llm_datadist.core import messages as m
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.engine import requests
 from llm_datadist.engine.catalog import Catalog
 from llm_datadist.engine.context import Context
-from llm_datadist.engine.control import ConnectionEnded, dial
+from llm_datadist.engine.groups import Groups
+from llm_datadist.engine.linker import Linker
 from llm_datadist.engine.links import Links
 from llm_datadist.engine.listener import Listener, bind
 from llm_datadist.engine.pools import open_pools
-from llm_datadist.engine.session import Session
+from llm_datadist.engine.rendezvous import Rendezvous
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import StaleCache, Transport
 from llm_datadist.transport.cma import CmaTransport
 from llm_datadist.transport.deadline import Deadline
 from llm_datadist.transport.local import copy
 from llm_datadist.transport.movers import Movers
 from llm_datadist.transport.tcp import TcpTransport
+from llm_datadist.transport.threads import Threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    import socket
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from llm_datadist.core.plan import Planner
     from llm_datadist.core.remote import Guard, RemoteCache, RemoteRow
     from llm_datadist.core.segments import Segments
+    from llm_datadist.engine.groups import GroupPlan
+    from llm_datadist.engine.linker import Outcome, Target
+    from llm_datadist.engine.session import Session
     from llm_datadist.options import Options
 
 T = TypeVar("T")
@@ -45,20 +50,6 @@ _TCP_STREAMS = 2
 _ATTEMPTS = 3
 
 
-class Target(NamedTuple):
-    """A cluster to link to or to unlink, as the caller described it."""
-
-    cluster_id: int | None
-    endpoints: tuple[Endpoint, ...]
-
-
-class Outcome(NamedTuple):
-    """What became of one link or unlink."""
-
-    status: LLMStatusCode
-    reason: str = ""
-
-
 class Engine:
     """One cluster at work. Thread-safe, but for `start` and `stop`."""
 
@@ -68,10 +59,11 @@ class Engine:
         self._pools = open_pools(options)
         self.catalog = Catalog(self._pools, peers_keep_tables=options.remote_accessible)
         self.links = Links(cluster_id)
+        self.groups = Groups(cluster_id, self.links)
         self._movers = Movers()
-        self._workers = ThreadPoolExecutor(_WORKERS, "llm-datadist-worker")
+        self._workers = Threads(_WORKERS, "llm-datadist-worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
-        self._fetchers = ThreadPoolExecutor(_WORKERS, "llm-datadist-fetcher")
+        self._fetchers = Threads(_WORKERS, "llm-datadist-fetcher")
         transports: list[Transport] = [
             CmaTransport(self._movers),
             TcpTransport(self._movers, _TCP_STREAMS),
@@ -85,31 +77,31 @@ class Engine:
             self._identity(),
             self.catalog,
             self.links,
+            self.groups,
             self._transports,
             self._loop,
             self._workers,
             self._fetchers,
             options.sync_timeout_s,
         )
-        #: whose turn it is to link to an address; belongs to the loop's thread
-        self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
+        self._linker = Linker(self._context)
+        self._rank_listeners: list[Listener] = []
+        self._rank_ports: dict[Endpoint, int] = {}
+        #: a rank-table link was made, which changes what may be registered (spec 5.8)
+        self.has_rank_links = False
         self._listener: Listener | None = None
+        self._asked_endpoint: Endpoint | None = None
+        #: where the listener really is, the port that was taken for 0 included
         self.listen_endpoint: Endpoint | None = None
 
     def start(self) -> None:
         """Listens, if the options say where. Raises LLMException when the address cannot be had."""
-        sock = None
-        if self.options.listen is not None:
-            try:
-                sock = bind(self.options.listen)
-            except LLMException:
-                self._release()
-                self._loop.close()
-                raise
         self._thread.start()
-        if sock is not None:
-            self.listen_endpoint = Endpoint(*sock.getsockname()[:2])
-            self._listener = self._run(self._make_listener(sock))
+        try:
+            self.listen_on(self.options.listen)
+        except LLMException:
+            self._shut_down()
+            raise
 
     def stop(self) -> None:
         """Ends all links, lets running transfers end first, and gives everything back."""
@@ -118,19 +110,76 @@ class Engine:
             session.gate.drain(max(0.0, deadline.remaining_s()))
         self.catalog.close()
         self._run(self._close_links())
-        self._release()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._shut_down()
+
+    def listen_on(self, endpoint: Endpoint | None) -> None:
+        """Opens, moves or closes the listener. Not while other calls run. Spec 5.7.
+
+        Raises LLMException: LLM_EXIST_LINK while there are links, LLM_FAILED when the address
+        cannot be had; all is then as it was.
+        """
+        if self.links.all():
+            raise LLMException("unlink all clusters first", LLMStatusCode.LLM_EXIST_LINK)
+        if endpoint == self._asked_endpoint:
+            return
+        before, self._asked_endpoint = self._asked_endpoint, None
+        taken = self.listen_endpoint
+        self._run(self._close_listener())
+        try:
+            self._open_listener(endpoint)
+        except LLMException:
+            self._open_listener(taken)
+            self._asked_endpoint = before
+            raise
+        self._asked_endpoint = endpoint
+
+    def _open_listener(self, endpoint: Endpoint | None) -> None:
+        if endpoint is not None:
+            sock = bind(endpoint)
+            self.listen_endpoint = Endpoint(*sock.getsockname()[:2])
+            self._listener = self._run(self._make_listener(sock))
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
-        return self._run(_gather(self._link(target, timeout_s) for target in targets))
+        return self._run(_gather(self._linker.link(target, timeout_s) for target in targets))
 
     def unlink(self, targets: Sequence[Target], timeout_s: float, *, force: bool) -> list[Outcome]:
         """Unlinks from all targets at once; `force` asks nobody. Spec 5.5."""
-        work = self._cut if force else self._leave
+        work = self._linker.cut if force else self._linker.leave
         return self._run(_gather(work(target, timeout_s) for target in targets))
+
+    def link_ranks(self, plan: GroupPlan, port: int | None) -> int:
+        """Begins a rank-table link and returns its comm_id at once. Spec 5.8, 12.1.
+
+        `port` is where members on other hosts expect us, None when there are none. Raises
+        LLMException: LLM_PARAM_INVALID, LLM_LINK_FAILED.
+        """
+        rendezvous = Rendezvous()
+        here = self._listen_for_ranks(Endpoint("127.0.0.1", 0))
+        if port is not None:
+            try:
+                self._listen_for_ranks(Endpoint("0.0.0.0", port))
+            except LLMException as error:  # we can still call the others
+                get_logger().warning("members on other hosts cannot call us: %s", error)
+        comm_id = self._run(self.groups.start(plan, self._linker, rendezvous, here))
+        self.has_rank_links = True
+        return comm_id
+
+    def unlink_ranks(self, comm_id: int) -> None:
+        """Ends a rank-table link once its transfers have ended. Raises LLM_NOT_YET_LINK."""
+        deadline = Deadline.after(self.options.sync_timeout_s)
+        for session in self.groups.find(comm_id).sessions.values():
+            session.gate.drain(max(0.0, deadline.remaining_s()))
+        self._run(self.groups.stop(comm_id))
+
+    def _listen_for_ranks(self, endpoint: Endpoint) -> int:
+        """The port of the listener there; one for each endpoint asked for."""
+        port = self._rank_ports.get(endpoint)
+        if port is None:
+            sock = bind(endpoint)
+            port = self._rank_ports[endpoint] = sock.getsockname()[1]
+            self._rank_listeners.append(self._run(self._make_listener(sock)))
+        return port
 
     def is_self(self, cluster_id: int) -> bool:
         """Whether the id means this cluster, and no peer that happens to carry the same id."""
@@ -204,127 +253,47 @@ class Engine:
             self.options.path,
         )
 
-    async def _make_listener(self, sock: object) -> Listener:
-        return Listener(sock, self._context)  # type: ignore[arg-type]
+    async def _make_listener(self, sock: socket.socket) -> Listener:
+        return Listener(sock, self._context)
 
-    async def _close_links(self) -> None:
+    async def _close_listener(self) -> None:
         if self._listener is not None:
             await self._listener.close()
+        self._listener = self.listen_endpoint = None
+
+    async def _close_links(self) -> None:
+        await self._close_listener()
+        await self.groups.close()
+        for listener in self._rank_listeners:
+            await listener.close()
         for session in self.links.all():
             await session.cut("this cluster was finalized")
             await session.join()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
-    async def _link(self, target: Target, timeout_s: float) -> Outcome:
-        if len(target.endpoints) != 1:
-            return Outcome(
-                LLMStatusCode.LLM_PARAM_INVALID,
-                f"{len(target.endpoints)} remote addresses, one is needed (append_remote_ip_info)",
-            )
-        deadline = Deadline.after(timeout_s)
-        # one after the other: of two links to one peer, each end could keep the other one
-        turn = self._turns.setdefault(target.endpoints[0], asyncio.Lock())
-        try:
-            await asyncio.wait_for(turn.acquire(), timeout_s)
-        except asyncio.TimeoutError:
-            return Outcome(LLMStatusCode.LLM_TIMEOUT, "other calls were linking to it meanwhile")
-        try:
-            return await self._link_in_turn(target, deadline)
-        finally:
-            turn.release()
-
-    async def _link_in_turn(self, target: Target, deadline: Deadline) -> Outcome:
-        endpoint = target.endpoints[0]
-        try:
-            control = await asyncio.wait_for(dial(*endpoint, self._workers), deadline.remaining_s())
-        except asyncio.TimeoutError:
-            return Outcome(LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in time")
-        except OSError as error:
-            return Outcome(
-                LLMStatusCode.LLM_LINK_FAILED, f"cannot connect to {endpoint}: {error.strerror}"
-            )
-        link = lk.CallerLink(self._context.me)
-        session = Session(self._context, control, link, endpoint)
-        left_s = max(0.001, deadline.remaining_s())
-        first = link.start(is_fresh=not self._known(target), timeout_ms=max(1, int(left_s * 1000)))
-        await session.greet(first, left_s)
-        return Outcome(session.status, session.reason) if session.is_closed else _OK
-
-    def _known(self, target: Target) -> bool:
-        if target.cluster_id is None:
-            return bool(self.links.at(target.endpoints[0]))
-        return bool(self.links.of(target.cluster_id))
-
-    async def _cut(self, target: Target, timeout_s: float) -> Outcome:
-        for session in self._sessions_of(target):
-            await session.cut("it was unlinked by force")
-        return _OK
-
-    async def _leave(self, target: Target, timeout_s: float) -> Outcome:
-        if len(target.endpoints) != 1:
-            return Outcome(
-                LLMStatusCode.LLM_PARAM_INVALID,
-                f"{len(target.endpoints)} remote addresses, one is needed unless force=True",
-            )
-        deadline = Deadline.after(timeout_s)
-        sessions = self._sessions_of(target)
-        for session in sessions:
-            if not await self._leave_session(session, deadline):
-                return Outcome(
-                    LLMStatusCode.LLM_TIMEOUT,
-                    f"{target.endpoints[0]} did not agree to unlink; the link is kept",
-                )
-        return _OK if sessions else await self._tell(target.endpoints[0], timeout_s)
-
-    def _sessions_of(self, target: Target) -> list[Session]:
-        if target.cluster_id is None:
-            return self.links.at(target.endpoints[0]) if target.endpoints else []
-        return self.links.of(target.cluster_id, target.endpoints[0] if target.endpoints else None)
-
-    async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
-        drained = await self._loop.run_in_executor(
-            self._workers, session.gate.drain, max(0.0, deadline.remaining_s())
-        )
-        if not drained:
-            session.gate.open()
-            return False
-        return await session.leave(max(0.001, deadline.remaining_s()))
-
-    async def _tell(self, endpoint: Endpoint, timeout_s: float) -> Outcome:
-        """There is no link here; the peer may remember one."""
-        try:
-            control = await asyncio.wait_for(dial(*endpoint, self._workers), timeout_s)
-        except asyncio.TimeoutError:
-            return Outcome(LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in time")
-        except OSError as error:
-            return Outcome(
-                LLMStatusCode.LLM_UNLINK_FAILED, f"cannot connect to {endpoint}: {error.strerror}"
-            )
-        try:
-            await control.send(m.Forget(self._context.me.instance))
-            await asyncio.wait_for(control.receive(), timeout_s)
-        except asyncio.TimeoutError:
-            return Outcome(LLMStatusCode.LLM_TIMEOUT, f"{endpoint} did not answer in time")
-        except ConnectionEnded as error:
-            return Outcome(LLMStatusCode.LLM_UNLINK_FAILED, f"{endpoint}: {error}")
-        finally:
-            control.close()
-        return _OK
-
-    def _release(self) -> None:
-        """What is left when no link is: threads and pools."""
+    def _shut_down(self) -> None:
+        """Gives back what is left when no link is: threads, pools and the loop."""
         self._fetchers.shutdown(wait=True)
         self._workers.shutdown(wait=True)
         self._movers.close()
         for pool in self._pools.values():
             pool.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def _run(self, work: Coroutine[object, object, T]) -> T:
         """Runs a coroutine in the loop's thread, from any other."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except CancelledError:
+            raise LLMException(
+                "the cluster was finalized meanwhile", LLMStatusCode.LLM_FAILED
+            ) from None
 
 
-_OK = Outcome(LLMStatusCode.LLM_SUCCESS)
-
-
-async def _gather(work: object) -> list[Outcome]:
-    return list(await asyncio.gather(*work))  # type: ignore[misc]
+async def _gather(work: Iterable[Coroutine[object, object, T]]) -> list[T]:
+    return list(await asyncio.gather(*work))

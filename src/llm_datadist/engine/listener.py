@@ -6,7 +6,7 @@ import asyncio
 import errno
 import secrets
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
@@ -73,7 +73,7 @@ class Listener:
     async def _accept(self) -> None:
         while True:
             try:
-                sock, _ = await self._context.loop.sock_accept(self._socket)
+                sock, address = await self._context.loop.sock_accept(self._socket)
             except OSError as error:
                 get_logger().error("cannot accept a connection: %s", error)
                 await asyncio.sleep(_EXHAUSTED_S)
@@ -81,12 +81,12 @@ class Listener:
             if len(self._greetings) >= _MAX_GREETINGS:
                 sock.close()
                 continue
-            task = self._context.loop.create_task(self._greet(sock))
+            task = self._context.loop.create_task(self._greet(sock, address))
             self._greetings.add(task)
             task.add_done_callback(self._greetings.discard)
 
-    async def _greet(self, sock: socket.socket) -> None:
-        control = Control(sock)
+    async def _greet(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        control = Control(sock, address)
         kept = False
         try:
             first = await asyncio.wait_for(control.receive(), _GREETING_S)
@@ -117,12 +117,17 @@ class Listener:
 
     async def _open_session(self, control: Control, hello: m.Hello) -> bool:
         link = ListenerLink(self._context.me, token=secrets.token_bytes(16))
-        session = Session(self._context, control, link, None)
+        session = Session(self._context, control, link, None, hello.group)
         known = any(not s.is_closed for s in self._context.links.with_instance(hello.instance))
         self._sessions[session.token] = session
         session.when_closed(lambda: self._sessions.pop(session.token, None))
         timeout_s = min(hello.timeout_ms / 1000, _MAX_HAND_SHAKE_S)
-        await session.greet(link.admit(hello, is_known=known), timeout_s)
+        refusal = self._context.groups.refusal_of(hello) if hello.group else None
+        if refusal is None:
+            first = link.admit(hello, is_known=known and not hello.group)
+        else:
+            first = link.turn_away(*refusal)
+        await session.greet(first, timeout_s)
         return not session.is_closed
 
     async def _attach(self, control: Control, attach: m.Attach) -> bool:

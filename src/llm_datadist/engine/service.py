@@ -1,7 +1,8 @@
 """Serving: the answering end of a request stream, driven by the engine's loop.
 
 Small answers are sent at once in the loop's thread. What does not fit the socket's buffer goes to a
-worker thread, and the stream is not listened to meanwhile.
+worker thread, and the stream is not listened to meanwhile. A peer that takes nothing for a while
+gives the thread back to others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from llm_datadist.transport.deadline import Deadline
 from llm_datadist.transport.tcp import FrameSender, Sender
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from llm_datadist.engine.context import Context
@@ -48,6 +50,8 @@ class StreamService:
         self._when_closed = when_closed
         self._is_busy = False
         self._is_closed = False
+        #: runs while the peer takes no more of an answer
+        self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         self._loop.add_reader(self._socket, self._readable)
@@ -59,6 +63,9 @@ class StreamService:
             return
         self._is_closed = True
         self._loop.remove_reader(self._socket)
+        if self._timer is not None:
+            self._end_wait(self._timer)
+            self._is_busy = False
         if self._is_busy:
             _shutdown(self._socket)  # the worker still holds the descriptor: _resume closes it
         else:
@@ -129,12 +136,34 @@ class StreamService:
 
     def _finish(self, sender: FrameSender, deadline: Deadline) -> None:
         """In a thread of the workers or fetchers."""
-        failure = ""
         try:
-            sender.finish(deadline)
+            if not sender.finish(deadline):
+                self._loop.call_soon_threadsafe(self._wait, sender, deadline)
+                return
         except (OSError, LLMException) as error:
             failure = _describe(error)
+        else:
+            failure = ""
         self._loop.call_soon_threadsafe(self._resume, failure)
+
+    def _wait(self, sender: FrameSender, deadline: Deadline) -> None:
+        """For a peer that takes no more at present, without a thread: others need them."""
+        if self._is_closed:
+            self._socket.close()
+            return
+        left_s = max(0.0, deadline.remaining_s())
+        self._timer = self._loop.call_later(left_s, lambda: self._go_on(sender, deadline))
+        self._loop.add_writer(self._socket, self._go_on, sender, deadline)
+
+    def _go_on(self, sender: FrameSender, deadline: Deadline) -> None:
+        if self._timer is not None:
+            self._end_wait(self._timer)
+            self._context.workers.submit(self._finish, sender, deadline)
+
+    def _end_wait(self, timer: asyncio.TimerHandle) -> None:
+        timer.cancel()
+        self._timer = None
+        self._loop.remove_writer(self._socket)
 
     def _resume(self, failure: str) -> None:
         self._is_busy = False

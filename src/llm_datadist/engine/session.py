@@ -44,13 +44,16 @@ class Session:
         control: Control,
         link: lk.CallerLink | lk.ListenerLink,
         endpoint: Endpoint | None,
+        group: str = "",
     ) -> None:
         self._context = context
         self._control = control
         self._link = link
         #: where the caller reached its peer; None at the listener
         self.endpoint = endpoint
-        self._host, self._port = control.socket.getpeername()[:2]
+        #: the rank-table link that this one belongs to, if any
+        self.group = group
+        self._host, self._port = control.address[:2]
         #: transfers on this link, in any thread
         self.gate = Gate()
         self.streams = StreamPool(self._open_stream)
@@ -106,6 +109,8 @@ class Session:
 
     def supersedes(self, other: Session) -> bool:
         """Whether this session is what became of the other one's link."""
+        if self.group != other.group:
+            return False
         same_way = self.is_caller == other.is_caller and self.instance == other.instance
         return same_way or (self.endpoint is not None and self.endpoint == other.endpoint)
 
@@ -137,6 +142,10 @@ class Session:
             await self.perform(
                 self._link.timed_out(f"the hand-shake was not done within {timeout_s:.3f} s")
             )
+        except asyncio.CancelledError:
+            await self.cut("this cluster was finalized")
+            self._control.close()
+            raise
         if self.is_closed:
             self._control.close()
         else:
@@ -196,9 +205,11 @@ class Session:
 
     async def _listen(self) -> None:
         self._control.trust()
-        while not self.is_closed:
-            await self._receive()
-        self._control.close()
+        try:
+            while not self.is_closed:
+                await self._receive()
+        finally:
+            self._control.close()
 
     async def _receive(self) -> None:
         try:
@@ -221,6 +232,8 @@ class Session:
                 self._context.workers, self._open_and_verify, path
             )
         except PathUnavailable as error:
+            if self._deadline.remaining_s() <= 0:
+                return self._link.timed_out(f"{path} could not be verified: {error.reason}")
             return self._link.probed(path, error.reason, is_remarkable=error.is_remarkable)
         return self._link.probed(path, None, is_remarkable=False)
 
@@ -233,6 +246,9 @@ class Session:
 
     async def _publish(self) -> None:
         self.gate.open()
+        if self.group:
+            await self._context.groups.join(self)
+            return
         links = self._context.links
         is_echo = self.instance == self._context.me.instance and not self.is_caller
         if not is_echo:  # the answering end of a link to ourselves is not one to use
@@ -290,6 +306,8 @@ class Session:
             sock = socket.create_connection(
                 (self._host, self._port), deadline.require("opening a stream to the peer")
             )
+        except TimeoutError:
+            raise deadline.expired("opening a stream to the peer") from None
         except OSError as error:
             raise LLMException(
                 f"no stream to {self.endpoint} could be opened: {error}",
@@ -310,6 +328,7 @@ class Session:
         self.gate.shut(ending)
         if self._link.peer is not None:
             self._context.links.remove(self, action.reason)
+            self._context.groups.leave(self)
             get_logger().info(
                 "the link of cluster %d to cluster %d ended: %s",
                 self._context.me.cluster_id, self.cluster_id, action.reason,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+from llm_datadist.transport.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
 #: a part smaller than this costs more to hand to a thread than to move
 MIN_PART_NBYTES = 1024 * 1024
@@ -18,7 +20,7 @@ class Movers:
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or min(4, os.cpu_count() or 1)
-        self._helpers = ThreadPoolExecutor(max(1, self.threads - 1), "llm-datadist-mover")
+        self._helpers = Threads(max(1, self.threads - 1), "llm-datadist-mover")
 
     def parts_of(self, nbytes: int) -> int:
         return max(1, min(self.threads, nbytes // MIN_PART_NBYTES))

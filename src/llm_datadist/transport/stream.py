@@ -69,8 +69,11 @@ class Stream:
         self._socket.close()
 
     def _send(self, frame: bytes, deadline: Deadline) -> None:
-        with _mapped_errors(self._socket, socket.SO_SNDTIMEO, deadline):
-            self._socket.sendall(frame)
+        view = memoryview(frame)
+        while view:  # not `sendall`, which gives each of its calls the whole time
+            with _mapped_errors(self._socket, socket.SO_SNDTIMEO, deadline):
+                sent = self._socket.send(view)
+            view = view[sent:]
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
         buffer = bytearray(nbytes)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from llm_datadist.transport.movers import Movers
     from llm_datadist.transport.stream import Stream
 
+#: a peer that takes nothing of an answer for so long is waited for without a thread
+_PATIENCE_S = 0.05
+
 _FILLER = np.zeros(64 * 1024, dtype=np.uint8)
 
 
@@ -126,12 +129,18 @@ class FrameSender:
             self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
         return True
 
-    def finish(self, deadline: Deadline) -> None:
-        """Sends the rest, waiting for the socket. Raises OSError, or LLMException(LLM_TIMEOUT)."""
+    def finish(self, deadline: Deadline) -> bool:
+        """Sends the rest, waiting for the socket; False when it takes nothing for a while.
+
+        Raises OSError, or LLMException(LLM_TIMEOUT).
+        """
         poller = select.poll()
         poller.register(self._fd, select.POLLOUT)
         while not self.advance():
-            poller.poll(deadline.require("an answer to the peer") * 1000)
+            left_s = deadline.require("an answer to the peer")
+            if not poller.poll(min(left_s, _PATIENCE_S) * 1000):
+                return False
+        return True
 
 
 class Sender(FrameSender):

@@ -1,0 +1,442 @@
+"""LlmDataDist: a cluster, as C++ programs know it. Spec 7.4; seed 002."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Final, final
+
+from llm_datadist.checks import (
+    check_dict,
+    check_int64,
+    check_list,
+    check_type,
+    check_uint64,
+    check_uint64_sequence,
+)
+from llm_datadist.cpp.arguments import (
+    parse_blocks,
+    parse_cache,
+    parse_desc,
+    parse_index,
+    parse_source,
+    parse_targets,
+    parse_timeout_s,
+)
+from llm_datadist.cpp.call import Call
+from llm_datadist.cpp.layers import Layers
+from llm_datadist.cpp.options import open_engine, parse_options, parse_role
+from llm_datadist.cpp.types import Cache, LlmRole, RegisterCfg
+from llm_datadist.datadist import LinkInfo
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.operations import by_id, copying, pull, push
+from llm_datadist.operations.registering import register
+from llm_datadist.options import parse_listen
+from llm_datadist.types import Placement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llm_datadist import cache as python
+    from llm_datadist.cpp.status import Status
+    from llm_datadist.cpp.types import CacheDesc, CacheIndex, ClusterInfo, KvCacheExtParam
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.engine.engine import Engine
+    from llm_datadist.engine.linker import Outcome, Target
+
+_OK = LLMStatusCode.LLM_SUCCESS
+#: what the names of an engine's threads begin with
+_OUR_THREADS: Final = "llm-datadist"
+
+
+@final
+class LlmDataDist:
+    """One cluster of C++ shape. Any number of them may be initialised in a process. Spec 7.4.
+
+    Every method returns a status, 0 (LLM_SUCCESS) when all was done, and logs why when it was not;
+    what C++ returns through a reference follows the status in a tuple. LLM_FAILED is the answer of
+    a cluster that is not initialised. Methods raise nothing but TypeError, for arguments of a type
+    that C++ would not compile.
+
+    Caches are both continuous and blocks caches: dim 0 of the shape counts the batch rows that
+    PullKvCache, PushKvCache and CopyKvCache move, and the blocks that the other three move. Peers
+    may use them. Clusters of Python's LLMDataDist can be linked if they have remote access enabled.
+
+    Methods but Initialize and Finalize may be called from any thread, at the same time. An object
+    that is dropped, or left over when the program ends, is finalized. Not usable in a forked child.
+    """
+
+    def __init__(self, cluster_id: int, role: LlmRole) -> None:
+        """Does no work yet. Raises TypeError."""
+        self._cluster_id = check_type("cluster_id", cluster_id, int)
+        self._role = check_type("role", role, LlmRole)
+        self._lifecycle = threading.Lock()
+        self._engine: Engine | None = None
+        self._end: weakref.finalize[[Engine], LlmDataDist] | None = None
+
+    # -- life --
+
+    def Initialize(self, options: dict[str, str]) -> Status:
+        """Starts the cluster: listens when the options say where, ready to link. Spec 7.1, 7.4.
+
+        `options` is keyed by the constants OPTION_*, of which OPTION_DEVICE_ID is required; other
+        keys are ignored. A second call is a no-op; after a failure there may be another.
+
+        Returns LLM_PARAM_INVALID for options or a role that cannot be, LLM_FAILED when the address
+        to listen on cannot be had, LLM_OUT_OF_MEMORY when a configured pool cannot.
+        """
+        with self._lifecycle, self._call("Initialize") as call:
+            if self._engine is None:
+                cluster_id = check_uint64("cluster_id", self._cluster_id)
+                engine = open_engine(cluster_id, parse_options(self._role, options))
+                engine.start()
+                self._engine = engine
+                self._end = weakref.finalize(self, _stop, engine)
+        return call.status
+
+    def Finalize(self) -> None:
+        """Ends all links, waits for running transfers, frees what was allocated. Spec 7.4.
+
+        Does nothing when not initialised. Initialize may be called again; ids then start anew.
+        """
+        with self._lifecycle:
+            self._engine = None
+            if self._end is not None:
+                self._end()
+
+    def SetRole(self, role: LlmRole, options: dict[str, str] | None = None) -> Status:
+        """Changes the role, and where this cluster listens. Spec 5.7, 7.4; seed 002.
+
+        OPTION_LISTEN_IP_INFO in `options` says where; without it the cluster listens no more. After
+        a failure everything is as it was.
+
+        Returns LLM_PARAM_INVALID, LLM_FEATURE_NOT_ENABLED unless the cluster was initialised with
+        OPTION_ENABLE_SET_ROLE "1", LLM_EXIST_LINK while clusters are linked, LLM_FAILED when the
+        address cannot be had.
+        """
+        with self._lifecycle, self._call("SetRole") as call:
+            engine = self._require_engine()
+            parse_role(role)
+            _listen_on(engine, check_dict("options", options or {}, str, str))
+            self._role = role
+        return call.status
+
+    @property
+    def listen_endpoint(self) -> Endpoint | None:
+        """Where this cluster listens, with the port that was taken for 0; None if it does not.
+
+        An addition to the reference.
+        """
+        return None if self._engine is None else self._engine.listen_endpoint
+
+    def links(self) -> list[LinkInfo]:
+        """The live links, each with the path of its bytes. An addition to the reference."""
+        sessions = [] if self._engine is None else self._engine.links.all()
+        return [LinkInfo(s.cluster_id, s.path, s.path_reason, s.endpoint) for s in sessions]
+
+    # -- links --
+
+    def LinkLlmClusters(
+        self, clusters: Sequence[ClusterInfo], timeout_in_millis: int = 1000
+    ) -> tuple[Status, list[Status]]:
+        """Links to clusters that listen, all at once, each within the timeout. Spec 5.4, 7.4.
+
+        Returns the last status that is not LLM_SUCCESS, and one status per cluster:
+        LLM_ALREADY_LINK, LLM_LINK_FAILED (nobody listens there, or no path to its memory works),
+        LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address; the peer's options do not fit),
+        LLM_FAILED (what listens there is no cluster). What succeeded stays linked. For an address
+        that is no literal, a timeout of 0 or less, and no clusters at all it returns
+        (LLM_PARAM_INVALID, []), and nobody is called.
+        """
+        rets: list[Status] = []
+        with self._call("LinkLlmClusters") as call:
+            engine = self._require_engine()
+            targets, timeout_s = parse_targets(clusters), parse_timeout_s(timeout_in_millis)
+            rets = _report(call, targets, engine.link(targets, timeout_s))
+        return call.status, rets
+
+    def UnlinkLlmClusters(
+        self,
+        clusters: Sequence[ClusterInfo],
+        timeout_in_millis: int = 1000,
+        force_flag: bool = False,
+    ) -> tuple[Status, list[Status]]:
+        """Ends links, once the transfers on them have ended, with the peers' consent. Spec 5.5.
+
+        With `force_flag` nobody is asked or waited for, and no address is needed. Unlinking what is
+        not linked is LLM_SUCCESS. Returns as LinkLlmClusters, with LLM_UNLINK_FAILED for a peer
+        that cannot be reached; after LLM_TIMEOUT the link is kept.
+        """
+        rets: list[Status] = []
+        with self._call("UnlinkLlmClusters") as call:
+            engine = self._require_engine()
+            targets, timeout_s = parse_targets(clusters), parse_timeout_s(timeout_in_millis)
+            force = check_type("force_flag", force_flag, bool)
+            rets = _report(call, targets, engine.unlink(targets, timeout_s, force=force))
+        return call.status, rets
+
+    # -- caches --
+
+    def RegisterKvCache(
+        self, cache_desc: CacheDesc, addrs: list[int], cfg: RegisterCfg | None = None
+    ) -> tuple[Status, int]:
+        """Makes memory of the caller's a cache: one address per tensor. Spec 6.4, 7.4.
+
+        The memory stays the caller's, who keeps it until UnregisterKvCache. Returns the cache id,
+        -1 with LLM_PARAM_INVALID for addresses or a description that cannot be.
+        """
+        cache_id = -1
+        with self._call("RegisterKvCache") as call:
+            engine = self._require_engine()
+            placement, geometry = parse_desc(cache_desc)
+            check_type("cfg", RegisterCfg() if cfg is None else cfg, RegisterCfg)
+            if not check_list("addrs", addrs, int):
+                raise invalid("addrs is empty: give one address per tensor")
+            if 0 in addrs:
+                raise invalid(f"addrs[{addrs.index(0)}] is 0: every tensor needs an address")
+            entry = register(engine, geometry, addrs, placement, is_remote_accessible=True)
+            cache_id = entry.cache_id
+        return call.status, cache_id
+
+    def UnregisterKvCache(self, cache_id: int) -> Status:
+        """Forgets a cache; an unknown id is no error. Spec 6.4, 7.4.
+
+        Waits for this cluster's own transfers that use the memory. Returns LLM_TIMEOUT when they do
+        not end within OPTION_SYNC_CACHE_WAIT_TIME; the cache then stays registered.
+        """
+        with self._call("UnregisterKvCache") as call:
+            engine = self._require_engine()
+            known = check_int64("cache_id", cache_id)
+            engine.catalog.unregister(known, engine.options.sync_timeout_s)
+        return call.status
+
+    def AllocateCache(self, cache_desc: CacheDesc) -> tuple[Status, Cache]:
+        """A cache in the library's memory, until DeallocateCache. Spec 6.3, 7.4, 8.2; seed 002.
+
+        The memory is what OPTION_BUF_POOL_CFG configures, else as much as the machine has; it holds
+        anything at first. Returns the cache with its id and the address of each tensor; an empty
+        one with LLM_OUT_OF_MEMORY, and with LLM_PARAM_INVALID for a description that cannot be or a
+        placement (kHost) that has no pool.
+        """
+        cache = Cache()
+        with self._call("AllocateCache") as call:
+            engine = self._require_engine()
+            placement, geometry = parse_desc(cache_desc)
+            _require_pool(engine, placement)
+            entry = engine.catalog.allocate(geometry, placement, ())
+            cache = Cache(entry.cache_id, entry.layout.addrs.tolist(), cache_desc)
+        return call.status, cache
+
+    def DeallocateCache(self, cache_id: int) -> Status:
+        """Frees an allocated cache. Spec 6.5, 7.4; seed 002.
+
+        Nothing happens to a registered, unknown or deallocated cache (D28).
+        """
+        with self._call("DeallocateCache") as call:
+            engine = self._require_engine()
+            engine.catalog.deallocate(check_int64("cache_id", cache_id))
+        return call.status
+
+    # -- transfers --
+
+    def PullKvCache(
+        self,
+        src_cache_index: CacheIndex,
+        dst_cache: Cache,
+        batch_index: int = 0,
+        size: int = -1,
+        ext_param: KvCacheExtParam | None = None,
+    ) -> Status:
+        """Copies a batch row of a peer's cache into row `batch_index` of ours. Spec 6.9, 7.4.
+
+        `size` bytes of each tensor, from the rows' beginning; -1 is the whole of our row. Layer
+        ranges count when both are given. Of `dst_cache` only the id is looked at.
+
+        Returns LLM_PARAM_INVALID for what does not fit, LLM_KV_CACHE_NOT_EXIST (no such cache or
+        row, here or there), LLM_NOT_YET_LINK, LLM_TIMEOUT.
+        """
+        with self._call("PullKvCache") as call:
+            engine = self._require_engine()
+            key, dst = (
+                parse_index("src_cache_index", src_cache_index),
+                parse_cache("dst_cache", dst_cache),
+            )
+            layers = Layers.parse(ext_param)
+            pull.pull_cache(engine, key, dst, batch_index, size, layers.for_pull())
+        return call.status
+
+    def PullKvBlocks(
+        self,
+        src_cache_index: CacheIndex,
+        dst_cache: Cache,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        ext_param: KvCacheExtParam | None = None,
+    ) -> Status:
+        """Copies block `src_blocks[i]` of a peer's cache to block `dst_blocks[i]` of ours.
+
+        In every tensor, or those of the layers in `ext_param`; blocks are equally large on both
+        sides, and the `batch_index` of the source is 0. Returns as PullKvCache. Spec 6.10, 7.4.
+        """
+        with self._call("PullKvBlocks") as call:
+            engine = self._require_engine()
+            key, dst = (
+                parse_index("src_cache_index", src_cache_index),
+                parse_cache("dst_cache", dst_cache),
+            )
+            blocks = parse_blocks(src_blocks, dst_blocks)
+            layers = Layers.parse(ext_param)
+            by_id.pull_blocks(engine, key, dst, *blocks, layers.for_pull())
+        return call.status
+
+    def PushKvCache(
+        self,
+        src_cache: Cache,
+        dst_cache_index: CacheIndex,
+        src_batch_index: int = 0,
+        size: int = -1,
+        ext_param: KvCacheExtParam | None = None,
+    ) -> Status:
+        """Copies a batch row of ours into a row of a peer's cache. Spec 6.11, 7.4.
+
+        `size` must be -1, the whole row, and the description in `src_cache` say kDevice. Without a
+        source range all layers go into the first of the peer; with one, a destination range of
+        equal length is needed. Returns as PullKvCache.
+        """
+        with self._call("PushKvCache") as call:
+            engine = self._require_engine()
+            src, key = parse_source(src_cache), parse_index("dst_cache_index", dst_cache_index)
+            layers = Layers.parse(ext_param)
+            ranges = layers.for_push(_num_tensors(engine, src))
+            push.push_cache(engine, key, src, src_batch_index, *ranges, size, layers.per_layer)
+        return call.status
+
+    def PushKvBlocks(
+        self,
+        src_cache: Cache,
+        dst_cache_index: CacheIndex,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        ext_param: KvCacheExtParam | None = None,
+    ) -> Status:
+        """Copies block `src_blocks[i]` of ours to block `dst_blocks[i]` of a peer's cache.
+
+        Layers as PushKvCache; the `batch_index` of the destination is 0. Spec 6.11, 7.4.
+        """
+        with self._call("PushKvBlocks") as call:
+            engine = self._require_engine()
+            src, key = parse_source(src_cache), parse_index("dst_cache_index", dst_cache_index)
+            blocks = parse_blocks(src_blocks, dst_blocks)
+            layers = Layers.parse(ext_param)
+            ranges = layers.for_push(_num_tensors(engine, src))
+            by_id.push_blocks(engine, key, src, *blocks, *ranges, layers.per_layer)
+        return call.status
+
+    # -- copies within this cluster --
+
+    def CopyKvCache(
+        self,
+        src_cache: Cache,
+        dst_cache: Cache,
+        src_batch_index: int = 0,
+        dst_batch_index: int = 0,
+        offset: int = 0,
+        size: int = -1,
+    ) -> Status:
+        """Copies a batch row, or `size` bytes behind `offset` of it, in every tensor. Spec 6.8.
+
+        Both caches have as many tensors. Returns LLM_PARAM_INVALID for what does not fit,
+        LLM_KV_CACHE_NOT_EXIST for a cache that is none or was freed. Seed 002.
+        """
+        with self._call("CopyKvCache") as call:
+            engine = self._require_engine()
+            src, dst = parse_cache("src_cache", src_cache), parse_cache("dst_cache", dst_cache)
+            copying.copy_cache(
+                engine, dst, src, dst_batch_index, src_batch_index, offset, size, None
+            )
+        return call.status
+
+    def CopyKvBlocks(
+        self,
+        src_cache: Cache,
+        dst_cache: Cache,
+        src_blocks: Sequence[int],
+        dst_blocks_list: Sequence[Sequence[int]],
+    ) -> Status:
+        """Copies block `src_blocks[i]` to block `dst_blocks_list[k][i]`, for every k. Spec 7.4.
+
+        In every tensor; each inner list is as long as `src_blocks`. The copies have no defined
+        order among each other. Returns as CopyKvCache. Seed 002.
+        """
+        with self._call("CopyKvBlocks") as call:
+            engine = self._require_engine()
+            src, dst = parse_cache("src_cache", src_cache), parse_cache("dst_cache", dst_cache)
+            blocks = check_uint64_sequence("src_blocks", src_blocks)
+            copies = check_type("dst_blocks_list", dst_blocks_list, list, tuple)
+            lists = [check_uint64_sequence("a list of dst_blocks_list", each) for each in copies]
+            by_id.copy_blocks(engine, src.cache_id, dst.cache_id, blocks, lists)
+        return call.status
+
+    # -- parts of the above --
+
+    def _call(self, name: str) -> Call:
+        return Call(name, self._cluster_id)
+
+    def _require_engine(self) -> Engine:
+        if self._engine is None:
+            raise LLMException("not initialised: call Initialize first", LLMStatusCode.LLM_FAILED)
+        return self._engine
+
+
+def _stop(engine: Engine) -> None:
+    """What is left to do when an LlmDataDist is finalized, dropped, or left over at exit."""
+    if threading.current_thread().name.startswith(_OUR_THREADS):
+        # the garbage collector runs in any thread, and the engine cannot wait for its own
+        threading.Thread(target=engine.stop, name="llm-datadist-end").start()
+    else:
+        engine.stop()
+
+
+def _listen_on(engine: Engine, options: dict[str, str]) -> None:
+    """The rules of SetRole on listening. Spec 5.7."""
+    listen = parse_listen(options)
+    if not engine.options.enable_switch_role:
+        raise LLMException(
+            "setting the role is off: initialise with OPTION_ENABLE_SET_ROLE 1",
+            LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+        )
+    if engine.options.transfer_backend is None:
+        engine.listen_on(listen)
+    elif listen not in (None, engine.options.listen):
+        raise LLMException(
+            f"with OPTION_TRANSFER_BACKEND the address stays {engine.options.listen}",
+            LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+        )
+
+
+def _report(call: Call, targets: Sequence[Target], outcomes: Sequence[Outcome]) -> list[Status]:
+    """The statuses; the last failure is the call's, and its log names all. Spec 5.4."""
+    failures = [
+        (outcome.status, f"cluster {target.cluster_id}: {outcome.reason} ({outcome.status})")
+        for target, outcome in zip(targets, outcomes, strict=True)
+        if outcome.status is not _OK
+    ]
+    if failures:
+        call.fail(int(failures[-1][0]), "; ".join(cause for _, cause in failures))
+    return [int(outcome.status) for outcome in outcomes]
+
+
+def _require_pool(engine: Engine, placement: Placement) -> None:
+    if placement in engine.catalog.pools:
+        return
+    if placement is Placement.HOST:
+        raise invalid("caches are allocated with placement kDevice; register host memory")
+    raise LLMException(
+        "the system refused to reserve memory at Initialize: set OPTION_BUF_POOL_CFG",
+        LLMStatusCode.LLM_OUT_OF_MEMORY,
+    )
+
+
+def _num_tensors(engine: Engine, cache: python.Cache) -> int:
+    with engine.catalog.use(cache.cache_id) as entry:
+        return entry.layout.geometry.num_tensors

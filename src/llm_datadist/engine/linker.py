@@ -1,0 +1,153 @@
+"""Linking and unlinking: what is done about one target, in the engine's loop. Spec 5.4, 5.5."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakValueDictionary
+
+from llm_datadist.core import link as lk
+from llm_datadist.core import messages as m
+from llm_datadist.engine.control import ConnectionEnded, Control, dial
+from llm_datadist.engine.session import Session
+from llm_datadist.errors import LLMStatusCode
+from llm_datadist.transport.deadline import Deadline
+
+if TYPE_CHECKING:
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.engine.context import Context
+
+
+class Target(NamedTuple):
+    """A cluster to link to or to unlink, as the caller described it."""
+
+    cluster_id: int | None
+    endpoints: tuple[Endpoint, ...]
+
+
+class Outcome(NamedTuple):
+    """What became of one link or unlink."""
+
+    status: LLMStatusCode
+    reason: str = ""
+
+
+_OK = Outcome(LLMStatusCode.LLM_SUCCESS)
+
+
+class Linker:
+    """Makes and ends links. Belongs to the loop's thread."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        #: whose turn it is to link to an address
+        self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
+
+    async def link(self, target: Target, timeout_s: float) -> Outcome:
+        if len(target.endpoints) != 1:
+            return Outcome(
+                LLMStatusCode.LLM_PARAM_INVALID,
+                f"{len(target.endpoints)} remote addresses, one is needed (append_remote_ip_info)",
+            )
+        deadline = Deadline.after(timeout_s)
+        # one after the other: of two links to one peer, each end could keep the other one
+        turn = self._turns.setdefault(target.endpoints[0], asyncio.Lock())
+        try:
+            await asyncio.wait_for(turn.acquire(), timeout_s)
+        except asyncio.TimeoutError:
+            return Outcome(LLMStatusCode.LLM_TIMEOUT, "other calls were linking to it meanwhile")
+        try:
+            left_s = max(0.001, deadline.remaining_s())
+            return await self.call(target.endpoints[0], left_s, is_fresh=not self._known(target))
+        finally:
+            turn.release()
+
+    async def call(
+        self, endpoint: Endpoint, timeout_s: float, *, is_fresh: bool, group: str = ""
+    ) -> Outcome:
+        """Links to whoever listens there; `is_fresh` when no link to it is known here."""
+        deadline = Deadline.after(timeout_s)
+        control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
+        if control is None:
+            return outcome
+        link = lk.CallerLink(self._context.me)
+        session = Session(self._context, control, link, endpoint, group)
+        left_s = max(0.001, deadline.remaining_s())
+        timeout_ms = max(1, int(left_s * 1000))
+        first = link.start(is_fresh=is_fresh, timeout_ms=timeout_ms, group=group)
+        await session.greet(first, left_s)
+        return Outcome(session.status, session.reason) if session.is_closed else _OK
+
+    async def cut(self, target: Target, timeout_s: float) -> Outcome:
+        """Drops the links to a target without asking anybody."""
+        for session in self._sessions_of(target):
+            await session.cut("it was unlinked by force")
+        return _OK
+
+    async def leave(self, target: Target, timeout_s: float) -> Outcome:
+        if len(target.endpoints) != 1:
+            return Outcome(
+                LLMStatusCode.LLM_PARAM_INVALID,
+                f"{len(target.endpoints)} remote addresses, one is needed unless force=True",
+            )
+        deadline = Deadline.after(timeout_s)
+        sessions = self._sessions_of(target)
+        for session in sessions:
+            if not await self._leave_session(session, deadline):
+                return Outcome(
+                    LLMStatusCode.LLM_TIMEOUT,
+                    f"{target.endpoints[0]} did not agree to unlink; the link is kept",
+                )
+        return _OK if sessions else await self._tell(target.endpoints[0], timeout_s)
+
+    def _sessions_of(self, target: Target) -> list[Session]:
+        if target.cluster_id is None:
+            return self._context.links.at(target.endpoints[0]) if target.endpoints else []
+        return self._context.links.of(
+            target.cluster_id, target.endpoints[0] if target.endpoints else None
+        )
+
+    def _known(self, target: Target) -> bool:
+        links = self._context.links
+        if target.cluster_id is None:
+            return bool(links.at(target.endpoints[0]))
+        return bool(links.of(target.cluster_id))
+
+    async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
+        drained = await self._context.loop.run_in_executor(
+            self._context.workers, session.gate.drain, max(0.0, deadline.remaining_s())
+        )
+        if not drained:
+            if not session.is_closed:
+                session.gate.open()
+            return session.is_closed
+        return await session.leave(max(0.001, deadline.remaining_s()))
+
+    async def _tell(self, endpoint: Endpoint, timeout_s: float) -> Outcome:
+        """There is no link here; the peer may remember one."""
+        deadline = Deadline.after(timeout_s)
+        control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_UNLINK_FAILED)
+        if control is None:
+            return outcome
+        try:
+            await control.send(m.Forget(self._context.me.instance))
+            await asyncio.wait_for(control.receive(), deadline.remaining_s())
+        except asyncio.TimeoutError:
+            return Outcome(LLMStatusCode.LLM_TIMEOUT, f"{endpoint} did not answer in time")
+        except ConnectionEnded as error:
+            return Outcome(LLMStatusCode.LLM_UNLINK_FAILED, f"{endpoint}: {error}")
+        finally:
+            control.close()
+        return _OK
+
+    async def _connect(
+        self, endpoint: Endpoint, timeout_s: float, failure: LLMStatusCode
+    ) -> tuple[Control | None, Outcome]:
+        try:
+            return await asyncio.wait_for(dial(*endpoint, self._context.workers), timeout_s), _OK
+        except asyncio.TimeoutError:
+            return None, Outcome(
+                LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in {timeout_s:.3f} s"
+            )
+        except OSError as error:
+            return None, Outcome(failure, f"cannot connect to {endpoint}: {error.strerror}")

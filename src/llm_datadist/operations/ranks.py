@@ -1,0 +1,87 @@
+"""Rank-table links: what `LLMDataDist.link` asks of the engine. Spec 5.8, 12.3."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from llm_datadist.checks import check_dict, check_type, check_uint32, check_uint64
+from llm_datadist.core.rank_table import Place, group_name, hosts_of, parse_rank_table
+from llm_datadist.endpoint import Endpoint
+from llm_datadist.engine.groups import GroupPlan
+from llm_datadist.errors import invalid
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from llm_datadist.engine.engine import Engine
+
+_MAX_NAME = 127
+_MEMBERS = range(2, 5)
+#: a member on another host listens on this port + its device id
+BASE_PORT_VARIABLE = "LLM_DATADIST_LINK_BASE_PORT"
+_BASE_PORT = 60000
+
+
+def link(engine: Engine, comm_name: object, cluster_rank_info: object, rank_table: object) -> int:
+    """See LLMDataDist.link."""
+    name = check_type("comm_name", comm_name, str)
+    if not 0 < len(name) <= _MAX_NAME:
+        raise invalid(f"comm_name must have 1 to {_MAX_NAME} characters, got {len(name)}")
+    ranks = _check_ranks(cluster_rank_info)
+    places = parse_rank_table(check_type("rank_table", rank_table, str))
+    if engine.cluster_id not in ranks:
+        raise invalid(f"cluster_rank_info lacks this cluster itself, {engine.cluster_id}")
+    base = _base_port()
+    members = {
+        cluster_id: _endpoints(hosts_of(places, rank), base)
+        for cluster_id, rank in ranks.items()
+        if cluster_id != engine.cluster_id
+    }
+    options = engine.options
+    plan = GroupPlan(
+        group_name(name, ranks), members, options.link_total_time_s, options.link_retry_count
+    )
+    port = base + options.device_id if any(members.values()) else None
+    return engine.link_ranks(plan, port)
+
+
+def _check_ranks(value: object) -> Mapping[int, int]:
+    ranks = check_dict("cluster_rank_info", value, int, int)
+    if len(ranks) >= _MEMBERS.stop:
+        raise invalid(f"cluster_rank_info has {len(ranks)} members, {_MEMBERS[-1]} are possible")
+    for cluster_id, rank in ranks.items():
+        check_uint64("a cluster id of cluster_rank_info", cluster_id)
+        check_uint32(f"the rank of cluster {cluster_id}", rank)
+    if len(ranks) < _MEMBERS.start:
+        raise invalid(f"cluster_rank_info needs {_MEMBERS.start} members, got {len(ranks)}")
+    if list(ranks.values()) != sorted(ranks.values()):
+        raise invalid(f"the ranks of cluster_rank_info must ascend, got {list(ranks.values())}")
+    return ranks
+
+
+def _endpoints(places: Sequence[Place], base: int) -> list[Endpoint]:
+    """Where a member may be on other hosts; on ours it is found by name."""
+    return [
+        Endpoint(place.host, base + place.device_id)
+        for place in places
+        if place.host is not None and not _is_ours(place.host)
+    ]
+
+
+def _is_ours(host: str) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _base_port() -> int:
+    text = os.environ.get(BASE_PORT_VARIABLE) or str(_BASE_PORT)
+    if not text.isdigit() or not 0 < int(text) < 2**16:
+        raise invalid(f"{BASE_PORT_VARIABLE} must be a port, got {text!r}")
+    return int(text)

@@ -1,0 +1,40 @@
+"""Registering: memory of the caller's becomes a cache. Spec 6.4."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_datadist.core.geometry import Geometry, Layout
+from llm_datadist.memory.host import unmapped
+from llm_datadist.observe.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llm_datadist.core.registry import Entry, KeyName
+    from llm_datadist.engine.engine import Engine
+    from llm_datadist.types import Placement
+
+
+def register(
+    engine: Engine,
+    geometry: Geometry,
+    addrs: Sequence[int],
+    placement: Placement,
+    keys: Sequence[KeyName | None] = (),
+    *,
+    is_remote_accessible: bool,
+) -> Entry:
+    """Files a cache over memory that stays the caller's. Raises LLMException(LLM_PARAM_INVALID).
+
+    The memory is not touched: what is not mapped is warned about, and fails when it is transferred.
+    """
+    layout = Layout.at(geometry, addrs)
+    for addr in unmapped(addrs, geometry.tensor_nbytes):
+        get_logger().warning(
+            "register: %#x (+%d bytes) is not mapped memory; transfers that use it will fail",
+            addr, geometry.tensor_nbytes,
+        )  # fmt: skip
+    return engine.catalog.register(
+        layout, placement, keys, is_remote_accessible=is_remote_accessible
+    )
