@@ -7,7 +7,10 @@ from llm_datadist.config import LLMConfig, LlmConfig
 from llm_datadist.datadist import LLMDataDist
 from llm_datadist.errors import LLMException, LLMStatusCode, Status
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist.kv_cache import KvCache
+from llm_datadist.kv_cache_manager import KvCacheManager
 from llm_datadist.layerwise import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
+from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.types import (
     CacheDesc,
     DataType,
@@ -18,27 +21,58 @@ from llm_datadist.types import (
     RegisterMemStatus,
 )
 
-__all__ = [
-    "BlocksCacheKey",
-    "Cache",
+#: what programs that import by list expect; the three names of the v1 mode come on top of it
+v2_list = [
+    "LLMClusterInfo",
+    "LLMStatusCode",
+    "LLMException",
+    "LLMRole",
+    "LlmConfig",
+    "LLMConfig",
+    "DataType",
+    "Status",
     "CacheDesc",
     "CacheKey",
     "CacheKeyByIdAndIndex",
-    "CacheTask",
-    "DataType",
-    "LLMClusterInfo",
-    "LLMConfig",
+    "KvCache",
+    "Cache",
+    "BlocksCacheKey",
     "LLMDataDist",
-    "LLMException",
-    "LLMRole",
-    "LLMStatusCode",
-    "LayerSynchronizer",
-    "LlmConfig",
-    "MemInfo",
-    "Memtype",
     "Placement",
     "RegisterMemStatus",
-    "Status",
+    "LayerSynchronizer",
     "TransferConfig",
+    "CacheTask",
     "TransferWithCacheKeyConfig",
+    "Memtype",
+    "MemInfo",
+]
+
+__all__ = [  # noqa: RUF022  (the reference's order)
+    "LLMClusterInfo",
+    "LLMStatusCode",
+    "LLMException",
+    "LLMRole",
+    "LlmConfig",
+    "LLMConfig",
+    "DataType",
+    "Status",
+    "CacheDesc",
+    "CacheKey",
+    "CacheKeyByIdAndIndex",
+    "KvCache",
+    "Cache",
+    "BlocksCacheKey",
+    "LLMDataDist",
+    "Placement",
+    "RegisterMemStatus",
+    "LayerSynchronizer",
+    "TransferConfig",
+    "CacheTask",
+    "TransferWithCacheKeyConfig",
+    "Memtype",
+    "MemInfo",
+    "TensorDesc",
+    "Tensor",
+    "KvCacheManager",
 ]

@@ -17,21 +17,25 @@ class CacheTask:
     """A layer-wise transfer under way, with one result per destination. Thread-safe.
 
     Made by `CacheManager.transfer_cache_async`. A time-out of the methods here does not stop the
-    transfer: they may be called again.
+    transfer: they may be called again. `unfinished` is what they call a transfer that still runs.
     """
 
-    def __init__(self, num_destinations: int) -> None:
+    def __init__(
+        self, num_destinations: int, unfinished: LLMStatusCode = LLMStatusCode.LLM_TIMEOUT
+    ) -> None:
+        self._unfinished = unfinished
         self._results: Sequence[LLMStatusCode | None] = [None] * num_destinations
         self._done = threading.Event()
 
     def synchronize(self, timeout_in_millis: int | None = None) -> LLMStatusCode:
         """Waits for the end; the first failure among the destinations, else LLM_SUCCESS.
 
-        LLM_TIMEOUT when the transfer still runs after so many milliseconds; None waits for ever,
-        0 asks. Raises TypeError, ValueError unless it is a uint32 or None.
+        LLM_TIMEOUT (in the v1 mode LLM_WAIT_PROCESS_TIMEOUT) when the transfer still runs after so
+        many milliseconds; None waits for ever, 0 asks. Raises TypeError, ValueError unless it is a
+        uint32 or None.
         """
         if not self._wait(timeout_in_millis):
-            return LLMStatusCode.LLM_TIMEOUT
+            return self._unfinished
         failures = (r for r in self._results if r not in (None, LLMStatusCode.LLM_SUCCESS))
         return next(failures, None) or LLMStatusCode.LLM_SUCCESS
 
@@ -39,11 +43,11 @@ class CacheTask:
         """Waits for the end; one result per destination, in the order of the configs.
 
         None means that the transfer ended before this destination had all its layers, because the
-        synchronizer refused one. While it still runs each result is LLM_TIMEOUT. Raises as
-        `synchronize`.
+        synchronizer refused one. While it still runs each result is what `synchronize` returns.
+        Raises as `synchronize`.
         """
         if not self._wait(timeout_in_millis):
-            return [LLMStatusCode.LLM_TIMEOUT] * len(self._results)
+            return [self._unfinished] * len(self._results)
         return list(self._results)
 
     def _wait(self, timeout_in_millis: int | None) -> bool:

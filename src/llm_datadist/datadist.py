@@ -17,6 +17,7 @@ from llm_datadist.checks import (
 )
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.kv_cache_manager import KvCacheManager
 from llm_datadist.observe.log import get_logger
 from llm_datadist.options import Options, parse_listen
 from llm_datadist.types import LLMRole
@@ -57,6 +58,7 @@ class LLMDataDist:
         self._cluster_id = check_uint64("cluster_id", cluster_id)
         self._engine: Engine | None = None
         self._cache_manager: CacheManager | None = None
+        self._kv_cache_manager: KvCacheManager | None = None
 
     @property
     def cluster_id(self) -> int:
@@ -86,7 +88,10 @@ class LLMDataDist:
         engine = Engine(self._cluster_id, parsed)
         engine.start()
         self._engine = engine
-        self._cache_manager = CacheManager(engine) if parsed.cache_manager else None
+        if parsed.cache_manager:
+            self._cache_manager = CacheManager(engine)
+        else:
+            self._kv_cache_manager = KvCacheManager(engine, parsed.role)
         LLMDataDist.llm_engine_instance = self
         atexit.register(_shutdown_handler)
 
@@ -95,8 +100,8 @@ class LLMDataDist:
 
         Peers notice at once. Memory that was registered stays the caller's.
         """
-        engine, manager = self._engine, self._cache_manager
-        self._engine = self._cache_manager = None
+        engine, manager = self._engine, self._cache_manager or self._kv_cache_manager
+        self._engine = self._cache_manager = self._kv_cache_manager = None
         if LLMDataDist.llm_engine_instance is self:
             LLMDataDist.llm_engine_instance = None
         if manager is not None:
@@ -143,6 +148,17 @@ class LLMDataDist:
         """
         return self._require_ranks().groups.status_of(check_uint64("comm_id", comm_id))
 
+    @property
+    def kv_cache_manager(self) -> KvCacheManager:
+        """The caches of this cluster in the v1 mode; the same object until `finalize`. Spec 5.3.
+
+        Raises RuntimeError before `init`, LLMException when the options enable the cache manager.
+        """
+        self._require_engine()
+        if self._kv_cache_manager is None:
+            raise invalid("kv_cache_manager belongs to the v1 mode: use cache_manager")
+        return self._kv_cache_manager
+
     def switch_role(self, role: LLMRole, switch_options: dict[str, str] | None = None) -> None:
         """Changes the role, and where this cluster listens. Spec 5.7.
 
@@ -172,6 +188,8 @@ class LLMDataDist:
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             )
         self._role = role
+        if self._kv_cache_manager is not None:
+            self._kv_cache_manager._switch_role(role)
 
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Of the v1 mode: returns when there is a live link to a cluster. Spec 5.3.

@@ -32,6 +32,8 @@ PATH_VARIABLE: Final = "LLM_DATADIST_PATH"
 
 _DEFAULT_SYNC_TIMEOUT_MS: Final = 1000
 _MAX_LINK_RETRIES: Final = 100
+#: reserved, not taken, for programs of the v1 mode that say nothing of a pool (spec 12.11)
+_V1_POOL_NBYTES: Final = 16 * 2**30
 
 
 @final
@@ -188,10 +190,11 @@ def _sync_timeout_ms(raw: Mapping[str, str]) -> int:
 
 def _device_pool(raw: Mapping[str, str], cache_manager: bool) -> PoolConfig | None:
     pool = _pool(raw, key.MEM_POOL_CFG)
-    if pool is None and not cache_manager and key.GRAPH_MEM_MAX_SIZE in raw:
-        # how programs of the v1 mode size their pool
+    if pool is not None or cache_manager:
+        return pool
+    if key.GRAPH_MEM_MAX_SIZE in raw:  # how programs of the v1 mode size their pool, if they do
         return PoolConfig(int(raw[key.GRAPH_MEM_MAX_SIZE]))
-    return pool
+    return None if key.BUF_POOL_CFG in raw else PoolConfig(_V1_POOL_NBYTES)
 
 
 def _pool(raw: Mapping[str, str], name: str) -> PoolConfig | None:

@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +234,8 @@ def test_set_role_opens_moves_and_closes_the_listener(
         assert str(moving.datadist.listen_endpoint) == free
         assert peer.link(moving) == [c.LLM_SUCCESS]
         assert moving.datadist.SetRole(c.LlmRole.kMix, options) == c.LLM_EXIST_LINK
-        assert peer.datadist.UnlinkLlmClusters([info_of(1, moving.port)])[0] == c.LLM_SUCCESS
+        peers = [c.ClusterInfo(remote_cluster_id=2)]
+        assert moving.datadist.UnlinkLlmClusters(peers, force_flag=True)[0] == c.LLM_SUCCESS
         ports.append(moving.port)
     assert moving.datadist.SetRole(c.LlmRole.kDecoder) == c.LLM_SUCCESS
     assert moving.datadist.listen_endpoint is None
@@ -330,7 +332,7 @@ def test_linking_again_says_so_and_unlinking_again_is_success(
     assert ours.link(peer) == [c.LLM_ALREADY_LINK]
     for _ in range(2):
         assert ours.datadist.UnlinkLlmClusters(infos) == (c.LLM_SUCCESS, [c.LLM_SUCCESS])
-        assert peer.datadist.links() == []
+        assert ours.datadist.links() == []
     assert ours.link(peer) == [c.LLM_SUCCESS]
 
 
@@ -395,6 +397,45 @@ def test_an_instance_that_is_dropped_is_finalized(make_cluster: MakeCluster) -> 
     assert dropped.Initialize(options) == c.LLM_SUCCESS
     assert make_cluster().initialize(LISTEN_IP_INFO=address) == c.LLM_FAILED
     del dropped
+    assert make_cluster().initialize(LISTEN_IP_INFO=address) == c.LLM_SUCCESS
+
+
+class Dropper(logging.Handler):
+    """Drops the last reference to an instance in the thread that logs its link."""
+
+    def __init__(self, held: list[c.LlmDataDist]) -> None:
+        super().__init__(logging.INFO)
+        self._held = held
+        self.thread_name = ""
+        self.done = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("cluster 7 is linked"):
+            self.thread_name = threading.current_thread().name
+            self._held.clear()
+            self.done.set()
+
+
+def test_an_instance_may_be_dropped_in_its_own_thread(
+    make_cluster: MakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the garbage collector runs is not the program's choice."""
+    address = f"127.0.0.1:{free_port()}"
+    held = [c.LlmDataDist(7, c.LlmRole.kMix)]
+    options = {c.OPTION_DEVICE_ID: "0", c.OPTION_LISTEN_IP_INFO: address}
+    assert held[0].Initialize(options) == c.LLM_SUCCESS
+    dropper, logger = Dropper(held), logging.getLogger("LLM_DATADIST")
+    logger.addHandler(dropper)
+    try:
+        with caplog.at_level(logging.INFO, "LLM_DATADIST"):
+            make_cluster().start().datadist.LinkLlmClusters([info_of(7, int(address[10:]))], 3000)
+            assert dropper.done.wait(10)
+    finally:
+        logger.removeHandler(dropper)
+    assert dropper.thread_name == "llm-datadist-loop"
+    for thread in threading.enumerate():
+        if thread.name == "llm-datadist-end":
+            thread.join(10)
     assert make_cluster().initialize(LISTEN_IP_INFO=address) == c.LLM_SUCCESS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -215,7 +216,9 @@ def test_where_no_memory_can_be_reserved_only_allocating_fails(victim: NodeProce
 
 
 def allocate_in_little_memory(node: Node) -> tuple[c.Status, c.Cache]:
-    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (512 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     return Cluster(1).start().datadist.AllocateCache(describe((1, 1, 64)))
 
 
@@ -362,6 +365,7 @@ def test_a_peer_that_stands_still_is_a_timeout(
     assert cluster.datadist.LinkLlmClusters([info_of(5, port)], 3000)[0] == c.LLM_SUCCESS
     cache, index = cluster.add(SHAPE), c.CacheIndex(5, theirs)
     victim.pause()
+    os.waitpid(victim.pid, os.WUNTRACED)  # until it stands still
     assert cluster.datadist.PullKvCache(index, cache) == c.LLM_TIMEOUT
     assert cluster.datadist.PullKvBlocks(index, cache, [0], [0]) == c.LLM_TIMEOUT
     assert cluster.datadist.PushKvCache(cache, index) == c.LLM_TIMEOUT
@@ -397,6 +401,7 @@ def test_blocks_and_rows_are_pushed_to_another_process(ours: Cluster, remote: No
         (c.KvCacheExtParam(tensor_num_per_layer=17), None),  # never success with nothing moved
         (c.KvCacheExtParam((0, 0)), None),
         (c.KvCacheExtParam((0, 1), (0, 0)), None),
+        (c.KvCacheExtParam((-1, -1), (0, 1)), None),
         (c.KvCacheExtParam((4, 5), (0, 1)), None),
         (c.KvCacheExtParam((0, 1), (4, 5)), None),
         (c.KvCacheExtParam(tensor_num_per_layer=0), None),

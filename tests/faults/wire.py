@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import numpy as np
 from typing_extensions import Self
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=m.Message)
 W = TypeVar("W", bound="Wire")
-L = TypeVar("L", bound="LinkedCaller")
 
 TRAILER = struct.Struct("<QQ")
 NONCE = bytes(range(16))
@@ -82,10 +81,14 @@ class Wire:
             pass
         return True
 
-    def reset(self) -> None:
-        """Closes it the hard way."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    def hang_up(self, *said: bytes, hard: bool = False) -> NoReturn:
+        """Says this and closes the connection, or resets it; ends whoever treats it by EOFError."""
+        for data in said:
+            self.send_bytes(data)
+        if hard:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
+        raise EOFError("this end closed the connection")
 
     def serve_probe(self) -> None:
         """Answers the read that verifies the path."""
@@ -111,11 +114,11 @@ def hello(
 
 
 class LinkedCaller:
-    """A caller made by hand that an engine has linked to, over tcp. A context manager."""
+    """A caller made by hand that an engine has linked to, over tcp. See `linked_caller`."""
 
-    def __init__(self, port: int, *, is_remote_accessible: bool = False) -> None:
+    def __init__(self, port: int, stack: ExitStack, *, is_remote_accessible: bool) -> None:
         self._port = port
-        self._wires: list[Wire] = []
+        self._stack = stack
         self.control = self._dial()
         self.control.send(hello(is_remote_accessible=is_remote_accessible))
         self.welcome = self.control.expect(m.Welcome)
@@ -125,13 +128,6 @@ class LinkedCaller:
         reverse.serve_probe()
         self.control.expect(m.Linked)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for wire in self._wires:
-            wire.socket.close()
-
     def attach(self, *, is_reverse: bool = False) -> Wire:
         """A stream that has joined the link; unless `is_reverse`, the engine answers on it."""
         wire = self._dial()
@@ -140,8 +136,14 @@ class LinkedCaller:
         return wire
 
     def _dial(self) -> Wire:
-        self._wires.append(Wire.dial(self._port))
-        return self._wires[-1]
+        return self._stack.enter_context(Wire.dial(self._port))
+
+
+@contextmanager
+def linked_caller(port: int, *, is_remote_accessible: bool = False) -> Iterator[LinkedCaller]:
+    """Links by hand; closes all that was opened."""
+    with ExitStack() as stack:
+        yield LinkedCaller(port, stack, is_remote_accessible=is_remote_accessible)
 
 
 @contextmanager

@@ -87,6 +87,17 @@ def test_a_range_that_wraps_around_is_not_covered(addr: int, nbytes: int) -> Non
     assert not covers(layout, addr, nbytes)
 
 
+def test_an_empty_range_is_covered_up_to_the_end_of_a_tensor_and_not_before_it() -> None:
+    layout = Layout.at(Geometry(CacheKind.BLOCKS, 1, 2, 8), [2**64 - 32])
+    ends = [2**64 - 33, 2**64 - 32, 2**64 - 16, 2**64 - 15]
+    assert [covers(layout, addr, 0) for addr in ends] == [False, True, True, False]
+
+
+def test_what_lies_before_the_first_tensor_is_not_covered_by_the_last_one() -> None:
+    layout = Layout.at(Geometry(CacheKind.BLOCKS, 1, 2, 8), [2**64 - 16])
+    assert not covers(layout, 0, 0)
+
+
 def test_a_range_over_two_tensors_that_touch_is_not_covered() -> None:
     layout = Layout.at(Geometry(CacheKind.BLOCKS, 2, 2, 8), [16, 32])
     assert not covers(layout, 24, 16)

@@ -137,6 +137,15 @@ def test_a_listener_answers_hello_with_its_offers_and_the_token_of_the_link() ->
     assert link.admit(make_hello("tcp"), is_known=False) == [lk.Send(welcome)]
 
 
+def test_a_listener_that_turns_a_caller_away_says_why() -> None:
+    link = lk.ListenerLink(make_identity("tcp"), token=TOKEN)
+    assert link.turn_away(LLMStatusCode.LLM_LINK_FAILED, "no such group") == [
+        lk.Send(m.Refused(LLMStatusCode.LLM_LINK_FAILED, "no such group")),
+        lk.Close(LLMStatusCode.LLM_LINK_FAILED, "no such group"),
+    ]
+    assert link.state is lk.State.CLOSED
+
+
 def test_a_listener_publishes_before_it_tells_the_caller() -> None:
     link = offering_listener("tcp")
     assert link.received(m.Ready("tcp")) == [lk.Probe("tcp")]

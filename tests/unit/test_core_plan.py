@@ -153,6 +153,7 @@ def test_more_bytes_than_a_row_has_are_refused() -> None:
     [
         (range(3), None, 3, "no whole layers"),
         (None, range(4, 5), 2, "dst_layer_range reaches tensor 9"),
+        (None, range(8, 9), 1, "dst_layer_range reaches tensor 8, the local cache has 8"),
         (range(2), range(1), 2, "src_layer_range has 4 tensors, the destination 2"),
         (range(3), None, 2, "src_layer_range has 6 tensors, the destination 8"),
     ],
@@ -168,6 +169,7 @@ def test_layer_ranges_that_do_not_fit_the_pullers_cache_are_refused(
 @pytest.mark.parametrize(
     ("src", "dst", "match"),
     [
+        (range(7, 9), range(2), "src_layer_range reaches tensor 8, the remote cache has 8"),
         (range(8, 10), range(2), "src_layer_range reaches tensor 9, the remote cache has 8"),
         (None, range(2), "8 remote tensors for 2 local ones"),
         (None, None, "8 remote tensors for 6 local ones"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -157,6 +159,25 @@ def test_pulls_of_one_row_do_not_use_up_the_key_of_another(registry: Registry) -
     registry.use_up(entry.cache_id, 0, range(2))
     registry.use_up(entry.cache_id, 1, range(2, 4))
     assert entry.keys == {FIRST: 0, SECOND: 1}
+
+
+def test_a_pull_that_claims_absurdly_many_tensors_ends_at_once() -> None:
+    """The number comes from a peer. In another process, because the test is about hanging."""
+    code = """
+from llm_datadist.core.generations import Generations
+from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.core.registry import KeyName, Registry
+from llm_datadist.types import Placement
+
+registry = Registry(Generations(1))
+layout = Layout.at(Geometry(CacheKind.CONTINUOUS, 2, 1, 8), [0x1000, 0x2000])
+entry = registry.allocate(layout, Placement.DEVICE, [KeyName(1, 0)])
+registry.use_up(entry.cache_id, 0, range(1, 2**62))
+print(entry.remaining)
+"""
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, timeout=10, check=True, stdout=subprocess.PIPE, text=True)
+    assert result.stdout == "{KeyName(id=1, model_id=0, is_prefix=False): {0}}\n"
 
 
 def test_a_prefix_is_not_used_up_and_holds_the_memory_until_it_is_removed(

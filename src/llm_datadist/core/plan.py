@@ -71,20 +71,34 @@ def select_pulled_tensors(
     return remote, local
 
 
-def check_batch_rows(geometry: Geometry, nbytes: int, whose: str) -> None:
-    """One side of a copy by rows has rows, and they hold `nbytes`. Spec 6.9."""
+def check_batch_rows(geometry: Geometry, nbytes: int, whose: str, offset: int = 0) -> None:
+    """One side of a copy by rows has rows, and they hold `nbytes` behind `offset`. Spec 6.9."""
     if not geometry.has_batch_rows:
         raise invalid(f"the {whose} is a blocks cache: use pull_blocks with a BlocksCacheKey")
-    if nbytes > geometry.row_nbytes:
+    if offset >= geometry.row_nbytes:
         raise invalid(
-            f"{nbytes} bytes are more than the {whose}'s rows have, {geometry.row_nbytes}"
+            f"offset {offset} lies behind the {whose}'s rows of {geometry.row_nbytes} bytes"
+        )
+    if nbytes > geometry.row_nbytes - offset:
+        raise invalid(
+            f"{nbytes} bytes are more than the {whose}'s rows have behind offset {offset}, "
+            f"{geometry.row_nbytes - offset}"
         )
 
 
-def row_to_row(src: Layout, src_row: int, dst: Layout, dst_row: int, nbytes: int) -> Segments:
-    """The first `nbytes` of one batch row into another, tensor by tensor."""
-    src_start = np.uint64(src_row * src.geometry.row_nbytes)
-    dst_start = np.uint64(dst_row * dst.geometry.row_nbytes)
+def row_to_row(
+    src: Layout,
+    src_row: int,
+    dst: Layout,
+    dst_row: int,
+    nbytes: int,
+    *,
+    src_offset: int = 0,
+    dst_offset: int = 0,
+) -> Segments:
+    """`nbytes` of one batch row into another, tensor by tensor, each behind its offset."""
+    src_start = np.uint64(src_row * src.geometry.row_nbytes + src_offset)
+    dst_start = np.uint64(dst_row * dst.geometry.row_nbytes + dst_offset)
     lengths = np.full(len(src.addrs), nbytes, dtype=np.uint64)
     return Segments(src.addrs + src_start, dst.addrs + dst_start, lengths).coalesced()
 
@@ -110,9 +124,7 @@ def row_part_to_row(
             f"{wanted} bytes from offset {offset} on do not fit rows of "
             f"{src.geometry.row_nbytes} and {dst.geometry.row_nbytes} bytes"
         )
-    part = row_to_row(src, src_row, dst, dst_row, wanted)
-    start = np.uint64(offset)
-    return Segments(part.src + start, part.dst + start, part.nbytes)
+    return row_to_row(src, src_row, dst, dst_row, wanted, src_offset=offset, dst_offset=offset)
 
 
 def check_blocks(geometry: Geometry, blocks: Sequence[int], whose: str) -> None:

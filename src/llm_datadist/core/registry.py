@@ -146,9 +146,9 @@ class Registry:
         if entry is None or key is None or not entry.layout.geometry.has_batch_rows:
             return None
         if tensors is not None:
-            everything = range(entry.layout.geometry.num_tensors)
-            left = entry.remaining.setdefault(key, set(everything))
-            left.difference_update(tensors)
+            num_tensors = entry.layout.geometry.num_tensors
+            left = entry.remaining.setdefault(key, set(range(num_tensors)))
+            left.difference_update(range(tensors.start, min(tensors.stop, num_tensors)))
             if left:
                 return None
         return self._unbind(entry, key)

@@ -46,8 +46,8 @@ class Layers(NamedTuple):
     def for_push(self, num_tensors: int) -> tuple[range, range]:
         """The layers of a push out of a cache with so many tensors. Raises LLMException.
 
-        Without a source range it is all layers, into the first of the peer, and never none: a cache
-        of fewer tensors than a layer cannot be pushed.
+        Without a source range it is all layers, into the first of the peer. Tensors that make no
+        whole layer count as one, which the push refuses: success never means that none moved.
         """
         if len(self.src) != len(self.dst):
             raise invalid(
@@ -55,7 +55,7 @@ class Layers(NamedTuple):
                 f"got {len(self.src)} and {len(self.dst)} layers"
             )
         if self.src.start < 0:
-            everything = range(max(1, -(-num_tensors // self.per_layer)))
+            everything = range(-(-num_tensors // self.per_layer))
             return everything, everything
         if self.dst.start < 0:
             raise invalid("dst_layer_range is needed where src_layer_range is given")

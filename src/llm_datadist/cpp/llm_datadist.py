@@ -27,9 +27,9 @@ from llm_datadist.cpp.call import Call
 from llm_datadist.cpp.layers import Layers
 from llm_datadist.cpp.options import open_engine, parse_options, parse_role
 from llm_datadist.cpp.types import Cache, LlmRole, RegisterCfg
-from llm_datadist.datadist import LinkInfo
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.operations import by_id, copying, pull, push
+from llm_datadist.operations.linking import LinkInfo, live_links, move_listener
 from llm_datadist.operations.registering import register
 from llm_datadist.options import parse_listen
 from llm_datadist.types import Placement
@@ -117,7 +117,13 @@ class LlmDataDist:
         with self._lifecycle, self._call("SetRole") as call:
             engine = self._require_engine()
             parse_role(role)
-            _listen_on(engine, check_dict("options", options or {}, str, str))
+            listen = parse_listen(check_dict("options", options or {}, str, str))
+            if not engine.options.enable_switch_role:
+                raise LLMException(
+                    "setting the role is off: initialise with OPTION_ENABLE_SET_ROLE 1",
+                    LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                )
+            move_listener(engine, listen)
             self._role = role
         return call.status
 
@@ -131,8 +137,7 @@ class LlmDataDist:
 
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
-        sessions = [] if self._engine is None else self._engine.links.all()
-        return [LinkInfo(s.cluster_id, s.path, s.path_reason, s.endpoint) for s in sessions]
+        return [] if self._engine is None else live_links(self._engine)
 
     # -- links --
 
@@ -395,23 +400,6 @@ def _stop(engine: Engine) -> None:
         threading.Thread(target=engine.stop, name="llm-datadist-end").start()
     else:
         engine.stop()
-
-
-def _listen_on(engine: Engine, options: dict[str, str]) -> None:
-    """The rules of SetRole on listening. Spec 5.7."""
-    listen = parse_listen(options)
-    if not engine.options.enable_switch_role:
-        raise LLMException(
-            "setting the role is off: initialise with OPTION_ENABLE_SET_ROLE 1",
-            LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-        )
-    if engine.options.transfer_backend is None:
-        engine.listen_on(listen)
-    elif listen not in (None, engine.options.listen):
-        raise LLMException(
-            f"with OPTION_TRANSFER_BACKEND the address stays {engine.options.listen}",
-            LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-        )
 
 
 def _report(call: Call, targets: Sequence[Target], outcomes: Sequence[Outcome]) -> list[Status]:

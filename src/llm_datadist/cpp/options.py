@@ -16,7 +16,8 @@ from llm_datadist.options import Options
 from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 from llm_datadist.types import LLMRole
 
-#: "ip:port" or "[ipv6]:port" to listen on; without it nobody can link to this cluster
+#: "ip:port" or "[ipv6]:port" to listen on; without it nobody can link to this cluster. Seed 002
+#: wants it of every Prompt, later documents of none: a Prompt may push over links of its own making
 OPTION_LISTEN_IP_INFO: Final = key.CPP_LISTEN_IP_INFO
 #: required; one number
 OPTION_DEVICE_ID: Final = key.CPP_DEVICE_ID
@@ -72,7 +73,7 @@ def open_engine(cluster_id: int, options: Options) -> Engine:
     pages, page_nbytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     everything = PoolConfig(pages * page_nbytes)
     try:
-        return Engine(cluster_id, replace(options, device_pool=everything, buf_pool=None))
+        return Engine(cluster_id, replace(options, device_pool=everything))
     except LLMException as error:  # many programs never allocate; AllocateCache tells the others
         get_logger().info("cluster %d has no memory to allocate from: %s", cluster_id, error)
         return Engine(cluster_id, options)

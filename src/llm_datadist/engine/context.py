@@ -27,8 +27,10 @@ class Context:
     groups: Groups
     transports: Mapping[str, Transport]
     loop: asyncio.AbstractEventLoop
-    #: threads that send large answers, verify paths and wait for transfers to end
+    #: threads that send large answers and wait for transfers to end
     workers: Executor
     #: threads that fetch what peers push
     fetchers: Executor
+    #: threads that verify paths, one for each hand-shake
+    verifiers: Executor
     sync_timeout_s: float

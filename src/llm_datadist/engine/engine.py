@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import threading
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core import link as lk
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WORKERS = 16
+#: started when needed; a listener greets no more callers at once
+_VERIFIERS = 512
 #: streams that one large transfer over TCP is spread over
 _TCP_STREAMS = 2
 #: a cache that is freed or re-made while it is read is looked up anew so many times
@@ -64,6 +67,8 @@ class Engine:
         self._workers = Threads(_WORKERS, "llm-datadist-worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         self._fetchers = Threads(_WORKERS, "llm-datadist-fetcher")
+        # apart from both: strangers can make a verification wait for as long as they like
+        self._verifiers = Threads(_VERIFIERS, "llm-datadist-verifier")
         transports: list[Transport] = [
             CmaTransport(self._movers),
             TcpTransport(self._movers, _TCP_STREAMS),
@@ -82,6 +87,7 @@ class Engine:
             self._loop,
             self._workers,
             self._fetchers,
+            self._verifiers,
             options.sync_timeout_s,
         )
         self._linker = Linker(self._context)
@@ -224,6 +230,11 @@ class Engine:
         """Copies within this process."""
         copy(segments, self._movers)
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
+        with suppress(RuntimeError):  # the loop is closed, and nothing left to be done
+            self._loop.call_soon_threadsafe(callback)
+
     def _with_remote(
         self, place: RemoteRow, move: Callable[[Session, RemoteCache, int, Deadline], None]
     ) -> None:
@@ -276,6 +287,7 @@ class Engine:
 
     def _shut_down(self) -> None:
         """Gives back what is left when no link is: threads, pools and the loop."""
+        self._verifiers.shutdown(wait=True)
         self._fetchers.shutdown(wait=True)
         self._workers.shutdown(wait=True)
         self._movers.close()

@@ -19,7 +19,7 @@ from llm_datadist.engine.control import ConnectionEnded, Control, dial
 from llm_datadist.engine.gate import Gate
 from llm_datadist.engine.lookup import Lookup
 from llm_datadist.engine.service import StreamService
-from llm_datadist.engine.streams import StreamPool
+from llm_datadist.engine.streams import MAX_STREAMS, StreamPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import Channel, PathUnavailable, verify
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from llm_datadist.engine.context import Context
 
 _DIAL_BACK_S = 10.0
+#: a peer that drops a stream may ask for the next one before we have noticed
+_MAX_SERVICES = 2 * MAX_STREAMS
 
 
 class Session:
@@ -60,11 +62,15 @@ class Session:
         self.lookup = Lookup(self.streams, is_tabled=context.me.is_remote_accessible)
         self._channels: dict[str, Channel] = {}
         self._services: set[StreamService] = set()
+        self._dialing = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._deadline = Deadline.after(0)
         self.status = LLMStatusCode.LLM_SUCCESS
         self.reason = ""
         self.closed = asyncio.Event()
+        #: the hand-shake is over, one way or the other
+        self._settled = asyncio.Event()
+        self._listening: asyncio.Task[None] | None = None
         self._on_close: list[Callable[[], object]] = []
 
     # -- what the peer said, once it is linked --
@@ -144,12 +150,12 @@ class Session:
             )
         except asyncio.CancelledError:
             await self.cut("this cluster was finalized")
-            self._control.close()
             raise
-        if self.is_closed:
-            self._control.close()
-        else:
-            self._spawn(self._listen())
+        finally:
+            if self._listening is None:
+                self._control.close()
+            elif self.is_closed:
+                await asyncio.wait([self._listening])
 
     async def join(self) -> None:
         """Waits for what a closed session still has running."""
@@ -177,12 +183,11 @@ class Session:
             if isinstance(action, lk.Send):
                 todo.extend(await self._send(action.message))
             elif isinstance(action, lk.Probe):
-                todo.extend(await self._probe(action.path))
+                self._spawn(self._probe(action.path))
             elif isinstance(action, lk.Publish):
                 await self._publish()
             elif isinstance(action, lk.Dial):
-                for _ in range(action.count):
-                    self._spawn(self._dial_back())
+                self._dial_back(action.count)
             elif isinstance(action, lk.Drain):
                 self._spawn(self._drain_for_peer())
             else:
@@ -200,11 +205,11 @@ class Session:
 
     async def _shake_hands(self, actions: Sequence[lk.Action]) -> None:
         await self.perform(actions)
-        while self._link.state not in (lk.State.LINKED, lk.State.CLOSED):
-            await self._receive()
+        if not self.is_closed:
+            self._listening = self._spawn(self._listen())
+            await self._settled.wait()
 
     async def _listen(self) -> None:
-        self._control.trust()
         try:
             while not self.is_closed:
                 await self._receive()
@@ -226,10 +231,13 @@ class Session:
             return self._link.lost(str(error))
         return ()
 
-    async def _probe(self, path: str) -> Sequence[lk.Action]:
+    async def _probe(self, path: str) -> None:
+        await self.perform(await self._verify(path))
+
+    async def _verify(self, path: str) -> Sequence[lk.Action]:
         try:
             await self._context.loop.run_in_executor(
-                self._context.workers, self._open_and_verify, path
+                self._context.verifiers, self._open_and_verify, path
             )
         except PathUnavailable as error:
             if self._deadline.remaining_s() <= 0:
@@ -238,17 +246,22 @@ class Session:
         return self._link.probed(path, None, is_remarkable=False)
 
     def _open_and_verify(self, path: str) -> None:
-        """In a worker thread. Raises PathUnavailable."""
+        """In a thread of the verifiers. Raises PathUnavailable."""
         peer = self._peer
         channel = self._context.transports[path].open(peer.offers[path], self.streams)
         verify(channel, peer.probe, self._deadline)
         self._channels[path] = channel
 
     async def _publish(self) -> None:
+        self._control.trust()
         self.gate.open()
         if self.group:
             await self._context.groups.join(self)
-            return
+        else:
+            await self._file()
+        self._settled.set()
+
+    async def _file(self) -> None:
         links = self._context.links
         is_echo = self.instance == self._context.me.instance and not self.is_caller
         if not is_echo:  # the answering end of a link to ourselves is not one to use
@@ -275,13 +288,24 @@ class Session:
         )
         await self.perform(self._link.drained())
 
-    async def _dial_back(self) -> None:
+    def _dial_back(self, count: int) -> None:
+        """Opens streams for the peer, but no more than an honest one would use."""
+        room = max(0, _MAX_SERVICES - len(self._services) - self._dialing)
+        if count > room:
+            get_logger().warning("cluster %d asks for too many streams", self.cluster_id)
+        for _ in range(min(count, room)):
+            self._dialing += 1
+            self._spawn(self._dial())
+
+    async def _dial(self) -> None:
         try:
             await asyncio.wait_for(self._add_service(), _DIAL_BACK_S)
         except (OSError, asyncio.TimeoutError, ConnectionEnded) as error:
             get_logger().warning(
                 "could not open a stream for cluster %d: %s", self.cluster_id, error
             )
+        finally:
+            self._dialing -= 1
 
     async def _add_service(self) -> None:
         control = await dial(self._host, self._port, self._context.workers)
@@ -340,10 +364,12 @@ class Session:
             service.close()
         self._control.end()
         self.closed.set()
+        self._settled.set()
         for call in self._on_close:
             call()
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = self._context.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

@@ -11,13 +11,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
+
+import numpy as np
 
 from llm_datadist.core.pages import PagePool
 from llm_datadist.core.slots import SlotPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from llm_datadist.core.pages import Pool, PoolUsage
     from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 
@@ -46,9 +51,17 @@ class Arena:
             ) from error
         self.addr = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
+    def view(self, addr: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """`nbytes` at an address of the arena; the array keeps the mapping."""
+        return np.frombuffer(self._mapping, np.uint8, nbytes, addr - self.addr)
+
     def close(self) -> None:
-        """Gives the memory back; again does nothing. Whoever touches it from now on crashes."""
-        self._mapping.close()
+        """Gives the memory back; again does nothing. Whoever touches it from now on crashes.
+
+        Where there are views, the last of them gives it back.
+        """
+        with suppress(BufferError):
+            self._mapping.close()
 
 
 @final
@@ -109,6 +122,15 @@ class MemoryPool:
         with self._lock:
             self._give_back(addr)
 
+    def view(self, addr: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Allocated memory as an array, which stays readable when the pool is closed.
+
+        Raises LLMException(LLM_FAILED) when it is closed already.
+        """
+        with self._lock:
+            self._require_open()
+            return self._arena.view(addr, nbytes)
+
     def usage(self) -> tuple[PoolUsage, ...]:
         """How full each part of the pool is."""
         with self._lock:
@@ -121,9 +143,12 @@ class MemoryPool:
             self._arena.close()
 
     def _take(self, nbytes: int) -> int:
+        self._require_open()
+        return self._arena.addr + self._pool.allocate(nbytes)
+
+    def _require_open(self) -> None:
         if self._is_closed:
             raise LLMException("the memory pool is closed", LLMStatusCode.LLM_FAILED)
-        return self._arena.addr + self._pool.allocate(nbytes)
 
     def _give_back(self, addr: int) -> None:
         self._pool.free(addr - self._arena.addr)

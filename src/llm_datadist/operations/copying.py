@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from llm_datadist.errors import invalid
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from llm_datadist.engine.engine import Engine
 
 
@@ -79,21 +82,26 @@ def swap_blocks(engine: Engine, src_cache: object, dst_cache: object, src_to_dst
     placements = {src.cache_desc.placement, dst.cache_desc.placement}
     if placements != {Placement.HOST, Placement.DEVICE}:
         raise invalid("swap_blocks works between a HOST and a DEVICE cache")
-    src_layout, dst_layout = _layout_of(src), _layout_of(dst)
-    if src_layout.geometry.num_tensors != dst_layout.geometry.num_tensors:
-        raise invalid(
-            f"{src_layout.geometry.num_tensors} source tensors for "
-            f"{dst_layout.geometry.num_tensors} destination tensors"
-        )
-    if pairs:
-        blocks = list(pairs), list(pairs.values())
-        plan.check_blocks(src_layout.geometry, blocks[0], "source")
-        plan.check_blocks(dst_layout.geometry, blocks[1], "destination")
-        engine.copy(plan.blocks_to_blocks(src_layout, blocks[0], dst_layout, blocks[1]))
+    with _layout_of(engine, src) as src_layout, _layout_of(engine, dst) as dst_layout:
+        if src_layout.geometry.num_tensors != dst_layout.geometry.num_tensors:
+            raise invalid(
+                f"{src_layout.geometry.num_tensors} source tensors for "
+                f"{dst_layout.geometry.num_tensors} destination tensors"
+            )
+        if pairs:
+            blocks = list(pairs), list(pairs.values())
+            plan.check_blocks(src_layout.geometry, blocks[0], "source")
+            plan.check_blocks(dst_layout.geometry, blocks[1], "destination")
+            engine.copy(plan.blocks_to_blocks(src_layout, blocks[0], dst_layout, blocks[1]))
 
 
-def _layout_of(cache: Cache) -> Layout:
-    """By the cache's own addresses: CPU caches are in no table. Spec 6.13."""
-    desc = cache.cache_desc
-    geometry = Geometry.of(CacheKind.BLOCKS, desc.num_tensors, desc.shape, desc.size)
-    return Layout.at(geometry, cache.tensor_addrs)
+@contextmanager
+def _layout_of(engine: Engine, cache: Cache) -> Iterator[Layout]:
+    """Where a cache lies, held meanwhile; a CPU cache is in no table, its own addresses say it."""
+    if cache.cache_id > 0:
+        with engine.catalog.use(cache.cache_id) as entry:
+            yield entry.layout
+    else:
+        desc = cache.cache_desc
+        geometry = Geometry.of(CacheKind.BLOCKS, desc.num_tensors, desc.shape, desc.size)
+        yield Layout.at(geometry, cache.tensor_addrs)

@@ -37,8 +37,11 @@ def pull_cache(
     batch_index: object,
     size: object,
     options: Mapping[str, object],
+    *,
+    src_offset: int = 0,
+    dst_offset: int = 0,
 ) -> None:
-    """See CacheManager.pull_cache."""
+    """See CacheManager.pull_cache; for the offsets, KvCacheManager.pull_cache."""
     key = _check_row_key(cache_key)
     if engine.options.remote_accessible:
         check_type("cache_key with remote access enabled", key, CacheKeyByIdAndIndex)
@@ -53,21 +56,23 @@ def pull_cache(
     check_one_id(key)
     with _destination(engine, target, "pull_cache", key) as entry:
         local = entry.layout
-        nbytes = local.geometry.row_nbytes if asked == -1 else asked
+        nbytes = local.geometry.row_nbytes - dst_offset if asked == -1 else asked
         if dst_row >= local.geometry.num_rows:
             raise invalid(
                 f"batch_index {dst_row} is out of range: our cache has rows 0 to "
                 f"{local.geometry.num_rows - 1}"
             )
-        plan.check_batch_rows(local.geometry, nbytes, "destination")
+        plan.check_batch_rows(local.geometry, nbytes, "destination", dst_offset)
         tensors.check(local.geometry)
 
         def segments(remote: RemoteCache, row: int) -> Segments:
             check_row(remote, row)
             _check_access(engine, remote, entry)
-            plan.check_batch_rows(remote.layout.geometry, nbytes, "source")
+            plan.check_batch_rows(remote.layout.geometry, nbytes, "source", src_offset)
             src, dst = tensors.select(remote.layout, local)
-            return plan.row_to_row(src, row, dst, dst_row, nbytes)
+            return plan.row_to_row(
+                src, row, dst, dst_row, nbytes, src_offset=src_offset, dst_offset=dst_offset
+            )
 
         engine.pull(remote_row(key, tensors.src), segments)
 

@@ -65,10 +65,17 @@ def transfer_cache_async(
     if not dst and nbytes:
         raise invalid("dst_block_memory_size is for dst_block_indices, which are not given")
     layers = [_check_config(config, cache, has_blocks=bool(src)) for config in configs]
-    task = CacheTask(len(configs))
+    task = CacheTask(len(configs), _unfinished_status(engine))
     job = _Job(cache, synchronizer, configs, layers, src, dst, nbytes)
     threading.Thread(target=_run, args=(engine, job, task), name="llm-datadist-transfer").start()
     return task
+
+
+def _unfinished_status(engine: Engine) -> LLMStatusCode:
+    """What a time-out of the task is called. Spec 6.12; Appendix C for the v1 mode."""
+    if engine.options.cache_manager:
+        return LLMStatusCode.LLM_TIMEOUT
+    return LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
 
 
 def _check_blocks(

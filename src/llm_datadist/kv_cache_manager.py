@@ -1,0 +1,329 @@
+"""KvCacheManager: the caches of a cluster in the v1 mode. Spec Appendix C.
+
+CacheManager does the work and has the rules. Here is what the v1 mode has besides: roles that are
+enforced, caches that free themselves, offsets within rows, and tensors to look into.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from llm_datadist.cache_manager import CacheManager
+from llm_datadist.checks import (
+    INT64_MAX,
+    check_int,
+    check_object,
+    check_optional,
+    check_sequence,
+    check_type,
+    check_uint32,
+)
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist.kv_cache import KvCache
+from llm_datadist.operations import pull
+from llm_datadist.tensor import Tensor, TensorDesc, storage_type
+from llm_datadist.types import CacheDesc, LLMRole, Placement
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from llm_datadist.cache import Cache
+    from llm_datadist.cache_task import CacheTask
+    from llm_datadist.engine.engine import Engine
+    from llm_datadist.layerwise import LayerSynchronizer, TransferConfig
+
+
+@final
+class KvCacheManager:
+    """The caches of one LLMDataDist in the v1 mode, and the transfers to and from its peers.
+
+    Obtained from `LLMDataDist.kv_cache_manager`. A PROMPT allocates caches under keys, and sends
+    them layer by layer; a DECODER pulls. What the role does not allow is an LLMException
+    (LLM_PARAM_INVALID), and a cache of before a `finalize` one with LLM_KV_CACHE_NOT_EXIST.
+    Otherwise the methods are those of CacheManager in two-sided mode, for threads and failures too.
+    """
+
+    def __init__(self, engine: Engine, role: LLMRole) -> None:
+        self._engine: Engine | None = engine
+        self._role = role
+        self._caches = CacheManager(engine)
+        #: ids of caches that nobody holds any more and that are still to be freed
+        self._collected: deque[int] = deque()
+        #: held while they are freed, so that an allocation can wait for that
+        self._freeing = threading.Lock()
+
+    # -- allocating --
+
+    def allocate_cache(self, cache_desc: CacheDesc, cache_keys: Sequence[CacheKey] = ()) -> KvCache:
+        """A continuous cache in DEVICE memory; keys only for a PROMPT. Spec 6.3, Appendix C.
+
+        The memory is sized by `ge.flowGraphMemMaxSize`, `mem_pool_cfg` or `buf_pool_cfg`. The cache
+        holds a reference to it until it is deallocated or nobody holds it, and each key until it is
+        pulled or removed. Keys and exceptions as `CacheManager.allocate_cache`. Thread-safe.
+        """
+        desc = _check_device_desc(cache_desc)
+        keys = check_sequence("cache_keys", cache_keys, CacheKey)
+        if keys:
+            self._require_role("allocate_cache with cache_keys", LLMRole.PROMPT)
+        self._free_collected()
+        return KvCache(self._caches.allocate_cache(desc, keys), self)
+
+    def allocate_blocks_cache(
+        self, cache_desc: CacheDesc, blocks_cache_key: BlocksCacheKey | None = None
+    ) -> KvCache:
+        """A blocks cache in DEVICE memory; the key not for a DECODER. Spec 6.3, Appendix C.
+
+        It and its key go when it is deallocated or nobody holds it. Raises as
+        `CacheManager.allocate_blocks_cache`. Thread-safe.
+        """
+        desc = _check_device_desc(cache_desc)
+        key = check_optional("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
+        if key is not None:
+            what = "allocate_blocks_cache with a blocks_cache_key"
+            self._require_role(what, LLMRole.PROMPT, LLMRole.MIX)
+        self._free_collected()
+        return KvCache(self._caches.allocate_blocks_cache(desc, key), self)
+
+    def deallocate_cache(self, cache: KvCache) -> None:
+        """Frees a cache of either kind; rows with keys stay until those go. Spec 6.5.
+
+        Arrays of its tensors must not be used any more. Nothing happens to a deallocated cache and
+        to a cpu cache. Raises TypeError, AttributeError. Thread-safe.
+        """
+        ours = check_object("cache", cache, KvCache)
+        if ours._manager is not self or not ours._let_go():
+            return
+        if ours._cache.is_blocks_cache:
+            self._caches.deallocate_blocks_cache(ours._cache)
+        else:
+            self._caches.deallocate_cache(ours._cache)
+
+    def remove_cache_key(self, cache_key: CacheKey) -> None:
+        """Drops a key's reference, for a PROMPT. As `CacheManager.remove_cache_key`. Spec 6.6."""
+        check_object("cache_key", cache_key, CacheKey)
+        self._require_role("remove_cache_key", LLMRole.PROMPT)
+        self._caches.remove_cache_key(cache_key)
+
+    # -- transfers --
+
+    def pull_cache(
+        self,
+        cache_key: CacheKey | CacheKeyByIdAndIndex,
+        cache: KvCache,
+        batch_index: int = 0,
+        size: int = -1,
+        **kwargs: object,
+    ) -> None:
+        """Copies a batch row of a PROMPT's cache into a row of ours, for a DECODER. Spec 6.9.
+
+        The keywords `src_cache_offset` and `dst_cache_offset` (none by default) say behind how many
+        bytes of the row, in every tensor, the copy begins in the peer's cache and in ours; a `size`
+        of -1 is then the rest of our row. Both parts must lie within their rows.
+
+        Otherwise as `CacheManager.pull_cache`; raises ValueError for a negative offset, too.
+        Thread-safe.
+        """
+        self._require_role("pull_cache", LLMRole.DECODER)
+        target = self._inner(check_object("cache", cache, KvCache))
+        src_offset = _check_offset("src_cache_offset", kwargs)
+        dst_offset = _check_offset("dst_cache_offset", kwargs)
+        pull.pull_cache(
+            self._require_engine(),
+            cache_key,
+            target,
+            batch_index,
+            size,
+            kwargs,
+            src_offset=src_offset,
+            dst_offset=dst_offset,
+        )
+
+    def pull_blocks(
+        self,
+        prompt_cache_key: BlocksCacheKey,
+        decoder_kv_cache: KvCache,
+        prompt_blocks: Sequence[int],
+        decoder_blocks: Sequence[int],
+        **kwargs: object,
+    ) -> None:
+        """Copies block `prompt_blocks[j]` of a peer's cache to block `decoder_blocks[j]` of ours.
+
+        For a DECODER. As `CacheManager.pull_blocks` with a BlocksCacheKey, and no other key. Spec
+        6.10, Appendix C. Thread-safe.
+        """
+        self._require_role("pull_blocks", LLMRole.DECODER)
+        key = check_object("prompt_cache_key", prompt_cache_key, BlocksCacheKey)
+        target = self._inner(check_object("decoder_kv_cache", decoder_kv_cache, KvCache))
+        self._caches.pull_blocks(key, target, prompt_blocks, decoder_blocks, **kwargs)
+
+    def transfer_cache_async(
+        self,
+        src_cache: KvCache,
+        layer_synchronizer: LayerSynchronizer,
+        transfer_configs: Sequence[TransferConfig],
+        src_block_indices: Sequence[int] | None = None,
+        dst_block_indices: Sequence[int] | None = None,
+        dst_block_memory_size: int | None = None,
+    ) -> CacheTask:
+        """Sends a cache layer by layer to addresses of its peers, for a PROMPT. Spec 6.12.
+
+        As `CacheManager.transfer_cache_async`, but that the task calls a transfer that still runs
+        LLM_WAIT_PROCESS_TIMEOUT. The transfer holds the cache until it ends. Thread-safe.
+        """
+        self._require_role("transfer_cache_async", LLMRole.PROMPT)
+        return self._caches.transfer_cache_async(
+            self._inner(check_type("src_cache", src_cache, KvCache)),
+            layer_synchronizer,
+            transfer_configs,
+            src_block_indices,
+            dst_block_indices,
+            dst_block_memory_size,
+        )
+
+    # -- within this process --
+
+    def copy_cache(
+        self,
+        dst: KvCache,
+        src: KvCache,
+        dst_batch_index: int = 0,
+        src_batch_index: int = 0,
+        offset: int = 0,
+        size: int = -1,
+        req_id: int | None = None,
+    ) -> None:
+        """Copies a batch row, or a part of it. As `CacheManager.copy_cache`. Spec 6.8."""
+        target = self._inner(check_object("dst", dst, KvCache))
+        source = self._inner(check_object("src", src, KvCache))
+        self._caches.copy_cache(
+            target, source, dst_batch_index, src_batch_index, offset, size, req_id
+        )
+
+    def copy_blocks(self, cache: KvCache, copy_block_info: dict[int, list[int]]) -> None:
+        """Copies blocks within a cache. As `CacheManager.copy_blocks`. Spec 6.8."""
+        target = self._inner(check_object("cache", cache, KvCache))
+        self._caches.copy_blocks(target, copy_block_info)
+
+    def swap_blocks(
+        self, src_cache: KvCache, dst_cache: KvCache, src_to_dst: dict[int, int]
+    ) -> None:
+        """Copies blocks between a cache and one of `KvCache.create_cpu_cache`, either way.
+
+        As `CacheManager.swap_blocks`. Spec 6.13.
+        """
+        source = self._inner(check_object("src_cache", src_cache, KvCache))
+        target = self._inner(check_object("dst_cache", dst_cache, KvCache))
+        self._caches.swap_blocks(source, target, src_to_dst)
+
+    def get_cache_tensors(self, cache: KvCache, tensor_index: int = 0) -> list[Tensor]:
+        """Tensor `tensor_index` of a cache, for each device, which is one. Spec Appendix C.
+
+        Nothing is copied: who writes to `Tensor.numpy()` writes to the cache (BF16 excepted, see
+        there). The array keeps the cache, and its memory beyond a `finalize`; after
+        `deallocate_cache` it must not be used.
+
+        Raises TypeError, ValueError, AttributeError; LLMException with LLM_PARAM_INVALID for an
+        index out of range and for DT_STRING, LLM_KV_CACHE_NOT_EXIST for a deallocated cache and
+        for a cpu cache. Thread-safe.
+        """
+        ours = check_object("cache", cache, KvCache)
+        index = check_uint32("tensor_index", tensor_index)
+        inner = self._inner(ours)
+        if not ours._is_allocated():
+            raise _missing(f"{cache} has no memory of this library's")
+        if index >= inner.cache_desc.num_tensors:
+            raise invalid(
+                f"tensor_index {index} is out of range: there are {inner.cache_desc.num_tensors}"
+            )
+        desc = TensorDesc(inner.cache_desc.data_type, ours._shape)
+        memory = self._memory_of(inner, index).view(storage_type(desc.dtype))
+        return [Tensor(memory, desc)]
+
+    # -- parts of the above --
+
+    def _detach(self) -> None:
+        """For LLMDataDist: the engine was finalized."""
+        self._engine = None
+        self._caches._detach()
+
+    def _switch_role(self, role: LLMRole) -> None:
+        """For LLMDataDist: the cluster has another role from here on."""
+        self._role = role
+
+    def _collect(self, cache_id: int) -> None:
+        """For KvCache: nobody holds the cache any more.
+
+        Called where the garbage collector strikes, perhaps in a thread that holds the locks which
+        freeing needs: so it leaves that to another one.
+        """
+        engine = self._engine
+        if engine is not None:
+            self._collected.append(cache_id)
+            engine.call_soon(self._free_collected)
+
+    def _free_collected(self) -> None:
+        engine = self._engine
+        with self._freeing:
+            while self._collected and engine is not None:
+                engine.catalog.deallocate(self._collected.popleft())
+
+    def _inner(self, cache: KvCache) -> Cache:
+        """What the operations work on. Raises LLMException(LLM_KV_CACHE_NOT_EXIST).
+
+        Ids begin anew with each `init`: that of an older cache may by now be another one's.
+        """
+        if cache._manager not in (None, self):
+            raise _missing(f"{cache} is of another KvCacheManager, which was finalized")
+        return cache._cache
+
+    def _memory_of(self, cache: Cache, index: int) -> npt.NDArray[Any]:
+        engine = self._require_engine()
+        with engine.catalog.use(cache.cache_id) as entry:
+            addr = int(entry.layout.addrs[index])
+            nbytes = entry.layout.geometry.tensor_nbytes
+            view = engine.catalog.pools[entry.placement].view(addr, nbytes)
+        return np.asarray(_HeldMemory(view, cache))
+
+    def _require_engine(self) -> Engine:
+        if self._engine is None:
+            raise invalid("this KvCacheManager's LLMDataDist was finalized")
+        return self._engine
+
+    def _require_role(self, what: str, *roles: LLMRole) -> None:
+        if self._role not in roles:
+            needed = " or ".join(str(role) for role in roles)
+            raise invalid(f"{what} is for {needed}, the role of this cluster is {self._role}")
+
+
+class _HeldMemory:
+    """Bytes of a cache for numpy. Arrays made of them keep this object, and so the cache."""
+
+    def __init__(self, view: npt.NDArray[np.uint8], cache: Cache) -> None:
+        self._held = view, cache
+        self.__array_interface__ = view.__array_interface__
+
+
+def _check_device_desc(cache_desc: object) -> CacheDesc:
+    desc = check_object("cache_desc", cache_desc, CacheDesc)
+    if desc.placement != Placement.DEVICE:
+        raise invalid(
+            f"cache_desc must be placed on DEVICE, got {desc.placement}: "
+            "KvCache.create_cpu_cache makes a cache of HOST memory"
+        )
+    return desc
+
+
+def _check_offset(name: str, options: Mapping[str, object]) -> int:
+    offset = options.get(name)
+    return 0 if offset is None else check_int(name, offset, 0, INT64_MAX)
+
+
+def _missing(message: str) -> LLMException:
+    return LLMException(message, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
