@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 from contextlib import suppress
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 from llm_datadist.cache_manager import CacheManager
 from llm_datadist.checks import (
@@ -19,6 +19,7 @@ from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.kv_cache_manager import KvCacheManager
 from llm_datadist.observe.log import get_logger
+from llm_datadist.operations.linking import LinkInfo, live_links, move_listener
 from llm_datadist.options import Options, parse_listen
 from llm_datadist.types import LLMRole
 
@@ -29,15 +30,6 @@ if TYPE_CHECKING:
     from llm_datadist.engine.engine import Engine
     from llm_datadist.engine.linker import Outcome, Target
     from llm_datadist.types import RegisterMemStatus
-
-
-class LinkInfo(NamedTuple):
-    """A live link, as `LLMDataDist.links` shows it."""
-
-    cluster_id: int
-    path: str  #: how its bytes travel: "cma" (same host) or "tcp"
-    path_reason: str  #: why no better path is used; empty when there is none
-    endpoint: Endpoint | None  #: where we called the peer; None when it called us
 
 
 @final
@@ -180,13 +172,7 @@ class LLMDataDist:
         listen = parse_listen(options)
         if not engine.options.cache_manager:
             self._check_v1_switch(engine, role, listen)
-        if engine.options.transfer_backend is None:
-            engine.listen_on(listen)
-        elif listen not in (None, engine.options.listen):
-            raise LLMException(
-                f"with a transfer_backend the address stays {engine.options.listen}",
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-            )
+        move_listener(engine, listen)
         self._role = role
         if self._kv_cache_manager is not None:
             self._kv_cache_manager._switch_role(role)
@@ -212,10 +198,7 @@ class LLMDataDist:
 
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
-        return [
-            LinkInfo(session.cluster_id, session.path, session.path_reason, session.endpoint)
-            for session in self._require_engine().links.all()
-        ]
+        return live_links(self._require_engine())
 
     def link_clusters(
         self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000

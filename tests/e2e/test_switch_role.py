@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +171,8 @@ def test_not_while_linked(
 
 def test_not_while_linked_by_a_rank_table(node: Node, caller: NodeProcess) -> None:
     node.start(PROMPT, 2)
-    ids = [caller.call(link_ranks), link_ranks(node)]
+    name = f"switch-{os.getpid()}"
+    ids = [caller.call(link_ranks, name), link_ranks(node, name)]
     assert ids == [1, 1]
     assert wait_until_linked(node)
     assert caller.call(wait_until_linked)
@@ -177,15 +181,12 @@ def test_not_while_linked_by_a_rank_table(node: Node, caller: NodeProcess) -> No
     assert switch(node, DECODER) is SUCCESS
 
 
-def link_ranks(node: Node) -> int:
+def link_ranks(node: Node, name: str) -> int:
     table = '{"server_list":[{"device":[{}]}]}'
-    return node.datadist.link("switch", {1: 0, 2: 1}, table)
+    return node.datadist.link(name, {1: 0, 2: 1}, table)
 
 
 def wait_until_linked(node: Node) -> bool:
-    import threading
-    import time
-
     end, pause = time.monotonic() + 10, threading.Event()
     while not node.datadist.links() and time.monotonic() < end:
         pause.wait(0.01)

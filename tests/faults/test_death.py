@@ -26,8 +26,8 @@ SYNC_TIMEOUT_MS = 2000
 BUDGET_S = 1.2 * SYNC_TIMEOUT_MS / 1000 + 0.1
 #: how soon the death of a peer is noticed, which the kernel tells at once
 SOON_S = 1.0
-#: takes long enough to be met in its middle
-SHAPE = (4, 32, 1 << 20)
+#: pulled one after the other, they are met in the middle of one
+SHAPE = (4, 16, 1 << 19)
 
 
 @pytest.fixture
@@ -109,9 +109,10 @@ def test_the_owner_dies_in_a_stream_of_pulls_and_comes_back(
 
 
 def test_a_successor_is_reached_while_the_dead_owner_is_not_yet_missed(
-    node: Node, victim: NodeProcess, settings: dict[str, Any]
+    node: Node, victim: NodeProcess, path: str
 ) -> None:
     """The programs' own recovery: unlink by force, link again; the port is taken over at once."""
+    settings: dict[str, Any] = {"transfer_path": path}
     port = victim.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
     node.start(LLMRole.DECODER, 2, **settings)
     assert node.link(port, 1) == SUCCESS
@@ -148,15 +149,16 @@ def test_the_puller_dies_and_the_owner_serves_the_next_one(
 
 
 def test_the_puller_dies_in_its_first_pull(
-    node: Node, peer: NodeProcess, settings: dict[str, Any]
+    node: Node, peer: NodeProcess, victim: NodeProcess, path: str
 ) -> None:
+    settings: dict[str, Any] = {"transfer_path": path}
     port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
     own(node, 7)
     before = descriptors()
-    with NodeProcess() as victim:
-        victim.call(Node.start, LLMRole.DECODER, 2, **settings)
-        assert victim.call(Node.link, port, 1) == SUCCESS
-        victim.begin(pull_for_ever, 1)
+    victim.call(Node.start, LLMRole.DECODER, 2, **settings)
+    assert victim.call(Node.link, port, 1) == SUCCESS
+    victim.begin(pull_for_ever, 1)
+    victim.kill()
     assert eventually(lambda: linked_ids(node) == [], SOON_S)
     peer.call(Node.start, LLMRole.DECODER, 2, **settings)
     assert peer.call(Node.link, port, 1) == SUCCESS
@@ -183,11 +185,12 @@ def test_the_listener_dies_while_it_is_linked_to(node: Node, victim: NodeProcess
 def test_callers_die_while_they_link(node: Node, peer: NodeProcess) -> None:
     port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", transfer_path="tcp")
     own(node, 7)
+    victims = [NodeProcess() for _ in range(4)]
     before = descriptors()
-    for _ in range(4):
-        with NodeProcess() as victim:
-            victim.call(Node.start, LLMRole.DECODER, 2, transfer_path="tcp")
-            victim.begin(Node.link, port, 1)
+    for victim in victims:
+        victim.call(Node.start, LLMRole.DECODER, 2, transfer_path="tcp")
+        victim.begin(Node.link, port, 1)
+        victim.kill()
     assert eventually(lambda: linked_ids(node) == [], SOON_S)
     assert eventually(lambda: descriptors() <= before)
     peer.call(Node.start, LLMRole.DECODER, 2, transfer_path="tcp")

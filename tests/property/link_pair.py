@@ -50,6 +50,7 @@ class End:
     verified: set[str] = field(default_factory=set)
     published: str | None = None
     drains: int = 0
+    is_retracted: bool = False
     dialled: int = 0
     close: lk.Close | None = None
 
@@ -93,6 +94,7 @@ class End:
         for action in actions:
             assert self.close is None, f"{action} after {self.close}"
             if isinstance(action, lk.Send):
+                assert self.is_retracted or not isinstance(action.message, m.ByeDone)
                 self._send(action.message)
             elif isinstance(action, lk.Probe):
                 assert self.probing is None
@@ -103,6 +105,9 @@ class End:
                 self.published = action.path
             elif isinstance(action, lk.Drain):
                 self.drains += 1
+            elif isinstance(action, lk.Retract):
+                assert self.published is not None
+                self.is_retracted = True
             elif isinstance(action, lk.Dial):
                 self.dialled += action.count
             else:

@@ -221,7 +221,8 @@ def test_leaving_says_bye_and_waits() -> None:
 def test_a_bye_is_answered_when_transfers_have_ended() -> None:
     link = linked_listener()
     assert link.received(m.Bye()) == [lk.Drain()]
-    answer, close = link.drained()
+    retract, answer, close = link.drained()
+    assert retract == lk.Retract()
     assert answer == lk.Send(m.ByeDone())
     assert isinstance(close, lk.Close)
 

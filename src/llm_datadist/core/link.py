@@ -87,6 +87,11 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Retract:
+    """The link may not be used any more, though it has not ended yet."""
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """The end of this link, with the reason why."""
 
@@ -94,7 +99,7 @@ class Close:
     reason: str
 
 
-Action: TypeAlias = Send | Probe | Publish | Dial | Drain | Close
+Action: TypeAlias = Send | Probe | Publish | Dial | Drain | Retract | Close
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +167,9 @@ class Link(abc.ABC):
         """Running transfers have ended after the peer's Bye."""
         if self.state not in (State.LINKED, State.LEAVING):
             return []
-        return [
-            Send(m.ByeDone()),
-            *self._close(LLMStatusCode.LLM_NOT_YET_LINK, "the peer unlinked"),
-        ]
+        # retracted first: the peer may act on the answer before we close
+        ending = self._close(LLMStatusCode.LLM_NOT_YET_LINK, "the peer unlinked")
+        return [Retract(), Send(m.ByeDone()), *ending]
 
     def cut(self, reason: str) -> list[Action]:
         """This end drops the link without a word; the peer sees the connection end."""

@@ -190,6 +190,8 @@ class Session:
                 self._dial_back(action.count)
             elif isinstance(action, lk.Drain):
                 self._spawn(self._drain_for_peer())
+            elif isinstance(action, lk.Retract):
+                self._context.links.remove(self, "the peer unlinked")
             else:
                 self._close(action)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from llm_datadist.core import plan
 from llm_datadist.errors import invalid
 from llm_datadist.operations.naming import remote_row
-from llm_datadist.operations.pull import _check_access, _destination, _Tensors
-from llm_datadist.operations.push import _Layers, _source, send
+from llm_datadist.operations.pull import PulledTensors, check_access, destination
+from llm_datadist.operations.push import PushedLayers, send, source_cache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,14 +31,14 @@ def pull_blocks(
 ) -> None:
     """As CacheManager.pull_blocks with a BlocksCacheKey."""
     _check_pairs(key, src_blocks, dst_blocks)
-    tensors = _Tensors.parse(options)
-    with _destination(engine, cache, "pull_blocks", key) as entry:
+    tensors = PulledTensors.parse(options)
+    with destination(engine, cache, "pull_blocks", key) as entry:
         local = entry.layout
         plan.check_blocks(local.geometry, dst_blocks, "destination")
         tensors.check(local.geometry)
 
         def segments(remote: RemoteCache, row: int) -> Segments:
-            _check_access(engine, remote, entry)
+            check_access(engine, remote, entry)
             src, dst = tensors.select(remote.layout, local)
             plan.check_blocks(src.geometry, src_blocks, "source")
             return plan.blocks_to_blocks(src, src_blocks, dst, dst_blocks)
@@ -58,8 +58,8 @@ def push_blocks(
 ) -> None:
     """As CacheManager.push_blocks with a BlocksCacheKey."""
     _check_pairs(key, src_blocks, dst_blocks)
-    layers = _Layers(src_layers, dst_layers, tensors_per_layer)
-    with _source(engine, cache, "push_blocks", key) as entry:
+    layers = PushedLayers(src_layers, dst_layers, tensors_per_layer)
+    with source_cache(engine, cache, "push_blocks", key) as entry:
         plan.check_blocks(entry.layout.geometry, src_blocks, "source")
 
         def segments(remote: RemoteCache, row: int) -> Segments:

@@ -52,9 +52,9 @@ def pull_cache(
         raise invalid("cache is a blocks cache: use pull_blocks")
     if asked != -1 and asked <= 0:
         raise invalid(f"size must be -1 or greater than 0, got {size}")
-    tensors = _Tensors.parse(options)
+    tensors = PulledTensors.parse(options)
     check_one_id(key)
-    with _destination(engine, target, "pull_cache", key) as entry:
+    with destination(engine, target, "pull_cache", key) as entry:
         local = entry.layout
         nbytes = local.geometry.row_nbytes - dst_offset if asked == -1 else asked
         if dst_row >= local.geometry.num_rows:
@@ -67,7 +67,7 @@ def pull_cache(
 
         def segments(remote: RemoteCache, row: int) -> Segments:
             check_row(remote, row)
-            _check_access(engine, remote, entry)
+            check_access(engine, remote, entry)
             plan.check_batch_rows(remote.layout.geometry, nbytes, "source", src_offset)
             src, dst = tensors.select(remote.layout, local)
             return plan.row_to_row(
@@ -94,17 +94,17 @@ def pull_blocks(
         raise invalid("dst_cache is no blocks cache: use pull_cache")
     if not dst_list:
         raise invalid("dst_blocks is empty: name the blocks to fill")
-    tensors = _Tensors.parse(options)
+    tensors = PulledTensors.parse(options)
     _check_source_blocks(key, src_list, dst_list)
     check_one_id(key)
-    with _destination(engine, target, "pull_blocks", key) as entry:
+    with destination(engine, target, "pull_blocks", key) as entry:
         local = entry.layout
         plan.check_blocks(local.geometry, dst_list, "destination")
         tensors.check(local.geometry)
 
         def segments(remote: RemoteCache, row: int) -> Segments:
             check_row(remote, row)
-            _check_access(engine, remote, entry)
+            check_access(engine, remote, entry)
             src, dst = tensors.select(remote.layout, local)
             if isinstance(key, BlocksCacheKey):
                 plan.check_blocks(src.geometry, src_list, "source")
@@ -115,7 +115,7 @@ def pull_blocks(
         engine.pull(remote_row(key, tensors.src), segments)
 
 
-class _Tensors:
+class PulledTensors:
     """Which tensors a pull moves: its layer ranges, as ranges of tensors."""
 
     __slots__ = ("_dst", "_per_layer", "src")
@@ -126,7 +126,7 @@ class _Tensors:
         self._per_layer = per_layer
 
     @classmethod
-    def parse(cls, options: Mapping[str, object]) -> _Tensors:
+    def parse(cls, options: Mapping[str, object]) -> PulledTensors:
         per_layer = check_uint32("tensor_num_per_layer", options.get("tensor_num_per_layer", 2))
         if not per_layer:
             raise invalid("tensor_num_per_layer must be greater than 0")
@@ -142,7 +142,7 @@ class _Tensors:
 
 
 @contextmanager
-def _destination(engine: Engine, cache: Cache, verb: str, key: AnyKey) -> Iterator[Entry]:
+def destination(engine: Engine, cache: Cache, verb: str, key: AnyKey) -> Iterator[Entry]:
     """Our cache, held for one transfer, whose failures get named by it."""
     with named(verb + " of {key} into cache {cache_id}", key, cache.cache_id):
         if engine.is_self(key.cluster_id):
@@ -183,7 +183,7 @@ def _check_source_blocks(key: AnyKey, src: Sequence[int], dst: Sequence[int]) ->
         raise invalid(f"{len(src)} src_blocks do not pair with {len(dst)} dst_blocks")
 
 
-def _check_access(engine: Engine, remote: RemoteCache, local: Entry) -> None:
+def check_access(engine: Engine, remote: RemoteCache, local: Entry) -> None:
     """The rules on access and placement. Spec 6.9."""
     if engine.options.remote_accessible:
         if not local.is_remote_accessible:

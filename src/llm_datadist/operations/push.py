@@ -41,10 +41,10 @@ def push_cache(
     src_row = check_uint32("src_batch_index", src_batch_index)
     if cache.is_blocks_cache:
         raise invalid("src_cache is a blocks cache: use push_blocks")
-    layers = _Layers(src_layer_range, dst_layer_range, tensor_num_per_layer)
+    layers = PushedLayers(src_layer_range, dst_layer_range, tensor_num_per_layer)
     if check_int64("size", size) != -1:
         raise invalid(f"size must be -1, got {size}: a push moves whole rows")
-    with _source(engine, cache, "push_cache", key) as entry:
+    with source_cache(engine, cache, "push_cache", key) as entry:
 
         def segments(remote: RemoteCache, dst_row: int) -> Segments:
             check_row(remote, dst_row)
@@ -74,10 +74,10 @@ def push_blocks(
         raise invalid("src_cache is no blocks cache: use push_cache")
     if not dst_list:
         raise invalid("dst_blocks is empty: name the blocks to fill")
-    layers = _Layers(src_layer_range, dst_layer_range, tensor_num_per_layer)
+    layers = PushedLayers(src_layer_range, dst_layer_range, tensor_num_per_layer)
     if len(src_list) != len(dst_list):
         raise invalid(f"{len(src_list)} src_blocks do not pair with {len(dst_list)} dst_blocks")
-    with _source(engine, cache, "push_blocks", key) as entry:
+    with source_cache(engine, cache, "push_blocks", key) as entry:
         plan.check_blocks(entry.layout.geometry, src_list, "source")
 
         def segments(remote: RemoteCache, row: int) -> Segments:
@@ -121,7 +121,7 @@ def rows(src: Layout, src_row: int, dst: Layout, dst_row: int) -> Segments:
     return plan.row_to_row(src, src_row, dst, dst_row, nbytes)
 
 
-class _Layers:
+class PushedLayers:
     """Which layers a push moves. Spec 6.11."""
 
     def __init__(self, src: object, dst: object, per_layer: object) -> None:
@@ -161,7 +161,7 @@ class _Layers:
 
 
 @contextmanager
-def _source(engine: Engine, cache: Cache, verb: str, key: AnyKey) -> Iterator[Entry]:
+def source_cache(engine: Engine, cache: Cache, verb: str, key: AnyKey) -> Iterator[Entry]:
     """Our cache, held for one transfer, whose failures get named by it."""
     with (
         named(verb + " of cache {cache_id} to {key}", key, cache.cache_id),

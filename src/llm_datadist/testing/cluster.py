@@ -170,8 +170,9 @@ class NodeProcess:
         return result
 
     def pause(self) -> None:
-        """SIGSTOP: the process stands still, its connections stay open."""
+        """SIGSTOP, waited for: the process stands still, its connections stay open."""
         os.kill(self.pid, signal.SIGSTOP)
+        os.waitpid(self.pid, os.WUNTRACED)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
