@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -121,6 +122,17 @@ def test_a_free_port_can_then_be_asked_for_by_its_number(node: Node, caller: Nod
     assert switch(node, PROMPT, listen(f"127.0.0.1:{port}")) is SUCCESS
     assert port_of(node) == port
     assert reach(caller, port) is SUCCESS
+
+
+def test_callers_that_were_just_accepted_are_hung_up_on(node: Node) -> None:
+    node.start(PROMPT, 2, listen_ip_info=ANY_PORT)
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", port_of(node)), timeout=5) as waiting:
+            assert switch(node, DECODER) is SUCCESS
+            with suppress(ConnectionResetError):
+                assert waiting.recv(1) == b""
+        assert switch(node, PROMPT, listen(ANY_PORT)) is SUCCESS
+    gc.collect()  # a socket that was left open is a warning, and so an error
 
 
 def test_an_address_that_is_taken_leaves_the_old_listener(node: Node, caller: NodeProcess) -> None:

@@ -41,6 +41,14 @@ def budget_s(timeout_ms: int) -> float:
     return 1.2 * timeout_ms / 1000 + 0.1
 
 
+def eventually(check: Callable[[], bool], within_s: float = 5.0) -> bool:
+    end = time.monotonic() + within_s
+    while not check():
+        if time.monotonic() > end:
+            return False
+    return True
+
+
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -81,7 +89,7 @@ def test_what_listens_there_is_no_cluster(node: Node, answer: bytes) -> None:
     with impostor(serve) as port, takes_at_most(2.0):
         assert node.link(port, 1, 10_000) == FAILED
     assert node.datadist.links() == []
-    assert descriptors() == before
+    assert eventually(lambda: descriptors() <= before)
 
 
 @pytest.mark.parametrize("says_hello", [False, True])
@@ -99,12 +107,10 @@ def test_a_connection_that_is_reset_is_a_status_and_no_exception(
     with impostor(serve) as port, takes_at_most(5.0):
         statuses = {node.link(port, 1) for _ in range(50)}
     assert statuses <= {FAILED, LLMStatusCode.LLM_LINK_FAILED}
-    assert descriptors() == before
+    assert eventually(lambda: descriptors() <= before)
 
 
-def test_a_version_that_differs_is_named(
-    node: Node, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_version_that_differs_is_named(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     node.start(LLMRole.DECODER, 2)
 
     def serve(wire: Wire) -> None:
@@ -172,12 +178,12 @@ def test_a_peer_that_falls_silent_is_a_timeout_wherever_it_does(
     node.start(LLMRole.DECODER, 2)
     before = descriptors()
     with impostor(serve) as port:
-        for _ in range(5):
+        for _ in range(3):
             begun = time.monotonic()
             assert node.link(port, 1, 300) == TIMEOUT
             assert 0.3 <= time.monotonic() - begun <= budget_s(300)
     assert node.datadist.links() == []
-    assert descriptors() == before
+    assert eventually(lambda: descriptors() <= before)
 
 
 def test_a_peer_that_is_not_who_it_says_is_not_linked(
@@ -346,9 +352,7 @@ def test_a_control_connection_that_carries_nonsense_ends_the_link(node: Node, sa
     with impostor(serve) as port:
         assert node.link(port, 1) == SUCCESS
         controls[0].send_bytes(said)
-        end = time.monotonic() + 5
-        while node.datadist.links():
-            assert time.monotonic() < end
+        assert eventually(lambda: node.datadist.links() == [])
         with pytest.raises(LLMException) as error:
             node.manager.pull_blocks(BlocksCacheKey(1, 0), node.blocks_cache(), [0], [0])
         assert error.value.status_code == NOT_YET_LINK

@@ -7,15 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from wire import Wire
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
-from llm_datadist.testing.cluster import Node, NodeProcess, addrs_of, make_array
+from llm_datadist.testing.cluster import Node, NodeProcess, addrs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
@@ -27,7 +26,9 @@ BUDGET_S = 1.2 * SYNC_TIMEOUT_MS / 1000 + 0.1
 SOON_S = 2.0
 SHAPE = (2, 8, 4096)
 #: more than the sockets between two processes hold
-LARGE = (4, 16, 1 << 20)
+LARGE = (4, 16, 1 << 18)
+#: takes long enough to be met in its middle
+HUGE = (4, 64, 1 << 19)
 
 
 @contextmanager
@@ -75,13 +76,14 @@ def pull(node: Node, cluster_id: int, shape: tuple[int, int, int] = SHAPE) -> LL
     return SUCCESS
 
 
-@pytest.mark.parametrize(
-    ("path", "is_accessible"), [("cma", False), ("tcp", False), ("tcp", True)]
-)
+@pytest.mark.parametrize(("path", "is_accessible"), [("cma", False), ("tcp", False), ("tcp", True)])
 def test_an_owner_that_stands_still_is_a_timeout_and_no_end(
     node: Node, peer: NodeProcess, victim: NodeProcess, path: str, is_accessible: bool
 ) -> None:
-    settings = {"transfer_path": path, "enable_remote_cache_accessible": is_accessible}
+    settings: dict[str, Any] = {
+        "transfer_path": path,
+        "enable_remote_cache_accessible": is_accessible,
+    }
     port, other_port = start(victim, 1, **settings), start(peer, 3, **settings)
     node.start(LLMRole.DECODER, 2, sync_kv_timeout=SYNC_TIMEOUT_MS, **settings)
     assert [node.link(port, 1), node.link(other_port, 3)] == [SUCCESS, SUCCESS]
@@ -105,7 +107,7 @@ def timed_pull(node: Node, cluster_id: int) -> tuple[LLMStatusCode, float]:
 
 
 def test_one_sided_pulls_do_not_need_the_owner_at_all(node: Node, victim: NodeProcess) -> None:
-    settings = {"transfer_path": "cma", "enable_remote_cache_accessible": True}
+    settings: dict[str, Any] = {"transfer_path": "cma", "enable_remote_cache_accessible": True}
     port = start(victim, 1, **settings)
     node.start(LLMRole.DECODER, 2, sync_kv_timeout=SYNC_TIMEOUT_MS, **settings)
     assert node.link(port, 1) == SUCCESS
@@ -155,26 +157,24 @@ def test_an_unlink_that_timed_out_may_end_the_link_later_but_at_both_ends(
 
 
 def test_nothing_arrives_after_a_pull_has_timed_out(node: Node, victim: NodeProcess) -> None:
-    port = start(victim, 1, LARGE, transfer_path="tcp")
-    node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=SYNC_TIMEOUT_MS)
+    port = start(victim, 1, HUGE, transfer_path="tcp")
+    node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=1000)
     assert node.link(port, 1) == SUCCESS
-    cache = node.blocks_cache(*LARGE)
-    array, blocks = node.arrays[cache.cache_id], list(range(LARGE[1]))
+    cache = node.blocks_cache(*HUGE)
+    array, blocks = node.arrays[cache.cache_id], list(range(HUGE[1]))
     with ThreadPoolExecutor(1) as pool:
-        pulling = pool.submit(
-            node.manager.pull_blocks, BlocksCacheKey(1, 0), cache, blocks, blocks
-        )
+        pulling = pool.submit(node.manager.pull_blocks, BlocksCacheKey(1, 0), cache, blocks, blocks)
         begun = time.monotonic()
         assert eventually(lambda: bool(array[0, 0, 0] == 1))
         victim.pause()
         assert array[-1, -1, -1] == 0, "the pull must be in its middle"
         with pytest.raises(LLMException) as error:
             pulling.result(10)
-        assert time.monotonic() - begun <= BUDGET_S
+        assert time.monotonic() - begun <= 1.2 + 0.1
     assert error.value.status_code == TIMEOUT
     array[:] = 0xEE
     victim.resume()
-    assert pull(node, 1) == SUCCESS, "the first block of another cache: the owner goes on"
+    assert pull(node, 1, HUGE) == SUCCESS
     assert (array == 0xEE).all()
 
 
@@ -184,14 +184,14 @@ def test_a_large_question_does_not_take_longer_than_the_timeout(
     """Many thousand segments: a request that the sockets' buffers do not hold."""
     shape = (16, 16384, 8)
     port = start(victim, 1, shape, transfer_path="tcp")
-    node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=3000)
+    node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=2000)
     assert node.link(port, 1) == SUCCESS
     cache = node.blocks_cache(*shape)
     blocks = list(range(0, 16384, 2))
     node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, blocks, blocks)
     assert (node.arrays[cache.cache_id][:, ::2] == 1).all()
     victim.pause()
-    with takes_at_most(1.2 * 3 + 0.3), pytest.raises(LLMException) as error:
+    with takes_at_most(1.2 * 2 + 0.1), pytest.raises(LLMException) as error:
         node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, blocks, blocks)
     assert error.value.status_code == TIMEOUT
 
@@ -279,27 +279,30 @@ def test_a_pusher_that_stands_still_leaves_the_receiver_to_others(
     for process, cluster_id in ((victim, 2), (peer, 3)):
         process.call(Node.start, LLMRole.PROMPT, cluster_id, **settings)
         assert process.call(Node.link, port, 1) == SUCCESS
-    victim.begin(push_to_all, 24)
+        process.call(own, cluster_id, LARGE)
+    victim.begin(push_to_all, range(24))
     arrays = list(node.arrays.values())
     assert eventually(lambda: sum(bool(array[0, 0, 0]) for array in arrays) >= 4, 20)
     victim.pause()
     for _ in range(3):
         with takes_at_most(SOON_S):
-            peer.call(push, 24)
-    assert np.array_equal(arrays[24], make_array(LARGE, 24))
+            peer.call(push_to_all, [24])
+    assert (arrays[24] == 3).all()
     victim.resume()
     victim.result(40)
-    for model_id, array in enumerate(arrays):
-        assert np.array_equal(array, make_array(LARGE, model_id))
+    assert all((array == 2).all() for array in arrays[:24])
 
 
-def push(node: Node, model_id: int) -> None:
-    cache = node.blocks_cache(*LARGE, seed=model_id)
+def push_to_all(node: Node, model_ids: Sequence[int]) -> None:
+    """Fills these caches of cluster 1 from our only one, side by side."""
+    (cache,) = node.caches.values()
     blocks = list(range(LARGE[1]))
-    node.manager.push_blocks(BlocksCacheKey(1, model_id), cache, blocks, blocks)
-
-
-def push_to_all(node: Node, count: int) -> None:
-    with ThreadPoolExecutor(count) as pool:
-        for call in [pool.submit(push, node, model_id) for model_id in range(count)]:
+    with ThreadPoolExecutor(len(model_ids)) as pool:
+        calls = [
+            pool.submit(
+                node.manager.push_blocks, BlocksCacheKey(1, model_id), cache, blocks, blocks
+            )
+            for model_id in model_ids
+        ]
+        for call in calls:
             call.result()

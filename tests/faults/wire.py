@@ -9,12 +9,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import numpy as np
-from typing_extensions import Self
 
 from llm_datadist.core import messages as m
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from typing_extensions import Self
 
 M = TypeVar("M", bound=m.Message)
 W = TypeVar("W", bound="Wire")
@@ -37,6 +38,14 @@ class Wire:
     @classmethod
     def dial(cls, port: int) -> Wire:
         return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
+
+    @classmethod
+    def begin_to_dial(cls, port: int) -> Wire:
+        """Sends the first packet of a connection, which may never come about."""
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(("127.0.0.1", port))
+        return cls(sock)
 
     def __enter__(self) -> Self:
         return self

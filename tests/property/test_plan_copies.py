@@ -213,44 +213,50 @@ def test_neighbouring_blocks_of_a_spread_row_become_one_segment_per_tensor(
 
 
 @st.composite
-def row_copies(draw: st.DrawFn) -> tuple[Memory, int, Memory, int, int]:
-    """Two continuous caches with rows of any sizes, a row of each, and a number of bytes."""
-    tensors = draw(tensor_counts)
-    kinds = st.sampled_from(ROW_KINDS)
-    rows = st.integers(1, 4)
-    source = draw(memories(Geometry(draw(kinds), tensors, draw(rows), draw(sizes))))
-    geometry = Geometry(draw(kinds), tensors, draw(rows), draw(sizes))
-    destination = draw(memories(geometry, is_destination=True))
-    largest = min(source.geometry.row_nbytes, geometry.row_nbytes)
-    return (
-        source,
-        draw(st.integers(0, source.geometry.num_rows - 1)),
-        destination,
-        draw(st.integers(0, geometry.num_rows - 1)),
-        draw(st.integers(1, largest)),
+def row_ends(draw: st.DrawFn, tensors: int, *, is_destination: bool) -> tuple[Memory, int, int]:
+    """One end of a copy by rows: a cache with rows of any size, a row, and an offset into it."""
+    geometry = Geometry(
+        draw(st.sampled_from(ROW_KINDS)), tensors, draw(st.integers(1, 4)), draw(sizes)
     )
+    memory = draw(memories(geometry, is_destination=is_destination))
+    row = draw(st.integers(0, geometry.num_rows - 1))
+    return memory, row, draw(st.integers(0, geometry.row_nbytes - 1))
 
 
 @examples
-@given(row_copies())
-def test_the_first_bytes_of_a_row_arrive_in_the_other_row_of_every_tensor(
-    copy: tuple[Memory, int, Memory, int, int],
+@given(data=st.data(), tensors=tensor_counts)
+def test_bytes_of_a_row_arrive_behind_the_offset_in_the_other_row_of_every_tensor(
+    data: st.DataObject, tensors: int
 ) -> None:
-    source, src_row, destination, dst_row, nbytes = copy
+    source, src_row, src_offset = data.draw(row_ends(tensors, is_destination=False))
+    destination, dst_row, dst_offset = data.draw(row_ends(tensors, is_destination=True))
+    src_room = source.geometry.row_nbytes - src_offset
+    dst_room = destination.geometry.row_nbytes - dst_offset
+    nbytes = data.draw(st.integers(1, min(src_room, dst_room)))
     expected = destination.copy()
-    for tensor in range(source.geometry.num_tensors):
-        expected.row(tensor, dst_row)[:nbytes] = source.row(tensor, src_row)[:nbytes]
-    segments = plan.row_to_row(source.layout, src_row, destination.layout, dst_row, nbytes)
+    for tensor in range(tensors):
+        moved = source.row(tensor, src_row)[src_offset:][:nbytes]
+        expected.row(tensor, dst_row)[dst_offset:][:nbytes] = moved
+    segments = plan.row_to_row(
+        source.layout,
+        src_row,
+        destination.layout,
+        dst_row,
+        nbytes,
+        src_offset=src_offset,
+        dst_offset=dst_offset,
+    )
     assert_moves(segments, source, destination, expected)
 
 
 @examples
-@given(geometry=any_geometry, nbytes=st.integers(0, 12))
+@given(geometry=any_geometry, nbytes=st.integers(0, 12), offset=st.integers(0, 10))
 def test_a_copy_by_rows_passes_for_rows_that_hold_the_bytes_and_only_then(
-    geometry: Geometry, nbytes: int
+    geometry: Geometry, nbytes: int, offset: int
 ) -> None:
-    holds = geometry.kind is not CacheKind.BLOCKS and nbytes <= geometry.row_nbytes
-    assert is_accepted(plan.check_batch_rows, geometry, nbytes, "source") == holds
+    row = geometry.row_nbytes
+    holds = geometry.kind is not CacheKind.BLOCKS and offset < row and offset + nbytes <= row
+    assert is_accepted(plan.check_batch_rows, geometry, nbytes, "source", offset) == holds
 
 
 @st.composite

@@ -29,7 +29,6 @@ row_keys = st.builds(KeyName, st.integers(0, 1), st.integers(0, 1), st.booleans(
 block_keys = st.builds(KeyName, st.just(NO_ID), st.integers(0, 1))
 row_kinds = st.sampled_from([CacheKind.CONTINUOUS, CacheKind.MIX])
 row_key_lists = st.lists(st.none() | row_keys, max_size=ROWS)
-cache_ids = st.integers(-1, 12)
 pulled_tensors = st.none() | st.builds(range, st.integers(0, 2), st.integers(1, TENSORS))
 
 
@@ -72,6 +71,10 @@ class RegistryMachine(RuleBasedStateMachine):
         self.over: list[tuple[int, int]] = []
 
     # -- the model --
+
+    def draw_id(self, data: st.DataObject) -> int:
+        """The id of a live cache, most of the time."""
+        return data.draw(st.sampled_from([*self.live, *self.live, *self.live, -1, self.next_id]))
 
     def holder_of(self, name: KeyName) -> Model | None:
         return next((model for model in self.live.values() if name in model.keys), None)
@@ -157,16 +160,18 @@ class RegistryMachine(RuleBasedStateMachine):
             if name is not None:  # of a key given twice the last counts
                 model.bind(name, row)
 
-    @rule(cache_id=cache_ids)
-    def unregister(self, cache_id: int) -> None:
+    @rule(data=st.data())
+    def unregister(self, data: st.DataObject) -> None:
+        cache_id = self.draw_id(data)
         entry = self.registry.unregister(cache_id)
         model = self.live.get(cache_id)
         assert entry is (model and model.entry)
         if model is not None:
             self.note_gone(model)
 
-    @rule(cache_id=cache_ids)
-    def deallocate(self, cache_id: int) -> None:
+    @rule(data=st.data())
+    def deallocate(self, data: st.DataObject) -> None:
+        cache_id = self.draw_id(data)
         freed = self.registry.deallocate(cache_id)
         model = self.live.get(cache_id)
         if model is None or not model.is_owned:
@@ -187,8 +192,9 @@ class RegistryMachine(RuleBasedStateMachine):
         else:
             self.key_goes(model, name, freed)
 
-    @rule(cache_id=cache_ids, row=st.integers(0, ROWS), tensors=pulled_tensors)
-    def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
+    @rule(data=st.data(), row=st.integers(0, ROWS), tensors=pulled_tensors)
+    def use_up(self, data: st.DataObject, row: int, tensors: range | None) -> None:
+        cache_id = self.draw_id(data)
         freed = self.registry.use_up(cache_id, row, tensors)
         model = self.live.get(cache_id)
         if model is None or not model.is_owned or model.is_blocks:
@@ -202,8 +208,9 @@ class RegistryMachine(RuleBasedStateMachine):
                     return
         assert freed is None
 
-    @rule(cache_id=cache_ids)
-    def find_by_id(self, cache_id: int) -> None:
+    @rule(data=st.data())
+    def find_by_id(self, data: st.DataObject) -> None:
+        cache_id = self.draw_id(data)
         if cache_id in self.live:
             assert self.registry.find(cache_id) is self.live[cache_id].entry
         else:

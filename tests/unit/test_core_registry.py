@@ -116,6 +116,14 @@ def test_the_walk_through_of_the_spec_ends_with_free_memory(registry: Registry) 
     assert_missing(registry, THIRD)
 
 
+def test_deallocated_memory_is_kept_until_the_last_of_its_keys_goes(registry: Registry) -> None:
+    entry = allocate(registry, [FIRST, SECOND])
+    registry.deallocate(entry.cache_id)
+    assert registry.remove_key(FIRST) is None
+    assert registry.find_key(SECOND) == (entry, 1)
+    assert registry.remove_key(SECOND) is entry
+
+
 def test_of_a_key_given_twice_to_an_allocation_the_last_row_counts(registry: Registry) -> None:
     entry = allocate(registry, [FIRST, SECOND, FIRST])
     assert entry.keys == {FIRST: 2, SECOND: 1}

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WORKERS = 16
+#: more than the streams of several peers: one that stalls in a push holds its streams' threads
+_FETCHERS = 256
 #: started when needed; a listener greets no more callers at once
 _VERIFIERS = 512
 #: streams that one large transfer over TCP is spread over
@@ -66,7 +68,7 @@ class Engine:
         self._movers = Movers()
         self._workers = Threads(_WORKERS, "llm-datadist-worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
-        self._fetchers = Threads(_WORKERS, "llm-datadist-fetcher")
+        self._fetchers = Threads(_FETCHERS, "llm-datadist-fetcher")
         # apart from both: strangers can make a verification wait for as long as they like
         self._verifiers = Threads(_VERIFIERS, "llm-datadist-verifier")
         transports: list[Transport] = [
@@ -174,7 +176,7 @@ class Engine:
     def unlink_ranks(self, comm_id: int) -> None:
         """Ends a rank-table link once its transfers have ended. Raises LLM_NOT_YET_LINK."""
         deadline = Deadline.after(self.options.sync_timeout_s)
-        for session in self.groups.find(comm_id).sessions.values():
+        for session in list(self.groups.find(comm_id).sessions.values()):
             session.gate.drain(max(0.0, deadline.remaining_s()))
         self._run(self.groups.stop(comm_id))
 

@@ -50,6 +50,7 @@ class Group:
     """One rank-table link; changed in the loop's thread only."""
 
     plan: GroupPlan
+    token: str  #: of what the rendezvous says of us
     status: RegisterMemStatus = RegisterMemStatus.PREPARING
     sessions: dict[int, Session] = field(default_factory=dict)
     calling: set[int] = field(default_factory=set)
@@ -78,10 +79,10 @@ class Groups:
         """Begins to link; the comm_id, at once. Raises LLMException(LLM_PARAM_INVALID)."""
         if len(self._groups) >= MAX_GROUPS:
             raise invalid(f"{MAX_GROUPS} rank-table links are outstanding: unlink some")
-        group, comm_id = Group(plan), next(self._ids)
+        token = rendezvous.publish(plan.name, self._cluster_id, port)
+        group, comm_id = Group(plan, token), next(self._ids)
         with self._lock:
             self._groups[comm_id] = group
-        rendezvous.publish(plan.name, self._cluster_id, port)
         group.task = asyncio.get_running_loop().create_task(
             self._prepare(group, linker, rendezvous)
         )
@@ -146,29 +147,48 @@ class Groups:
         total_s = plan.total_s or _DEFAULT_TOTAL_S
         try:
             for _ in range(plan.retries):
-                group.calling.update(group.missing)
-                calls = [self._call(group, each, linker, rendezvous) for each in group.missing]
-                await asyncio.gather(*calls)
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(group.settled.wait(), total_s / plan.retries)
+                await self._try(group, linker, rendezvous, total_s / plan.retries)
                 if group.settled.is_set():
                     break
             else:
                 self._fail(group, f"not all members appeared within {total_s} s: {_absent(group)}")
+        except Exception as error:  # whatever it is, nobody must wait for this group
+            self._fail(group, f"{type(error).__name__}: {error}")
+            raise
         finally:
-            rendezvous.withdraw(plan.name, self._cluster_id)
+            rendezvous.withdraw(plan.name, self._cluster_id, group.token)
         if group.status is RegisterMemStatus.FAILED:
             await self._end(group, "its rank-table link failed")
 
+    async def _try(
+        self, group: Group, linker: Linker, rendezvous: Rendezvous, timeout_s: float
+    ) -> None:
+        """Calls those who are missing, and gives those who come later the rest of the time."""
+        deadline = Deadline.after(timeout_s)
+        group.calling.update(group.missing)
+        calls = [
+            self._call(group, each, linker, rendezvous, Deadline.after(min(timeout_s, _CALL_S)))
+            for each in group.missing
+        ]
+        await asyncio.gather(*calls)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(group.settled.wait(), max(0.0, deadline.remaining_s()))
+
     async def _call(
-        self, group: Group, member: int, linker: Linker, rendezvous: Rendezvous
+        self,
+        group: Group,
+        member: int,
+        linker: Linker,
+        rendezvous: Rendezvous,
+        deadline: Deadline,
     ) -> None:
         """Tries to reach a member that may not be there yet, in which case it will call us."""
-        deadline = Deadline.after(_CALL_S)
         try:
             port = rendezvous.find(group.plan.name, member)
             here = [] if port is None else [Endpoint("127.0.0.1", port)]
             for endpoint in (*here, *group.plan.members[member]):
+                if deadline.remaining_s() <= 0:
+                    return
                 outcome = await self._call_until_answered(group, member, endpoint, linker, deadline)
                 get_logger().info("calling cluster %d at %s: %s", member, endpoint, outcome.status)
                 if member in group.sessions or group.settled.is_set():

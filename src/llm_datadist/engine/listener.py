@@ -6,7 +6,7 @@ import asyncio
 import errno
 import secrets
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
@@ -38,13 +38,14 @@ def bind(endpoint: Endpoint) -> socket.socket:
         sock.bind((endpoint.host, endpoint.port))
         sock.listen(_BACKLOG)
         sock.setblocking(False)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
+        code = error.errno if isinstance(error, OSError) else None
         remedy = {
             errno.EADDRINUSE: "another process has it; choose another port, or 0 for a free one",
             errno.EADDRNOTAVAIL: "no interface of this machine has that address",
             errno.EACCES: "ports below 1024 need privileges",
-        }.get(error.errno or 0, error.strerror)
+        }.get(code or 0, str(error))
         raise LLMException(
             f"cannot listen on {endpoint} (listen_ip_info): {remedy}", LLMStatusCode.LLM_FAILED
         ) from error
@@ -57,45 +58,58 @@ class Listener:
     def __init__(self, sock: socket.socket, context: Context) -> None:
         self._socket = sock
         self._context = context
-        self._greetings: set[asyncio.Task[None]] = set()
+        self._greetings: dict[asyncio.Task[bool], Control] = {}
         self._sessions: dict[bytes, Session] = {}
-        self._accepting = context.loop.create_task(self._accept())
+        context.loop.add_reader(sock, self._accept)
 
     async def close(self) -> None:
-        for task in (self._accepting, *self._greetings):
-            task.cancel()
-        await asyncio.gather(self._accepting, *self._greetings, return_exceptions=True)
+        self._context.loop.remove_reader(self._socket)
         self._socket.close()
+        greetings = list(self._greetings)
+        for task in greetings:
+            task.cancel()
+        await asyncio.gather(*greetings, return_exceptions=True)
         for session in list(self._sessions.values()):
             await session.cut("this cluster was finalized")
             await session.join()
 
-    async def _accept(self) -> None:
-        while True:
-            try:
-                sock, address = await self._context.loop.sock_accept(self._socket)
-            except OSError as error:
-                get_logger().error("cannot accept a connection: %s", error)
-                await asyncio.sleep(_EXHAUSTED_S)
-                continue
-            if len(self._greetings) >= _MAX_GREETINGS:
-                sock.close()
-                continue
-            task = self._context.loop.create_task(self._greet(sock, address))
-            self._greetings.add(task)
-            task.add_done_callback(self._greetings.discard)
-
-    async def _greet(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+    def _accept(self) -> None:
+        loop = self._context.loop
+        try:
+            sock, address = self._socket.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            get_logger().error("cannot accept a connection: %s", error)
+            loop.remove_reader(self._socket)
+            loop.call_later(_EXHAUSTED_S, self._go_on)
+            return
+        if len(self._greetings) >= _MAX_GREETINGS:
+            sock.close()
+            return
         control = Control(sock, address)
-        kept = False
+        task = loop.create_task(self._greet(control))
+        self._greetings[task] = control
+        task.add_done_callback(self._greeted)
+
+    def _go_on(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._context.loop.add_reader(self._socket, self._accept)
+
+    def _greeted(self, task: asyncio.Task[bool]) -> None:
+        """Closes a connection that is not kept; one whose greeting never began is none."""
+        control = self._greetings.pop(task)
+        if task.cancelled() or task.exception() is not None or not task.result():
+            control.close()
+
+    async def _greet(self, control: Control) -> bool:
+        """Whether the connection is kept."""
         try:
             first = await asyncio.wait_for(control.receive(), _GREETING_S)
-            kept = await self._welcome(control, first)
+            return await self._welcome(control, first)
         except (asyncio.TimeoutError, ConnectionEnded) as error:
             get_logger().info("dropped a connection that said nothing of use: %s", error)
-        finally:
-            if not kept:
-                control.close()
+            return False
 
     async def _welcome(self, control: Control, first: m.AnyMessage) -> bool:
         """Whether the connection is kept."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 import tempfile
 from pathlib import Path
@@ -23,17 +24,24 @@ class Rendezvous:
         self._network = os.readlink("/proc/self/ns/net")
         self._directory = _directory()
 
-    def publish(self, group: str, cluster_id: int, port: int) -> None:
-        """Says where a member listens; replaces what a former process said."""
-        path = self._path(group, cluster_id)
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.write_text(f"{port} {os.getpid()} {self._network}")
-        draft.replace(path)
+    def publish(self, group: str, cluster_id: int, port: int) -> str:
+        """Says where a member listens, in place of what was said before; a token for `withdraw`.
 
-    def withdraw(self, group: str, cluster_id: int) -> None:
-        """Takes back what this process published; another's stays."""
+        Raises LLMException(LLM_LINK_FAILED).
+        """
+        path, token = self._path(group, cluster_id), secrets.token_hex(8)
+        draft = path.with_name(f"{path.name}.{token}")
+        try:
+            draft.write_text(f"{port} {token} {self._network}")
+            draft.replace(path)
+        except OSError as error:
+            raise _unusable(path, error) from error
+        return token
+
+    def withdraw(self, group: str, cluster_id: int, token: str) -> None:
+        """Takes back what was published with this token; what came after it stays."""
         record = self._read(group, cluster_id)
-        if record is not None and record[1] == str(os.getpid()):
+        if record is not None and record[1] == token:
             with contextlib.suppress(FileNotFoundError):
                 self._path(group, cluster_id).unlink()
 
@@ -61,11 +69,23 @@ def _directory() -> Path:
         path = Path(runtime) / "llm-datadist"
     else:
         path = Path(tempfile.gettempdir()) / f"llm-datadist-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    status = path.lstat()
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        status = path.lstat()
+    except OSError as error:
+        raise _unusable(path, error) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise LLMException(
             f"{path} is not a directory that only this user can write to: remove it",
             LLMStatusCode.LLM_LINK_FAILED,
         )
     return path
+
+
+def _unusable(path: Path, error: OSError) -> LLMException:
+    return LLMException(
+        f"members of a rank-table link cannot meet at {path}: {error.strerror}; point "
+        "XDG_RUNTIME_DIR to a directory of this user's",
+        LLMStatusCode.LLM_LINK_FAILED,
+    )

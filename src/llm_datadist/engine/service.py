@@ -12,7 +12,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
-from llm_datadist.errors import LLMException
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.deadline import Deadline
 from llm_datadist.transport.tcp import FrameSender, Sender
@@ -116,6 +116,8 @@ class StreamService:
             return FrameSender(fd, catalog.answer(request)), MAX_ANSWER_S
         except LLMException as error:
             return FrameSender(fd, _refusal(error)), MAX_ANSWER_S
+        except ValueError as error:  # an answer beyond the cap of a frame
+            return FrameSender(fd, m.Refused(LLMStatusCode.LLM_FAILED, str(error))), MAX_ANSWER_S
 
     def _pause(self) -> None:
         """Another thread has the socket now, until `_resume`."""

@@ -88,6 +88,11 @@ def swap_blocks(engine: Engine, src_cache: object, dst_cache: object, src_to_dst
                 f"{src_layout.geometry.num_tensors} source tensors for "
                 f"{dst_layout.geometry.num_tensors} destination tensors"
             )
+        if src_layout.geometry.row_nbytes != dst_layout.geometry.row_nbytes:
+            raise invalid(
+                f"source blocks have {src_layout.geometry.row_nbytes} bytes, destination blocks "
+                f"{dst_layout.geometry.row_nbytes}"
+            )
         if pairs:
             blocks = list(pairs), list(pairs.values())
             plan.check_blocks(src_layout.geometry, blocks[0], "source")

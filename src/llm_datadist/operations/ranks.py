@@ -10,7 +10,7 @@ from llm_datadist.checks import check_dict, check_type, check_uint32, check_uint
 from llm_datadist.core.rank_table import Place, group_name, hosts_of, parse_rank_table
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.engine.groups import GroupPlan
-from llm_datadist.errors import invalid
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,9 +30,11 @@ def link(engine: Engine, comm_name: object, cluster_rank_info: object, rank_tabl
     if not 0 < len(name) <= _MAX_NAME:
         raise invalid(f"comm_name must have 1 to {_MAX_NAME} characters, got {len(name)}")
     ranks = _check_ranks(cluster_rank_info)
-    places = parse_rank_table(check_type("rank_table", rank_table, str))
+    text = check_type("rank_table", rank_table, str)
+    _check_order(ranks)
     if engine.cluster_id not in ranks:
         raise invalid(f"cluster_rank_info lacks this cluster itself, {engine.cluster_id}")
+    places = parse_rank_table(text)
     base = _base_port()
     members = {
         cluster_id: _endpoints(hosts_of(places, rank), base)
@@ -54,20 +56,34 @@ def _check_ranks(value: object) -> Mapping[int, int]:
     for cluster_id, rank in ranks.items():
         check_uint64("a cluster id of cluster_rank_info", cluster_id)
         check_uint32(f"the rank of cluster {cluster_id}", rank)
+    return ranks
+
+
+def _check_order(ranks: Mapping[int, int]) -> None:
     if len(ranks) < _MEMBERS.start:
         raise invalid(f"cluster_rank_info needs {_MEMBERS.start} members, got {len(ranks)}")
     if list(ranks.values()) != sorted(ranks.values()):
         raise invalid(f"the ranks of cluster_rank_info must ascend, got {list(ranks.values())}")
-    return ranks
 
 
 def _endpoints(places: Sequence[Place], base: int) -> list[Endpoint]:
     """Where a member may be on other hosts; on ours it is found by name."""
     return [
-        Endpoint(place.host, base + place.device_id)
+        Endpoint(place.host, _port_of(place, base))
         for place in places
         if place.host is not None and not _is_ours(place.host)
     ]
+
+
+def _port_of(place: Place, base: int) -> int:
+    port = base + place.device_id
+    if not 0 < port < 2**16:
+        raise LLMException(
+            f"device_id {place.device_id} of the rank table leads to port {port}, which cannot be: "
+            f"choose another {BASE_PORT_VARIABLE}",
+            LLMStatusCode.LLM_LINK_FAILED,
+        )
+    return port
 
 
 def _is_ours(host: str) -> bool:
