@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
+FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/e2e/test_push.py
+
 .PHONY: demo test check format clean
 
 demo: $(VENV)/.demo
@@ -16,7 +18,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow and not model"
+	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format src tests

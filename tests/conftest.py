@@ -18,18 +18,40 @@ MODES = [
 PATHS = ["cma", "tcp"]
 
 
+class SharedProcess:
+    """One process for all tests that do not harm it; another one when a test did."""
+
+    def __init__(self) -> None:
+        self._process: NodeProcess | None = None
+
+    def get(self) -> NodeProcess:
+        if self._process is None:
+            self._process = NodeProcess()
+        return self._process
+
+    def replace(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+        self._process = None
+
+
 @pytest.fixture(scope="session")
-def peer_process() -> Iterator[NodeProcess]:
-    """One process for all tests that do not harm it."""
-    with NodeProcess() as process:
-        yield process
+def shared_process() -> Iterator[SharedProcess]:
+    shared = SharedProcess()
+    yield shared
+    shared.replace()
 
 
 @pytest.fixture
-def peer(peer_process: NodeProcess) -> Iterator[NodeProcess]:
+def peer(shared_process: SharedProcess) -> Iterator[NodeProcess]:
     """A process whose node is stopped after the test."""
-    yield peer_process
-    peer_process.call(Node.stop)
+    process = shared_process.get()
+    yield process
+    try:
+        process.call(Node.stop)
+    except BaseException:
+        shared_process.replace()
+        raise
 
 
 @pytest.fixture
