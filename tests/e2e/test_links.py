@@ -140,6 +140,12 @@ def publish_large(node: Node) -> None:
     node.arrays[cache.cache_id][:] = LARGE_FILL
 
 
+def pulls_large(node: Node, cluster_id: int) -> bool:
+    cache = node.blocks_cache(*LARGE)
+    node.manager.pull_blocks(BlocksCacheKey(cluster_id, 1), cache, [1, 2, 3], [4, 5, 6])
+    return bool((node.arrays[cache.cache_id][:, 4:7] == LARGE_FILL).all())
+
+
 def descriptors(_: Node) -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -300,6 +306,67 @@ def test_ipv6_and_host_names_reach_a_listener(
     assert pulls(node, 1)
     assert pulls(node, 3)
     assert node.link(named, 3, host="localhost") == ALREADY_LINK
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], list[str]]]:
+    """A name server: what a host name stands for."""
+    names: dict[str, Callable[[], list[str]]] = {}
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, *args: Any, **options: Any) -> list[Any]:
+        addresses = names[host]() if host in names else [host]
+        return [info for address in addresses for info in look_up(address, port, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return names
+
+
+def test_all_addresses_of_a_name_are_tried(
+    node: Node, peer: NodeProcess, names: dict[str, Callable[[], list[str]]]
+) -> None:
+    names["many.test"] = lambda: ["::1", "127.0.0.2", "127.0.0.1"]
+    port = listen(peer)
+    node.start(LLMRole.DECODER, 2)
+    assert node.link(port, 1, host="many.test") == SUCCESS
+    assert pulls(node, 1)
+    assert node.link(dead_port(), 3, host="many.test") == LINK_FAILED
+
+
+def test_a_name_that_nobody_knows_is_link_failed(
+    node: Node, names: dict[str, Callable[[], list[str]]]
+) -> None:
+    def unknown() -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    names["nowhere.test"] = unknown
+    node.start(LLMRole.DECODER, 2)
+    assert node.link(1, 3, host="nowhere.test") == LINK_FAILED
+
+
+def test_a_name_server_that_does_not_answer_holds_up_nobody(
+    node: Node, peer: NodeProcess, names: dict[str, Callable[[], list[str]]]
+) -> None:
+    answered = threading.Event()
+
+    def slow() -> list[str]:
+        answered.wait(30)
+        return ["127.0.0.1"]
+
+    names["slow.test"] = slow
+    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", transfer_path="tcp")
+    publish_large(node)
+    peer.call(Node.start, LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=10_000)
+    infos = [cluster_info(number, 3, host="slow.test") for number in range(1, 41)]
+    try:
+        with takes_at_most(budget_s(500)):
+            statuses = node.datadist.link_clusters(infos, 500)[1]
+        assert statuses == [TIMEOUT] * 40
+        with takes_at_most(SOON_S):
+            assert peer.call(Node.link, port, 1) == SUCCESS
+            assert peer.call(pulls_large, 1)
+    finally:
+        answered.set()
 
 
 def test_registering_after_linking_is_seen(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from wire import NONCE, PROBE, TRAILER, Wire, impostor, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
-from llm_datadist.testing.cluster import Node, NodeProcess, make_array
+from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info, make_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -378,3 +379,53 @@ def test_a_flood_of_requests_to_dial_back_leaves_room_for_others(
         with takes_at_most(2.0):
             assert node.link(peer_port, 3) == SUCCESS
         assert descriptors() - before < 1000
+
+
+def test_links_that_wait_for_their_transfers_to_end_hold_up_nobody(
+    node: Node, peer: NodeProcess
+) -> None:
+    """More of them are being unlinked than an engine has threads to answer with."""
+    settings: dict[str, Any] = {"transfer_path": "tcp", "sync_kv_timeout": 10_000}
+    my_port = node.start(LLMRole.MIX, 2, listen_ip_info="127.0.0.1:0", **settings)
+    node.blocks_cache(2, 8, 1 << 19, seed=1, key=BlocksCacheKey(0, 0))
+    peer.call(Node.start, LLMRole.DECODER, 3, **settings)
+    assert peer.call(Node.link, my_port, 2) == SUCCESS
+    asked: list[Wire] = []
+
+    def never(wire: Wire, request: m.AnyMessage) -> None:
+        asked.append(wire)
+
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(41))
+        ports = [
+            stack.enter_context(impostor(owner(never, index.to_bytes(16, "big"))))
+            for index in range(20)
+        ]
+        pulling = []
+        for port in ports:  # a pull takes the newest link to its cluster
+            assert node.link(port, 1) == SUCCESS
+            pulling.append(pool.submit(pull_nothing, node))
+            assert eventually(lambda: len(asked) == len(pulling))
+        unlinking = pool.submit(
+            node.datadist.unlink_clusters, [cluster_info(port, 1) for port in ports], 1500
+        )
+        for _ in range(3):
+            with takes_at_most(1.0):
+                assert peer.call(pulls_all, 2)
+        assert unlinking.result(10)[1] == [TIMEOUT] * 20
+        node.datadist.unlink_clusters([cluster_info(port, 1) for port in ports], force=True)
+        assert {call.result(10) for call in pulling} == {NOT_YET_LINK}
+
+
+def pull_nothing(node: Node) -> LLMStatusCode:
+    cache = node.blocks_cache(*SHAPE)
+    with pytest.raises(LLMException) as error:
+        node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, [0], [0])
+    return error.value.status_code
+
+
+def pulls_all(node: Node, cluster_id: int) -> bool:
+    cache = node.blocks_cache(2, 8, 1 << 19)
+    blocks = list(range(8))
+    node.manager.pull_blocks(BlocksCacheKey(cluster_id, 0), cache, blocks, blocks)
+    return np.array_equal(node.arrays[cache.cache_id], make_array((2, 8, 1 << 19), 1))

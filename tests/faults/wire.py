@@ -196,7 +196,9 @@ def impostor(serve: Callable[[Wire], None]) -> Iterator[int]:
         raise failures[0]
 
 
-def owner(answer: Callable[[Wire, m.AnyMessage], None]) -> Callable[[Wire], None]:
+def owner(
+    answer: Callable[[Wire, m.AnyMessage], None], instance: bytes = b"an owner by hand"
+) -> Callable[[Wire], None]:
     """For `impostor`: an owner of cluster id 1 that links honestly, over tcp.
 
     It then answers every request of the caller by `answer`.
@@ -205,9 +207,7 @@ def owner(answer: Callable[[Wire, m.AnyMessage], None]) -> Callable[[Wire], None
     def serve(wire: Wire) -> None:
         first = wire.receive()
         if isinstance(first, m.Hello):
-            wire.send(
-                m.Welcome(m.PROTOCOL_VERSION, 1, b"an owner by hand", NONCE, {"tcp": b""}, PROBE)
-            )
+            wire.send(m.Welcome(m.PROTOCOL_VERSION, 1, instance, NONCE, {"tcp": b""}, PROBE))
             wire.expect(m.Ready)
             wire.send(m.Linked("tcp"))
             wire.is_ended()

@@ -102,6 +102,15 @@ def test_a_table_finds_what_its_owner_would_find(
         )
 
 
+@pytest.mark.parametrize("model_id", [-1, 2**64])
+def test_a_key_that_no_peer_can_ask_for_is_kept_to_oneself(model_id: int) -> None:
+    registry = Registry(Generations(1))
+    layout = Layout.at(Geometry(CacheKind.BLOCKS, 1, 1, 8), [4096])
+    names = [KeyName(2**64 - 1, model_id)]
+    entry = registry.register(layout, Placement.DEVICE, names, is_remote_accessible=True)
+    assert understand(sent(describe(entry))).keys == {}
+
+
 #: a description that is right
 INFO = m.CacheInfo(
     cache_id=7,

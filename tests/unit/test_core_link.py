@@ -164,6 +164,14 @@ def test_a_listener_waits_for_another_path_after_one_that_fails() -> None:
     assert link.received(m.Ready("tcp")) == [lk.Probe("tcp")]
 
 
+def test_a_reason_of_any_length_fits_into_the_message_that_carries_it() -> None:
+    link = offering_listener("cma", "tcp")
+    link.received(m.Ready("cma"))
+    [answer] = link.probed("cma", "why " * 5000, is_remarkable=True)
+    assert isinstance(answer, lk.Send)
+    assert m.decode(m.encode(answer.message)[m.HEADER.size :]) == answer.message
+
+
 @pytest.mark.parametrize("path", ["cma", "carrier pigeon"])
 def test_a_listener_does_not_probe_a_path_that_it_does_not_allow(path: str) -> None:
     link = offering_listener("cma", "tcp", path="tcp")

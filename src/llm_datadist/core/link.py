@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: best first; a transport from outside that is not named here comes after "cma"
 PREFERENCE = ("cma", "nixl", "tcp")
+#: a caller that proposes more paths than there can be is none
+_MAX_PROPOSALS = 16
 
 
 class State(enum.Enum):
@@ -208,7 +210,7 @@ class Link(abc.ABC):
         )
 
     def _refuse(self, status: LLMStatusCode, reason: str) -> list[Action]:
-        return [Send(m.Refused(status, reason[:4000])), *self._close(status, reason)]
+        return [Send(m.Refused(status, m.as_text(reason))), *self._close(status, reason)]
 
     def _close(self, status: LLMStatusCode, reason: str) -> list[Action]:
         if self.state is State.CLOSED:
@@ -342,6 +344,8 @@ class ListenerLink(Link):
         ]
 
     def _greet(self, message: m.Message) -> list[Action]:
+        if len(self.rejected) > _MAX_PROPOSALS:
+            return self._unexpected(message)
         if isinstance(message, m.Ready) and self.state is State.OFFERED and self.peer is not None:
             self.state = State.PROBING
             if message.path in candidates(self.me.offers, self.peer.offers, self.me.path):
@@ -357,7 +361,7 @@ class ListenerLink(Link):
 
     def _path_failed(self, path: str, reason: str, is_remarkable: bool) -> list[Action]:
         self.state = State.OFFERED
-        return [Send(m.Unusable(path[:4000], reason[:4000], is_remarkable))]
+        return [Send(m.Unusable(m.as_text(path), m.as_text(reason), is_remarkable))]
 
 
 def status_of(number: int) -> LLMStatusCode:

@@ -29,6 +29,9 @@ MAX_REQUEST_SEGMENTS = 65536
 #: bytes in one read request: an owner answers no more at a time
 MAX_REQUEST_NBYTES = 2**40
 
+#: keys of one cache that peers are told
+MAX_KEYS = 65536
+
 UInt: TypeAlias = Annotated[int, Meta(ge=0)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -51,8 +54,8 @@ class ProbeTarget(Message):
     generation: UInt
 
 
-class Hello(Message, tag=1):
-    """The caller opens a link."""
+class Hello(Message, tag=1, forbid_unknown_fields=False):
+    """The caller opens a link. Of a later version it may have more fields: the version tells."""
 
     version: UInt
     cluster_id: UInt
@@ -67,7 +70,7 @@ class Hello(Message, tag=1):
     group: Text = ""
 
 
-class Welcome(Message, tag=2):
+class Welcome(Message, tag=2, forbid_unknown_fields=False):
     """The listener would link; `token` names the link on the streams that join it."""
 
     version: UInt
@@ -166,7 +169,7 @@ class CacheInfo(Message, tag=21):
     word_addr: UInt
     addrs: bytes
     #: (id, model_id, is_prefix, row)
-    keys: list[tuple[UInt, UInt, bool, UInt]]
+    keys: Annotated[list[tuple[UInt, UInt, bool, UInt]], Meta(max_length=MAX_KEYS)]
 
 
 class Resolved(Message, tag=22):
@@ -257,6 +260,11 @@ AnyMessage: TypeAlias = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def as_text(reason: str) -> str:
+    """A reason that fits into a message, whatever is in it."""
+    return reason.encode("utf-8", "replace").decode()[:4000]
 
 
 def encode(message: Message) -> bytes:

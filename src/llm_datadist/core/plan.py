@@ -145,6 +145,8 @@ def blocks_to_blocks(
 
     When a destination block is named twice, which source it ends with is not defined.
     """
+    if len(src_blocks) != len(dst_blocks):
+        raise invalid(f"{len(src_blocks)} source blocks do not pair with {len(dst_blocks)}")
     nbytes = src.geometry.row_nbytes
     if nbytes != dst.geometry.row_nbytes:
         raise invalid(
@@ -180,7 +182,7 @@ def _offsets(blocks: Sequence[int], nbytes: int) -> U64:
 
 def _runs(src: U64, dst: U64, nbytes: int) -> tuple[tuple[U64, U64], U64]:
     """Merges pairs whose two offsets both grow by one block; sorts first, so that order is free."""
-    order = np.argsort(src, kind="stable")
+    order = np.lexsort((src, dst - src))
     pairs = Segments(src[order], dst[order], np.full(len(src), nbytes, dtype=np.uint64)).coalesced()
     return (pairs.src, pairs.dst), pairs.nbytes
 

@@ -64,7 +64,9 @@ class Segments:
             return [self] if len(self) else []
         ends = np.cumsum(self.nbytes)
         goals = ends[-1] / parts * np.arange(1, parts)
-        cuts = np.searchsorted(ends, goals.astype(np.uint64), side="right")
+        cut = np.searchsorted(ends, goals)
+        nearer_behind = ends[cut] - goals <= goals - (ends[cut] - self.nbytes[cut])
+        cuts = cut + nearer_behind
         bounds = np.concatenate(([0], cuts, [len(self)]))
         bounds = bounds[np.diff(bounds, prepend=-1) > 0]  # np.unique would load numpy.ma
         return [self.slice(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]

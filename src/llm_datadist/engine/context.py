@@ -27,10 +27,10 @@ class Context:
     groups: Groups
     transports: Mapping[str, Transport]
     loop: asyncio.AbstractEventLoop
-    #: threads that send large answers and wait for transfers to end
+    #: threads that send large answers
     workers: Executor
     #: threads that fetch what peers push
     fetchers: Executor
-    #: threads that verify paths, one for each hand-shake
-    verifiers: Executor
+    #: threads that verify paths, look names up, and wait for transfers to end
+    waiters: Executor
     sync_timeout_s: float

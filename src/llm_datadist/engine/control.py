@@ -80,14 +80,14 @@ class Control:
         self.socket.close()
 
 
-async def dial(host: str, port: int, workers: Executor) -> Control:
-    """Connects; a name is looked up in a worker thread. Raises OSError."""
+async def dial(host: str, port: int, waiters: Executor) -> Control:
+    """Connects; a name is looked up in a thread of the waiters. Raises OSError."""
     loop = asyncio.get_running_loop()
     look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     if is_ip_literal(host):
         infos = look_up()
     else:
-        infos = await loop.run_in_executor(workers, look_up)
+        infos = await loop.run_in_executor(waiters, look_up)
     for info in infos[:-1]:
         with suppress(OSError):  # "localhost" may be ::1 first, where nobody listens
             return await _connect(*info)

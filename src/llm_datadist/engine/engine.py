@@ -48,7 +48,7 @@ _WORKERS = 16
 #: more than the streams of several peers: one that stalls in a push holds its streams' threads
 _FETCHERS = 256
 #: started when needed; a listener greets no more callers at once
-_VERIFIERS = 512
+_WAITERS = 512
 #: streams that one large transfer over TCP is spread over
 _TCP_STREAMS = 2
 #: a cache that is freed or re-made while it is read is looked up anew so many times
@@ -69,8 +69,8 @@ class Engine:
         self._workers = Threads(_WORKERS, "llm-datadist-worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         self._fetchers = Threads(_FETCHERS, "llm-datadist-fetcher")
-        # apart from both: strangers can make a verification wait for as long as they like
-        self._verifiers = Threads(_VERIFIERS, "llm-datadist-verifier")
+        # apart from both: strangers and name servers can make these wait for as long as they like
+        self._waiters = Threads(_WAITERS, "llm-datadist-waiter")
         transports: list[Transport] = [
             CmaTransport(self._movers),
             TcpTransport(self._movers, _TCP_STREAMS),
@@ -89,7 +89,7 @@ class Engine:
             self._loop,
             self._workers,
             self._fetchers,
-            self._verifiers,
+            self._waiters,
             options.sync_timeout_s,
         )
         self._linker = Linker(self._context)
@@ -289,7 +289,7 @@ class Engine:
 
     def _shut_down(self) -> None:
         """Gives back what is left when no link is: threads, pools and the loop."""
-        self._verifiers.shutdown(wait=True)
+        self._waiters.shutdown(wait=True)
         self._fetchers.shutdown(wait=True)
         self._workers.shutdown(wait=True)
         self._movers.close()

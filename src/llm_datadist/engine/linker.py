@@ -115,7 +115,7 @@ class Linker:
 
     async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
         drained = await self._context.loop.run_in_executor(
-            self._context.workers, session.gate.drain, max(0.0, deadline.remaining_s())
+            self._context.waiters, session.gate.drain, max(0.0, deadline.remaining_s())
         )
         if not drained:
             if not session.is_closed:
@@ -144,7 +144,7 @@ class Linker:
         self, endpoint: Endpoint, timeout_s: float, failure: LLMStatusCode
     ) -> tuple[Control | None, Outcome]:
         try:
-            return await asyncio.wait_for(dial(*endpoint, self._context.workers), timeout_s), _OK
+            return await asyncio.wait_for(dial(*endpoint, self._context.waiters), timeout_s), _OK
         except asyncio.TimeoutError:
             return None, Outcome(
                 LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in {timeout_s:.3f} s"

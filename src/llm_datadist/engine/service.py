@@ -180,7 +180,7 @@ class StreamService:
 
 
 def _refusal(error: LLMException) -> m.Refused:
-    return m.Refused(error.status_code, str(error)[:4000])
+    return m.Refused(error.status_code, m.as_text(str(error)))
 
 
 def _describe(error: Exception) -> str:

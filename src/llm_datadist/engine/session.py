@@ -18,7 +18,7 @@ from llm_datadist.core.segments import Segments
 from llm_datadist.engine.control import ConnectionEnded, Control, dial
 from llm_datadist.engine.gate import Gate
 from llm_datadist.engine.lookup import Lookup
-from llm_datadist.engine.service import StreamService
+from llm_datadist.engine.service import MAX_ANSWER_S, StreamService
 from llm_datadist.engine.streams import MAX_STREAMS, StreamPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
@@ -122,9 +122,9 @@ class Session:
 
     def fetch(self, request: m.Fetch) -> None:
         """Does what the peer's `send` asks. In a thread of the fetchers."""
-        timeout_s = request.timeout_ms / 1000
+        timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
         if self.path == "cma":  # one host, one clock: what was asked long ago is seen to be late
-            deadline = Deadline(request.deadline_at, timeout_s)
+            deadline = Deadline(min(Deadline.after(timeout_s).at, request.deadline_at), timeout_s)
         else:
             deadline = Deadline.after(timeout_s)
         src, dst, nbytes = m.columns_of(request.columns, 3)
@@ -239,7 +239,7 @@ class Session:
     async def _verify(self, path: str) -> Sequence[lk.Action]:
         try:
             await self._context.loop.run_in_executor(
-                self._context.verifiers, self._open_and_verify, path
+                self._context.waiters, self._open_and_verify, path
             )
         except PathUnavailable as error:
             if self._deadline.remaining_s() <= 0:
@@ -248,7 +248,7 @@ class Session:
         return self._link.probed(path, None, is_remarkable=False)
 
     def _open_and_verify(self, path: str) -> None:
-        """In a thread of the verifiers. Raises PathUnavailable."""
+        """In a thread of the waiters. Raises PathUnavailable."""
         peer = self._peer
         channel = self._context.transports[path].open(peer.offers[path], self.streams)
         verify(channel, peer.probe, self._deadline)
@@ -286,7 +286,7 @@ class Session:
 
     async def _drain_for_peer(self) -> None:
         await self._context.loop.run_in_executor(
-            self._context.workers, self.gate.drain, self._context.sync_timeout_s
+            self._context.waiters, self.gate.drain, self._context.sync_timeout_s
         )
         await self.perform(self._link.drained())
 
@@ -310,7 +310,7 @@ class Session:
             self._dialing -= 1
 
     async def _add_service(self) -> None:
-        control = await dial(self._host, self._port, self._context.workers)
+        control = await dial(self._host, self._port, self._context.waiters)
         try:
             await control.send(m.Attach(self.token, is_reverse=True))
             answer = await control.receive()

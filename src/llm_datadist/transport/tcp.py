@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 #: a peer that takes nothing of an answer for so long is waited for without a thread
 _PATIENCE_S = 0.05
 
+#: larger segments are cut, so that streams share them evenly
+_PIECE_NBYTES = 8 * 1024 * 1024
+
 _FILLER = np.zeros(64 * 1024, dtype=np.uint8)
 
 
@@ -65,9 +68,8 @@ class TcpChannel:
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
         parts = min(self._max_streams, self._movers.parts_of(segments.total_nbytes))
-        self._movers.run(
-            [partial(self._read_part, part, guard, deadline) for part in segments.split(parts)]
-        )
+        pieces = segments.bounded(_PIECE_NBYTES).split(parts)
+        self._movers.run([partial(self._read_part, part, guard, deadline) for part in pieces])
 
     def close(self) -> None:
         pass
