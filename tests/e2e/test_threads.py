@@ -156,9 +156,9 @@ def test_many_threads_of_a_listener_pull_from_its_caller(peer: NodeProcess) -> N
 
 @pytest.mark.usefixtures("port")
 def test_both_ends_pull_from_each_other_at_once(node: Node, peer: NodeProcess) -> None:
-    peer.begin(pull_from_threads, 2, 16, 10)
-    assert pull_from_threads(node, 1, 16, 10) == 160
-    assert peer.result(STUCK_S) == 160
+    peer.begin(pull_from_threads, 2, 16, 6)
+    assert pull_from_threads(node, 1, 16, 6) == 96
+    assert peer.result(STUCK_S) == 96
 
 
 @pytest.mark.usefixtures("port")
@@ -207,13 +207,13 @@ def test_relinking_the_link_that_threads_pull_on(node: Node, port: int, force: b
             counts[status] = counts.get(status, 0) + 1
         return counts
 
-    with ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(pull_until_ended, thread) for thread in range(8)]
+    with ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(pull_until_ended, thread) for thread in range(6)]
         try:
-            for _ in range(8):
+            for _ in range(5):
                 assert node.unlink(port, 1, 10_000, force=force) == SUCCESS
                 assert node.link(port, 1, 10_000) == SUCCESS
-                assert pull_often(node, 1, 8, 1) == 1
+                assert pull_often(node, 1, 6, 1) == 1
         finally:
             ended.set()
         statuses = {status for call in calls for status in call.result(STUCK_S)}

@@ -20,6 +20,7 @@ from llm_datadist.engine.links import Links
 from llm_datadist.engine.listener import Listener, bind
 from llm_datadist.engine.pools import open_pools
 from llm_datadist.engine.rendezvous import Rendezvous
+from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import StaleCache, Transport
@@ -282,10 +283,7 @@ class Engine:
         for session in self.links.all():
             await session.cut("this cluster was finalized")
             await session.join()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await cancel_all(task for task in asyncio.all_tasks() if task is not asyncio.current_task())
 
     def _shut_down(self) -> None:
         """Gives back what is left when no link is: threads, pools and the loop."""

@@ -12,6 +12,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
 from llm_datadist.engine.control import ConnectionEnded, Control
 from llm_datadist.engine.session import Session
+from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.stream import Stream
@@ -65,10 +66,7 @@ class Listener:
     async def close(self) -> None:
         self._context.loop.remove_reader(self._socket)
         self._socket.close()
-        greetings = list(self._greetings)
-        for task in greetings:
-            task.cancel()
-        await asyncio.gather(*greetings, return_exceptions=True)
+        await cancel_all(self._greetings)
         for session in list(self._sessions.values()):
             await session.cut("this cluster was finalized")
             await session.join()
