@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/e2e/test_push.py
 
-.PHONY: demo test check format clean
+.PHONY: demo test check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
@@ -13,12 +13,14 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/.dev
+check: lint
+	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format src tests

@@ -28,7 +28,7 @@ NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 
 #: large enough to be sent in parts by several threads, and to be met in its middle
 SHAPE = (4, 16, 1 << 16)
-GENERATIONS = 150
+GENERATIONS = 80
 #: what a test with so many generations may take
 BUDGET_S = 15.0
 
