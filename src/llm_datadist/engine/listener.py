@@ -97,7 +97,10 @@ class Listener:
     def _greeted(self, task: asyncio.Task[bool]) -> None:
         """Closes a connection that is not kept; one whose greeting never began is none."""
         control = self._greetings.pop(task)
-        if task.cancelled() or task.exception() is not None or not task.result():
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            get_logger().error("greeting a connection failed", exc_info=error)
+        if task.cancelled() or error is not None or not task.result():
             control.close()
 
     async def _greet(self, control: Control) -> bool:
