@@ -80,6 +80,11 @@ def iovecs(addrs: U64, nbytes: U64) -> U64:
     return vectors
 
 
+def first_unfinished(nbytes: U64, moved: int) -> int:
+    """The first of these lengths that a call which moved `moved` bytes did not finish."""
+    return int(np.searchsorted(np.cumsum(nbytes), np.uint64(moved), side="right"))
+
+
 def skip_bytes(vectors: U64, nbytes: int, window: int) -> U64:
     """What is left of iovecs after a call on the first `window` of them moved `nbytes`.
 

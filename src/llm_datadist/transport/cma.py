@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_datadist.core.generations import WORD_NBYTES
+from llm_datadist.core.segments import first_unfinished
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
 from llm_datadist.transport.base import Channel, PathUnavailable, StaleCache, Streams
@@ -117,7 +118,7 @@ class CmaChannel:
         except OSError as error:
             raise self._explain(error, local, remote, guard) from error
         if moved != wanted:
-            raise self._bad_address(native_index(local, moved), local, remote, guard)
+            raise self._bad_address(first_unfinished(local[:, 1], moved), local, remote, guard)
 
     def _explain(self, error: OSError, local: U64, remote: U64, guard: Guard) -> LLMException:
         if error.errno == errno.ESRCH:
@@ -164,11 +165,6 @@ def ptrace_scope() -> int:
         return int(_PTRACE_SCOPE.read_text())
     except (OSError, ValueError):
         return 0
-
-
-def native_index(vectors: U64, moved: int) -> int:
-    """The first vector that a call which moved `moved` bytes did not finish."""
-    return int(np.searchsorted(np.cumsum(vectors[:, 1]), np.uint64(moved), side="right"))
 
 
 def _between_words(addrs: U64, nbytes: U64, word_addr: int, step: int) -> U64:

@@ -10,9 +10,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from llm_datadist.core.segments import iovecs
+from llm_datadist.core.segments import first_unfinished, iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.transport import native
 
@@ -57,7 +55,7 @@ def _readv(dst_addr: int, src_addr: int, count: int) -> int:
 
 
 def _not_mapped(window: Segments, moved: int) -> LLMException:
-    at = int(np.searchsorted(np.cumsum(window.nbytes), np.uint64(moved), side="right"))
+    at = first_unfinished(window.nbytes, moved)
     return invalid(
         f"the copy of {int(window.nbytes[at])} bytes from {int(window.src[at]):#x} to "
         f"{int(window.dst[at]):#x} met memory that is not mapped"
