@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from llm_datadist import (
     LLMStatusCode,
 )
 from llm_datadist.testing.cluster import Node, NodeProcess, addrs_of, make_array
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,21 +35,6 @@ if TYPE_CHECKING:
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 SHAPE = (2, 8, 64)
 SEED = 5
-
-
-@contextmanager
-def takes_at_most(seconds: float) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    assert time.monotonic() - begun <= seconds
-
-
-def eventually(check: Callable[[], bool], within_s: float = 5.0) -> bool:
-    end = time.monotonic() + within_s
-    while not check():
-        if time.monotonic() > end:
-            return False
-    return True
 
 
 def options(**settings: object) -> dict[str, str]:

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from llm_datadist import (
     LLMStatusCode,
 )
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info, make_array
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,22 +67,6 @@ def silent_port() -> Iterator[int]:
 def budget_s(timeout_ms: int) -> float:
     """A fifth over the timeout, and what two busy cores need to schedule a few processes."""
     return 1.2 * timeout_ms / 1000 + 0.1
-
-
-@contextmanager
-def takes_at_most(seconds: float) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    assert time.monotonic() - begun <= seconds
-
-
-def eventually(check: Callable[[], bool], within_s: float = 5.0) -> bool:
-    """For what the other process learns of a little later."""
-    end = time.monotonic() + within_s
-    while not check():
-        if time.monotonic() > end:
-            return False
-    return True
 
 
 def dead_port() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +14,7 @@ from wire import Wire, hello
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Bytes, Node, NodeProcess, make_array
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from llm_datadist.testing.timing import eventually
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
@@ -37,14 +35,6 @@ def settings(is_accessible: bool, path: str) -> dict[str, Any]:
         "transfer_path": path,
         "sync_kv_timeout": SYNC_TIMEOUT_MS,
     }
-
-
-def eventually(check: Callable[[], bool], within_s: float = 5.0) -> bool:
-    end = time.monotonic() + within_s
-    while not check():
-        if time.monotonic() > end:
-            return False
-    return True
 
 
 def own(node: Node, fill: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from wire import NONCE, PROBE, TRAILER, Wire, impostor, owner
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info, make_array
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 FAILED = LLMStatusCode.LLM_FAILED
@@ -30,24 +31,9 @@ SYNC_TIMEOUT_MS = 500
 SHAPE = (2, 4, 4096)
 
 
-@contextmanager
-def takes_at_most(seconds: float) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    assert time.monotonic() - begun <= seconds
-
-
 def budget_s(timeout_ms: int) -> float:
     """A fifth over the timeout, and what two busy cores need to schedule a few threads."""
     return 1.2 * timeout_ms / 1000 + 0.1
-
-
-def eventually(check: Callable[[], bool], within_s: float = 5.0) -> bool:
-    end = time.monotonic() + within_s
-    while not check():
-        if time.monotonic() > end:
-            return False
-    return True
 
 
 def descriptors() -> int:

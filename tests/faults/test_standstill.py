@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,9 +12,10 @@ from wire import Wire
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import Node, NodeProcess, addrs_of
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
@@ -29,21 +30,6 @@ SHAPE = (2, 8, 4096)
 LARGE = (4, 16, 1 << 18)
 #: takes long enough to be met in its middle
 HUGE = (4, 64, 1 << 19)
-
-
-@contextmanager
-def takes_at_most(seconds: float) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    assert time.monotonic() - begun <= seconds
-
-
-def eventually(check: Callable[[], bool], within_s: float = 5.0) -> bool:
-    end = time.monotonic() + within_s
-    while not check():
-        if time.monotonic() > end:
-            return False
-    return True
 
 
 def start(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from wire import NONCE, Wire, columns, hello, linked_caller
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Bytes, Node, NodeProcess, addrs_of, make_array
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,21 +32,6 @@ NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 SHAPE = (2, 8, 1 << 19)
 #: what takes no waiting, on a busy machine
 SOON_S = 2.0
-
-
-@contextmanager
-def takes_at_most(seconds: float) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    assert time.monotonic() - begun <= seconds
-
-
-def eventually(check: Callable[[], bool], within_s: float = 5.0) -> bool:
-    end = time.monotonic() + within_s
-    while not check():
-        if time.monotonic() > end:
-            return False
-    return True
 
 
 @pytest.fixture(scope="module")
