@@ -26,10 +26,11 @@ from llm_datadist.types import LLMRole
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llm_datadist.core.pages import PoolUsage
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.engine import Engine
     from llm_datadist.engine.linker import Outcome, Target
-    from llm_datadist.types import RegisterMemStatus
+    from llm_datadist.types import Placement, RegisterMemStatus
 
 
 @final
@@ -199,6 +200,16 @@ class LLMDataDist:
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
         return live_links(self._require_engine())
+
+    def pools(self) -> dict[Placement, tuple[PoolUsage, ...]]:
+        """How full each configured memory pool is: free and used bytes, the largest free span.
+
+        A `mem_pool_cfg` or `host_mem_pool_cfg` is one entry; a `buf_pool_cfg` has one for each size
+        class and one for its general part. An addition to the reference. Raises RuntimeError before
+        `init`.
+        """
+        pools = self._require_engine().catalog.pools
+        return {placement: pool.usage() for placement, pool in pools.items()}
 
     def link_clusters(
         self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000
