@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/e2e/test_push.py
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test check lint conformance format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/conformance/report.py --check
+
+conformance: $(VENV)/.dev
+	$(BIN)/python tests/conformance/report.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format src tests

@@ -1,5 +1,9 @@
 """LLM-DataDist on any machine: moves the KV cache of large language models between processes."""
 
+import os as _os
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from llm_datadist.cache import Cache
 from llm_datadist.cache_task import CacheTask
 from llm_datadist.cluster_info import LLMClusterInfo
@@ -8,9 +12,7 @@ from llm_datadist.datadist import LLMDataDist
 from llm_datadist.errors import LLMException, LLMStatusCode, Status
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.kv_cache import KvCache
-from llm_datadist.kv_cache_manager import KvCacheManager
 from llm_datadist.layerwise import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
-from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.types import (
     CacheDesc,
     DataType,
@@ -20,6 +22,13 @@ from llm_datadist.types import (
     Placement,
     RegisterMemStatus,
 )
+
+if _TYPE_CHECKING:
+    from llm_datadist.kv_cache_manager import KvCacheManager
+    from llm_datadist.tensor import Tensor, TensorDesc
+
+#: as the reference does: programs hand it on to processes that run on its hardware
+_os.environ.setdefault("AUTO_USE_UC_MEMORY", "0")
 
 #: what programs that import by list expect; the three names of the v1 mode come on top of it
 v2_list = [
@@ -76,3 +85,17 @@ __all__ = [  # noqa: RUF022  (the reference's order)
     "Tensor",
     "KvCacheManager",
 ]
+
+#: what needs numpy comes when it is asked for
+_LATE = {
+    "KvCacheManager": "llm_datadist.kv_cache_manager",
+    "Tensor": "llm_datadist.tensor",
+    "TensorDesc": "llm_datadist.tensor",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(_import_module(_LATE[name]), name)
+    return value

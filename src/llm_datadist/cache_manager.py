@@ -16,7 +16,7 @@ from llm_datadist.core.geometry import CacheKind, Geometry
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.operations import copying, pull, push, transfer
-from llm_datadist.operations.naming import name_of
+from llm_datadist.operations.naming import check_one_id, name_of
 from llm_datadist.operations.registering import register
 from llm_datadist.types import CacheDesc, MemInfo, Memtype, Placement
 
@@ -171,6 +171,14 @@ class CacheManager:
         if name is not None:
             engine.catalog.remove_key(name)
 
+    @staticmethod
+    def check_cache_key(cache_key: CacheKey) -> None:
+        """Says whether `pull_cache` could take a key: it has a req_id or a prefix_id, not both.
+
+        Raises TypeError, AttributeError, LLMException (LLM_PARAM_INVALID). Spec 6, 6.9.
+        """
+        check_one_id(check_object("cache_key", cache_key, CacheKey))
+
     # -- pulling and pushing --
 
     def pull_cache(
@@ -189,7 +197,7 @@ class CacheManager:
 
         Raises TypeError, ValueError, AttributeError for bad arguments; LLMException with
         LLM_PARAM_INVALID (what does not fit), LLM_KV_CACHE_NOT_EXIST (no such cache, key or row),
-        LLM_NOT_YET_LINK, LLM_TIMEOUT, LLM_FEATURE_NOT_ENABLED (host to host). Thread-safe.
+        LLM_NOT_YET_LINK, LLM_TIMEOUT. Thread-safe.
         """
         engine = self._require_engine(LLMStatusCode.LLM_PARAM_INVALID)
         pull.pull_cache(engine, cache_key, cache, batch_index, size, kwargs)
@@ -364,7 +372,7 @@ class CacheManager:
         return self._engine
 
     def _allocate(self, desc: CacheDesc, kind: CacheKind, keys: Sequence[KeyName | None]) -> Cache:
-        engine = self._require_engine(LLMStatusCode.LLM_PARAM_INVALID)
+        engine = self._require_engine(LLMStatusCode.LLM_FAILED)
         if not desc.num_tensors:
             raise invalid("a cache to allocate needs at least one tensor")
         if desc.placement not in engine.catalog.pools:

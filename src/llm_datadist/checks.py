@@ -38,7 +38,8 @@ def check_type(
 ) -> T | U | V: ...
 def check_type(name: str, value: object, /, *kinds: type) -> object:
     """`value`, an instance of one of `kinds`. None is not. Raises TypeError. Spec 3.1."""
-    if not _is_kind(type(value), kinds):
+    given = type(value)
+    if given not in kinds and not _is_kind(given, kinds):
         raise TypeError(f"{name} only supports {_names(kinds)}, got {describe(value)}")
     return value
 
@@ -79,6 +80,14 @@ def check_uint16(name: str, value: object) -> int:
 def check_uint32(name: str, value: object) -> int:
     """`value`, an int of 32 bits without sign. Raises TypeError, ValueError. Spec 3.1."""
     return check_int(name, value, 0, UINT32_MAX)
+
+
+def check_size(size: object) -> int:
+    """A number of bytes to move; -1 stands for all that there are. Spec 6.8, 6.9."""
+    nbytes = check_int64("size", size)
+    if nbytes != -1 and nbytes <= 0:
+        raise invalid(f"size must be -1 or greater than 0, got {nbytes}")
+    return nbytes
 
 
 def check_uint64(name: str, value: object) -> int:
@@ -155,7 +164,7 @@ def _names(kinds: tuple[type, ...]) -> str:
 def _check_inner(name: str, values: Sequence[Any], inner: type) -> None:
     # Block lists are long and their types few: one pass in C, then one look per type.
     for given in set(map(type, values)):
-        if not _is_kind(given, (inner,)):
+        if given is not inner and not _is_kind(given, (inner,)):
             stray = next(value for value in values if type(value) is given)
             raise TypeError(
                 f"{name}: inner type only supports {inner.__name__}, got {describe(stray)}"

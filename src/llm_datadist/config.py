@@ -19,7 +19,7 @@ from llm_datadist.checks import (
 )
 from llm_datadist.endpoint import ipv4_to_int
 from llm_datadist.errors import invalid
-from llm_datadist.options import check_transfer_path
+from llm_datadist.options import MAX_TRANSFER_THREADS, check_transfer_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -306,6 +306,13 @@ class LLMConfig:
         _optional_path,
         _unless_empty(key.TRANSFER_PATH),
         unset="",
+    )
+    transfer_threads = Option[int](
+        """Ours alone: over how many threads, and over TCP as many streams, one large transfer is
+        spread, 1 to 16. Unset, as many as there are cores, at most four.""",
+        _within(1, MAX_TRANSFER_THREADS),
+        _as_is(key.TRANSFER_THREADS),
+        unset=0,
     )
 
     def __init__(self) -> None:

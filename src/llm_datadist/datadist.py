@@ -6,7 +6,6 @@ import atexit
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar, final
 
-from llm_datadist.cache_manager import CacheManager
 from llm_datadist.checks import (
     check_dict,
     check_int32,
@@ -17,19 +16,20 @@ from llm_datadist.checks import (
 )
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.kv_cache_manager import KvCacheManager
 from llm_datadist.observe.log import get_logger
-from llm_datadist.operations.linking import LinkInfo, live_links, move_listener
 from llm_datadist.options import Options, parse_listen
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llm_datadist.cache_manager import CacheManager
     from llm_datadist.core.pages import PoolUsage
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.engine import Engine
     from llm_datadist.engine.linker import Outcome, Target
+    from llm_datadist.kv_cache_manager import KvCacheManager
+    from llm_datadist.operations.linking import LinkInfo
     from llm_datadist.types import Placement, RegisterMemStatus
 
 
@@ -76,7 +76,10 @@ class LLMDataDist:
                 LLMStatusCode.LLM_FAILED,
             )
         parsed = Options.parse(self._role, options)  # type: ignore[arg-type]  # None is refused there
-        from llm_datadist.engine.engine import Engine  # asyncio and threads: not at import
+        # numpy, asyncio: not when the package is imported
+        from llm_datadist.cache_manager import CacheManager
+        from llm_datadist.engine.engine import Engine
+        from llm_datadist.kv_cache_manager import KvCacheManager
 
         engine = Engine(self._cluster_id, parsed)
         engine.start()
@@ -163,6 +166,8 @@ class LLMDataDist:
         LLMException with LLM_EXIST_LINK while clusters are linked, LLM_PARAM_INVALID, LLM_FAILED
         when the address cannot be had, LLM_FEATURE_NOT_ENABLED where the options forbid it.
         """
+        from llm_datadist.operations.linking import move_listener
+
         engine = self._require_engine()
         if role is None:
             raise KeyError("role is None: pass an LLMRole")
@@ -199,6 +204,8 @@ class LLMDataDist:
 
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
+        from llm_datadist.operations.linking import live_links
+
         return live_links(self._require_engine())
 
     def pools(self) -> dict[Placement, tuple[PoolUsage, ...]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, final, overload
+from typing import TYPE_CHECKING, Final, cast, final, overload
 
-from llm_datadist.checks import check_int64, check_type, check_uint32, check_uint64
+from llm_datadist.checks import check_int64, check_optional, check_type, check_uint32, check_uint64
 from llm_datadist.errors import invalid
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class BlocksCacheKey:
     names nothing. Keys compare by identity.
 
     Raises LLMException when a parameter is missing, unknown or one too many; TypeError when one is
-    no int. A `model_id` of None is the default.
+    no int. A `model_id` of None is the default; a `cluster_id` of None is accepted, as in the
+    reference, and names no cluster.
     """
 
     @overload
@@ -105,9 +106,10 @@ class BlocksCacheKey:
     def __init__(self, *args: int, **kwargs: int) -> None:
         given = _bind(args, kwargs, required=("cluster_id",), defaults={"model_id": 0})
         self._cluster_name = _ALIAS if _ALIAS in kwargs and not args else "cluster_id"
-        self._cluster_id = check_type(
+        cluster_id = check_optional(
             f"The first param {self._cluster_name}", given["cluster_id"], int
         )
+        self._cluster_id = cast("int", cluster_id)  # None is possible, and names nothing
         self._model_id = check_type("The second param model_id", given["model_id"] or 0, int)
 
     def __repr__(self) -> str:

@@ -32,3 +32,5 @@ MEM_UTILIZATION: Final = "llm.MemoryUtilization"
 GRAPH_MEM_MAX_SIZE: Final = "ge.flowGraphMemMaxSize"
 #: ours alone: which path the bytes take
 TRANSFER_PATH: Final = "llm_datadist.Path"
+#: ours alone: over how many threads a large transfer is spread
+TRANSFER_THREADS: Final = "llm_datadist.Threads"

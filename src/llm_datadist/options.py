@@ -32,6 +32,7 @@ PATH_VARIABLE: Final = "LLM_DATADIST_PATH"
 
 _DEFAULT_SYNC_TIMEOUT_MS: Final = 1000
 _MAX_LINK_RETRIES: Final = 100
+MAX_TRANSFER_THREADS: Final = 16
 #: reserved, not taken, for programs of the v1 mode that say nothing of a pool (spec 12.11)
 _V1_POOL_NBYTES: Final = 16 * 2**30
 
@@ -56,6 +57,7 @@ class Options:
     local_comm_res: str | None = None  #: not looked into; the reference does so when it links
     enable_switch_role: bool = False
     path: str = "auto"  #: one of TRANSFER_PATHS
+    transfer_threads: int = 1  #: over how many threads, or streams, a large transfer is spread
 
     @classmethod
     def parse(cls, role: LLMRole, options: object) -> Options:
@@ -87,6 +89,9 @@ class Options:
             local_comm_res=raw.get(key.LOCAL_COMM_RES),
             enable_switch_role=raw.get(key.ENABLE_SWITCH_ROLE) == "1",
             path=_path(raw),
+            transfer_threads=_number(
+                raw, key.TRANSFER_THREADS, _usual_threads(), range(1, MAX_TRANSFER_THREADS + 1)
+            ),
         )
 
 
@@ -212,6 +217,11 @@ def _path(raw: Mapping[str, str]) -> str:
     return check_transfer_path(
         f"the environment variable {PATH_VARIABLE}", os.environ.get(PATH_VARIABLE) or "auto"
     )
+
+
+def _usual_threads() -> int:
+    # memory is seldom faster with more than four
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def _either(raw: Mapping[str, str], name: str, cpp_name: str) -> str | None:

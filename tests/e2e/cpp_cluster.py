@@ -8,8 +8,10 @@ from contextlib import closing, contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, TypeAlias
 
+import pytest
+
 from llm_datadist import cpp as c
-from llm_datadist.testing.cluster import Bytes, Node, addrs_of, make_array
+from llm_datadist.testing.cluster import Bytes, Node, NodeProcess, addrs_of, make_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,6 +113,48 @@ def clusters() -> Iterator[MakeCluster]:
     finally:
         for cluster in made:
             cluster.datadist.Finalize()
+
+
+@pytest.fixture
+def make_cluster() -> Iterator[MakeCluster]:
+    with clusters() as make:
+        yield make
+
+
+@pytest.fixture
+def cluster(make_cluster: MakeCluster) -> Cluster:
+    """Not initialised yet."""
+    return make_cluster()
+
+
+@pytest.fixture
+def trio(make_cluster: MakeCluster, path: str) -> tuple[Cluster, Cluster, Cluster]:
+    """Cluster 1 of this process, linked to 2 and 3 of this process."""
+    ours, second, third = (make_cluster() for _ in range(3))
+    ours.start(path)
+    for peer in (second, third):
+        peer.start(path, LISTEN_IP_INFO=LISTEN)
+    assert ours.link(second, third) == [c.LLM_SUCCESS] * 2
+    assert [link.path for link in ours.datadist.links()] == [path] * 2
+    return ours, second, third
+
+
+@pytest.fixture
+def remote(peer: NodeProcess) -> Iterator[NodeProcess]:
+    """Another process for clusters, finalized after the test."""
+    yield peer
+    peer.call(stop_there)
+
+
+@pytest.fixture
+def ours(cluster: Cluster, remote: NodeProcess, path: str) -> Cluster:
+    """Cluster 1, linked to cluster 5 of the other process."""
+    port = remote.call(start_there, 5, path)
+    cluster.start(path)
+    infos = [info_of(5, port)]
+    assert cluster.datadist.LinkLlmClusters(infos, 3000) == (c.LLM_SUCCESS, [c.LLM_SUCCESS])
+    assert [link.path for link in cluster.datadist.links()] == [path]
+    return cluster
 
 
 # -- clusters in the other process --

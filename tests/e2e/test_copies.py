@@ -1,101 +1,39 @@
-"""Copies within a process: rows, blocks, and blocks between host and device. Spec 6.8, 6.13, 6.14.
+"""Copies within a process: rows and blocks. Spec 6.8.
 
 Every cache lies in an array that is larger than it, with bytes around it that must stay.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 from typing import TYPE_CHECKING, Any
 
+import framed_memory
 import numpy as np
 import pytest
+from cache_owner import DEVICE, GONE, HOST, INVALID, PAGE, status_of, view
+from framed_memory import Framed, Shape, blocks, rows
 
 from llm_datadist import (
     Cache,
     CacheDesc,
     DataType,
     LLMException,
-    LLMRole,
     LLMStatusCode,
-    MemInfo,
-    Memtype,
     Placement,
 )
-from llm_datadist.testing.cluster import Bytes, Node, NodeProcess, make_array
+from llm_datadist.testing.cluster import Node, make_array
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-SUCCESS = LLMStatusCode.LLM_SUCCESS
-INVALID = LLMStatusCode.LLM_PARAM_INVALID
-GONE = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
-HOST, DEVICE = Placement.HOST, Placement.DEVICE
-MARGIN = 40
-PAGE = 65536
-Shape = tuple[int, int, int]
+    from collections.abc import Callable
 
 
-class Framed:
-    """Memory for a cache [tensors, rows, bytes], with a margin around each tensor."""
-
-    def __init__(self, shape: Shape, seed: int) -> None:
-        tensors, rows, nbytes = shape
-        self.shape = shape
-        self.whole = make_array((tensors, MARGIN + rows * nbytes + MARGIN), seed)
-        self._before = self.whole.copy()
-
-    @property
-    def addrs(self) -> list[int]:
-        return [int(tensor.ctypes.data) + MARGIN for tensor in self.whole]
-
-    @property
-    def inner(self) -> Bytes:
-        return self.whole[:, MARGIN:-MARGIN].reshape(self.shape)
-
-    def desc(self, placement: Placement = DEVICE) -> CacheDesc:
-        tensors, rows, nbytes = self.shape
-        return CacheDesc(tensors, [rows, nbytes], DataType.DT_INT8, placement)
-
-    def became(self, expected: Bytes) -> bool:
-        """Whether the cache holds just that, and the margins what they held."""
-        whole = self._before.copy()
-        whole[:, MARGIN:-MARGIN] = expected.reshape(len(whole), -1)
-        return bool(np.array_equal(self.whole, whole))
-
-    def is_untouched(self) -> bool:
-        return bool(np.array_equal(self.whole, self._before))
-
-
-@pytest.fixture
-def lone(node: Node) -> Iterator[Node]:
-    """A node with pools for both placements."""
-    pool = json.dumps({"memory_size": 16 * PAGE})
-    node.start(LLMRole.PROMPT, 1, mem_pool_cfg=pool, host_mem_pool_cfg=pool)
-    yield node
-    node.stop()
-
-
-def rows(node: Node, frame: Framed, placement: Placement = DEVICE) -> Cache:
-    return node.manager.register_cache(frame.desc(placement), frame.addrs)
-
-
-def blocks(node: Node, frame: Framed, placement: Placement = DEVICE) -> Cache:
-    return node.manager.register_blocks_cache(frame.desc(placement), frame.addrs)
-
-
-def status_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> LLMStatusCode:
-    try:
-        call(*args, **kwargs)
-    except LLMException as error:
-        return error.status_code
-    return SUCCESS
+lone = framed_memory.lone
 
 
 # -- copy_cache ------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("cm.copy_cache")
 @pytest.mark.parametrize(
     ("offset", "size", "moved"),
     [
@@ -119,6 +57,7 @@ def test_copy_cache_moves_the_part_of_a_row(
     assert src.is_untouched()
 
 
+@pytest.mark.shows("cm.copy_cache")
 def test_a_row_is_copied_within_a_cache(lone: Node) -> None:
     frame = Framed((3, 4, 100), 1)
     expected = frame.inner.copy()
@@ -130,6 +69,7 @@ def test_a_row_is_copied_within_a_cache(lone: Node) -> None:
     assert frame.became(expected)
 
 
+@pytest.mark.shows("cm.copy_cache")
 @pytest.mark.parametrize(
     ("src_at", "dst_at"), [(HOST, DEVICE), (DEVICE, HOST), (HOST, HOST)], ids=str
 )
@@ -141,6 +81,7 @@ def test_copy_cache_takes_any_placement(lone: Node, src_at: Placement, dst_at: P
     assert dst.became(expected)
 
 
+@pytest.mark.shows("D21")
 def test_shapes_and_types_may_differ(lone: Node) -> None:
     src, dst = Framed((2, 2, 96), 1), Framed((2, 4, 100), 2)
     words = CacheDesc(2, (2, 4, 3, 2), DataType.DT_FLOAT)
@@ -157,6 +98,7 @@ def test_a_large_copy_moves_every_byte(lone: Node) -> None:
     assert dst.became(src.inner[:, 1:])
 
 
+@pytest.mark.shows("error.54", "D21")
 @pytest.mark.parametrize(
     ("src_shape", "dst_shape", "args"),
     [
@@ -187,6 +129,7 @@ def test_rows_that_do_not_fit_are_refused(
     assert src.is_untouched()
 
 
+@pytest.mark.shows("error.39")
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -216,6 +159,7 @@ def test_copy_cache_refuses_what_is_no_argument(
     assert dst.is_untouched()
 
 
+@pytest.mark.shows("error.55")
 def test_blocks_are_not_copied_as_rows_nor_rows_as_blocks(lone: Node) -> None:
     frame = Framed((2, 2, 100), 1)
     cont, paged = rows(lone, frame), blocks(lone, frame)
@@ -225,6 +169,35 @@ def test_blocks_are_not_copied_as_rows_nor_rows_as_blocks(lone: Node) -> None:
     assert frame.is_untouched()
 
 
+@pytest.mark.shows("cm.copy_cache")
+@pytest.mark.parametrize("size", [-1, 40])
+def test_memory_of_ours_and_of_the_callers_is_copied_both_ways(lone: Node, size: int) -> None:
+    frame, desc = Framed((2, 3, 100), 1), CacheDesc(2, [3, 100], DataType.DT_INT8)
+    given, ours = rows(lone, frame), lone.manager.allocate_cache(desc)
+    moved = slice(20, 60) if size == 40 else slice(20, 100)
+    for tensor in view(ours):
+        tensor[:] = 0
+    lone.manager.copy_cache(ours, given, 2, 1, 20, size)
+    expected = np.zeros((2, 3, 100), dtype=np.uint8)
+    expected[:, 2, moved] = frame.inner[:, 1, moved]
+    assert np.array_equal(np.stack(view(ours)), expected.reshape(2, -1))
+    lone.manager.copy_cache(given, ours, 0, 2, 20, size)
+    back = Framed((2, 3, 100), 1).inner.copy()
+    back[:, 0, moved] = back[:, 1, moved]
+    assert frame.became(back)
+
+
+@pytest.mark.shows("error.54")
+def test_a_missing_source_is_found_before_a_missing_destination(lone: Node) -> None:
+    gone, also_gone = (rows(lone, Framed((2, 2, 100), seed)) for seed in (1, 2))
+    for cache in (gone, also_gone):
+        lone.manager.unregister_cache(cache.cache_id)
+    with pytest.raises(LLMException, match=rf"no cache {gone.cache_id}\b") as error:
+        lone.manager.copy_cache(also_gone, gone, 9, 9, 2**40)  # and before all numbers
+    assert error.value.status_code is GONE
+
+
+@pytest.mark.shows("error.54")
 def test_an_unregistered_cache_is_copied_no_more(lone: Node) -> None:
     src, dst = Framed((2, 2, 100), 1), Framed((2, 2, 100), 2)
     gone, kept, paged = rows(lone, src), rows(lone, dst), blocks(lone, dst)
@@ -240,6 +213,7 @@ def test_an_unregistered_cache_is_copied_no_more(lone: Node) -> None:
 # -- copy_blocks -----------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("cm.copy_blocks")
 @pytest.mark.parametrize(
     "copies",
     [
@@ -264,6 +238,7 @@ def test_copy_blocks_copies_each_block_to_its_list(
     assert frame.became(expected)
 
 
+@pytest.mark.shows("cm.copy_blocks", "O18")
 @pytest.mark.parametrize("copies", [{}, {0: []}, {3: [], 99: []}], ids=str)
 def test_no_copies_are_no_error(lone: Node, copies: dict[int, list[int]]) -> None:
     frame = Framed((3, 10, 100), 1)
@@ -271,9 +246,10 @@ def test_no_copies_are_no_error(lone: Node, copies: dict[int, list[int]]) -> Non
     assert frame.is_untouched()
 
 
+@pytest.mark.shows("error.54")
 @pytest.mark.parametrize(
     "copies",
-    [{10: [0]}, {0: [10]}, {0: [1, 10]}, {-1: [0]}, {0: [-1]}, {2**64: [0]}, {0: [2**70]}],
+    [{10: [0]}, {0: [10]}, {0: [1, 10]}, {2**64: [0]}, {0: [2**70]}],
     ids=str,
 )
 def test_blocks_that_are_not_there_are_refused(lone: Node, copies: dict[int, list[int]]) -> None:
@@ -293,6 +269,17 @@ def test_copy_blocks_refuses_what_is_no_mapping(lone: Node, copies: Any) -> None
     assert frame.is_untouched()
 
 
+@pytest.mark.shows("error.54")
+@pytest.mark.parametrize("copies", [{-1: [0]}, {0: [-1]}, {0: [1, -1]}, {0: [1], -1: []}], ids=str)
+def test_negative_blocks_are_of_the_wrong_type(lone: Node, copies: dict[int, list[int]]) -> None:
+    frame = Framed((3, 10, 100), 1)
+    cache = blocks(lone, frame)
+    with pytest.raises(TypeError, match="cannot be negative"):
+        lone.manager.copy_blocks(cache, copies)
+    assert frame.is_untouched()
+
+
+@pytest.mark.shows("error.39")
 def test_the_inner_type_is_named(lone: Node) -> None:
     cache = blocks(lone, Framed((3, 10, 100), 1))
     wrong: Any = {0: ["1"]}
@@ -304,187 +291,19 @@ def test_the_inner_type_is_named(lone: Node) -> None:
         lone.manager.copy_blocks(3, {0: [1]})  # type: ignore[arg-type]
 
 
+@pytest.mark.shows("cm.copy_blocks")
 def test_allocated_blocks_are_copied_among_themselves_alone(lone: Node) -> None:
     desc = CacheDesc(2, [4, PAGE // 4], DataType.DT_INT8)
     before, cache, behind = (lone.manager.allocate_blocks_cache(desc) for _ in range(3))
     for seed, each in enumerate((before, cache, behind)):
-        for tensor, data in zip(memory_of(each), make_array((2, PAGE), seed), strict=True):
+        for tensor, data in zip(view(each), make_array((2, PAGE), seed), strict=True):
             tensor[:] = data
     lone.manager.copy_blocks(cache, {0: [3], 1: [2]})
     expected = make_array((2, PAGE), 1).reshape(2, 4, -1)
     expected[:, [3, 2]] = expected[:, [0, 1]]
-    assert np.array_equal(memory_of(cache), expected.reshape(2, -1))
-    assert np.array_equal(memory_of(before), make_array((2, PAGE), 0))
-    assert np.array_equal(memory_of(behind), make_array((2, PAGE), 2))
-
-
-def memory_of(cache: Cache) -> list[Bytes]:
-    """The tensors of an allocated cache: no copies."""
-    nbytes = cache.cache_desc.size
-    return [
-        np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(addr))
-        for addr in cache.tensor_addrs
-    ]
-
-
-# -- swap_blocks -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_cpu_cache", [True, False], ids=["cpu-cache", "registered"])
-@pytest.mark.parametrize("is_in", [True, False], ids=["in", "out"])
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        {0: 0},
-        {0: 5, 1: 6, 2: 7, 4: 0},
-        {4: 3, 3: 2, 0: 7},
-        {2: 1, 1: 1},
-        {},
-    ],
-    ids=str,
-)
-def test_swap_blocks_copies_between_host_and_device(
-    lone: Node, pairs: dict[int, int], is_in: bool, is_cpu_cache: bool
-) -> None:
-    src, dst = Framed((3, 5, 100), 1), Framed((3, 8, 100), 2)
-    host, device = (src, dst) if is_in else (dst, src)
-    host_cache = (
-        Cache.create_cpu_cache(host.desc(HOST), host.addrs)
-        if is_cpu_cache
-        else blocks(lone, host, HOST)
-    )
-    device_cache = blocks(lone, device)
-    if is_in:
-        lone.manager.swap_blocks(host_cache, device_cache, pairs)
-    else:
-        lone.manager.swap_blocks(device_cache, host_cache, pairs)
-    assert src.is_untouched()
-    outcomes = []
-    for winner in pairs if pairs == {2: 1, 1: 1} else [None]:  # of two, either may win
-        expected = Framed((3, 8, 100), 2).inner.copy()
-        for block, target in pairs.items():
-            expected[:, target] = src.inner[:, winner if winner is not None else block]
-        outcomes.append(expected)
-    assert any(dst.became(expected) for expected in outcomes)
-
-
-def test_swap_blocks_between_the_two_pools(lone: Node) -> None:
-    shape = [4, PAGE // 4]
-    manager = lone.manager
-    host = manager.allocate_blocks_cache(CacheDesc(2, shape, DataType.DT_INT8, HOST))
-    device = manager.allocate_blocks_cache(CacheDesc(2, shape, DataType.DT_INT8))
-    for seed, each in enumerate((host, device)):
-        for tensor, data in zip(memory_of(each), make_array((2, PAGE), seed), strict=True):
-            tensor[:] = data
-    expected = make_array((2, PAGE), 1).reshape(2, 4, -1)
-    expected[:, [1, 2]] = make_array((2, PAGE), 0).reshape(2, 4, -1)[:, [3, 0]]
-    manager.swap_blocks(host, device, {3: 1, 0: 2})
-    assert np.array_equal(memory_of(device), expected.reshape(2, -1))
-    manager.swap_blocks(device, host, {0: 0, 1: 1, 2: 2, 3: 3})
-    assert np.array_equal(memory_of(host), expected.reshape(2, -1))
-    manager.deallocate_blocks_cache(device)
-    assert status_of(manager.swap_blocks, host, device, {0: 0}) in (INVALID, GONE)
-    assert np.array_equal(memory_of(host), expected.reshape(2, -1))
-
-
-@pytest.mark.parametrize(
-    ("dst_shape", "pairs"),
-    [
-        ((3, 8, 100), {5: 0}),
-        ((3, 8, 100), {0: 8}),
-        ((3, 8, 100), {0: 1, -1: 2}),
-        ((3, 8, 100), {0: -1}),
-        ((3, 8, 100), {0: 2**64}),
-        ((2, 8, 100), {0: 0}),
-        ((3, 8, 99), {0: 0}),
-        ((3, 8, 200), {0: 0}),
-    ],
-)
-def test_blocks_that_do_not_fit_are_not_swapped(
-    lone: Node, dst_shape: Shape, pairs: dict[int, int]
-) -> None:
-    src, dst = Framed((3, 5, 100), 1), Framed(dst_shape, 2)
-    host, device = blocks(lone, src, HOST), blocks(lone, dst)
-    assert status_of(lone.manager.swap_blocks, host, device, pairs) is INVALID
-    assert dst.is_untouched()
-    assert src.is_untouched()
-
-
-@pytest.mark.parametrize("dst_shape", [(2, 5, 100), (3, 5, 99)], ids=str)
-def test_caches_that_do_not_fit_are_refused_even_for_no_blocks(
-    lone: Node, dst_shape: Shape
-) -> None:
-    host = blocks(lone, Framed((3, 5, 100), 1), HOST)
-    device = blocks(lone, Framed(dst_shape, 2))
-    assert status_of(lone.manager.swap_blocks, host, device, {}) is INVALID
-
-
-@pytest.mark.parametrize(
-    ("src_at", "dst_at"), [(HOST, HOST), (DEVICE, DEVICE)], ids=["hosts", "devices"]
-)
-def test_only_host_and_device_are_swapped(lone: Node, src_at: Placement, dst_at: Placement) -> None:
-    src, dst = Framed((3, 5, 100), 1), Framed((3, 5, 100), 2)
-    caches = blocks(lone, src, src_at), blocks(lone, dst, dst_at)
-    assert status_of(lone.manager.swap_blocks, *caches, {0: 0}) is INVALID
-    assert status_of(lone.manager.swap_blocks, caches[0], caches[0], {0: 1}) is INVALID
-    assert dst.is_untouched()
-
-
-def test_rows_are_not_swapped(lone: Node) -> None:
-    src, dst = Framed((3, 5, 100), 1), Framed((3, 5, 100), 2)
-    assert status_of(
-        lone.manager.swap_blocks, rows(lone, src, HOST), blocks(lone, dst), {0: 0}
-    ) is (INVALID)
-    assert status_of(
-        lone.manager.swap_blocks, blocks(lone, src, HOST), rows(lone, dst), {0: 0}
-    ) is (INVALID)
-    assert dst.is_untouched()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({"src_to_dst": None}, AttributeError),
-        ({"src_to_dst": [(0, 0)]}, TypeError),
-        ({"src_to_dst": {"0": 0}}, TypeError),
-        ({"src_to_dst": {0: "0"}}, TypeError),
-        ({"src_to_dst": {0: None}}, TypeError),
-        ({"src_to_dst": {True: 0}}, TypeError),
-        ({"src_to_dst": {0: [0]}}, TypeError),
-        ({"src_cache": None}, AttributeError),
-        ({"dst_cache": None}, AttributeError),
-        ({"src_cache": 1}, TypeError),
-        ({"dst_cache": [1]}, TypeError),
-    ],
-)
-def test_swap_blocks_refuses_what_is_no_argument(
-    lone: Node, arguments: dict[str, Any], expected: type[Exception]
-) -> None:
-    src, dst = Framed((3, 5, 100), 1), Framed((3, 5, 100), 2)
-    given = {
-        "src_cache": blocks(lone, src, HOST),
-        "dst_cache": blocks(lone, dst),
-        "src_to_dst": {0: 1},
-        **arguments,
-    }
-    with pytest.raises(expected):
-        lone.manager.swap_blocks(**given)
-    assert dst.is_untouched()
-
-
-def test_a_description_that_grew_does_not_let_a_swap_leave_the_cache(lone: Node) -> None:
-    shape = [4, PAGE // 4]
-    manager = lone.manager
-    device = manager.allocate_blocks_cache(CacheDesc(1, shape, DataType.DT_INT8))
-    neighbours = [manager.allocate_blocks_cache(CacheDesc(1, [4, PAGE // 4], DataType.DT_INT8))
-                  for _ in range(15)]  # fmt: skip
-    for cache in (device, *neighbours):
-        memory_of(cache)[0][:] = 0
-    src = Framed((1, 8, PAGE // 4), 1)
-    host = blocks(lone, src, HOST)
-    device.cache_desc.update_dim(0, 8)
-    assert status_of(manager.swap_blocks, host, device, {0: 5}) is INVALID
-    assert not any(memory_of(cache)[0].any() for cache in neighbours)
+    assert np.array_equal(view(cache), expected.reshape(2, -1))
+    assert np.array_equal(view(before), make_array((2, PAGE), 0))
+    assert np.array_equal(view(behind), make_array((2, PAGE), 2))
 
 
 # -- memory that is not mapped ---------------------------------------------------------------------
@@ -518,37 +337,3 @@ def test_unmapped_memory_is_an_error_and_no_crash(lone: Node) -> None:
     manager.copy_cache(good_rows, good_rows, 1, 0)
     expected[:, 1] = expected[:, 0]
     assert mapped.became(expected)
-
-
-# -- remap_registered_memory -----------------------------------------------------------------------
-
-MEMORY = MemInfo(Memtype.MEM_TYPE_DEVICE, 4096, 64)
-
-
-@pytest.mark.parametrize(
-    "infos",
-    [
-        None,
-        "memory",
-        (MEMORY,),
-        [MEMORY, None],
-        [MEMORY, (1, 2, 3)],
-        [],
-        MemInfo(Memtype.MEM_TYPE_HOST, 4096, 64),
-        MemInfo(Memtype.MEM_TYPE_DEVICE, 0, 64),
-        MemInfo(Memtype.MEM_TYPE_DEVICE, 4096, 0),
-        [MEMORY, MemInfo(Memtype.MEM_TYPE_DEVICE, 4096, -1)],
-    ],
-)
-def test_remap_refuses_what_is_no_device_memory(lone: Node, infos: Any) -> None:
-    assert status_of(lone.manager.remap_registered_memory, infos) is INVALID
-
-
-def test_remap_needs_a_link_and_does_nothing(lone: Node, peer: NodeProcess) -> None:
-    remap = lone.manager.remap_registered_memory
-    assert status_of(remap, MEMORY) is LLMStatusCode.LLM_NOT_YET_LINK
-    port = peer.call(Node.start, LLMRole.DECODER, 2, listen_ip_info="127.0.0.1:0")
-    assert lone.link(port, 2) is SUCCESS
-    assert status_of(remap, MEMORY) is SUCCESS
-    assert status_of(remap, [MEMORY, MEMORY]) is SUCCESS
-    assert status_of(remap, []) is INVALID

@@ -18,13 +18,19 @@ import pytest
 from llm_datadist import (
     BlocksCacheKey,
     CacheDesc,
+    CacheKey,
     CacheKeyByIdAndIndex,
     DataType,
+    LayerSynchronizer,
     LLMConfig,
     LLMDataDist,
     LLMException,
     LLMRole,
     LLMStatusCode,
+    MemInfo,
+    Memtype,
+    Placement,
+    TransferWithCacheKeyConfig,
 )
 from llm_datadist.testing.cluster import Node, NodeProcess, addrs_of, make_array
 from llm_datadist.testing.timing import eventually, takes_at_most
@@ -83,6 +89,7 @@ def status_of(call: Callable[[], object]) -> LLMStatusCode:
 # -- init ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.init", "datadist.cache_manager")
 def test_a_second_init_is_ignored(datadist: LLMDataDist) -> None:
     datadist.init(options(listen_ip_info="127.0.0.1:0"))
     manager, endpoint = datadist.cache_manager, datadist.listen_endpoint
@@ -91,6 +98,7 @@ def test_a_second_init_is_ignored(datadist: LLMDataDist) -> None:
     assert datadist.listen_endpoint == endpoint
 
 
+@pytest.mark.shows("datadist.init", "error.4")
 def test_a_second_instance_must_wait_for_finalize(datadist: LLMDataDist) -> None:
     datadist.init(options())
     second = LLMDataDist(LLMRole.PROMPT, 3)
@@ -105,6 +113,7 @@ def test_a_second_instance_must_wait_for_finalize(datadist: LLMDataDist) -> None
     assert LLMDataDist.llm_engine_instance is None
 
 
+@pytest.mark.shows("datadist.init", "error.8")
 def test_a_port_in_use_is_named_and_init_may_be_tried_again(datadist: LLMDataDist) -> None:
     before = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -120,6 +129,7 @@ def test_a_port_in_use_is_named_and_init_may_be_tried_again(datadist: LLMDataDis
     assert datadist.listen_endpoint == ("127.0.0.1", port)
 
 
+@pytest.mark.shows("datadist.init", "error.8")
 @pytest.mark.parametrize(
     "address", ["nonsense", "1.2.3:80", "localhost:80", "1.2.3.4", "[1.2.3.4]:80", "", ":80"]
 )
@@ -133,6 +143,7 @@ def test_a_bad_address_is_refused_and_init_may_be_tried_again(
     assert datadist.links() == []
 
 
+@pytest.mark.shows("error.8")
 def test_an_address_that_this_machine_does_not_have_fails(datadist: LLMDataDist) -> None:
     elsewhere = options(listen_ip_info="192.0.2.1:0")
     assert status_of(lambda: datadist.init(elsewhere)) == LLMStatusCode.LLM_FAILED
@@ -155,6 +166,7 @@ def test_before_init_nothing_but_finalize_works(datadist: LLMDataDist) -> None:
     assert datadist.cluster_id == 2
 
 
+@pytest.mark.shows("datadist.init")
 def test_the_options_are_not_changed(datadist: LLMDataDist) -> None:
     given = options(listen_ip_info="127.0.0.1:0")
     copy = dict(given)
@@ -165,6 +177,7 @@ def test_the_options_are_not_changed(datadist: LLMDataDist) -> None:
 # -- finalize --------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.finalize", "relies.6")
 def test_finalize_and_init_on_the_same_port_start_anew(
     node: Node, peer: NodeProcess, path: str
 ) -> None:
@@ -180,6 +193,7 @@ def test_finalize_and_init_on_the_same_port_start_anew(
         assert peer.call(publish) == 2, "ids count from 1 again"
 
 
+@pytest.mark.shows("datadist.finalize", "datadist.cache_manager", "relies.6", "relies.8")
 def test_one_object_may_be_finalized_and_initialised_again(datadist: LLMDataDist) -> None:
     managers = []
     memory = make_array((1, 4, 64), 1)
@@ -194,21 +208,47 @@ def test_one_object_may_be_finalized_and_initialised_again(datadist: LLMDataDist
     assert len(set(map(id, managers))) == 3
 
 
+@pytest.mark.shows("datadist.finalize")
 def test_an_old_cache_manager_refuses(node: Node, peer: NodeProcess) -> None:
     port = listen(peer)
     node.start(LLMRole.DECODER, 2)
     assert node.link(port, 1) == SUCCESS
     old, blocks, rows = node.manager, node.blocks_cache(*SHAPE), node.rows_cache()
+    host = node.blocks_cache(*SHAPE, placement=Placement.HOST)
     node.datadist.finalize()
     node.datadist.init(options())
-    register = lambda: old.register_blocks_cache(blocks.cache_desc, [4096, 8192])  # noqa: E731
-    assert status_of(register) == LLMStatusCode.LLM_FAILED
-    assert status_of(lambda: old.unregister_cache(1)) == LLMStatusCode.LLM_FAILED
-    for pull in (
-        lambda: old.pull_blocks(BlocksCacheKey(1, 0), blocks, [0], [0]),
-        lambda: old.pull_cache(CacheKeyByIdAndIndex(1, 1), rows),
+    desc, row = blocks.cache_desc, CacheKeyByIdAndIndex(1, 1)
+    target = TransferWithCacheKeyConfig(row, range(1), range(1))
+    for call in (
+        lambda: old.register_blocks_cache(desc, [4096, 8192]),
+        lambda: old.register_cache(desc, [4096, 8192]),
+        lambda: old.allocate_blocks_cache(desc),
+        lambda: old.allocate_cache(desc),
+        lambda: old.unregister_cache(1),
     ):
-        assert status_of(pull) == LLMStatusCode.LLM_PARAM_INVALID
+        assert status_of(call) == LLMStatusCode.LLM_FAILED
+    for use in (
+        lambda: old.pull_blocks(BlocksCacheKey(1, 0), blocks, [0], [0]),
+        lambda: old.pull_cache(row, rows),
+        lambda: old.push_blocks(BlocksCacheKey(1, 0), blocks, [0], [0]),
+        lambda: old.push_cache(row, rows),
+        lambda: old.transfer_cache_async(rows, Ready(), [target]),
+        lambda: old.copy_cache(rows, rows, 0, 1),
+        lambda: old.copy_blocks(blocks, {0: [1]}),
+        lambda: old.swap_blocks(host, blocks, {0: 1}),
+        lambda: old.deallocate_cache(rows),
+        lambda: old.deallocate_blocks_cache(blocks),
+        lambda: old.remove_cache_key(CacheKey(1, 1)),
+        lambda: old.remap_registered_memory(MemInfo(Memtype.MEM_TYPE_DEVICE, 4096, 64)),
+    ):
+        with pytest.raises(LLMException, match="was finalized") as error:
+            use()
+        assert error.value.status_code == LLMStatusCode.LLM_PARAM_INVALID
+
+
+class Ready(LayerSynchronizer):
+    def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
+        return True
 
 
 def test_a_new_engine_does_not_take_an_old_cache_for_its_own(node: Node, peer: NodeProcess) -> None:
@@ -254,6 +294,24 @@ def test_finalize_does_not_wait_for_a_peer_that_stands_still(
     victim.pause()
     with takes_at_most(1.0):
         node.stop()
+
+
+@pytest.mark.shows("datadist.finalize")
+def test_finalize_waits_for_a_running_pull(node: Node, peer: NodeProcess) -> None:
+    port = listen(peer, transfer_path="tcp")
+    shape = (4, 64, 1 << 20)
+    peer.call(large_source, shape)
+    node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=20_000)
+    assert node.link(port, 1) == SUCCESS
+    cache = node.blocks_cache(*shape)
+    array, blocks = node.arrays[cache.cache_id], list(range(shape[1]))
+    with ThreadPoolExecutor(1) as pool:
+        pull = pool.submit(node.manager.pull_blocks, BlocksCacheKey(1, 1), cache, blocks, blocks)
+        assert eventually(lambda: bool(array[0, 0, 0] == 7))
+        assert array[-1, -1, -1] == 0, "the pull must be in its middle"
+        node.datadist.finalize()
+        assert (array == 7).all()
+        pull.result(20)
 
 
 def test_finalize_ends_a_link_call_of_another_thread(node: Node) -> None:
@@ -361,6 +419,7 @@ print("end of program")
 """
 
 
+@pytest.mark.shows("datadist.finalize")
 @pytest.mark.parametrize("is_linked", [False, True])
 def test_a_program_that_forgets_finalize_ends_promptly(
     peer: NodeProcess, is_linked: bool, path: str
@@ -458,6 +517,6 @@ threading.Thread(target=work).start()
     assert (done.returncode, done.stdout, done.stderr) == (0, "worked\n", "")
 
 
-def large_source(node: Node) -> None:
-    cache = node.blocks_cache(4, 64, 1 << 14, key=BlocksCacheKey(0, 1))
+def large_source(node: Node, shape: tuple[int, int, int] = (4, 64, 1 << 14)) -> None:
+    cache = node.blocks_cache(*shape, key=BlocksCacheKey(0, 1))
     node.arrays[cache.cache_id][:] = 7

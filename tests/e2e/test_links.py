@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,6 +146,7 @@ def unlink_id(node: Node, cluster_id: int, *, force: bool) -> LLMStatusCode:
 # -- what a link is --------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.link_clusters", "datadist.links")
 def test_a_link_shows_at_both_ends_and_serves_both(
     node: Node, peer: NodeProcess, is_accessible: bool, path: str
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_link_shows_at_both_ends_and_serves_both(
     assert peer.call(pulls, 2, 9)
 
 
+@pytest.mark.shows("error.18")
 def test_linking_again_is_already_link_and_leaves_nothing_behind(
     node: Node, peer: NodeProcess
 ) -> None:
@@ -182,6 +184,7 @@ def test_linking_again_is_already_link_and_leaves_nothing_behind(
     assert pulls(node, 1)
 
 
+@pytest.mark.shows("relies.4", "relies.7")
 def test_an_unset_cluster_id_is_learned(node: Node, peer: NodeProcess) -> None:
     port = listen(peer, cluster_id=2**64 - 1)
     node.start(LLMRole.DECODER, 0)
@@ -192,6 +195,7 @@ def test_an_unset_cluster_id_is_learned(node: Node, peer: NodeProcess) -> None:
     assert peer.call(linked_ids) == [0]
 
 
+@pytest.mark.shows("link.wrong_id")
 def test_a_wrong_cluster_id_links_under_the_peers_own(node: Node, peer: NodeProcess) -> None:
     port = listen(peer, cluster_id=1)
     node.start(LLMRole.DECODER, 2)
@@ -204,6 +208,7 @@ def test_a_wrong_cluster_id_links_under_the_peers_own(node: Node, peer: NodeProc
     assert node.link(port, 1) == ALREADY_LINK
 
 
+@pytest.mark.shows("relies.7")
 @pytest.mark.parametrize("cluster_id", [0, 7])
 def test_both_ends_may_have_the_same_cluster_id(
     node: Node, peer: NodeProcess, cluster_id: int, is_accessible: bool
@@ -220,6 +225,7 @@ def test_both_ends_may_have_the_same_cluster_id(
     assert eventually(lambda: peer.call(linked_ids) == [])
 
 
+@pytest.mark.shows("relies.7")
 def test_two_peers_with_one_cluster_id_are_told_apart_by_address(
     node: Node, peer: NodeProcess, other: NodeProcess
 ) -> None:
@@ -256,6 +262,7 @@ def test_a_listener_tells_two_callers_with_one_cluster_id_apart(
     assert other.call(pulls, 1)
 
 
+@pytest.mark.shows("link.self")
 def test_a_cluster_may_link_to_itself_but_not_pull(node: Node, path: str) -> None:
     port = node.start(LLMRole.MIX, 1, listen_ip_info="127.0.0.1:0", transfer_path=path)
     publish(node, SEED)
@@ -279,6 +286,7 @@ def test_a_link_to_oneself_does_not_hide_a_peer_with_the_same_id(
     assert pulls(node, 1)
 
 
+@pytest.mark.shows("O34")
 def test_ipv6_and_host_names_reach_a_listener(
     node: Node, peer: NodeProcess, other: NodeProcess
 ) -> None:
@@ -306,6 +314,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], list[str]]]
     return names
 
 
+@pytest.mark.shows("O34")
 def test_all_addresses_of_a_name_are_tried(
     node: Node, peer: NodeProcess, names: dict[str, Callable[[], list[str]]]
 ) -> None:
@@ -317,6 +326,7 @@ def test_all_addresses_of_a_name_are_tried(
     assert node.link(dead_port(), 3, host="many.test") == LINK_FAILED
 
 
+@pytest.mark.shows("O34")
 def test_a_name_that_nobody_knows_is_link_failed(
     node: Node, names: dict[str, Callable[[], list[str]]]
 ) -> None:
@@ -328,6 +338,7 @@ def test_a_name_that_nobody_knows_is_link_failed(
     assert node.link(1, 3, host="nowhere.test") == LINK_FAILED
 
 
+@pytest.mark.shows("link.parallel", "O34")
 def test_a_name_server_that_does_not_answer_holds_up_nobody(
     node: Node, peer: NodeProcess, names: dict[str, Callable[[], list[str]]]
 ) -> None:
@@ -371,6 +382,7 @@ def test_registering_after_linking_is_seen(
 # -- paths -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.links")
 def test_the_best_common_path_is_taken(node: Node, peer: NodeProcess) -> None:
     port = listen(peer)
     node.start(LLMRole.DECODER, 2)
@@ -378,6 +390,7 @@ def test_the_best_common_path_is_taken(node: Node, peer: NodeProcess) -> None:
     assert link_list(node) == [(1, "cma", "", ("127.0.0.1", port))]
 
 
+@pytest.mark.shows("datadist.links")
 def test_a_forced_path_of_one_end_decides(node: Node, peer: NodeProcess) -> None:
     port = listen(peer, transfer_path="tcp")
     node.start(LLMRole.DECODER, 2)
@@ -404,6 +417,7 @@ def test_a_forced_path_that_the_other_end_does_not_offer_is_link_failed(
 # -- links that cannot be --------------------------------------------------------------------------
 
 
+@pytest.mark.shows("link.refused", "error.17", "relies.4")
 def test_nobody_listens(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     node.start(LLMRole.DECODER, 2)
     port = dead_port()
@@ -413,6 +427,7 @@ def test_nobody_listens(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     assert linked_ids(node) == []
 
 
+@pytest.mark.shows("link.silent")
 @pytest.mark.parametrize("timeout", [300, 1000])
 def test_a_silent_address_times_out_in_time(node: Node, silent_port: int, timeout: int) -> None:
     node.start(LLMRole.DECODER, 2)
@@ -425,6 +440,7 @@ def test_a_silent_address_times_out_in_time(node: Node, silent_port: int, timeou
     assert descriptors(node) == before
 
 
+@pytest.mark.shows("link.flags_differ", "link.both_rolled_back")
 @pytest.mark.parametrize("mine", [False, True])
 def test_ends_that_differ_in_remote_access_do_not_link(
     node: Node, peer: NodeProcess, caplog: pytest.LogCaptureFixture, mine: bool
@@ -435,8 +451,13 @@ def test_ends_that_differ_in_remote_access_do_not_link(
         assert node.link(port, 1) == PARAM_INVALID
     assert "enable_remote_cache_accessible differs" in caplog.text
     assert (linked_ids(node), peer.call(linked_ids)) == ([], [])
+    node.stop()
+    node.start(LLMRole.DECODER, 2, enable_remote_cache_accessible=not mine)
+    assert node.link(port, 1) == SUCCESS
+    assert pulls(node, 1)
 
 
+@pytest.mark.shows("link.one_remote_address")
 @pytest.mark.parametrize("addresses", [0, 2])
 def test_a_cluster_has_exactly_one_remote_address(
     node: Node, peer: NodeProcess, addresses: int
@@ -457,6 +478,7 @@ def test_a_cluster_has_exactly_one_remote_address(
     assert linked_ids(node) == []
 
 
+@pytest.mark.shows("error.16")
 def test_no_clusters_are_no_success(node: Node) -> None:
     node.start(LLMRole.DECODER, 2)
     assert node.datadist.link_clusters([]) == (PARAM_INVALID, [])
@@ -467,6 +489,7 @@ def test_no_clusters_are_no_success(node: Node) -> None:
 # -- several clusters in one call ------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.link_clusters")
 def test_the_aggregate_is_the_last_failure_and_successes_stay(
     node: Node, peer: NodeProcess, other: NodeProcess
 ) -> None:
@@ -499,6 +522,7 @@ def test_the_aggregate_is_the_last_failure_and_successes_stay(
     assert linked_ids(node) == []
 
 
+@pytest.mark.shows("link.parallel", "relies.4")
 def test_twenty_clusters_at_once_take_as_long_as_the_slowest(
     node: Node, peer: NodeProcess, other: NodeProcess
 ) -> None:
@@ -567,6 +591,7 @@ def test_two_ends_may_link_to_each_other_at_once(node: Node, peer: NodeProcess) 
 # -- unlinking -------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.unlink_clusters")
 def test_both_ends_see_a_graceful_unlink(
     node: Node, peer: NodeProcess, is_accessible: bool, path: str
 ) -> None:
@@ -589,6 +614,7 @@ def test_both_ends_see_a_graceful_unlink(
         assert eventually(lambda: peer.call(linked_ids) == [])
 
 
+@pytest.mark.shows("datadist.unlink_clusters", "datadist.unlink_clusters.force", "relies.5")
 @pytest.mark.parametrize("force", [False, True])
 def test_a_listener_unlinks_its_caller(node: Node, peer: NodeProcess, force: bool) -> None:
     port = listen(peer)
@@ -601,6 +627,7 @@ def test_a_listener_unlinks_its_caller(node: Node, peer: NodeProcess, force: boo
         assert pull_status(node, 1) == NOT_YET_LINK
 
 
+@pytest.mark.shows("datadist.unlink_clusters.force", "relies.5")
 def test_force_unlinks_a_live_peer_at_once_and_it_notices(node: Node, peer: NodeProcess) -> None:
     port = listen(peer)
     node.start(LLMRole.DECODER, 2)
@@ -609,11 +636,13 @@ def test_force_unlinks_a_live_peer_at_once_and_it_notices(node: Node, peer: Node
         assert pulls(node, 1)
         with takes_at_most(0.5):
             assert unlink_id(node, 1, force=True) == SUCCESS
+        assert peer.call(unlink_id, 2, force=True) == SUCCESS, "as samples do, at both ends"
         assert linked_ids(node) == []
         assert pull_status(node, 1) == NOT_YET_LINK
         assert eventually(lambda: peer.call(linked_ids) == [])
 
 
+@pytest.mark.shows("link.again_after_crash")
 def test_a_peer_unlinked_by_force_is_linked_again_at_once(node: Node, peer: NodeProcess) -> None:
     port = listen(peer)
     node.start(LLMRole.DECODER, 2)
@@ -625,6 +654,7 @@ def test_a_peer_unlinked_by_force_is_linked_again_at_once(node: Node, peer: Node
     assert eventually(lambda: peer.call(linked_ids) == [2])
 
 
+@pytest.mark.shows("datadist.unlink_clusters.force", "relies.5")
 @pytest.mark.parametrize("was_linked", [False, True])
 def test_force_unlinks_what_is_dead_or_unknown(
     node: Node, victim: NodeProcess, was_linked: bool
@@ -650,6 +680,7 @@ def test_force_does_not_wait_for_a_peer_that_stands_still(node: Node, victim: No
     assert linked_ids(node) == []
 
 
+@pytest.mark.shows("error.17", "error.19")
 def test_unlinking_what_is_not_linked(node: Node, peer: NodeProcess, silent_port: int) -> None:
     port = listen(peer)
     node.start(LLMRole.DECODER, 2)
@@ -660,6 +691,7 @@ def test_unlinking_what_is_not_linked(node: Node, peer: NodeProcess, silent_port
         assert node.unlink(silent_port, 1, 300) == TIMEOUT
 
 
+@pytest.mark.shows("unlink.peer_gone")
 def test_unlinking_a_peer_that_died_says_so(node: Node, victim: NodeProcess) -> None:
     port = listen(victim)
     node.start(LLMRole.DECODER, 2)
@@ -683,6 +715,7 @@ def test_both_ends_may_unlink_at_once(node: Node, peer: NodeProcess) -> None:
         assert eventually(lambda: (linked_ids(node), peer.call(linked_ids)) == ([], []))
 
 
+@pytest.mark.shows("unlink.waits", "datadist.unlink_clusters")
 def test_unlink_waits_for_a_running_pull(node: Node, victim: NodeProcess) -> None:
     port = listen(victim, transfer_path="tcp")
     victim.call(publish_large)
@@ -690,7 +723,7 @@ def test_unlink_waits_for_a_running_pull(node: Node, victim: NodeProcess) -> Non
     assert node.link(port, 1) == SUCCESS
     cache = node.blocks_cache(*LARGE)
     array, blocks = node.arrays[cache.cache_id], list(range(LARGE[1]))
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(32) as pool:
         pull = pool.submit(node.manager.pull_blocks, BlocksCacheKey(1, 1), cache, blocks, blocks)
         assert eventually(lambda: bool(array[0, 0, 0] == LARGE_FILL))
         victim.pause()
@@ -699,6 +732,8 @@ def test_unlink_waits_for_a_running_pull(node: Node, victim: NodeProcess) -> Non
             assert node.unlink(port, 1, 500) == TIMEOUT
         assert linked_ids(node) == [1]
         unlink = pool.submit(node.unlink, port, 1, 20000)
+        assert eventually(lambda: is_refused_at_once(pool, node))
+        assert not unlink.done()
         victim.resume()
         assert unlink.result() == SUCCESS
         assert pull.done()
@@ -709,6 +744,14 @@ def test_unlink_waits_for_a_running_pull(node: Node, victim: NodeProcess) -> Non
     assert node.link(port, 1) == SUCCESS
 
 
+def is_refused_at_once(pool: ThreadPoolExecutor, node: Node) -> bool:
+    """Whether another pull gets no further; one that was in time waits with the first."""
+    pull = pool.submit(pull_status, node, 1)
+    wait([pull], 0.3)
+    return pull.done() and pull.result() == NOT_YET_LINK
+
+
+@pytest.mark.shows("unlink.waits")
 def test_a_peer_that_unlinks_waits_for_our_running_pull(node: Node, victim: NodeProcess) -> None:
     port = listen(victim, transfer_path="tcp")
     victim.call(publish_large)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMDataDist, LLMRole, Placement
-from llm_datadist.testing.cluster import Node
+
+if TYPE_CHECKING:
+    from llm_datadist.testing.cluster import Node
 
 PAGE = 65536
 HOST, DEVICE = Placement.HOST, Placement.DEVICE

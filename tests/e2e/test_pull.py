@@ -2,61 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
+import linked_pair
 import numpy as np
 import pytest
+from linked_pair import (
+    GONE,
+    INVALID,
+    NO_ID,
+    SUCCESS,
+    Pair,
+    add_blocks,
+    add_rows,
+    status_of,
+    unregister,
+)
 
 from llm_datadist import (
     BlocksCacheKey,
+    CacheDesc,
     CacheKey,
     CacheKeyByIdAndIndex,
+    DataType,
     LLMException,
     LLMRole,
-    LLMStatusCode,
-    Placement,
 )
 from llm_datadist.testing.cluster import Bytes, Node, NodeProcess, make_array
 
-NO_ID = 2**64 - 1
-HOST = Placement.HOST
+pair = linked_pair.pair
 
 
-@dataclass
-class Pair:
-    """A decode node here, linked to a prefill node (cluster 1) in another process."""
-
-    node: Node
-    peer: NodeProcess
-    is_accessible: bool
-
-
-@pytest.fixture
-def pair(node: Node, peer: NodeProcess, is_accessible: bool, path: str) -> Pair:
-    settings = {"enable_remote_cache_accessible": is_accessible, "transfer_path": path}
-    port = peer.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
-    node.start(LLMRole.DECODER, 2, **settings)
-    assert node.link(port, 1) == LLMStatusCode.LLM_SUCCESS
-    assert [link.path for link in node.datadist.links()] == [path]
-    return Pair(node, peer, is_accessible)
-
-
-def add_blocks(node: Node, *args: object, **kwargs: object) -> int:
-    return node.blocks_cache(*args, **kwargs).cache_id  # type: ignore[arg-type]
-
-
-def add_rows(node: Node, *args: object, **kwargs: object) -> int:
-    return node.rows_cache(*args, **kwargs).cache_id  # type: ignore[arg-type]
-
-
-def unregister(node: Node, cache_id: int) -> None:
-    node.manager.unregister_cache(cache_id)
-
-
-def status_of(error: pytest.ExceptionInfo[LLMException]) -> LLMStatusCode:
-    return error.value.status_code
-
-
+@pytest.mark.shows("cm.pull_blocks", "relies.9")
 def test_pull_blocks_moves_exactly_the_named_blocks(pair: Pair) -> None:
     pair.peer.call(add_blocks, 4, 16, 100, seed=1, key=BlocksCacheKey(1, 0))
     cache = pair.node.blocks_cache(4, 10, 100, seed=2)
@@ -67,6 +44,7 @@ def test_pull_blocks_moves_exactly_the_named_blocks(pair: Pair) -> None:
     assert np.array_equal(pair.node.arrays[cache.cache_id], expected)
 
 
+@pytest.mark.shows("cm.pull_blocks")
 def test_a_large_pull_in_parts_moves_every_byte(pair: Pair) -> None:
     shape = (16, 64, 32768)
     pair.peer.call(add_blocks, *shape, seed=3, key=BlocksCacheKey(1, 5))
@@ -79,6 +57,7 @@ def test_a_large_pull_in_parts_moves_every_byte(pair: Pair) -> None:
     assert np.array_equal(pair.node.arrays[cache.cache_id], expected)
 
 
+@pytest.mark.shows("cm.pull_cache.layers", "pull.ranges", "pull.empty_range")
 @pytest.mark.parametrize(
     ("ranges", "moved"),
     [
@@ -105,7 +84,7 @@ def test_layer_ranges_pick_tensors(
     if moved is None:
         with pytest.raises(LLMException) as error:
             pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, [0], [1], **ranges)
-        assert status_of(error) == LLMStatusCode.LLM_PARAM_INVALID
+        assert status_of(error) == INVALID
     else:
         src, dst = moved
         expected[list(dst), 1] = make_array((6, 4, 64), 1)[list(src), 0]
@@ -113,6 +92,78 @@ def test_layer_ranges_pick_tensors(
     assert np.array_equal(pair.node.arrays[cache.cache_id], expected)
 
 
+@pytest.mark.shows("cm.pull_cache.layers", "pull.ranges", "relies.9")
+@pytest.mark.parametrize(
+    ("num_remote", "num_local", "ranges", "moved"),
+    [
+        (5, 5, {}, (range(5), range(5))),
+        (1, 1, {}, (range(1), range(1))),
+        (2, 2, {"tensor_num_per_layer": 9}, (range(2), range(2))),
+        (6, 2, {"src_layer_range": range(1, 2)}, ([2, 3], [0, 1])),
+        (2, 6, {"dst_layer_range": range(1, 2)}, ([0, 1], [2, 3])),
+        (2, 3, {"dst_layer_range": range(2, 3), "tensor_num_per_layer": 1}, None),
+        (2, 6, {"src_layer_range": range(1)}, None),  # is to fill all of our cache
+        (
+            6,
+            3,
+            {"src_layer_range": range(1, 2), "tensor_num_per_layer": 3},
+            ([3, 4, 5], [0, 1, 2]),
+        ),
+        (
+            6,
+            4,
+            {"src_layer_range": range(2, 4), "dst_layer_range": range(2)},
+            None,  # the peer has no layer 3
+        ),
+        (5, 4, {}, None),
+    ],
+)
+def test_layer_ranges_pick_the_tensors_of_rows(
+    pair: Pair,
+    num_remote: int,
+    num_local: int,
+    ranges: dict[str, Any],
+    moved: tuple[list[int], list[int]] | None,
+) -> None:
+    cache_id = pair.peer.call(add_rows, num_remote, 2, 64, seed=1)
+    cache = pair.node.rows_cache(num_local, 2, 64)
+    expected = np.zeros((num_local, 2, 64), dtype=np.uint8)
+    key = CacheKeyByIdAndIndex(1, cache_id, 1)
+    if moved is None:
+        with pytest.raises(LLMException) as error:
+            pair.node.manager.pull_cache(key, cache, **ranges)
+        assert status_of(error) == INVALID
+    else:
+        src, dst = moved
+        pair.node.manager.pull_cache(key, cache, **ranges)
+        expected[list(dst), 0] = make_array((num_remote, 2, 64), 1)[list(src), 1]
+    assert np.array_equal(pair.node.arrays[cache.cache_id], expected)
+
+
+@pytest.mark.shows("pull.unknown_kwargs")
+def test_keywords_that_nobody_knows_are_ignored(pair: Pair) -> None:
+    rows_id = pair.peer.call(add_rows, 2, 4, 64, seed=1)
+    pair.peer.call(add_blocks, 2, 4, 64, seed=1, key=BlocksCacheKey(1, 0))
+    rows, blocks = pair.node.rows_cache(2, 4, 64), pair.node.blocks_cache(2, 4, 64)
+    unknown: dict[str, Any] = {"src_cache_offset": 8, "dst_cache_offset": "8", "nonsense": object()}
+    pair.node.manager.pull_cache(CacheKeyByIdAndIndex(1, rows_id, 3), rows, 3, **unknown)
+    pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), blocks, [3], [3], **unknown)
+    expected = np.zeros((2, 4, 64), dtype=np.uint8)
+    expected[:, 3] = make_array((2, 4, 64), 1)[:, 3]
+    assert np.array_equal(pair.node.arrays[rows.cache_id], expected)
+    assert np.array_equal(pair.node.arrays[blocks.cache_id], expected)
+
+
+@pytest.mark.shows("pull.empty_range")
+def test_an_empty_range_is_as_none(pair: Pair) -> None:
+    cache_id = pair.peer.call(add_rows, 3, 1, 64, seed=1)
+    cache = pair.node.rows_cache(3, 1, 64)
+    ranges: dict[str, Any] = {"src_layer_range": range(0), "dst_layer_range": range(7, 7)}
+    pair.node.manager.pull_cache(CacheKeyByIdAndIndex(1, cache_id), cache, **ranges)
+    assert np.array_equal(pair.node.arrays[cache.cache_id], make_array((3, 1, 64), 1))
+
+
+@pytest.mark.shows("cm.pull_blocks.continuous", "O11", "O9")
 def test_a_row_fills_blocks_and_its_tail_leaves_the_rest_alone(pair: Pair) -> None:
     cache_id = pair.peer.call(add_rows, 2, 3, 28, seed=1)
     cache = pair.node.blocks_cache(2, 8, 8, seed=2)
@@ -125,6 +176,66 @@ def test_a_row_fills_blocks_and_its_tail_leaves_the_rest_alone(pair: Pair) -> No
     assert np.array_equal(pair.node.arrays[cache.cache_id], expected)
 
 
+@pytest.mark.shows("cm.pull_blocks.continuous", "O11")
+@pytest.mark.parametrize("num_blocks", [1, 3, 4, 5])
+def test_no_more_blocks_are_filled_than_the_row_has_bytes_for(pair: Pair, num_blocks: int) -> None:
+    """Row 1 of three of 28 bytes into blocks of 8: three, and half of a fourth."""
+    cache_id = pair.peer.call(add_rows, 2, 3, 28, seed=1)
+    cache = pair.node.blocks_cache(2, 8, 8, seed=2)
+    key, blocks = CacheKeyByIdAndIndex(1, cache_id, 1), [6, 5, 1, 0, 3][:num_blocks]
+    expected = make_array((2, 8, 8), 2)
+    if num_blocks == 5:
+        with pytest.raises(LLMException, match="than a row of 28 bytes fills") as error:
+            pair.node.manager.pull_blocks(key, cache, (), blocks)
+        assert status_of(error) == INVALID
+    else:
+        pair.node.manager.pull_blocks(key, cache, (), blocks)
+        row = make_array((2, 3, 28), 1)[:, 1]
+        for chunk, block in enumerate(blocks):
+            part = row[:, 8 * chunk : 8 * chunk + 8]
+            expected[:, block, : part.shape[1]] = part
+    assert np.array_equal(pair.node.arrays[cache.cache_id], expected)
+
+
+@pytest.mark.shows("cm.pull_blocks.continuous")
+def test_a_block_larger_than_the_row_is_refused(pair: Pair) -> None:
+    cache_id = pair.peer.call(add_rows, 2, 3, 28, seed=1)
+    cache = pair.node.blocks_cache(2, 8, 29)
+    with pytest.raises(LLMException, match="larger than the source's rows") as error:
+        pair.node.manager.pull_blocks(CacheKeyByIdAndIndex(1, cache_id), cache, (), [0])
+    assert status_of(error) == INVALID
+    assert not pair.node.arrays[cache.cache_id].any()
+
+
+@pytest.mark.shows("O32")
+@pytest.mark.parametrize(
+    "key", [CacheKey(1, 77), CacheKey(1, NO_ID, prefix_id=5), CacheKey(1, 77, 3)], ids=str
+)
+def test_a_key_names_the_row_that_fills_blocks(pair: Pair, key: CacheKey) -> None:
+    pair.peer.call(add_rows, 2, 4, 64, seed=1, keys=[CacheKey(1, 1), CacheKey(1, 2), key])
+    cache = pair.node.blocks_cache(2, 4, 32)
+    pair.node.manager.pull_blocks(key, cache, (), [3, 1])
+    expected = np.zeros((2, 4, 32), dtype=np.uint8)
+    row = make_array((2, 4, 64), 1)[:, 2]
+    expected[:, 3], expected[:, 1] = row[:, :32], row[:, 32:]
+    assert np.array_equal(pair.node.arrays[cache.cache_id], expected)
+
+
+@pytest.mark.shows("O16")
+def test_two_caches_under_one_key_give_each_its_own_bytes_by_id(pair: Pair) -> None:
+    """The key is on row 0 of the one and on row 2 of the other."""
+    key, other = CacheKey(1, 7), CacheKey(1, 8)
+    first = pair.peer.call(add_rows, 2, 4, 64, seed=1, keys=[key])
+    second = pair.peer.call(add_rows, 2, 4, 64, seed=2, keys=[other, CacheKey(1, 9), key])
+    cache = pair.node.rows_cache(2, 1, 64)
+    for cache_id, seed in ((first, 1), (second, 2)):
+        for row in range(4):
+            pair.node.manager.pull_cache(CacheKeyByIdAndIndex(1, cache_id, row), cache)
+            expected = make_array((2, 4, 64), seed)[:, row]
+            assert np.array_equal(pair.node.arrays[cache.cache_id][:, 0], expected)
+
+
+@pytest.mark.shows("cm.pull_cache", "pull.size", "O9")
 @pytest.mark.parametrize(("size", "moved"), [(-1, 100), (100, 100), (37, 37)])
 def test_pull_cache_moves_a_row_from_its_beginning(pair: Pair, size: int, moved: int) -> None:
     cache_id = pair.peer.call(add_rows, 3, 4, 256, seed=1)
@@ -135,13 +246,14 @@ def test_pull_cache_moves_a_row_from_its_beginning(pair: Pair, size: int, moved:
     assert np.array_equal(pair.node.arrays[cache.cache_id], expected)
 
 
+@pytest.mark.shows("cm.pull_cache")
 @pytest.mark.parametrize(
     "key", [CacheKey(1, 77), CacheKey(1, NO_ID, prefix_id=5), CacheKey(1, 77, 3)], ids=str
 )
 def test_a_key_names_its_row(node: Node, peer: NodeProcess, path: str, key: CacheKey) -> None:
     port = peer.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0")
     node.start(LLMRole.DECODER, 2, transfer_path=path)
-    assert node.link(port, 1) == LLMStatusCode.LLM_SUCCESS
+    assert node.link(port, 1) == SUCCESS
     placeholder = CacheKey(1, NO_ID)
     peer.call(add_rows, 2, 4, 64, seed=1, keys=[placeholder, placeholder, key])
     cache = node.rows_cache(2, 1, 64)
@@ -151,6 +263,7 @@ def test_a_key_names_its_row(node: Node, peer: NodeProcess, path: str, key: Cach
         assert np.array_equal(node.arrays[cache.cache_id][:, 0], make_array((2, 4, 64), 1)[:, 2])
 
 
+@pytest.mark.shows("O21", "relies.14")
 def test_a_cache_registered_after_linking_can_be_pulled_at_once(pair: Pair) -> None:
     cache = pair.node.blocks_cache()
     for seed in range(3):
@@ -170,6 +283,7 @@ def test_a_key_that_moved_to_a_new_cache_never_leads_to_the_old_one(pair: Pair) 
         assert np.array_equal(pair.node.arrays[cache.cache_id][:, 3], expected)
 
 
+@pytest.mark.shows("error.47")
 def test_an_unregistered_cache_cannot_be_pulled_by_key_or_by_id(pair: Pair) -> None:
     cache = pair.node.blocks_cache()
     rows = pair.node.rows_cache()
@@ -181,33 +295,39 @@ def test_an_unregistered_cache_cannot_be_pulled_by_key_or_by_id(pair: Pair) -> N
     pair.peer.call(unregister, rows_id)
     with pytest.raises(LLMException) as error:
         pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, [0], [0])
-    assert status_of(error) == LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+    assert status_of(error) == GONE
     with pytest.raises(LLMException) as error:
         pair.node.manager.pull_cache(CacheKeyByIdAndIndex(1, rows_id), rows)
-    assert status_of(error) == LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+    assert status_of(error) == GONE
 
 
+@pytest.mark.shows("O15", "error.47")
 @pytest.mark.parametrize("cache_id", [-1, 0, 99, 2**62])
 def test_an_id_that_was_never_given_out_names_nothing(pair: Pair, cache_id: int) -> None:
     pair.peer.call(add_blocks, key=BlocksCacheKey(1, 0))
+    pair.peer.call(add_rows, 2, 4, 64, keys=[CacheKey(1, 0)])
+    key = CacheKeyByIdAndIndex(1, cache_id)
     with pytest.raises(LLMException) as error:
-        pair.node.manager.pull_cache(
-            CacheKeyByIdAndIndex(1, cache_id), pair.node.rows_cache(1, 1, 16)
-        )
-    assert status_of(error) == LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+        pair.node.manager.pull_cache(key, pair.node.rows_cache(1, 1, 16))
+    assert status_of(error) == GONE
+    with pytest.raises(LLMException) as error:
+        pair.node.manager.pull_blocks(key, pair.node.blocks_cache(2, 2, 64), (), [0])
+    assert status_of(error) == GONE
 
 
+@pytest.mark.shows("O9", "error.47")
 def test_a_row_that_is_not_there_does_not_exist(pair: Pair) -> None:
     cache_id = pair.peer.call(add_rows, 2, 4, 256)
     key = CacheKeyByIdAndIndex(1, cache_id, 4)
     with pytest.raises(LLMException, match="no row 4") as error:
         pair.node.manager.pull_cache(key, pair.node.rows_cache())
-    assert status_of(error) == LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+    assert status_of(error) == GONE
     with pytest.raises(LLMException, match="no row 4") as error:
         pair.node.manager.pull_blocks(key, pair.node.blocks_cache(), (), [0])
-    assert status_of(error) == LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+    assert status_of(error) == GONE
 
 
+@pytest.mark.shows("pull.block_lists", "O12", "error.48", "error.53")
 @pytest.mark.parametrize(
     ("mine", "src", "dst", "says"),
     [
@@ -227,10 +347,11 @@ def test_blocks_that_do_not_fit_are_refused_and_nothing_is_written(
     cache = pair.node.blocks_cache(*mine, seed=2)
     with pytest.raises(LLMException, match=says) as error:
         pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, src, dst)
-    assert status_of(error) == LLMStatusCode.LLM_PARAM_INVALID
+    assert status_of(error) == INVALID
     assert np.array_equal(pair.node.arrays[cache.cache_id], make_array(mine, 2))
 
 
+@pytest.mark.shows("pull.size", "error.48")
 @pytest.mark.parametrize(
     ("theirs", "mine", "size"),
     [
@@ -247,47 +368,53 @@ def test_rows_that_do_not_fit_are_refused(
     cache = pair.node.rows_cache(*mine)
     with pytest.raises(LLMException) as error:
         pair.node.manager.pull_cache(CacheKeyByIdAndIndex(1, cache_id), cache, 0, size)
-    assert status_of(error) == LLMStatusCode.LLM_PARAM_INVALID
+    assert status_of(error) == INVALID
     assert not pair.node.arrays[cache.cache_id].any()
 
 
+@pytest.mark.shows("O10", "error.48")
 def test_a_blocks_cache_is_not_pulled_by_rows_nor_the_other_way_round(pair: Pair) -> None:
     blocks_id = pair.peer.call(add_blocks, key=BlocksCacheKey(1, 0))
     key = CacheKeyByIdAndIndex(1, blocks_id)
     with pytest.raises(LLMException, match="blocks cache") as error:
         pair.node.manager.pull_cache(key, pair.node.rows_cache(2, 1, 64))
-    assert status_of(error) == LLMStatusCode.LLM_PARAM_INVALID
+    assert status_of(error) == INVALID
     with pytest.raises(LLMException, match="blocks cache") as error:
         pair.node.manager.pull_blocks(key, pair.node.blocks_cache(), (), [0])
-    assert status_of(error) == LLMStatusCode.LLM_PARAM_INVALID
+    assert status_of(error) == INVALID
 
 
+@pytest.mark.shows("error.50")
 def test_memory_that_is_not_remote_accessible_is_refused(pair: Pair) -> None:
     pair.peer.call(add_blocks, key=BlocksCacheKey(1, 0), remote_accessible=False)
     with pytest.raises(LLMException, match="remote_accessible=True") as error:
         pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), pair.node.blocks_cache(), [0], [0])
-    assert status_of(error) == LLMStatusCode.LLM_PARAM_INVALID
+    assert status_of(error) == INVALID
+    rows_id = pair.peer.call(add_rows, 2, 4, 64, remote_accessible=False)
+    with pytest.raises(LLMException, match="remote_accessible=True") as error:
+        pair.node.manager.pull_cache(
+            CacheKeyByIdAndIndex(1, rows_id), pair.node.rows_cache(2, 4, 64)
+        )
+    assert status_of(error) == INVALID
 
 
-def test_host_to_host_needs_remote_access(pair: Pair) -> None:
-    pair.peer.call(
-        add_blocks, seed=1, key=BlocksCacheKey(1, 0), placement=HOST, remote_accessible=True
-    )
-    cache = pair.node.blocks_cache(placement=HOST, remote_accessible=True)
+@pytest.mark.shows("error.50")
+def test_with_remote_access_our_own_cache_must_be_accessible_too(pair: Pair) -> None:
+    pair.peer.call(add_blocks, seed=1, key=BlocksCacheKey(1, 0))
+    cache = pair.node.blocks_cache(remote_accessible=False)
     if pair.is_accessible:
-        pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, [1], [2])
-        expected = make_array((2, 8, 64), 1)[:, 1]
-        assert np.array_equal(pair.node.arrays[cache.cache_id][:, 2], expected)
+        with pytest.raises(LLMException, match="our cache 1 is not remote accessible") as error:
+            pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, [0], [0])
+        assert status_of(error) == INVALID
+        assert not pair.node.arrays[cache.cache_id].any()
     else:
-        with pytest.raises(LLMException) as error:
-            pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, [1], [2])
-        assert status_of(error) == LLMStatusCode.LLM_FEATURE_NOT_ENABLED
+        pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, [0], [0])
+        expected = make_array((2, 8, 64), 1)[:, 0]
+        assert np.array_equal(pair.node.arrays[cache.cache_id][:, 0], expected)
 
 
 def register_unmapped(node: Node) -> int:
     """A blocks cache at addresses that no program has."""
-    from llm_datadist import CacheDesc, DataType
-
     desc = CacheDesc(1, [4, 64], DataType.DT_INT8)
     return node.manager.register_blocks_cache(desc, [0x1000], BlocksCacheKey(1, 9)).cache_id
 
@@ -297,26 +424,19 @@ def test_unmapped_memory_is_refused_by_address_and_the_link_goes_on(pair: Pair) 
     cache = pair.node.blocks_cache(1, 4, 64)
     with pytest.raises(LLMException, match=r"remote address 0x1040.*not mapped") as error:
         pair.node.manager.pull_blocks(BlocksCacheKey(1, 9), cache, [1], [1])
-    assert status_of(error) == LLMStatusCode.LLM_PARAM_INVALID
+    assert status_of(error) == INVALID
     pair.peer.call(add_blocks, 1, 4, 64, seed=1, key=BlocksCacheKey(1, 0))
     register_unmapped(pair.node)
     unmapped = pair.node.manager.register_blocks_cache(cache.cache_desc, [0x1000])
     with pytest.raises(LLMException, match=r"local address.*not mapped") as error:
         pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), unmapped, [1], [1])
-    assert status_of(error) == LLMStatusCode.LLM_PARAM_INVALID
+    assert status_of(error) == INVALID
     pair.node.manager.pull_blocks(BlocksCacheKey(1, 0), cache, [2], [3])
     expected = make_array((1, 4, 64), 1)[:, 2]
     assert np.array_equal(pair.node.arrays[cache.cache_id][:, 3], expected)
 
 
-def test_an_error_names_the_call_the_peer_and_the_cache(pair: Pair) -> None:
-    cache = pair.node.blocks_cache()
-    with pytest.raises(
-        LLMException, match=r"pull_blocks of BlocksCacheKey\(cluster_id=1, .*cache 1"
-    ):
-        pair.node.manager.pull_blocks(BlocksCacheKey(1, 4), cache, [0], [0])
-
-
+@pytest.mark.shows("error.40")
 def test_only_an_id_will_do_for_pull_cache_with_remote_access(pair: Pair) -> None:
     cache = pair.node.rows_cache()
     expected = TypeError if pair.is_accessible else LLMException

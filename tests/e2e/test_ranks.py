@@ -1,247 +1,58 @@
-"""Rank-table links: members that call on their own, in processes of their own. Spec 5.8, 12.1-12.3.
-
-The members find each other in a runtime directory of the tests' own.
-"""
+"""Rank-table links: members that call on their own, in processes of their own. Spec 5.8, 12."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import threading
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-
-from llm_datadist import (
-    BlocksCacheKey,
-    LLMException,
-    LLMRole,
-    LLMStatusCode,
-    RegisterMemStatus,
+import rank_members
+from rank_members import (
+    FAILED,
+    IDS,
+    INVALID,
+    LINK_FAILED,
+    NOT_LINKED,
+    OK,
+    PREPARING,
+    SOON_S,
+    TABLE,
+    Members,
+    call_all,
+    link,
+    link_and_unlink,
+    link_many,
+    link_pair,
+    link_together,
+    pulls,
+    query,
+    refusal,
+    register,
+    seconds_of_queries,
+    seconds_to_settle,
+    settle,
+    start,
+    start_all,
+    unlink,
 )
-from llm_datadist.testing.cluster import Node, NodeProcess, make_array
+
+from llm_datadist import LLMException, LLMStatusCode
+from llm_datadist.testing.cluster import Node, NodeProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
-OK, PREPARING, FAILED = RegisterMemStatus.OK, RegisterMemStatus.PREPARING, RegisterMemStatus.FAILED
-NOT_LINKED = LLMStatusCode.LLM_NOT_YET_LINK
-INVALID = LLMStatusCode.LLM_PARAM_INVALID
-LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
-TABLE = '{"server_list":[{"device":[{}]}]}'
-SHAPE = (2, 8, 64)
-IDS = (1, 2, 3, 4)
-SOON_S = 5.0
-
-Members = list[NodeProcess]
-
-
-@pytest.fixture(scope="module")
-def runtime_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where processes that are started meanwhile meet."""
-    path = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(path))
-        yield path
-
-
-@pytest.fixture(scope="module")
-def processes(runtime_dir: Path) -> Iterator[Members]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(NodeProcess()) for _ in IDS]
-
-
-@pytest.fixture
-def members(processes: Members) -> Iterator[Members]:
-    """Processes without nodes, which are stopped after the test."""
-    yield processes
-    for process in processes:
-        process.call(Node.stop)
-
-
-@pytest.fixture
-def pair(members: Members) -> Members:
-    """Clusters 1 and 2."""
-    start_all(members[:2])
-    return members[:2]
-
-
-@pytest.fixture
-def mortal(runtime_dir: Path) -> Iterator[NodeProcess]:
-    """A process to be killed or stopped, in the same runtime directory."""
-    with NodeProcess() as process:
-        yield process
-
-
-# -- run by the members ----------------------------------------------------------------------------
-
-
-def start(node: Node, cluster_id: int, **settings: Any) -> None:
-    role = LLMRole.PROMPT if cluster_id == 1 else LLMRole.DECODER
-    node.start(role, cluster_id, **settings)
-    node.blocks_cache(*SHAPE, seed=cluster_id, key=BlocksCacheKey(cluster_id, 0))
-
-
-def link(node: Node, name: str = "kv", ids: tuple[int, ...] = (1, 2), table: str = TABLE) -> int:
-    return node.datadist.link(name, {each: rank for rank, each in enumerate(ids)}, table)
-
-
-def unlink(node: Node, comm_id: int) -> None:
-    node.datadist.unlink(comm_id)
-
-
-def query(node: Node, comm_id: int) -> RegisterMemStatus:
-    return node.datadist.query_register_mem_status(comm_id)
-
-
-def settle(node: Node, comm_id: int, within_s: float = 20.0) -> RegisterMemStatus:
-    """The status once it is not PREPARING any more, or after that time."""
-    end, pause = time.monotonic() + within_s, threading.Event()
-    while (status := query(node, comm_id)) is PREPARING and time.monotonic() < end:
-        pause.wait(0.01)
-    return status
-
-
-def seconds_to_settle(node: Node, comm_id: int) -> tuple[RegisterMemStatus, float]:
-    begun = time.monotonic()
-    return settle(node, comm_id), time.monotonic() - begun
-
-
-def seconds_of_queries(node: Node, comm_id: int, count: int) -> float:
-    begun = time.monotonic()
-    for _ in range(count):
-        assert query(node, comm_id) is PREPARING
-    return time.monotonic() - begun
-
-
-def pulls(node: Node, cluster_id: int, model_id: int = 0) -> bool:
-    """Whether the blocks of a cluster, which a seed tells, arrive here."""
-    cache = node.blocks_cache(*SHAPE)
-    key = BlocksCacheKey(cluster_id, model_id)
-    node.manager.pull_blocks(key, cache, [5, 1, 2], [0, 7, 3])
-    expected = np.zeros(SHAPE, dtype=np.uint8)
-    expected[:, [0, 7, 3]] = make_array(SHAPE, cluster_id)[:, [5, 1, 2]]
-    return bool(np.array_equal(node.arrays[cache.cache_id], expected))
-
-
-def register(node: Node, model_id: int, remote_accessible: bool | None = None) -> int:
-    own = node.datadist.cluster_id
-    key = BlocksCacheKey(own, model_id)
-    return node.blocks_cache(
-        *SHAPE, seed=own, key=key, remote_accessible=remote_accessible
-    ).cache_id
-
-
-def link_together(node: Node, name: str, at: float) -> RegisterMemStatus:
-    """Links at that moment of the clock that all processes share."""
-    threading.Event().wait(max(0.0, at - time.monotonic() - 0.005))
-    while time.monotonic() < at:
-        pass
-    comm_id = link(node, name)
-    status = settle(node, comm_id)
-    node.datadist.unlink(comm_id)
-    return status
-
-
-def link_many(node: Node, count: int) -> list[RegisterMemStatus]:
-    statuses: list[RegisterMemStatus] = []
-
-    def one(name: str) -> None:
-        statuses.append(settle(node, link(node, name)))
-
-    threads = [threading.Thread(target=one, args=(f"kv{i}",)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return statuses
-
-
-def link_and_unlink(node: Node, rounds: int) -> list[RegisterMemStatus]:
-    """Each round at once after the one before."""
-    statuses = []
-    for _ in range(rounds):
-        comm_id = link(node)
-        statuses.append(settle(node, comm_id))
-        node.datadist.unlink(comm_id)
-    return statuses
-
-
-def status_of_link(node: Node, table: str) -> RegisterMemStatus | LLMStatusCode:
-    """What becomes soon of a link to a member that is not there, if it can be called for at all."""
-    try:
-        comm_id = link(node, "kv", (1, 77), table)
-    except LLMException as error:
-        return error.status_code
-    return settle(node, comm_id, SOON_S)
-
-
-_logged: list[str] = []
-
-
-class Recorder(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        _logged.append(record.getMessage())
-
-
-def record_log(node: Node) -> None:
-    _logged.clear()
-    logger = logging.getLogger("LLM_DATADIST")
-    if not any(isinstance(handler, Recorder) for handler in logger.handlers):
-        logger.addHandler(Recorder())
-
-
-def logged(node: Node) -> str:
-    return "\n".join(_logged)
-
-
-def use_runtime_dir(node: Node, path: str) -> None:
-    os.environ["XDG_RUNTIME_DIR"] = path
-
-
-# -- run by the tests ------------------------------------------------------------------------------
-
-
-def start_all(members: Members, **settings: Any) -> None:
-    for cluster_id, member in enumerate(members, 1):
-        member.call(start, cluster_id, **settings)
-
-
-def call_all(members: Members, function: Callable[..., Any], *args: object) -> list[Any]:
-    """Runs it in all at the same time; waits for all of them even when one raises."""
-    results: list[Any] = []
-    errors: list[Exception] = []
-    for member in members:
-        member.begin(function, *args)
-    for member in members:
-        try:
-            results.append(member.result())
-        except Exception as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-    return results
-
-
-def link_pair(pair: Members, *args: object) -> None:
-    ids = call_all(pair, link, *args)
-    assert [member.call(settle, each) for member, each in zip(pair, ids, strict=True)] == [OK, OK]
-
-
-def refusal(member: NodeProcess, function: Callable[..., Any], *args: object) -> LLMStatusCode:
-    with pytest.raises(LLMException) as error:
-        member.call(function, *args)
-    return error.value.status_code
-
+runtime_dir = rank_members.runtime_dir
+processes = rank_members.processes
+members = rank_members.members
+pair = rank_members.pair
+mortal = rank_members.mortal
 
 # -- linking ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.link", "relies.1", "relies.8")
 def test_link_returns_at_once_with_ids_that_count_up(pair: Members) -> None:
     begun = time.monotonic()
     assert [pair[0].call(link, f"kv{i}") for i in range(3)] == [1, 2, 3]
@@ -249,6 +60,7 @@ def test_link_returns_at_once_with_ids_that_count_up(pair: Members) -> None:
     assert [pair[0].call(query, comm_id) for comm_id in (1, 2, 3)] == [PREPARING] * 3
 
 
+@pytest.mark.shows("datadist.link", "relies.1")
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("is_accessible", [False, True], ids=["two-sided", "remote-accessible"])
 def test_a_pair_is_linked_when_the_second_calls_and_bytes_go_both_ways(
@@ -268,6 +80,7 @@ def test_a_pair_is_linked_when_the_second_calls_and_bytes_go_both_ways(
     assert late.call(pulls, early_id)
 
 
+@pytest.mark.shows("relies.2", "relies.3")
 @pytest.mark.parametrize(
     ("mine", "yours"),
     [
@@ -304,6 +117,7 @@ def test_the_tables_of_the_two_ends_may_differ(
     assert pair[1].call(pulls, 1)
 
 
+@pytest.mark.shows("relies.2")
 def test_the_set_of_members_is_part_of_the_name(members: Members) -> None:
     start_all(members[:3])
     members[0].call(link, "kv", (1, 2))
@@ -312,6 +126,7 @@ def test_the_set_of_members_is_part_of_the_name(members: Members) -> None:
     assert [member.call(settle, 1, 1.0) for member in members[:3]] == [PREPARING] * 3
 
 
+@pytest.mark.shows("datadist.link")
 def test_three_members_are_linked_when_the_last_has_called(members: Members) -> None:
     start_all(members[:3])
     first, second, third = members[:3]
@@ -327,6 +142,7 @@ def test_three_members_are_linked_when_the_last_has_called(members: Members) -> 
         assert all(member.call(pulls, other) for other in (1, 2, 3) if other != cluster_id)
 
 
+@pytest.mark.shows("datadist.link")
 def test_four_members_that_call_at_once_are_linked(members: Members) -> None:
     start_all(members)
     for turn in range(3):
@@ -389,11 +205,13 @@ def test_remote_accessible_cannot_be_asked_for_after_link(pair: Members) -> None
 # -- the status ------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.query_register_mem_status", "relies.1")
 def test_asking_for_the_status_never_blocks(pair: Members) -> None:
     pair[0].call(link)
     assert pair[0].call(seconds_of_queries, 1, 1000) < 1
 
 
+@pytest.mark.shows("error.25")
 @pytest.mark.parametrize("comm_id", [0, 2, 2**64 - 1])
 @pytest.mark.parametrize("call", [query, unlink])
 def test_an_id_that_names_no_link(pair: Members, call: Callable[..., Any], comm_id: int) -> None:
@@ -411,34 +229,6 @@ def test_an_id_that_is_none(
 ) -> None:
     with pytest.raises(expected):
         pair[0].call(call, comm_id)
-
-
-def test_an_absent_member_fails_the_link_in_time_and_the_log_says_who(members: Members) -> None:
-    member = members[0]
-    member.call(start, 1, link_total_time=1)
-    member.call(record_log)
-    servers = [{"server_id": "x", "device": [{"rank_id": 0}]}]
-    comm_id = member.call(link, "kv", (1, 77), json.dumps({"server_list": servers}))
-    status, seconds = member.call(seconds_to_settle, comm_id)
-    assert status is FAILED
-    assert 0.5 < seconds < 3
-    says = member.call(logged)
-    assert "cluster 77" in says
-    assert "this host" in says
-    assert [member.call(query, comm_id) for _ in range(2)] == [FAILED, FAILED]
-    member.call(unlink, comm_id)
-    assert refusal(member, query, comm_id) is NOT_LINKED
-
-
-def test_the_log_says_at_which_address_a_member_was_looked_for(members: Members) -> None:
-    member = members[0]
-    member.call(start, 1, link_total_time=1)
-    member.call(record_log)
-    servers = [{"host_ip": "192.0.2.7", "device": [{"rank_id": "1", "device_id": "3"}]}]
-    comm_id = member.call(link, "kv", (1, 77), json.dumps({"server_list": servers}))
-    status, seconds = member.call(seconds_to_settle, comm_id)
-    assert (status, seconds < 3) == (FAILED, True)
-    assert "192.0.2.7:60003" in member.call(logged)
 
 
 def test_several_tries_share_the_total_time(members: Members) -> None:
@@ -465,28 +255,7 @@ def test_a_member_that_stands_still_does_not_outlast_the_total_time(
     assert seconds < 4
 
 
-@pytest.mark.parametrize("device_id", ["9999", "-60001", "100000000000"])
-def test_a_device_id_that_gives_no_port_fails_the_link_in_time(
-    members: Members, device_id: str
-) -> None:
-    member = members[0]
-    member.call(start, 1, link_total_time=1)
-    servers = [{"host_ip": "192.0.2.7", "device": [{"rank_id": 1, "device_id": device_id}]}]
-    table = json.dumps({"server_list": servers})
-    status = member.call(status_of_link, table)
-    assert status in (LINK_FAILED, INVALID, FAILED)
-
-
-def test_an_own_device_id_that_gives_no_port_still_links_on_this_host(members: Members) -> None:
-    pair = members[:2]
-    start_all(pair, device_id=9999)
-    servers = [
-        {"host_ip": "127.0.0.1", "device": [{"rank_id": 0, "device_id": 9999}]},
-        {"host_ip": "192.0.2.7", "device": [{"rank_id": 1, "device_id": 1}]},
-    ]
-    link_pair(pair, "kv", (1, 2), json.dumps({"server_list": servers}))
-
-
+@pytest.mark.shows("relies.1")
 def test_a_member_that_dies_while_linking_fails_the_link_soon(
     members: Members, mortal: NodeProcess
 ) -> None:
@@ -517,6 +286,7 @@ def test_a_member_that_restarts_is_found_in_spite_of_what_it_left(
 # -- unlinking -------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("datadist.unlink")
 def test_unlinking_while_preparing_withdraws_the_call(pair: Members) -> None:
     pair[0].call(link)
     pair[0].call(unlink, 1)
@@ -527,6 +297,7 @@ def test_unlinking_while_preparing_withdraws_the_call(pair: Members) -> None:
     assert [pair[0].call(settle, 2), pair[1].call(settle, 1)] == [OK, OK]
 
 
+@pytest.mark.shows("datadist.unlink", "datadist.query_register_mem_status", "relies.1")
 def test_after_unlink_pulls_fail_and_the_name_can_be_linked_again(pair: Members) -> None:
     link_pair(pair)
     pair[0].call(unlink, 1)
@@ -540,6 +311,33 @@ def test_after_unlink_pulls_fail_and_the_name_can_be_linked_again(pair: Members)
     assert pair[1].call(pulls, 1)
 
 
+@pytest.mark.shows("datadist.unlink")
+def test_unlinking_ends_all_links_of_the_id_and_no_other(members: Members) -> None:
+    first, second, third = members[:3]
+    start_all(members[:3])
+    assert call_all(members[:3], link, "three", (1, 2, 3)) == [1, 1, 1]
+    assert call_all(members[:3], settle, 1) == [OK] * 3
+    assert call_all([first, second], link, "two") == [2, 2]
+    assert call_all([first, second], settle, 2) == [OK, OK]
+    first.call(unlink, 1)
+    assert refusal(first, query, 1) is NOT_LINKED
+    assert refusal(first, pulls, 3) is NOT_LINKED
+    assert first.call(pulls, 2), "by the other link"
+    assert third.call(pulls, 2)
+    assert third.call(eventually_refused, 1) is NOT_LINKED
+
+
+def eventually_refused(node: Node, cluster_id: int) -> LLMStatusCode:
+    """What pulls from a cluster say once it has unlinked."""
+    end = time.monotonic() + SOON_S
+    while time.monotonic() < end:
+        try:
+            assert pulls(node, cluster_id)
+        except LLMException as error:
+            return error.status_code
+    return LLMStatusCode.LLM_SUCCESS
+
+
 def test_the_other_end_notices_an_unlink(pair: Members) -> None:
     link_pair(pair)
     pair[0].call(unlink, 1)
@@ -547,6 +345,7 @@ def test_the_other_end_notices_an_unlink(pair: Members) -> None:
         pair[1].call(pulls, 1)
 
 
+@pytest.mark.shows("relies.6", "relies.8")
 def test_finalize_ends_links_and_preparations(pair: Members) -> None:
     link_pair(pair)
     pair[0].call(link, "other")
@@ -555,7 +354,8 @@ def test_finalize_ends_links_and_preparations(pair: Members) -> None:
         pair[1].call(pulls, 1)
     pair[1].call(unlink, 1)
     pair[0].call(start, 1)
-    link_pair(pair)
+    assert call_all(pair, link) == [1, 2], "after init they count from 1 again"
+    assert [pair[0].call(settle, 1), pair[1].call(settle, 2)] == [OK, OK]
     assert pair[1].call(pulls, 1)
 
 
@@ -566,6 +366,7 @@ def link_with(node: Node, name: object, ranks: object, table: object) -> int:
     return node.datadist.link(name, ranks, table)  # type: ignore[arg-type]
 
 
+@pytest.mark.shows("datadist.link", "error.24")
 @pytest.mark.parametrize(
     ("name", "ranks", "table", "expected"),
     [
@@ -651,6 +452,7 @@ def test_so_many_links_may_be_outstanding(pair: Members) -> None:
     assert pair[0].call(link) == 513
 
 
+@pytest.mark.shows("error.23")
 def test_with_a_transfer_backend_there_are_no_rank_table_links(members: Members) -> None:
     member = members[0]
     member.call(start, 1, transfer_backend="hixl", listen_ip_info="127.0.0.1:0")
@@ -660,23 +462,8 @@ def test_with_a_transfer_backend_there_are_no_rank_table_links(members: Members)
     assert refusal(member, unlink, 1) is expected
 
 
-@pytest.mark.parametrize("what", ["file", "open-directory", "dangling-link"])
-def test_a_runtime_directory_that_is_not_ours_alone_is_refused(
-    members: Members, runtime_dir: Path, tmp_path: Path, what: str
-) -> None:
-    taken = tmp_path / "llm-datadist"
-    if what == "file":
-        taken.touch()
-    elif what == "dangling-link":
-        taken.symlink_to(tmp_path / "nowhere")
-    else:
-        taken.mkdir()
-        taken.chmod(0o777)
-    member = members[0]
-    member.call(start, 1)
-    member.call(use_runtime_dir, str(tmp_path))
-    try:
-        assert refusal(member, link) is LINK_FAILED
-    finally:
-        member.call(use_runtime_dir, str(runtime_dir))
-    assert member.call(link) == 1
+@pytest.mark.shows("relies.2")
+def test_each_end_may_put_itself_first(pair: Members) -> None:
+    for member, ranks in zip(pair, ({1: 0, 2: 0}, {2: 0, 1: 0}), strict=True):
+        assert member.call(link_with, "kv", ranks, TABLE) == 1
+    assert call_all(pair, settle, 1) == [OK, OK]

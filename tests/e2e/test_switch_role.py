@@ -75,6 +75,7 @@ def reach(caller: NodeProcess, port: int) -> LLMStatusCode:
     return status
 
 
+@pytest.mark.shows("datadist.switch_role", "datadist.links")
 def test_a_client_opens_moves_and_closes_its_listener(node: Node, caller: NodeProcess) -> None:
     node.start(DECODER, 2)
     assert node.datadist.listen_endpoint is None
@@ -93,6 +94,7 @@ def test_a_client_opens_moves_and_closes_its_listener(node: Node, caller: NodePr
     assert reach(caller, at_second) is LINK_FAILED
 
 
+@pytest.mark.shows("datadist.switch_role")
 @pytest.mark.parametrize("role", [PROMPT, DECODER])
 def test_the_same_address_changes_nothing(node: Node, caller: NodeProcess, role: LLMRole) -> None:
     address = free_address()
@@ -106,6 +108,7 @@ def test_the_same_address_changes_nothing(node: Node, caller: NodeProcess, role:
     assert reach(caller, port_of(node)) is SUCCESS
 
 
+@pytest.mark.shows("O26")
 def test_the_same_port_at_another_address_is_another_listener(node: Node) -> None:
     node.start(PROMPT, 2, listen_ip_info=ANY_PORT)
     port = port_of(node)
@@ -161,6 +164,7 @@ def test_an_address_of_no_interface_is_refused(node: Node, caller: NodeProcess) 
     assert reach(caller, port_of(node)) is SUCCESS
 
 
+@pytest.mark.shows("error.21")
 @pytest.mark.parametrize("options", [None, {}, listen(ANY_PORT)], ids=["none", "empty", "listen"])
 @pytest.mark.parametrize("is_ours", [True, False], ids=["we-called", "they-called"])
 def test_not_while_linked(
@@ -181,6 +185,7 @@ def test_not_while_linked(
     assert peer.call(switch, DECODER, options) is SUCCESS
 
 
+@pytest.mark.shows("error.21")
 def test_not_while_linked_by_a_rank_table(node: Node, caller: NodeProcess) -> None:
     node.start(PROMPT, 2)
     name = f"switch-{os.getpid()}"
@@ -205,6 +210,7 @@ def wait_until_linked(node: Node) -> bool:
     return bool(node.datadist.links())
 
 
+@pytest.mark.shows("datadist.switch_role")
 def test_the_same_role_may_be_asked_for_again_and_again(node: Node) -> None:
     node.start(PROMPT, 2)
     assert [switch(node, PROMPT) for _ in range(3)] == [SUCCESS] * 3
@@ -213,6 +219,7 @@ def test_the_same_role_may_be_asked_for_again_and_again(node: Node) -> None:
         assert switch(node, role) is SUCCESS
 
 
+@pytest.mark.shows("error.22")
 @pytest.mark.parametrize(
     ("role", "options", "expected"),
     [
@@ -246,6 +253,7 @@ def test_arguments_that_are_refused_leave_the_listener(
     assert reach(caller, port) is SUCCESS
 
 
+@pytest.mark.shows("datadist.switch_role")
 def test_a_whole_dictionary_of_options_does_no_harm(node: Node, caller: NodeProcess) -> None:
     node.start(DECODER, 2)
     config = LLMConfig()
@@ -275,6 +283,7 @@ def test_before_init_there_is_no_role_to_switch() -> None:
         LLMDataDist(PROMPT, 2).switch_role(DECODER)
 
 
+@pytest.mark.shows("error.23")
 def test_with_a_transfer_backend_the_address_stays(node: Node, peer: NodeProcess) -> None:
     address = free_address()
     node.start(PROMPT, 2, transfer_backend="hixl", listen_ip_info=address)

@@ -144,6 +144,7 @@ def meanwhile(work: Callable[[], object]) -> Iterator[None]:
         repeating.result(STUCK_S)
 
 
+@pytest.mark.shows("relies.15", "D11")
 @pytest.mark.usefixtures("port")
 def test_many_threads_pull_on_one_link(node: Node) -> None:
     assert pull_from_threads(node, 1, THREADS, 4) == THREADS * 4
@@ -161,6 +162,7 @@ def test_both_ends_pull_from_each_other_at_once(node: Node, peer: NodeProcess) -
     assert peer.result(STUCK_S) == 96
 
 
+@pytest.mark.shows("O27", "unlink.waits", "relies.15")
 @pytest.mark.usefixtures("port")
 def test_pulls_go_on_while_another_peer_is_linked_and_unlinked(
     node: Node, other: NodeProcess, is_accessible: bool, path: str
@@ -191,6 +193,7 @@ def register_and_unregister(node: Node, times: int) -> None:
         forget(node, node.blocks_cache(key=BlocksCacheKey(0, 100 + time_ % 7)).cache_id)
 
 
+@pytest.mark.shows("unlink.waits", "D11")
 @pytest.mark.parametrize("force", [False, True])
 def test_relinking_the_link_that_threads_pull_on(node: Node, port: int, force: bool) -> None:
     """Each pull moves all its bytes, or says that there is no link."""

@@ -66,6 +66,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.shows("relies.16", "link.again_after_crash")
 def test_the_owner_dies_in_a_stream_of_pulls_and_comes_back(
     node: Node, victim: NodeProcess, settings: dict[str, Any]
 ) -> None:
@@ -98,6 +99,7 @@ def test_the_owner_dies_in_a_stream_of_pulls_and_comes_back(
         assert linked_ids(node) == [1]
 
 
+@pytest.mark.shows("relies.16")
 def test_a_successor_is_reached_while_the_dead_owner_is_not_yet_missed(
     node: Node, victim: NodeProcess, path: str
 ) -> None:
@@ -154,6 +156,26 @@ def test_the_puller_dies_in_its_first_pull(
     assert (peer.call(pulled, 1) == 7).all()
     peer.call(Node.stop)
     assert eventually(lambda: descriptors() <= before)
+
+
+@pytest.mark.shows("link.again_after_crash")
+def test_a_caller_that_crashed_is_replaced_by_its_successor_at_once(
+    node: Node, peer: NodeProcess, victim: NodeProcess, path: str
+) -> None:
+    """The listener need not have noticed, and nobody cleans up."""
+    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", transfer_path=path)
+    own(node, 7)
+    victim.call(Node.start, LLMRole.DECODER, 2, transfer_path=path)
+    victim.call(own, 8)
+    peer.call(Node.start, LLMRole.DECODER, 2, transfer_path=path)
+    peer.call(own, 9)
+    assert victim.call(Node.link, port, 1) == SUCCESS
+    assert (pulled(node, 2) == 8).all()
+    victim.kill()
+    assert peer.call(Node.link, port, 1) == SUCCESS
+    assert (peer.call(pulled, 1) == 7).all()
+    assert (pulled(node, 2) == 9).all()
+    assert eventually(lambda: linked_ids(node) == [2], SOON_S)
 
 
 def test_the_listener_dies_while_it_is_linked_to(node: Node, victim: NodeProcess) -> None:

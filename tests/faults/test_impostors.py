@@ -47,6 +47,7 @@ FRAME = m.encode(WELCOME)
 BAD_TEXT = m.encode(m.Refused(5, "abcd")).replace(b"abcd", b"\xff\xfe\xff\xfe")
 
 
+@pytest.mark.shows("link.garbage", "link.both_rolled_back")
 @pytest.mark.parametrize(
     "answer",
     [
@@ -149,6 +150,7 @@ def silent_after_ready(wire: Wire) -> None:
     assert wire.is_ended()
 
 
+@pytest.mark.shows("link.silent")
 @pytest.mark.parametrize(
     "serve",
     [
@@ -367,6 +369,7 @@ def test_a_flood_of_requests_to_dial_back_leaves_room_for_others(
         assert descriptors() - before < 1000
 
 
+@pytest.mark.shows("O27", "unlink.waits")
 def test_links_that_wait_for_their_transfers_to_end_hold_up_nobody(
     node: Node, peer: NodeProcess
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +113,7 @@ def owner(node: Node, victim: NodeProcess, is_accessible: bool, path: str) -> No
     return victim
 
 
+@pytest.mark.shows("generations")
 def test_each_pull_is_all_of_one_cache_or_says_that_it_is_gone(
     node: Node, owner: NodeProcess
 ) -> None:
@@ -142,6 +145,7 @@ def test_each_pull_is_all_of_one_cache_or_says_that_it_is_gone(
     assert last.by_id == 1
 
 
+@pytest.mark.shows("generations")
 def test_a_key_that_moves_names_the_old_cache_or_the_new_one(
     node: Node, owner: NodeProcess
 ) -> None:
@@ -167,3 +171,65 @@ def take_turns(node: Node, generations: int) -> int:
         node.manager.unregister_cache(before)
     node.arrays.update(enumerate(memories))
     return cache_id
+
+
+POOL_NBYTES = 1 << 20
+#: half of the pool
+ALLOCATED = (2, 8, POOL_NBYTES // 32)
+
+
+@pytest.mark.shows("generations")
+def test_what_named_freed_memory_never_reaches_who_has_it_now(
+    node: Node, victim: NodeProcess, is_accessible: bool, path: str
+) -> None:
+    """By key and by id, all of which were used before."""
+    settings: dict[str, Any] = {
+        "enable_remote_cache_accessible": is_accessible,
+        "transfer_path": path,
+    }
+    pool = json.dumps({"memory_size": POOL_NBYTES, "page_shift": 16})
+    port = victim.call(
+        Node.start,
+        LLMRole.PROMPT,
+        1,
+        listen_ip_info="127.0.0.1:0",
+        mem_pool_cfg=pool,
+        **settings,
+    )
+    node.start(LLMRole.DECODER, 2, **settings)
+    assert node.link(port, 1) == SUCCESS
+    blocks, rows = node.blocks_cache(*ALLOCATED), node.rows_cache(*ALLOCATED)
+    arrays = [node.arrays[blocks.cache_id][:, 0], node.arrays[rows.cache_id][:, 0]]
+
+    def pull_blocks(generation: int) -> None:
+        node.manager.pull_blocks(BlocksCacheKey(1, generation), blocks, [7], [0])
+
+    def pull_row(generation: int) -> None:
+        node.manager.pull_cache(CacheKeyByIdAndIndex(1, 2 * generation, 7), rows)
+
+    for generation in range(1, 6):
+        victim.call(allocate_anew, generation)
+        for array, pull in zip(arrays, (pull_blocks, pull_row), strict=True):
+            pull(generation)
+            assert (array == generation).all()
+            for old in range(1, generation):
+                with pytest.raises(LLMException) as error:
+                    pull(old)
+                assert error.value.status_code == NOT_EXIST
+            assert (array == generation).all()
+
+
+def allocate_anew(node: Node, generation: int) -> None:
+    """Frees what there is, and fills all of the pool with two caches of one byte."""
+    manager, desc = node.manager, CacheDesc(ALLOCATED[0], [*ALLOCATED[1:]], DataType.DT_INT8)
+    for cache in node.caches.values():
+        free = (
+            manager.deallocate_blocks_cache if cache.is_blocks_cache else manager.deallocate_cache
+        )
+        free(cache)
+    blocks = manager.allocate_blocks_cache(desc, BlocksCacheKey(1, generation))
+    rows = manager.allocate_cache(desc)
+    assert [blocks.cache_id, rows.cache_id] == [2 * generation - 1, 2 * generation]
+    for addr in [*blocks.tensor_addrs, *rows.tensor_addrs]:
+        ctypes.memset(addr, generation, ALLOCATED[1] * ALLOCATED[2])
+    node.caches = {0: blocks, 1: rows}

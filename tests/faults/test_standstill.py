@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from wire import Wire
 
-from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import (
+    BlocksCacheKey,
+    CacheKeyByIdAndIndex,
+    LayerSynchronizer,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    TransferWithCacheKeyConfig,
+)
 from llm_datadist.testing.cluster import Node, NodeProcess, addrs_of
 from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
@@ -62,6 +70,7 @@ def pull(node: Node, cluster_id: int, shape: tuple[int, int, int] = SHAPE) -> LL
     return SUCCESS
 
 
+@pytest.mark.shows("pull.timeout", "error.49", "D12")
 @pytest.mark.parametrize(("path", "is_accessible"), [("cma", False), ("tcp", False), ("tcp", True)])
 def test_an_owner_that_stands_still_is_a_timeout_and_no_end(
     node: Node, peer: NodeProcess, victim: NodeProcess, path: str, is_accessible: bool
@@ -103,11 +112,13 @@ def test_one_sided_pulls_do_not_need_the_owner_at_all(node: Node, victim: NodePr
         assert pull(node, 1) == SUCCESS
 
 
+@pytest.mark.shows("D13", "unlink.peer_gone", "link.both_rolled_back")
 def test_unlinking_and_relinking_a_peer_that_stands_still(node: Node, victim: NodeProcess) -> None:
     port = start(victim)
     node.start(LLMRole.DECODER, 2, sync_kv_timeout=SYNC_TIMEOUT_MS)
     assert node.link(port, 1) == SUCCESS
     victim.pause()
+    assert pull(node, 1) == TIMEOUT
     with takes_at_most(BUDGET_S):
         assert node.unlink(port, 1, SYNC_TIMEOUT_MS) == TIMEOUT
     assert [link.cluster_id for link in node.datadist.links()] == [1], "the link is kept"
@@ -292,3 +303,52 @@ def push_to_all(node: Node, model_ids: Sequence[int]) -> None:
         ]
         for call in calls:
             call.result()
+
+
+@pytest.mark.shows("pull.timeout", "D12")
+@pytest.mark.parametrize("path", ["cma", "tcp"])
+def test_a_receiver_that_stands_still_is_a_timeout(
+    node: Node, victim: NodeProcess, path: str
+) -> None:
+    """Of a push, and of each layer of a transfer; once it goes on, so does the link."""
+    settings: dict[str, Any] = {"transfer_path": path, "enable_remote_cache_accessible": True}
+    port = start(victim, 1, **settings)
+    victim.call(own_rows)
+    node.start(LLMRole.PROMPT, 2, sync_kv_timeout=SYNC_TIMEOUT_MS, **settings)
+    assert node.link(port, 1) == SUCCESS
+    blocks, rows = node.blocks_cache(*SHAPE, seed=1), node.rows_cache(*SHAPE, seed=2)
+    key = BlocksCacheKey(1, 0)
+    pushes: list[Callable[[], None]] = [
+        lambda: node.manager.push_blocks(key, blocks, [0, 1], [2, 3]),
+        lambda: node.manager.push_cache(CacheKeyByIdAndIndex(1, 2), rows),
+    ]
+    for push in pushes:
+        push()
+    victim.pause()
+    for push in pushes:
+        with takes_at_most(BUDGET_S), pytest.raises(LLMException) as error:
+            push()
+        assert error.value.status_code == TIMEOUT
+    configs = [
+        TransferWithCacheKeyConfig(CacheKeyByIdAndIndex(1, 2), range(1), range(1), row)
+        for row in range(2)
+    ]
+    with takes_at_most(2 * BUDGET_S):
+        task = node.manager.transfer_cache_async(rows, EachLayer(), configs)
+        assert task.get_results(20_000) == [TIMEOUT, TIMEOUT]
+        assert task.synchronize() == TIMEOUT
+    victim.resume()
+    for push in pushes:
+        push()
+
+
+def own_rows(node: Node) -> None:
+    """Cache 2."""
+    node.rows_cache(*SHAPE)
+
+
+class EachLayer(LayerSynchronizer):
+    """Has every layer ready."""
+
+    def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
+        return True

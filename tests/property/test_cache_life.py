@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -265,6 +266,10 @@ class CacheLives(RuleBasedStateMachine):
         dst=st.lists(st.integers(-1, 4), max_size=3),
     )
     def copy_blocks(self, cache: Cache, src: int, dst: list[int]) -> None:
+        if cache.is_blocks_cache and dst and min(src, *dst) < 0:
+            with pytest.raises(TypeError):
+                self.manager.copy_blocks(cache, {src: dst})
+            return
         status = status_of(self.manager.copy_blocks, cache, {src: dst})
         life = self.lives.get(cache.cache_id)
         if not cache.is_blocks_cache:
@@ -403,7 +408,9 @@ def _desc(shape: Shape) -> CacheDesc:
     return CacheDesc(shape[0], list(shape[1:]), DataType.DT_UINT8)
 
 
-TestCacheLives = CacheLives.TestCase
+TestCacheLives = pytest.mark.shows(
+    "keys.references", "keys.first_registered_wins", "keys.blocks_overwrite", "O19"
+)(CacheLives.TestCase)
 TestCacheLives.settings = settings(
     max_examples=60,
     stateful_step_count=40,

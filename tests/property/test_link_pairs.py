@@ -167,6 +167,7 @@ def test_a_caller_that_knows_its_link_is_told_that_it_is_linked_already() -> Non
     assert statuses(pair) == [LLMStatusCode.LLM_ALREADY_LINK] * 2
 
 
+@pytest.mark.shows("link.again_after_crash")
 def test_a_caller_that_forgot_its_link_gets_a_new_one() -> None:
     pair = Pair(make_identity(1, PATHS), make_identity(2, PATHS), is_known=True, is_fresh=True)
     pair.settle()
@@ -176,6 +177,7 @@ def test_a_caller_that_forgot_its_link_gets_a_new_one() -> None:
 # -- what goes wrong on the way --
 
 
+@pytest.mark.shows("link.both_rolled_back")
 @pytest.mark.parametrize("steps", range(HAND_SHAKE_STEPS))
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_model import (
@@ -61,6 +62,7 @@ def block_copies(draw: st.DrawFn) -> tuple[Memory, list[int], Memory, list[int]]
     return source, draw(st.one_of(shapes)), destination, dst_blocks
 
 
+@pytest.mark.shows("cm.pull_blocks")
 @examples
 @given(block_copies())
 def test_every_block_named_gets_the_bytes_of_its_source_and_nothing_else_changes(
@@ -113,6 +115,7 @@ def apart_block_copies(draw: st.DrawFn) -> tuple[Memory, list[int], Memory, list
     return source, src_blocks, destination, dst_blocks
 
 
+@pytest.mark.shows("cm.pull_blocks")
 @examples
 @given(apart_block_copies())
 def test_runs_of_blocks_become_one_segment_per_tensor_in_whatever_order_they_are_named(
@@ -141,6 +144,7 @@ def is_accepted(check: Callable[..., object], *args: object) -> bool:
     return True
 
 
+@pytest.mark.shows("pull.block_lists")
 @examples
 @given(geometry=any_geometry, blocks=st.lists(st.integers(-2, 9), min_size=1, max_size=6))
 def test_block_indices_pass_when_the_cache_has_such_blocks_and_only_then(
@@ -169,6 +173,7 @@ def row_spreads(draw: st.DrawFn) -> tuple[Memory, int, Memory, list[int]]:
     return source, draw(st.integers(0, rows - 1)), destination, dst_blocks
 
 
+@pytest.mark.shows("cm.pull_blocks.continuous", "O11")
 @examples
 @given(row_spreads())
 def test_chunks_of_a_row_fill_the_blocks_in_order_and_a_tail_leaves_the_rest_of_its_block(
@@ -185,6 +190,7 @@ def test_chunks_of_a_row_fill_the_blocks_in_order_and_a_tail_leaves_the_rest_of_
     assert_moves(segments, source, destination, expected)
 
 
+@pytest.mark.shows("cm.pull_blocks.continuous", "O11")
 @examples
 @given(data=st.data(), block=sizes, row=st.integers(1, 40), count=st.integers(1, 45))
 def test_a_row_is_spread_over_no_larger_blocks_and_no_more_of_them_than_it_fills(
@@ -223,6 +229,7 @@ def row_ends(draw: st.DrawFn, tensors: int, *, is_destination: bool) -> tuple[Me
     return memory, row, draw(st.integers(0, geometry.row_nbytes - 1))
 
 
+@pytest.mark.shows("cm.pull_cache")
 @examples
 @given(data=st.data(), tensors=tensor_counts)
 def test_bytes_of_a_row_arrive_behind_the_offset_in_the_other_row_of_every_tensor(
@@ -249,6 +256,7 @@ def test_bytes_of_a_row_arrive_behind_the_offset_in_the_other_row_of_every_tenso
     assert_moves(segments, source, destination, expected)
 
 
+@pytest.mark.shows("pull.size")
 @examples
 @given(geometry=any_geometry, nbytes=st.integers(0, 12), offset=st.integers(0, 10))
 def test_a_copy_by_rows_passes_for_rows_that_hold_the_bytes_and_only_then(
@@ -325,6 +333,7 @@ def are_layers_valid(
     return is_whole and is_there and len(named[0]) == len(named[1])
 
 
+@pytest.mark.shows("cm.pull_cache.layers", "pull.ranges", "relies.9")
 @settings(examples, max_examples=150)
 @given(
     num_remote=st.integers(1, 8),

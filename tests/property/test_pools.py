@@ -157,7 +157,7 @@ class PagePoolMachine(RuleBasedStateMachine):
             assert self.pool.largest_free_nbytes == self.pool.capacity_nbytes
 
 
-TestPagePool = PagePoolMachine.TestCase
+TestPagePool = pytest.mark.shows("pool.pages")(PagePoolMachine.TestCase)
 TestPagePool.settings = machine_settings
 
 
@@ -165,6 +165,7 @@ def allocate_all(pool: Pool, sizes: Sequence[int]) -> list[int]:
     return [pool.allocate(nbytes) for nbytes in sizes]
 
 
+@pytest.mark.shows("pool.pages")
 @given(st.lists(st.integers(1, 5000), max_size=60), st.data())
 @settings(deadline=None)
 def test_freed_in_any_order_all_becomes_one_span_again(
@@ -189,6 +190,7 @@ def test_a_pool_of_one_page_does_not_hold_two_small_tensors() -> None:
     assert_out_of_memory(pool, 2048)
 
 
+@pytest.mark.shows("pool.pages")
 def test_ten_requests_of_32_kib_fill_640_kib_of_64_kib_pages() -> None:
     pool = PagePool(655360, 65536)
     allocate_all(pool, [32 * KIB] * 10)
@@ -210,11 +212,13 @@ def test_less_than_a_page_is_a_pool_without_room() -> None:
     assert_out_of_memory(pool, 1)
 
 
+@pytest.mark.shows("pool.pages")
 def test_a_large_span_is_split_at_its_tail() -> None:
     pool = PagePool(10 * KIB, KIB)
     assert pool.allocate(3 * KIB) == 7 * KIB
 
 
+@pytest.mark.shows("pool.pages")
 def test_an_exact_fit_is_preferred_to_a_larger_span_before_it() -> None:
     pool = PagePool(10 * KIB, KIB)
     wall, hole, floor = allocate_all(pool, [KIB, 2 * KIB, KIB])
@@ -334,7 +338,7 @@ class SlotPoolMachine(RuleBasedStateMachine):
                 assert each.free_nbytes == each.largest_free_nbytes == each.capacity_nbytes
 
 
-TestSlotPool = SlotPoolMachine.TestCase
+TestSlotPool = pytest.mark.shows("buf_pool.classes")(SlotPoolMachine.TestCase)
 TestSlotPool.settings = machine_settings
 
 
@@ -342,6 +346,7 @@ def used(pool: SlotPool) -> dict[str, int]:
     return {each.name: each.used_nbytes for each in pool.usage()}
 
 
+@pytest.mark.shows("buf_pool.classes")
 def test_the_documented_class_serves_small_requests_in_slots_of_256_bytes() -> None:
     pool = SlotPool(DOCUMENTED)
     allocate_all(pool, [1, 256, 257, 8192])
@@ -354,12 +359,14 @@ def test_the_documented_pool_has_in_general_what_its_class_leaves() -> None:
     assert [each.capacity_nbytes for each in pool.usage()] == [2097152, 2147483648 - 2097152]
 
 
+@pytest.mark.shows("buf_pool.classes")
 def test_a_request_over_every_class_takes_general_pages() -> None:
     pool = SlotPool(DOCUMENTED)
     pool.allocate(8193)
     assert used(pool) == {"class 8192": 0, "general": 65536}
 
 
+@pytest.mark.shows("buf_pool.classes")
 def test_what_the_documented_class_has_no_room_for_takes_general_pages() -> None:
     pool = SlotPool(DOCUMENTED)
     allocate_all(pool, [8192] * 256)
@@ -368,6 +375,7 @@ def test_what_the_documented_class_has_no_room_for_takes_general_pages() -> None
     assert used(pool) == {"class 8192": 2097152, "general": 65536}
 
 
+@pytest.mark.shows("buf_pool.classes")
 def test_a_full_class_leaves_the_next_larger_one_alone() -> None:
     pool = SlotPool(BufPoolConfig(CLASSES, None))
     allocate_all(pool, [256 * KIB] * 8)

@@ -268,7 +268,9 @@ def make_layout(kind: CacheKind) -> Layout:
     return Layout.at(Geometry(kind, TENSORS, ROWS, 8), [0x1000 * i for i in range(1, TENSORS + 1)])
 
 
-TestRegistryMachine = RegistryMachine.TestCase
+TestRegistryMachine = pytest.mark.shows(
+    "tables.ids", "keys.first_registered_wins", "keys.blocks_overwrite", "keys.layered", "O17"
+)(RegistryMachine.TestCase)
 TestAskingPeersMachine = AskingPeersMachine.TestCase
 TestRegistryMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestAskingPeersMachine.settings = TestRegistryMachine.settings

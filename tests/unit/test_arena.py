@@ -80,6 +80,7 @@ def test_a_closed_arena_is_not_mapped_and_closes_again() -> None:
     assert unmapped([arena.addr], LARGE) == [arena.addr]
 
 
+@pytest.mark.shows("error.9")
 @pytest.mark.parametrize("nbytes", [2**50, 2**64 - 1], ids=["address space", "ssize_t"])
 def test_what_the_system_cannot_reserve_is_out_of_memory(nbytes: int) -> None:
     with pytest.raises(LLMException, match=f"cannot reserve {nbytes} bytes") as caught:
@@ -90,6 +91,7 @@ def test_what_the_system_cannot_reserve_is_out_of_memory(nbytes: int) -> None:
 # -- memory pool -----------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("pool.pages")
 def test_what_is_allocated_lies_apart_and_can_be_written(pool: MemoryPool) -> None:
     addrs = [pool.allocate(PAGE) for _ in range(4)]
     for value, addr in enumerate(addrs):
@@ -154,6 +156,7 @@ def test_an_address_that_is_not_the_pools_cannot_be_freed(pool: MemoryPool) -> N
             pool.free(wrong)
 
 
+@pytest.mark.shows("buf_pool.classes")
 def test_a_pool_with_classes_serves_from_them_then_in_general_then_from_the_memory_pool() -> None:
     config = BufPoolConfig((SizeClass(2097152, 256, 8192),), 2097152 + PAGE)
     pool = MemoryPool.of_slots(config, PoolConfig(PAGE))
@@ -175,6 +178,7 @@ def test_a_tiny_pool_without_classes_opens_and_has_no_room() -> None:
     pool.close()
 
 
+@pytest.mark.shows("error.9")
 def test_a_pool_that_the_system_cannot_hold_is_out_of_memory() -> None:
     with pytest.raises(LLMException) as caught:
         MemoryPool.of_pages(PoolConfig(2**60, 30))

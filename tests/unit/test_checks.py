@@ -24,11 +24,13 @@ RANGES = [
 ]
 
 
+@pytest.mark.shows("checks.integers")
 @pytest.mark.parametrize(("check", "low", "high"), RANGES)
 def test_the_ends_of_an_int_range_pass(check: IntCheck, low: int, high: int) -> None:
     assert [check("n", low), check("n", high)] == [low, high]
 
 
+@pytest.mark.shows("checks.integers")
 @pytest.mark.parametrize(("check", "low", "high"), RANGES)
 @pytest.mark.parametrize("beyond", [-1, 1])
 def test_an_int_beyond_its_range_is_a_value_error(
@@ -38,6 +40,7 @@ def test_an_int_beyond_its_range_is_a_value_error(
         check("n", high + 1 if beyond > 0 else low - 1)
 
 
+@pytest.mark.shows("checks.integers", "checks.messages")
 @pytest.mark.parametrize("value", [None, "1", 1.0, True, [1]])
 @pytest.mark.parametrize("check", [check for check, _, _ in RANGES])
 def test_what_is_no_int_is_a_type_error(check: IntCheck, value: object) -> None:
@@ -72,6 +75,7 @@ def test_a_bool_passes_where_a_bool_is_wanted() -> None:
     assert checks.check_type("force", True, bool) is True
 
 
+@pytest.mark.shows("checks.messages")
 def test_an_int_is_no_bool() -> None:
     with pytest.raises(TypeError, match="only support"):
         checks.check_type("force", 1, bool)
@@ -101,6 +105,7 @@ def test_a_sequence_is_returned_as_it_came(values: object) -> None:
     assert checks.check_sequence("blocks", values, int) is values
 
 
+@pytest.mark.shows("checks.messages")
 @pytest.mark.parametrize("value", [None, {1, 2}, range(3), "12", 1])
 def test_a_sequence_is_a_list_or_tuple(value: object) -> None:
     with pytest.raises(TypeError, match="blocks only supports list or tuple"):
@@ -112,6 +117,7 @@ def test_a_list_is_no_tuple() -> None:
         checks.check_list("addrs", (1, 2), int)
 
 
+@pytest.mark.shows("checks.integers", "checks.messages")
 @pytest.mark.parametrize("stray", [None, "x", 1.0, True, [3]])
 @pytest.mark.parametrize("check", [checks.check_sequence, checks.check_list])
 def test_a_stray_element_is_a_type_error(check: Callable[..., object], stray: object) -> None:
@@ -119,6 +125,7 @@ def test_a_stray_element_is_a_type_error(check: Callable[..., object], stray: ob
         check("blocks", [1, 2, stray], int)
 
 
+@pytest.mark.shows("checks.integers")
 @pytest.mark.parametrize(
     ("check", "value"),
     [
@@ -144,6 +151,7 @@ def test_a_dict_is_returned_as_it_came() -> None:
     assert checks.check_dict("ranks", mapping, int, str) is mapping
 
 
+@pytest.mark.shows("checks.integers", "checks.messages")
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -21,15 +21,14 @@ def ip_list(info: LLMClusterInfo, side: str) -> list[tuple[int | str, int]]:
     return ips
 
 
+@pytest.mark.shows("cluster_info")
 def test_a_new_info_knows_nothing() -> None:
     info = LLMClusterInfo()
-    assert (info.remote_cluster_id, info.local_ip_info_list, info.remote_ip_info_list) == (
-        None,
-        [],
-        [],
-    )
+    assert (info.remote_cluster_id, info.remote_role_type) == (None, None)
+    assert (info.local_ip_info_list, info.remote_ip_info_list) == ([], [])
 
 
+@pytest.mark.shows("cluster_info")
 @pytest.mark.parametrize("cluster_id", [0, 2**64 - 1])
 def test_the_cluster_id_is_any_uint64(cluster_id: int) -> None:
     info = LLMClusterInfo()
@@ -37,6 +36,7 @@ def test_the_cluster_id_is_any_uint64(cluster_id: int) -> None:
     assert info.remote_cluster_id == cluster_id
 
 
+@pytest.mark.shows("cluster_info")
 @pytest.mark.parametrize(
     ("cluster_id", "error"),
     [(None, TypeError), ("1", TypeError), (True, TypeError), (-1, ValueError), (2**64, ValueError)],
@@ -46,6 +46,7 @@ def test_another_cluster_id_is_refused(cluster_id: Any, error: type[Exception]) 
         LLMClusterInfo().remote_cluster_id = cluster_id
 
 
+@pytest.mark.shows("cluster_info")
 @pytest.mark.parametrize("role", [LLMRole.DECODER, 1])
 def test_the_role_is_a_role_or_an_int(role: int) -> None:
     info = LLMClusterInfo()
@@ -53,16 +54,26 @@ def test_the_role_is_a_role_or_an_int(role: int) -> None:
     assert info.remote_role_type == role
 
 
+@pytest.mark.shows("cluster_info")
 @pytest.mark.parametrize("role", [None, "1"])
 def test_another_role_is_a_type_error(role: Any) -> None:
     with pytest.raises(TypeError, match="remote_role_type only support"):
         LLMClusterInfo().remote_role_type = role
 
 
+@pytest.mark.shows("cluster_info", "cluster_info.addresses")
 @pytest.mark.parametrize("side", LISTS)
 @pytest.mark.parametrize(
     ("ip", "stored"),
-    [("1.2.3.4", 0x04030201), (0x04030201, 0x04030201), ("::1", "::1"), ("node7", "node7")],
+    [
+        ("1.2.3.4", 0x04030201),
+        ("127.1", 0x0100007F),
+        ("0x7f.0.0.1", 0x0100007F),
+        ("1", 0x01000000),
+        (0x04030201, 0x04030201),
+        ("::1", "::1"),
+        ("node7", "node7"),
+    ],
 )
 def test_addresses_are_kept_in_order(side: str, ip: int | str, stored: int | str) -> None:
     info = LLMClusterInfo()
@@ -71,6 +82,7 @@ def test_addresses_are_kept_in_order(side: str, ip: int | str, stored: int | str
     assert ip_list(info, side) == [(stored, 26000), (0, 0)]
 
 
+@pytest.mark.shows("cluster_info.addresses")
 @pytest.mark.parametrize("side", LISTS)
 @pytest.mark.parametrize(
     ("ip", "port", "error"),
@@ -80,6 +92,8 @@ def test_addresses_are_kept_in_order(side: str, ip: int | str, stored: int | str
         (b"1.2.3.4", 1, TypeError),
         (True, 1, TypeError),
         ("1.2.3.4.5", 1, RuntimeError),
+        ("10.0.0.300", 1, RuntimeError),
+        ("", 1, RuntimeError),
         (2**32, 1, ValueError),
         ("1.2.3.4", "1", TypeError),
         ("1.2.3.4", None, TypeError),

@@ -65,11 +65,14 @@ def test_the_tail_is_that_of_the_row_and_not_of_the_tensor() -> None:
     assert moves(segments)[-1] == (28 + 24, 48, 4)
 
 
-def test_a_whole_cache_of_tensors_one_behind_the_other_is_one_segment() -> None:
+def test_tensors_one_behind_the_other_are_a_segment_each() -> None:
     geometry = Geometry(CacheKind.CONTINUOUS, 4, 1, 64)
     src = Layout.at(geometry, [SRC + 64 * index for index in range(4)])
     dst = Layout.at(geometry, [DST + 64 * index for index in range(4)])
-    assert moves(plan.row_to_row(src, 0, dst, 0, 64)) == [(0, 0, 256)]
+    assert moves(plan.row_to_row(src, 0, dst, 0, 64)) == [(at, at, 64) for at in range(0, 256, 64)]
+    dst = Layout.at(Geometry(CacheKind.BLOCKS, 4, 2, 32), dst.addrs.tolist())
+    halves = plan.row_to_blocks(src, 0, dst, [0, 1])
+    assert moves(halves) == [(at, at, 64) for at in range(0, 256, 64)]
 
 
 def test_tensors_that_lie_one_behind_the_other_at_one_end_only_stay_apart() -> None:

@@ -64,6 +64,7 @@ def test_only_a_complete_address_is_literal(host: str, is_literal: bool) -> None
     assert Endpoint(host, 1).is_literal is is_literal
 
 
+@pytest.mark.shows("cluster_info.addresses")
 @pytest.mark.parametrize(
     ("text", "number"),
     [("1.2.3.4", 0x04030201), ("127.1", 0x0100007F), ("0x7f.0.0.1", 0x0100007F), ("1", 0x01000000)],
@@ -82,6 +83,7 @@ def test_ipv6_and_host_names_stay_text(text: str) -> None:
     assert (parse_ip(text), host_of(text)) == (text, text)
 
 
+@pytest.mark.shows("cluster_info.addresses")
 @pytest.mark.parametrize(
     "text",
     [

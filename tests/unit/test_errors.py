@@ -41,15 +41,17 @@ NUMBERS = {
 }
 
 
+@pytest.mark.shows("status.codes")
 def test_status_codes_have_the_numbers_of_the_reference() -> None:
     assert {code.name: code.value for code in LLMStatusCode} == NUMBERS
 
 
+@pytest.mark.shows("status.codes")
 @pytest.mark.parametrize(
-    "text", [str(LLMStatusCode.LLM_TIMEOUT), f"{LLMStatusCode.LLM_TIMEOUT}"], ids=["str", "format"]
+    ("code", "text"), [(code, f"LLMStatusCode.{code.name}") for code in LLMStatusCode]
 )
-def test_a_status_code_prints_its_name(text: str) -> None:
-    assert text == "LLMStatusCode.LLM_TIMEOUT"
+def test_a_status_code_prints_its_name(code: LLMStatusCode, text: str) -> None:
+    assert (str(code), f"{code}") == (text, text)
 
 
 def test_a_status_code_formats_as_a_number_on_request() -> None:
@@ -64,6 +66,7 @@ def test_a_known_number_is_its_status() -> None:
     assert code_to_status(0x5010B007) is LLMStatusCode.LLM_NOT_YET_LINK
 
 
+@pytest.mark.shows("status.exception", "relies.17")
 @pytest.mark.parametrize(
     "error",
     [
@@ -77,6 +80,7 @@ def test_an_exception_carries_its_status_beside_its_message(error: LLMException)
     assert str(error) == "no room"
 
 
+@pytest.mark.shows("status.exception", "relies.17")
 def test_an_exception_without_a_status_has_success() -> None:
     assert LLMException("who knows").status_code is LLMStatusCode.LLM_SUCCESS
 
@@ -85,11 +89,13 @@ def test_a_plain_number_is_part_of_the_message_and_no_status() -> None:
     assert LLMException("took", 7).args == ("took", 7)
 
 
+@pytest.mark.shows("status.exception")
 def test_an_exception_can_be_caught_as_a_runtime_error() -> None:
     with pytest.raises(RuntimeError):
         raise LLMException
 
 
+@pytest.mark.shows("status.exception")
 def test_the_status_of_an_exception_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         LLMException("no").status_code = LLMStatusCode.LLM_FAILED  # type: ignore[misc]
@@ -104,6 +110,7 @@ def test_invalid_makes_an_exception_with_param_invalid() -> None:
     assert invalid("no").status_code is LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("status.status")
 @pytest.mark.parametrize(
     ("code", "is_ok"), [(LLMStatusCode.LLM_SUCCESS, True), (LLMStatusCode.LLM_FAILED, False)]
 )

@@ -21,6 +21,7 @@ def test_an_id_is_valid_unless_negative_or_the_mark_of_none(value: int, is_valid
     assert is_valid_id(value) is is_valid
 
 
+@pytest.mark.shows("cache_key")
 @pytest.mark.parametrize(
     ("args", "kwargs", "expected"),
     [
@@ -39,11 +40,13 @@ def test_a_cache_key_takes_positions_before_keywords(args: Any, kwargs: Any, exp
     assert fields(CacheKey(*args, **kwargs)) == expected
 
 
+@pytest.mark.shows("cache_key", "blocks_cache_key")
 def test_prompt_cluster_id_is_the_cluster_id() -> None:
     assert CacheKey(5, 1).prompt_cluster_id == 5
     assert BlocksCacheKey(5).prompt_cluster_id == 5
 
 
+@pytest.mark.shows("cache_key", "error.30")
 @pytest.mark.parametrize(
     ("args", "kwargs", "text"),
     [
@@ -53,6 +56,7 @@ def test_prompt_cluster_id_is_the_cluster_id() -> None:
         ((1,), {"prefix_id": 1}, "req_id is required"),
         ((1,), {"prefix": 1}, "req_id is required"),
         ((), {"cluster_id": 1, "req_id": 1, "prefix_id1": 1}, "Unsupported .*prefix_id1"),
+        ((), {"cluster_id": "1", "req_id": 1, "prefix_id1": 1}, "Unsupported .*prefix_id1"),
         ((1, 2, 3, 4, 5), {}, "Param num is over limit"),
         ((1, 2, 3, 4), {"cluster_id": 1}, "Param num is over limit"),
     ],
@@ -65,6 +69,7 @@ def test_a_cache_key_of_other_parameters_is_param_invalid(
     assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("cache_key", "checks.integers", "error.31")
 @pytest.mark.parametrize("name", ["cluster_id", "req_id", "model_id", "prefix_id"])
 @pytest.mark.parametrize(
     ("value", "error"),
@@ -82,12 +87,14 @@ def test_a_cache_key_consists_of_uint64(name: str, value: Any, error: type[Excep
         CacheKey(**{"cluster_id": 1, "req_id": 1, name: value})
 
 
+@pytest.mark.shows("cache_key")
 def test_a_cache_key_prints_its_fields() -> None:
     assert repr(CacheKey(1, 2, 3, 4)) == (
         "CacheKey(cluster_id=1, req_id=2, prefix_id=4, model_id=3)"
     )
 
 
+@pytest.mark.shows("blocks_cache_key")
 @pytest.mark.parametrize(
     ("args", "kwargs", "text"),
     [
@@ -97,6 +104,7 @@ def test_a_cache_key_prints_its_fields() -> None:
         ((), {"prompt_cluster_id": 1}, "BlocksCacheKey(prompt_cluster_id=1, model_id=0)"),
         ((1,), {"prompt_cluster_id": 2}, "BlocksCacheKey(cluster_id=1, model_id=0)"),
         ((1,), {"model_id": None}, "BlocksCacheKey(cluster_id=1, model_id=0)"),
+        ((None,), {}, "BlocksCacheKey(cluster_id=None, model_id=0)"),
         ((-1, 2**64), {}, "BlocksCacheKey(cluster_id=-1, model_id=18446744073709551616)"),
     ],
 )
@@ -104,6 +112,7 @@ def test_a_blocks_key_prints_as_its_caller_wrote_it(args: Any, kwargs: Any, text
     assert repr(BlocksCacheKey(*args, **kwargs)) == text
 
 
+@pytest.mark.shows("blocks_cache_key")
 @pytest.mark.parametrize(
     ("args", "kwargs", "text"),
     [
@@ -121,6 +130,7 @@ def test_a_blocks_key_of_other_parameters_is_param_invalid(
     assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("blocks_cache_key")
 @pytest.mark.parametrize("value", ["1", 1.0, True])
 @pytest.mark.parametrize(
     ("name", "text"), [("cluster_id", "^The first param "), ("model_id", "^The second param ")]
@@ -130,11 +140,13 @@ def test_a_blocks_key_consists_of_ints(name: str, text: str, value: Any) -> None
         BlocksCacheKey(**{"cluster_id": 1, name: value})
 
 
+@pytest.mark.shows("cache_key_by_id_and_index")
 def test_a_key_by_id_names_row_0_unless_told_otherwise() -> None:
     key = CacheKeyByIdAndIndex(1, 2)
     assert (key.cluster_id, key.cache_id, key.batch_index) == (1, 2, 0)
 
 
+@pytest.mark.shows("cache_key_by_id_and_index")
 @pytest.mark.parametrize(
     ("args", "error", "text"),
     [
@@ -151,10 +163,12 @@ def test_a_key_by_id_is_checked(args: Any, error: type[Exception], text: str) ->
         CacheKeyByIdAndIndex(*args)
 
 
+@pytest.mark.shows("cache_key_by_id_and_index")
 def test_a_key_by_id_may_have_a_negative_cache_id() -> None:
     assert CacheKeyByIdAndIndex(0, -1).cache_id == -1
 
 
+@pytest.mark.shows("cache_key_by_id_and_index")
 def test_a_key_by_id_prints_its_fields() -> None:
     assert repr(CacheKeyByIdAndIndex(1, 2, 3)) == (
         "CacheKeyByIdAndIndex(cluster_id=1, cache_id=2, batch_index=3)"

@@ -23,6 +23,7 @@ HOST_DESC = CacheDesc(2, [4, 8], DataType.DT_FLOAT16, Placement.HOST)
 DEVICE_DESC = CacheDesc(2, [4, 8], DataType.DT_FLOAT16)
 
 
+@pytest.mark.shows("kv_cache.create_cpu_cache")
 @pytest.mark.parametrize("addrs", [[16, 32], [[16, 32]]])
 def test_a_cpu_cache_takes_its_addresses_flat_or_for_the_one_device(addrs: Any) -> None:
     cache = KvCache.create_cpu_cache(HOST_DESC, addrs)
@@ -43,6 +44,7 @@ def test_a_cache_cannot_be_changed_from_outside(field: str) -> None:
         setattr(KvCache.create_cpu_cache(HOST_DESC, [16, 32]), field, 1)
 
 
+@pytest.mark.shows("kv_cache.create_cpu_cache")
 @pytest.mark.parametrize(
     ("desc", "addrs", "text"),
     [
@@ -62,12 +64,14 @@ def test_addresses_that_do_not_fit_are_refused(desc: CacheDesc, addrs: Any, text
     assert error.value.status_code == LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("kv_cache.create_cpu_cache")
 @pytest.mark.parametrize("addrs", [None, (16, 32), ["16", "32"], [[16, "32"]], [True, False], 16])
 def test_addresses_of_a_wrong_type_are_refused(addrs: Any) -> None:
     with pytest.raises(TypeError, match="addrs"):
         KvCache.create_cpu_cache(HOST_DESC, addrs)
 
 
+@pytest.mark.shows("kv_cache.create_cpu_cache")
 def test_a_description_must_be_one() -> None:
     with pytest.raises(AttributeError, match="cache_desc is None"):
         KvCache.create_cpu_cache(None, [16])  # type: ignore[arg-type]
@@ -97,6 +101,7 @@ def assert_full(manager: KvCacheManager) -> None:
     assert error.value.status_code == LLMStatusCode.LLM_OUT_OF_MEMORY
 
 
+@pytest.mark.shows("kv_cache.lifetime")
 @pytest.mark.parametrize("kind", ["allocate_cache", "allocate_blocks_cache"])
 def test_what_nobody_holds_is_there_for_the_next_cache(manager: KvCacheManager, kind: str) -> None:
     allocate = getattr(manager, kind)
@@ -104,6 +109,7 @@ def test_what_nobody_holds_is_there_for_the_next_cache(manager: KvCacheManager, 
     assert ids == list(range(1, 1001))
 
 
+@pytest.mark.shows("kv_cache.lifetime")
 def test_what_was_deallocated_is_not_freed_again(manager: KvCacheManager) -> None:
     first = manager.allocate_cache(ONE_PAGE)
     manager.deallocate_cache(first)

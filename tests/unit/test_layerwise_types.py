@@ -22,6 +22,7 @@ BLOCKS = BlocksCacheKey(7)
 ROW = CacheKeyByIdAndIndex(8, 1)
 
 
+@pytest.mark.shows("layer_synchronizer")
 def test_a_synchronizer_without_its_method_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         LayerSynchronizer()  # type: ignore[abstract]
@@ -49,6 +50,7 @@ def test_an_optional_range_may_be_none() -> None:
     assert check_optional_layer_range("layers", None) is None
 
 
+@pytest.mark.shows("transfer_config")
 @pytest.mark.parametrize("addrs", [[1, 2], (1, 2), []])
 def test_a_config_by_address_keeps_what_it_was_given(addrs: Any) -> None:
     config = TransferConfig(2**64 - 1, addrs, range(1, 2), 3)
@@ -60,6 +62,7 @@ def test_a_config_by_address_keeps_what_it_was_given(addrs: Any) -> None:
     )
 
 
+@pytest.mark.shows("transfer_config")
 def test_a_config_by_address_means_all_layers_of_row_0_by_default() -> None:
     config = TransferConfig(1, [])
     assert (config.src_layer_range, config.src_batch_index, config.dst_layer_range) == (
@@ -88,6 +91,7 @@ WRONG_FIELDS: list[tuple[str, Any, type[Exception]]] = [
 ]
 
 
+@pytest.mark.shows("transfer_config", "checks.integers")
 @pytest.mark.parametrize(("field", "value", "error"), WRONG_FIELDS)
 def test_a_config_by_address_is_checked_when_made(
     field: str, value: Any, error: type[Exception]
@@ -97,6 +101,7 @@ def test_a_config_by_address_is_checked_when_made(
         TransferConfig(**arguments)
 
 
+@pytest.mark.shows("transfer_config", "checks.integers")
 @pytest.mark.parametrize(("field", "value", "error"), WRONG_FIELDS)
 def test_a_config_by_address_is_checked_when_changed(
     field: str, value: Any, error: type[Exception]
@@ -106,6 +111,25 @@ def test_a_config_by_address_is_checked_when_changed(
         setattr(config, field, value)
 
 
+@pytest.mark.shows("transfer_config")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dst_cluster_id", 2**64 - 1),
+        ("dst_addrs", (5, 6)),
+        ("src_layer_range", range(3, 9)),
+        ("src_layer_range", None),
+        ("src_batch_index", 2**32 - 1),
+        ("dst_layer_range", range(2)),
+    ],
+)
+def test_a_config_by_address_can_be_changed(field: str, value: Any) -> None:
+    config = TransferConfig(1, [1], range(1), 1)
+    setattr(config, field, value)
+    assert getattr(config, field) == value
+
+
+@pytest.mark.shows("transfer_config")
 def test_a_config_by_address_prints_its_fields() -> None:
     text = (
         "TransferConfig(dst_cluster_id=1, dst_addrs=[2, 3], src_layer_range=range(0, 1), "
@@ -115,24 +139,28 @@ def test_a_config_by_address_prints_its_fields() -> None:
     assert (str(config), repr(config)) == (text, text)
 
 
+@pytest.mark.shows("transfer_with_cache_key_config")
 @pytest.mark.parametrize("key", [BLOCKS, ROW])
 def test_a_config_by_key_sends_to_the_cluster_of_its_key(key: Any) -> None:
     config = TransferWithCacheKeyConfig(key, range(2), range(4, 6))
     assert (config.cache_key, config.dst_cluster_id) == (key, key.cluster_id)
 
 
+@pytest.mark.shows("O31")
 def test_the_cluster_follows_a_change_of_the_key() -> None:
     config = TransferWithCacheKeyConfig(BLOCKS, range(1), range(1))
     config.cache_key = ROW
     assert config.dst_cluster_id == ROW.cluster_id
 
 
+@pytest.mark.shows("transfer_with_cache_key_config", "O31")
 def test_a_config_whose_key_was_taken_away_has_no_cluster() -> None:
     config = TransferWithCacheKeyConfig(BLOCKS, range(1), range(1))
     config.cache_key = None
     assert config.dst_cluster_id is None
 
 
+@pytest.mark.shows("transfer_with_cache_key_config")
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -161,12 +189,14 @@ def test_a_config_by_key_is_checked_when_made(
         TransferWithCacheKeyConfig(**{**valid, **arguments})
 
 
+@pytest.mark.shows("transfer_with_cache_key_config")
 def test_a_batch_row_of_blocks_is_refused_with_the_documented_text() -> None:
     with pytest.raises(LLMException, match="!= 0 while") as caught:
         TransferWithCacheKeyConfig(BLOCKS, range(1), range(1), 1)
     assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("transfer_with_cache_key_config")
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [
@@ -184,6 +214,7 @@ def test_a_config_by_key_is_checked_when_changed(
         setattr(config, field, value)
 
 
+@pytest.mark.shows("transfer_with_cache_key_config")
 @pytest.mark.parametrize("field", ["src_layer_range", "dst_layer_range"])
 @pytest.mark.parametrize("value", [None, range(9)])
 def test_a_range_may_be_unset_or_lengthened_later(field: str, value: range | None) -> None:
@@ -192,6 +223,7 @@ def test_a_range_may_be_unset_or_lengthened_later(field: str, value: range | Non
     assert getattr(config, field) == value
 
 
+@pytest.mark.shows("transfer_with_cache_key_config")
 def test_the_row_of_a_config_by_key_may_be_changed() -> None:
     config = TransferWithCacheKeyConfig(ROW, range(1), range(1))
     config.src_batch_index = 2

@@ -39,6 +39,7 @@ log.debug("m-debug"); log.info("m-info"); log.warning("m-warning"); log.error("m
 """
 
 
+@pytest.mark.shows("logger")
 @pytest.mark.parametrize(
     ("variable", "printed"),
     [
@@ -56,10 +57,12 @@ def test_the_environment_sets_the_level(variable: str, printed: list[str]) -> No
     assert re.findall(r"m-\w+", output) == printed
 
 
+@pytest.mark.shows("logger")
 def test_without_the_variable_errors_are_printed() -> None:
     assert re.findall(r"m-\w+", output_of(ALL_LEVELS)) == ["m-error"]
 
 
+@pytest.mark.shows("logger")
 def test_a_line_says_who_where_and_when() -> None:
     program = """
 from llm_datadist.observe.log import get_logger
@@ -73,12 +76,51 @@ complain()
     )
 
 
+@pytest.mark.shows("logger")
 def test_importing_the_module_sets_nothing_up() -> None:
     program = """
 import logging, llm_datadist.observe.log
 print(logging.getLogger("LLM_DATADIST").handlers)
 """
     assert output_of(program) == "[]\n"
+
+
+@pytest.mark.shows("logger")
+def test_the_level_is_read_once_at_first_use() -> None:
+    program = """
+import os
+import llm_datadist
+os.environ["ASCEND_GLOBAL_LOG_LEVEL"] = "1"
+from llm_datadist.observe.log import get_logger
+get_logger().info("m-first")
+os.environ["ASCEND_GLOBAL_LOG_LEVEL"] = "0"
+get_logger().debug("m-second")
+"""
+    assert re.findall(r"m-\w+", output_of(program, {"ASCEND_GLOBAL_LOG_LEVEL": "3"})) == ["m-first"]
+
+
+@pytest.mark.shows("logger")
+def test_the_top_of_a_thread_can_log() -> None:
+    program = """
+import threading
+from llm_datadist.observe.log import get_logger
+thread = threading.Thread(target=get_logger().error, args=("m-thread",))
+thread.start(); thread.join()
+"""
+    assert re.findall(r"m-\w+", output_of(program)) == ["m-thread"]
+
+
+@pytest.mark.shows("logger")
+def test_the_library_logs_there() -> None:
+    program = """
+from llm_datadist import LLMDataDist, LLMRole, LLMClusterInfo
+datadist = LLMDataDist(LLMRole.DECODER, 1)
+datadist.init({"llm.EnableCacheManager": "1"})
+info = LLMClusterInfo()
+info.append_local_ip_info("127.0.0.1", 0)
+datadist.link_clusters([info])
+"""
+    assert output_of(program).startswith("[ERROR] LLM_DATADIST(")
 
 
 def test_getting_the_logger_again_prints_no_line_twice() -> None:

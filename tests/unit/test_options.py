@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def refusal(options: Any) -> LLMException:
     return caught.value
 
 
+@pytest.mark.shows("config.modes")
 def test_the_manager_alone_gives_the_documented_defaults() -> None:
     assert parse(MANAGER) == Options(
         role=LLMRole.PROMPT,
@@ -48,6 +50,7 @@ def test_the_manager_alone_gives_the_documented_defaults() -> None:
         local_comm_res=None,
         enable_switch_role=False,
         path="auto",
+        transfer_threads=min(4, len(os.sched_getaffinity(0))),
     )
 
 
@@ -67,6 +70,7 @@ def test_every_option_arrives_in_its_field() -> None:
     config.link_total_time = 60
     config.link_retry_count = 3
     config.transfer_path = "tcp"
+    config.transfer_threads = 3
     assert Options.parse(LLMRole.MIX, config.generate_options()) == Options(
         role=LLMRole.MIX,
         device_id=3,
@@ -83,9 +87,11 @@ def test_every_option_arrives_in_its_field() -> None:
         local_comm_res="not looked into",
         enable_switch_role=True,
         path="tcp",
+        transfer_threads=3,
     )
 
 
+@pytest.mark.shows("error.3")
 @pytest.mark.parametrize(
     "options", [None, [], "llm.EnableCacheManager", [("a", "b")], {"a": 1}, {1: "a"}]
 )
@@ -100,6 +106,7 @@ def test_the_callers_dict_is_left_as_it_is() -> None:
     assert options == {**MANAGER, **LISTEN, **HIXL}
 
 
+@pytest.mark.shows("datadist.init.options")
 def test_unknown_keys_are_passed_over() -> None:
     assert parse({**MANAGER, "llm.Role": "Decoder", "my.own": ""}) == parse(MANAGER)
 
@@ -117,6 +124,7 @@ def test_a_role_of_another_type_is_a_type_error() -> None:
         Options.parse(role, MANAGER)
 
 
+@pytest.mark.shows("config.modes")
 @pytest.mark.parametrize(
     ("options", "mode"),
     [
@@ -143,6 +151,7 @@ def test_the_mode_follows_from_what_is_given(
     assert (parsed.cache_manager, parsed.remote_accessible) == mode
 
 
+@pytest.mark.shows("config.modes", "datadist.init.options", "error.5", "error.6")
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -197,6 +206,7 @@ def test_two_keys_of_one_option_must_agree(one: dict[str, str], other: dict[str,
     assert "are one option and differ" in str(refusal({**MANAGER, **one, **other}))
 
 
+@pytest.mark.shows("datadist.init.options", "error.7", "error.8")
 @pytest.mark.parametrize("mode", [{}, MANAGER])
 @pytest.mark.parametrize(
     "text", ["", "1.2.3.4", "1.2.3.4:5:6", "::1:5", "localhost:5", "1.2:5", "1.2.3.4:5;1.2.3.4:6"]
@@ -209,6 +219,7 @@ def test_a_listening_address_of_another_form_is_param_invalid(
     assert error.status_code is LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("error.7")
 @pytest.mark.parametrize("port", ["x", "", "-1", "65536"])
 def test_a_listening_port_that_is_none_is_a_value_error(port: str) -> None:
     with pytest.raises(ValueError, match=r"port of llm\.listenIpInfo"):
@@ -223,6 +234,7 @@ def test_no_listening_address_is_none() -> None:
     assert parse_listen({}) is None
 
 
+@pytest.mark.shows("datadist.init.options", "error.9", "flow_graph_mem")
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -237,6 +249,7 @@ def test_no_listening_address_is_none() -> None:
         ("llm.HostMemPoolConfig", ["", "{}", "[]"]),
         ("llm.BufPoolCfg", ["", "[]"]),
         ("llm_datadist.Path", ["", "rdma"]),
+        ("llm_datadist.Threads", ["", "x", "0", "17"]),
     ],
 )
 def test_a_value_that_cannot_be_is_param_invalid(name: str, values: list[str]) -> None:
@@ -244,20 +257,24 @@ def test_a_value_that_cannot_be_is_param_invalid(name: str, values: list[str]) -
     assert {error.status_code for error in errors} == {LLMStatusCode.LLM_PARAM_INVALID}
 
 
+@pytest.mark.shows("flow_graph_mem")
 @pytest.mark.parametrize("value", [[1], 1, None])
 def test_the_graph_memory_is_a_text(value: Any) -> None:
     with pytest.raises(TypeError, match="only support"):
         parse({**MANAGER, "ge.flowGraphMemMaxSize": value})
 
 
+@pytest.mark.shows("flow_graph_mem")
 def test_the_graph_memory_is_no_pool_of_the_cache_manager() -> None:
     assert parse({**MANAGER, "ge.flowGraphMemMaxSize": "131072"}).device_pool is None
 
 
+@pytest.mark.shows("flow_graph_mem")
 def test_the_graph_memory_is_the_pool_of_the_v1_mode() -> None:
     assert parse({"ge.flowGraphMemMaxSize": "131072"}).device_pool == PoolConfig(131072)
 
 
+@pytest.mark.shows("datadist.init.options")
 def test_resources_that_are_no_json_are_accepted() -> None:
     assert parse({"llm.LocalCommRes": "{broken"}).local_comm_res == "{broken"
 

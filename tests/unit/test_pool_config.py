@@ -14,11 +14,13 @@ MIB = 1024 * 1024
 DOCUMENTED_CLASS = {"total_size": 2097152, "blk_size": 256, "max_buf_size": 8192}
 
 
+@pytest.mark.shows("pool.config")
 def test_the_documented_pool_is_read() -> None:
     pool = PoolConfig.parse('{"memory_size": 18737418240, "page_shift": 16}')
     assert pool == PoolConfig(memory_nbytes=18737418240, page_shift=16)
 
 
+@pytest.mark.shows("pool.config")
 def test_pages_have_64_kib_unless_told_otherwise() -> None:
     assert PoolConfig.parse('{"memory_size": 65536}').page_nbytes == 65536
 
@@ -27,15 +29,18 @@ def test_a_trailing_fraction_of_a_page_is_not_counted() -> None:
     assert PoolConfig(102428800).num_pages == 1562
 
 
+@pytest.mark.shows("pool.config")
 def test_other_fields_of_a_pool_are_passed_over() -> None:
     assert PoolConfig.parse('{"memory_size": 65536, "colour": "red"}') == PoolConfig(65536)
 
 
+@pytest.mark.shows("pool.config")
 @pytest.mark.parametrize("page_shift", [10, 30])
 def test_the_ends_of_the_page_shifts_pass(page_shift: int) -> None:
     assert PoolConfig(2**30, page_shift).page_nbytes == 2**page_shift
 
 
+@pytest.mark.shows("pool.config", "D7")
 @pytest.mark.parametrize(
     "text",
     [
@@ -66,10 +71,12 @@ def test_a_pool_that_cannot_be_is_param_invalid(text: str) -> None:
     assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("pool.config")
 def test_the_largest_number_of_pages_passes() -> None:
     assert PoolConfig(4398046510080 - 1024, 10).num_pages == 2**32 - 2
 
 
+@pytest.mark.shows("buf_pool.config")
 def test_the_documented_buffer_pool_is_read() -> None:
     text = json.dumps({"buf_cfg": [DOCUMENTED_CLASS], "buf_pool_size": 2147483648})
     assert BufPoolConfig.parse(text) == BufPoolConfig(
@@ -77,19 +84,23 @@ def test_the_documented_buffer_pool_is_read() -> None:
     )
 
 
+@pytest.mark.shows("buf_pool.config")
 def test_both_fields_of_a_buffer_pool_are_optional() -> None:
     assert BufPoolConfig.parse("{}") == BufPoolConfig((), None)
 
 
+@pytest.mark.shows("buf_pool.config")
 def test_a_buffer_pool_may_be_tiny() -> None:
     assert BufPoolConfig.parse('{"buf_pool_size": 1024}').pool_nbytes == 1024
 
 
+@pytest.mark.shows("buf_pool.config")
 def test_classes_are_kept_in_their_order() -> None:
     text = json.dumps({"buf_cfg": [DOCUMENTED_CLASS, {**DOCUMENTED_CLASS, "max_buf_size": 16384}]})
     assert [each.max_nbytes for each in BufPoolConfig.parse(text).classes] == [8192, 16384]
 
 
+@pytest.mark.shows("buf_pool.config")
 @pytest.mark.parametrize(
     "size_class",
     [
@@ -103,6 +114,7 @@ def test_a_class_at_its_limits_passes(size_class: dict[str, int]) -> None:
     assert parsed.total_nbytes == size_class["total_size"]
 
 
+@pytest.mark.shows("buf_pool.config")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -126,6 +138,7 @@ def test_a_class_that_cannot_be_is_param_invalid(changes: dict[str, Any]) -> Non
     assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("buf_pool.config")
 @pytest.mark.parametrize("field", ["total_size", "blk_size", "max_buf_size"])
 def test_a_class_needs_all_its_fields(field: str) -> None:
     fields = {name: value for name, value in DOCUMENTED_CLASS.items() if name != field}
@@ -133,6 +146,7 @@ def test_a_class_needs_all_its_fields(field: str) -> None:
         BufPoolConfig.parse(json.dumps({"buf_cfg": [fields]}))
 
 
+@pytest.mark.shows("buf_pool.config")
 @pytest.mark.parametrize("second", [8192, 4096])
 def test_the_largest_requests_must_increase_from_class_to_class(second: int) -> None:
     classes = [DOCUMENTED_CLASS, {**DOCUMENTED_CLASS, "max_buf_size": second}]
@@ -141,6 +155,7 @@ def test_the_largest_requests_must_increase_from_class_to_class(second: int) -> 
     assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("buf_pool.config", "D7")
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"buf_cfg": {}}', '{"buf_cfg": [1]}', '{"buf_pool_size": "1"}']
 )

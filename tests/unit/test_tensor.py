@@ -21,6 +21,7 @@ def bf16_bits(values: list[float]) -> list[int]:
     return list((tensor.numpy().view(np.uint32) >> 16).tolist())
 
 
+@pytest.mark.shows("v1.tensor")
 @pytest.mark.parametrize("shape", [[2, 3], (2, 3), []])
 def test_a_description_reads_back_as_it_was_given(shape: Any) -> None:
     desc = TensorDesc(DataType.DT_FLOAT, shape)
@@ -44,6 +45,7 @@ def test_a_description_that_no_tensor_can_have_is_refused(shape: list[int]) -> N
     assert error.value.status_code == LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("v1.tensor")
 @pytest.mark.parametrize("data_type", dtype_to_np_dtype)
 def test_a_tensor_shares_the_memory_of_its_array(data_type: DataType) -> None:
     array = np.arange(6).astype(dtype_to_np_dtype[data_type])
@@ -60,6 +62,7 @@ def test_without_a_description_it_is_that_of_the_array() -> None:
     assert repr(tensor) == "Tensor(TensorDesc(dtype=DataType.DT_FLOAT16, shape=(2, 3)))"
 
 
+@pytest.mark.shows("v1.tensor")
 def test_a_tensor_of_a_tensor_shares_its_memory_in_another_shape() -> None:
     first = Tensor(np.zeros(6, np.int32))
     second = Tensor(first, TensorDesc(DataType.DT_INT32, [3, 2]))
@@ -112,6 +115,7 @@ def test_strings_have_no_array() -> None:
     assert error.value.status_code == LLMStatusCode.LLM_PARAM_INVALID
 
 
+@pytest.mark.shows("v1.tensor")
 def test_bits_of_bf16_are_shown_as_float32_and_copied() -> None:
     bits = np.array([0x3F80, 0xC020, 0x0000, 0x7F80], np.uint16)
     tensor = Tensor(bits, TensorDesc(BF16, [2, 2]))
@@ -145,6 +149,7 @@ def test_a_nan_stays_one_in_bf16(bits: int) -> None:
     assert np.isnan(Tensor(nan, TensorDesc(BF16, [1])).numpy()).all()
 
 
+@pytest.mark.shows("v1.tensor")
 def test_every_bf16_comes_back_from_float32() -> None:
     bits = np.arange(2**16, dtype=np.uint16)
     desc = TensorDesc(BF16, [2**16])

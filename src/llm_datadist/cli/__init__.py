@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from llm_datadist.cli.bench.command import app as bench
 from llm_datadist.cli.demo.command import demo
 
 app = typer.Typer(
@@ -13,9 +14,4 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
-
-
-@app.callback()
-def _root() -> None:
-    # With a callback, typer keeps the verb on the command line even while there is only one.
-    pass
+app.add_typer(bench, name="bench")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from llm_datadist.core.segments import FEW
 from llm_datadist.errors import invalid
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class Layout:
 
     def covers(self, addrs: U64, nbytes: U64) -> bool:
         """Whether every (address, length) lies within one tensor; overflow-safe, vectorised."""
+        if len(addrs) <= FEW:
+            pairs = zip(addrs.tolist(), nbytes.tolist(), strict=True)
+            return all(self._covers_one(addr, length) for addr, length in pairs)
         starts = np.sort(self.addrs)
         if not len(starts):
             return not len(addrs)
@@ -99,3 +103,7 @@ class Layout:
         offset = addrs - starts[index - 1]
         size = np.uint64(self.geometry.tensor_nbytes)
         return bool(((offset <= size) & (nbytes <= size - np.minimum(offset, size))).all())
+
+    def _covers_one(self, addr: int, nbytes: int) -> bool:
+        room = self.geometry.tensor_nbytes - nbytes
+        return any(start <= addr <= start + room for start in self.addrs.tolist())

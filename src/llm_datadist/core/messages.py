@@ -186,12 +186,17 @@ class Caches(Message, tag=24):
 
 
 class Read(Message, tag=25):
-    """Send these bytes of a cache; `columns` is u64 little-endian, addresses then lengths."""
+    """Send these bytes of a cache; `columns` is u64 little-endian, addresses then lengths.
+
+    With a `claim` (id, model_id, is_prefix, row) only while that key still leads to that row of it:
+    so a reader need not ask before each read where a key leads.
+    """
 
     cache_id: int
     generation: UInt
     timeout_ms: UInt
     columns: bytes
+    claim: tuple[UInt, UInt, bool, UInt] | None = None
 
 
 class Sending(Message, tag=26):
@@ -289,7 +294,7 @@ def columns_of(data: bytes, count: int) -> list[U64]:
     """The `count` equal columns in which a request lists segments. Raises ProtocolError."""
     if len(data) % (8 * count) or len(data) > 8 * count * MAX_REQUEST_SEGMENTS:
         raise ProtocolError(f"{len(data)} bytes are no {count} columns of segments")
-    return np.split(np.frombuffer(data, dtype="<u8").astype(np.uint64, copy=False), count)
+    return list(np.frombuffer(data, dtype="<u8").astype(np.uint64, copy=False).reshape(count, -1))
 
 
 def pack_columns(*columns: U64) -> bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from llm_datadist.core.segments import Segments
+from llm_datadist.core.segments import FEW, Segments
 from llm_datadist.errors import invalid
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check_batch_rows(geometry: Geometry, nbytes: int, whose: str, offset: int = 
     if nbytes > geometry.row_nbytes - offset:
         raise invalid(
             f"{nbytes} bytes are more than the {whose}'s rows have behind offset {offset}, "
-            f"{geometry.row_nbytes - offset}"
+            f"{geometry.row_nbytes - offset}: make those rows as large, or size smaller"
         )
 
 
@@ -99,8 +99,9 @@ def row_to_row(
     """`nbytes` of one batch row into another, tensor by tensor, each behind its offset."""
     src_start = np.uint64(src_row * src.geometry.row_nbytes + src_offset)
     dst_start = np.uint64(dst_row * dst.geometry.row_nbytes + dst_offset)
+    # not merged where tensors touch: peers check that each segment lies within one tensor
     lengths = np.full(len(src.addrs), nbytes, dtype=np.uint64)
-    return Segments(src.addrs + src_start, dst.addrs + dst_start, lengths).coalesced()
+    return Segments(src.addrs + src_start, dst.addrs + dst_start, lengths)
 
 
 def row_part_to_row(
@@ -152,6 +153,13 @@ def blocks_to_blocks(
         raise invalid(
             f"source blocks have {nbytes} bytes, destination blocks {dst.geometry.row_nbytes}"
         )
+    if len(src_blocks) == 1 and len(src.addrs) <= FEW:
+        src_start, dst_start = src_blocks[0] * nbytes, dst_blocks[0] * nbytes
+        return Segments.few(
+            [addr + src_start for addr in src.addrs.tolist()],
+            [addr + dst_start for addr in dst.addrs.tolist()],
+            [nbytes] * len(src.addrs),
+        )
     starts, lengths = _runs(_offsets(src_blocks, nbytes), _offsets(dst_blocks, nbytes), nbytes)
     return _for_every_tensor(src, starts[0], dst, starts[1], lengths)
 
@@ -171,9 +179,8 @@ def row_to_blocks(src: Layout, src_row: int, dst: Layout, dst_blocks: Sequence[i
     chunks = np.arange(len(dst_blocks), dtype=np.uint64) * np.uint64(block)
     lengths = np.minimum(np.uint64(block), np.uint64(row) - chunks)
     src_offsets = chunks + np.uint64(src_row * row)
-    return _for_every_tensor(
-        src, src_offsets, dst, _offsets(dst_blocks, block), lengths
-    ).coalesced()
+    pairs = Segments(src_offsets, _offsets(dst_blocks, block), lengths).coalesced()
+    return _for_every_tensor(src, pairs.src, dst, pairs.dst, pairs.nbytes)
 
 
 def _offsets(blocks: Sequence[int], nbytes: int) -> U64:

@@ -167,7 +167,9 @@ class Registry:
         """Raises LLMException(LLM_KV_CACHE_NOT_EXIST)."""
         entry = self._entries.get(cache_id)
         if entry is None:
-            raise _missing(f"there is no cache {cache_id}")
+            raise _missing(
+                f"there is no cache {cache_id} here: it was unregistered or freed, or never was"
+            )
         return entry
 
     def find_key(self, key: KeyName) -> tuple[Entry, int]:

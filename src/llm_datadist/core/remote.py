@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,12 +16,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+class Claim(NamedTuple):
+    """That a key leads to a row of a cache."""
+
+    key: KeyName
+    row: int
+
+
 class Guard(NamedTuple):
-    """What a one-sided access must find unchanged: this generation, in this word of the owner."""
+    """What a one-sided access must find unchanged: this generation, in this word of the owner.
+
+    The claim is for the owner to check, where it takes part in the access.
+    """
 
     cache_id: int
     generation: int
     word_addr: int
+    claim: Claim | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +45,10 @@ class RemoteCache:
     is_remote_accessible: bool
     is_owned: bool
     keys: dict[KeyName, int]
+
+    def claimed(self, key: KeyName, row: int) -> RemoteCache:
+        """The same, to be reached only while the key leads there."""
+        return replace(self, guard=self.guard._replace(claim=Claim(key, row)))
 
     def has_key_at(self, row: int) -> bool:
         """Whether a pull of this row uses up a key."""

@@ -3,33 +3,76 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llm_datadist.core.geometry import U64
 
+#: so many segments or fewer are planned and moved as lists
+FEW: Final = 16
+Lists: TypeAlias = tuple[list[int], list[int], list[int]]
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@final
 class Segments:
     """Byte ranges to copy: `nbytes[i]` from address `src[i]` to address `dst[i]`.
 
     Which of the two addresses lies in another process is up to the operation:
-    a read's `src` is remote, a write's `dst` is.
+    a read's `src` is remote, a write's `dst` is. Immutable. A few segments are cheaper as lists of
+    Python's ints than as columns: each form is made from the other when it is asked for.
     """
 
-    src: U64
-    dst: U64
-    nbytes: U64
+    __slots__ = ("_columns", "_lists")
+
+    def __init__(self, src: U64, dst: U64, nbytes: U64) -> None:
+        self._columns: tuple[U64, U64, U64] | None = (src, dst, nbytes)
+        self._lists: Lists | None = None
+
+    @classmethod
+    def few(cls, src: list[int], dst: list[int], nbytes: list[int]) -> Segments:
+        """The same from lists."""
+        segments = cls.__new__(cls)
+        segments._columns, segments._lists = None, (src, dst, nbytes)
+        return segments
+
+    @property
+    def src(self) -> U64:
+        return self.columns[0]
+
+    @property
+    def dst(self) -> U64:
+        return self.columns[1]
+
+    @property
+    def nbytes(self) -> U64:
+        return self.columns[2]
+
+    @property
+    def columns(self) -> tuple[U64, U64, U64]:
+        """Sources, destinations, lengths."""
+        if self._columns is None:
+            src, dst, nbytes = (np.array(each, dtype=np.uint64) for each in self.lists)
+            self._columns = (src, dst, nbytes)
+        return self._columns
+
+    @property
+    def lists(self) -> Lists:
+        """Sources, destinations, lengths."""
+        if self._lists is None:
+            src, dst, nbytes = self.columns
+            self._lists = (src.tolist(), dst.tolist(), nbytes.tolist())
+        return self._lists
 
     def __len__(self) -> int:
-        return len(self.nbytes)
+        return len((self._lists or self.columns)[2])
 
     @property
     def total_nbytes(self) -> int:
-        return int(self.nbytes.sum())
+        return int(self.nbytes.sum()) if self._lists is None else sum(self._lists[2])
 
     def slice(self, start: int, stop: int) -> Segments:
         return Segments(self.src[start:stop], self.dst[start:stop], self.nbytes[start:stop])
@@ -72,11 +115,28 @@ class Segments:
         return [self.slice(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]
 
 
-def iovecs(addrs: U64, nbytes: U64) -> U64:
-    """The columns as an array of `struct iovec` (address, length), C-contiguous."""
-    vectors = np.empty((len(addrs), 2), dtype=np.uint64)
-    vectors[:, 0] = addrs
-    vectors[:, 1] = nbytes
+def iovecs(
+    addrs: U64,
+    nbytes: U64,
+    before: Sequence[tuple[int, int]] = (),
+    behind: Sequence[tuple[int, int]] = (),
+) -> U64:
+    """The columns as an array of `struct iovec` (address, length), C-contiguous.
+
+    More vectors may come before and behind them.
+    """
+    if len(addrs) <= FEW:
+        pairs = zip(addrs.tolist(), nbytes.tolist(), strict=True)
+        flat = list(itertools.chain.from_iterable((*before, *pairs, *behind)))
+        return np.array(flat, dtype=np.uint64).reshape(-1, 2)
+    first, last = len(before), len(before) + len(addrs)
+    vectors = np.empty((last + len(behind), 2), dtype=np.uint64)
+    vectors[first:last, 0] = addrs
+    vectors[first:last, 1] = nbytes
+    if before:
+        vectors[:first] = before
+    if behind:
+        vectors[last:] = behind
     return vectors
 
 

@@ -6,11 +6,11 @@ LLM_PARAM_INVALID.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from llm_datadist import cache as python
 from llm_datadist.checks import (
     check_int32,
+    check_int64,
     check_sequence,
     check_type,
     check_uint16,
@@ -32,14 +32,10 @@ from llm_datadist.endpoint import Endpoint, is_ip_literal
 from llm_datadist.engine.linker import Target
 from llm_datadist.errors import invalid
 from llm_datadist.keys import CacheKeyByIdAndIndex
-from llm_datadist.types import CacheDesc as PythonDesc
-from llm_datadist.types import DataType, Placement
+from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-#: operations look at the id and the kind of a cache they are given, and ask the engine for the rest
-_NO_DESC: Final = PythonDesc(0, [1], DataType.DT_INT8)
 
 
 def parse_targets(clusters: object) -> list[Target]:
@@ -84,14 +80,13 @@ def parse_index(name: str, index: object) -> CacheKeyByIdAndIndex:
     return CacheKeyByIdAndIndex(given.cluster_id, given.cache_id, given.batch_index)
 
 
-def parse_cache(name: str, cache: object) -> python.Cache:
-    """A cache of ours as operations take it; the engine knows that it has rows and blocks."""
-    cache_id = check_type(name, cache, Cache).cache_id
-    return python.Cache(cache_id, _NO_DESC, [], None, is_registered=True, is_blocks_cache=False)
+def parse_cache(name: str, cache: object) -> int:
+    """The id of a cache of ours, which is all that is looked at. Spec 7.4."""
+    return check_int64("cache_id", check_type(name, cache, Cache).cache_id)
 
 
-def parse_source(src_cache: object) -> python.Cache:
-    """A cache of ours to push from. Spec 7.4."""
+def parse_source(src_cache: object) -> int:
+    """The id of a cache of ours to push from. Spec 7.4."""
     cache = check_type("src_cache", src_cache, Cache)
     desc = check_type("cache_desc of src_cache", cache.cache_desc, CacheDesc)
     if desc.placement != CachePlacement.kDevice:
@@ -99,12 +94,19 @@ def parse_source(src_cache: object) -> python.Cache:
     return parse_cache("src_cache", cache)
 
 
-def parse_blocks(src_blocks: object, dst_blocks: object) -> tuple[Sequence[int], Sequence[int]]:
-    """Both lists of a transfer by blocks. Spec 7.4."""
-    return (
-        check_uint64_sequence("src_blocks", src_blocks),
-        check_uint64_sequence("dst_blocks", dst_blocks),
-    )
+def parse_blocks(
+    key: CacheKeyByIdAndIndex, src_blocks: object, dst_blocks: object
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Both lists of a transfer by blocks, to or from the cache of the key. Spec 7.4."""
+    src = check_uint64_sequence("src_blocks", src_blocks)
+    dst = check_uint64_sequence("dst_blocks", dst_blocks)
+    if key.batch_index:
+        raise invalid(f"{key} must have batch_index 0: blocks are named by src_blocks, dst_blocks")
+    if not src:
+        raise invalid("src_blocks is empty: name the blocks to move")
+    if len(src) != len(dst):
+        raise invalid(f"{len(src)} src_blocks do not pair with {len(dst)} dst_blocks")
+    return src, dst
 
 
 def _endpoints(name: str, ip_infos: object) -> tuple[Endpoint, ...]:

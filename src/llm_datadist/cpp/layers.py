@@ -7,6 +7,8 @@ from typing import NamedTuple
 from llm_datadist.checks import check_int32, check_sequence, check_type, check_uint8
 from llm_datadist.cpp.types import KvCacheExtParam
 from llm_datadist.errors import invalid
+from llm_datadist.operations.pull import PulledTensors
+from llm_datadist.operations.push import PushedLayers
 
 _PAIR = 2
 
@@ -33,17 +35,13 @@ class Layers(NamedTuple):
         src = _inclusive("src_layer_range", ext.src_layer_range)
         return cls(src, _inclusive("dst_layer_range", ext.dst_layer_range), per_layer)
 
-    def for_pull(self) -> dict[str, object]:
-        """The keywords of a pull. Both ranges count, or neither does."""
+    def for_pull(self) -> PulledTensors:
+        """The tensors of a pull. Both ranges count, or neither does."""
         if self.src.start < 0 or self.dst.start < 0:
-            return {"tensor_num_per_layer": self.per_layer}
-        return {
-            "src_layer_range": self.src,
-            "dst_layer_range": self.dst,
-            "tensor_num_per_layer": self.per_layer,
-        }
+            return PulledTensors(None, None, self.per_layer)
+        return PulledTensors(self.src, self.dst, self.per_layer)
 
-    def for_push(self, num_tensors: int) -> tuple[range, range]:
+    def for_push(self, num_tensors: int) -> PushedLayers:
         """The layers of a push out of a cache with so many tensors. Raises LLMException.
 
         Without a source range it is all layers, into the first of the peer. Tensors that make no
@@ -56,10 +54,10 @@ class Layers(NamedTuple):
             )
         if self.src.start < 0:
             everything = range(-(-num_tensors // self.per_layer))
-            return everything, everything
+            return PushedLayers(everything, everything, self.per_layer)
         if self.dst.start < 0:
             raise invalid("dst_layer_range is needed where src_layer_range is given")
-        return self.src, self.dst
+        return PushedLayers(self.src, self.dst, self.per_layer)
 
 
 def _inclusive(name: str, bounds: object) -> range:

@@ -10,7 +10,9 @@ from llm_datadist.checks import (
     check_dict,
     check_int64,
     check_list,
+    check_size,
     check_type,
+    check_uint32,
     check_uint64,
     check_uint64_sequence,
 )
@@ -28,7 +30,7 @@ from llm_datadist.cpp.layers import Layers
 from llm_datadist.cpp.options import open_engine, parse_options, parse_role
 from llm_datadist.cpp.types import Cache, LlmRole, RegisterCfg
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.operations import by_id, copying, pull, push
+from llm_datadist.operations import copying, pull, push
 from llm_datadist.operations.linking import LinkInfo, live_links, move_listener
 from llm_datadist.operations.registering import register
 from llm_datadist.options import parse_listen
@@ -37,7 +39,6 @@ from llm_datadist.types import Placement
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llm_datadist import cache as python
     from llm_datadist.cpp.status import Status
     from llm_datadist.cpp.types import CacheDesc, CacheIndex, ClusterInfo, KvCacheExtParam
     from llm_datadist.endpoint import Endpoint
@@ -262,12 +263,11 @@ class LlmDataDist:
         """
         with self._call("PullKvCache") as call:
             engine = self._require_engine()
-            key, dst = (
-                parse_index("src_cache_index", src_cache_index),
-                parse_cache("dst_cache", dst_cache),
-            )
-            layers = Layers.parse(ext_param)
-            pull.pull_cache(engine, key, dst, batch_index, size, layers.for_pull())
+            key = parse_index("src_cache_index", src_cache_index)
+            cache_id = parse_cache("dst_cache", dst_cache)
+            row, nbytes = check_uint32("batch_index", batch_index), check_size(size)
+            tensors = Layers.parse(ext_param).for_pull()
+            pull.pull_row(engine, key, cache_id, row, nbytes, tensors)
         return call.status
 
     def PullKvBlocks(
@@ -285,13 +285,11 @@ class LlmDataDist:
         """
         with self._call("PullKvBlocks") as call:
             engine = self._require_engine()
-            key, dst = (
-                parse_index("src_cache_index", src_cache_index),
-                parse_cache("dst_cache", dst_cache),
-            )
-            blocks = parse_blocks(src_blocks, dst_blocks)
-            layers = Layers.parse(ext_param)
-            by_id.pull_blocks(engine, key, dst, *blocks, layers.for_pull())
+            key = parse_index("src_cache_index", src_cache_index)
+            cache_id = parse_cache("dst_cache", dst_cache)
+            blocks = parse_blocks(key, src_blocks, dst_blocks)
+            tensors = Layers.parse(ext_param).for_pull()
+            pull.pull_into_blocks(engine, key, cache_id, *blocks, tensors)
         return call.status
 
     def PushKvCache(
@@ -310,10 +308,12 @@ class LlmDataDist:
         """
         with self._call("PushKvCache") as call:
             engine = self._require_engine()
-            src, key = parse_source(src_cache), parse_index("dst_cache_index", dst_cache_index)
-            layers = Layers.parse(ext_param)
-            ranges = layers.for_push(_num_tensors(engine, src))
-            push.push_cache(engine, key, src, src_batch_index, *ranges, size, layers.per_layer)
+            cache_id = parse_source(src_cache)
+            key = parse_index("dst_cache_index", dst_cache_index)
+            row = check_uint32("src_batch_index", src_batch_index)
+            push.check_whole_row(size)
+            layers = Layers.parse(ext_param).for_push(_num_tensors(engine, cache_id))
+            push.push_row(engine, key, cache_id, row, layers)
         return call.status
 
     def PushKvBlocks(
@@ -330,11 +330,11 @@ class LlmDataDist:
         """
         with self._call("PushKvBlocks") as call:
             engine = self._require_engine()
-            src, key = parse_source(src_cache), parse_index("dst_cache_index", dst_cache_index)
-            blocks = parse_blocks(src_blocks, dst_blocks)
-            layers = Layers.parse(ext_param)
-            ranges = layers.for_push(_num_tensors(engine, src))
-            by_id.push_blocks(engine, key, src, *blocks, *ranges, layers.per_layer)
+            cache_id = parse_source(src_cache)
+            key = parse_index("dst_cache_index", dst_cache_index)
+            blocks = parse_blocks(key, src_blocks, dst_blocks)
+            layers = Layers.parse(ext_param).for_push(_num_tensors(engine, cache_id))
+            push.push_into_blocks(engine, key, cache_id, *blocks, layers)
         return call.status
 
     # -- copies within this cluster --
@@ -356,9 +356,10 @@ class LlmDataDist:
         with self._call("CopyKvCache") as call:
             engine = self._require_engine()
             src, dst = parse_cache("src_cache", src_cache), parse_cache("dst_cache", dst_cache)
-            copying.copy_cache(
-                engine, dst, src, dst_batch_index, src_batch_index, offset, size, None
-            )
+            src_row = check_uint32("src_batch_index", src_batch_index)
+            dst_row = check_uint32("dst_batch_index", dst_batch_index)
+            begin, nbytes = check_uint64("offset", offset), check_size(size)
+            copying.copy_row(engine, src, src_row, dst, dst_row, begin, nbytes)
         return call.status
 
     def CopyKvBlocks(
@@ -379,7 +380,7 @@ class LlmDataDist:
             blocks = check_uint64_sequence("src_blocks", src_blocks)
             copies = check_type("dst_blocks_list", dst_blocks_list, list, tuple)
             lists = [check_uint64_sequence("a list of dst_blocks_list", each) for each in copies]
-            by_id.copy_blocks(engine, src.cache_id, dst.cache_id, blocks, lists)
+            copying.copy_blocks_between(engine, src, dst, blocks, lists)
         return call.status
 
     # -- parts of the above --
@@ -425,6 +426,6 @@ def _require_pool(engine: Engine, placement: Placement) -> None:
     )
 
 
-def _num_tensors(engine: Engine, cache: python.Cache) -> int:
-    with engine.catalog.use(cache.cache_id) as entry:
+def _num_tensors(engine: Engine, cache_id: int) -> int:
+    with engine.catalog.use(cache_id) as entry:
         return entry.layout.geometry.num_tensors

@@ -15,6 +15,7 @@ from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import describe
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
 from llm_datadist.types import Placement
 
@@ -95,7 +96,11 @@ class Catalog:
     ) -> Entry:
         """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
         pool = self.pools[placement]
-        addrs = pool.allocate_many(geometry.num_tensors, geometry.tensor_nbytes)
+        try:
+            addrs = pool.allocate_many(geometry.num_tensors, geometry.tensor_nbytes)
+        except LLMException as error:
+            get_logger().error("no memory for a cache in the %s pool: %s", placement.name, error)
+            raise
         try:
             with self._lock:
                 return self._registry.allocate(Layout.at(geometry, addrs), placement, keys)
@@ -120,8 +125,7 @@ class Catalog:
             for entry in list(self._registry.entries()):
                 self._registry.unregister(entry.cache_id)
 
-    @contextmanager
-    def use(self, cache_id: int) -> Iterator[Entry]:
+    def use(self, cache_id: int) -> Use:
         """A cache of ours whose memory stays it meanwhile. Raises LLM_KV_CACHE_NOT_EXIST."""
         with self._lock:
             entry = self._find(cache_id)
@@ -130,12 +134,10 @@ class Catalog:
                     f"cache {cache_id} is being unregistered", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
                 )
             self._in_use[cache_id] = self._in_use.get(cache_id, 0) + 1
-        try:
-            yield entry
-        finally:
-            self._release(entry)
+        return Use(self, entry)
 
-    def _release(self, entry: Entry) -> None:
+    def release(self, entry: Entry) -> None:
+        """The end of one use."""
         with self._lock:
             left = self._in_use[entry.cache_id] - 1
             if left:
@@ -143,7 +145,8 @@ class Catalog:
             else:
                 del self._in_use[entry.cache_id]
                 self._give_back(self._doomed.pop(entry.cache_id, None))
-                self._idle.notify_all()
+                if self._leaving:
+                    self._idle.notify_all()
 
     def answer(self, request: m.Message) -> m.Message:
         """The answer to a peer's question. Raises LLMException to refuse it."""
@@ -166,6 +169,14 @@ class Catalog:
         addrs, nbytes = m.columns_of(read.columns, 2)
         with self._lock:
             entry = self._registry.find(read.cache_id)
+            if read.claim is not None:
+                key_id, model_id, is_prefix, row = read.claim
+                key = KeyName(key_id, model_id, is_prefix)
+                if self._registry.find_key(key) != (entry, row):
+                    raise LLMException(
+                        f"{key} leads elsewhere by now",
+                        LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+                    )
         _check_reach(entry, read.generation, addrs, nbytes)
         return entry, addrs, nbytes
 
@@ -215,9 +226,26 @@ class Catalog:
     def _find(self, cache_id: int) -> Entry:
         if cache_id <= _PROBE_ID:
             raise LLMException(
-                f"there is no cache {cache_id}", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+                f"there is no cache {cache_id}: ids begin at 1",
+                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
             )
         return self._registry.find(cache_id)
+
+
+class Use:
+    """A use of a cache that has begun, to be ended by `with`."""
+
+    __slots__ = ("_catalog", "_entry")
+
+    def __init__(self, catalog: Catalog, entry: Entry) -> None:
+        self._catalog = catalog
+        self._entry = entry
+
+    def __enter__(self) -> Entry:
+        return self._entry
+
+    def __exit__(self, *_: object) -> None:
+        self._catalog.release(self._entry)
 
 
 def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None:

@@ -34,3 +34,5 @@ class Context:
     #: threads that verify paths, look names up, and wait for transfers to end
     waiters: Executor
     sync_timeout_s: float
+    #: with a transfer backend each end links and unlinks for itself (spec 5.6)
+    is_one_way: bool

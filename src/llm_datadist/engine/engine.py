@@ -50,8 +50,6 @@ _WORKERS = 16
 _FETCHERS = 256
 #: started when needed; a listener greets no more callers at once
 _WAITERS = 512
-#: streams that one large transfer over TCP is spread over
-_TCP_STREAMS = 2
 #: a cache that is freed or re-made while it is read is looked up anew so many times
 _ATTEMPTS = 3
 
@@ -66,7 +64,7 @@ class Engine:
         self.catalog = Catalog(self._pools, peers_keep_tables=options.remote_accessible)
         self.links = Links(cluster_id)
         self.groups = Groups(cluster_id, self.links)
-        self._movers = Movers()
+        self._movers = Movers(options.transfer_threads)
         self._workers = Threads(_WORKERS, "llm-datadist-worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         self._fetchers = Threads(_FETCHERS, "llm-datadist-fetcher")
@@ -74,7 +72,7 @@ class Engine:
         self._waiters = Threads(_WAITERS, "llm-datadist-waiter")
         transports: list[Transport] = [
             CmaTransport(self._movers),
-            TcpTransport(self._movers, _TCP_STREAMS),
+            TcpTransport(self._movers),
         ]
         self._transports = {transport.name: transport for transport in transports}
         self._loop = asyncio.new_event_loop()
@@ -92,6 +90,7 @@ class Engine:
             self._fetchers,
             self._waiters,
             options.sync_timeout_s,
+            options.transfer_backend is not None,
         )
         self._linker = Linker(self._context)
         self._rank_listeners: list[Listener] = []
@@ -226,7 +225,7 @@ class Engine:
         """As `push`, to addresses of the peer that must lie in one of its caches."""
         deadline = Deadline.after(self.options.sync_timeout_s)
         session = self.links.find(cluster_id)
-        with session.gate.pass_through():
+        with session.gate:
             requests.send(session.streams, segments, src, None, deadline)
 
     def copy(self, segments: Segments) -> None:
@@ -241,18 +240,24 @@ class Engine:
     def _with_remote(
         self, place: RemoteRow, move: Callable[[Session, RemoteCache, int, Deadline], None]
     ) -> None:
-        """Looks the peer's cache up and moves; anew when it proves to be another by now."""
+        """Looks the peer's cache up and moves; anew when it proves to be another by now.
+
+        What was found earlier and does not fit may have been replaced by something that does.
+        """
         deadline = Deadline.after(self.options.sync_timeout_s)
         session = self.links.find(place.cluster_id)
-        with session.gate.pass_through():
+        with session.gate:
             for attempts_left in reversed(range(_ATTEMPTS)):
-                remote, row = session.lookup.find(place.name, deadline)
+                found = session.lookup.find(
+                    place.name, deadline, claims_are_checked=session.asks_owner
+                )
+                row = found.row if place.row is None else place.row
                 try:
-                    move(session, remote, row if place.row is None else place.row, deadline)
-                except StaleCache:
-                    session.lookup.forget()
-                    if not attempts_left:
+                    move(session, found.cache, row, deadline)
+                except LLMException as error:
+                    if not attempts_left or (found.is_fresh and not isinstance(error, StaleCache)):
                         raise
+                    session.lookup.forget()
                 else:
                     return
 

@@ -85,7 +85,8 @@ class Linker:
         return _OK
 
     async def leave(self, target: Target, timeout_s: float) -> Outcome:
-        if len(target.endpoints) != 1:
+        is_one_way = self._context.is_one_way
+        if len(target.endpoints) != 1 and not is_one_way:
             return Outcome(
                 LLMStatusCode.LLM_PARAM_INVALID,
                 f"{len(target.endpoints)} remote addresses, one is needed unless force=True",
@@ -96,22 +97,29 @@ class Linker:
             if not await self._leave_session(session, deadline):
                 return Outcome(
                     LLMStatusCode.LLM_TIMEOUT,
-                    f"{target.endpoints[0]} did not agree to unlink; the link is kept",
+                    f"cluster {session.cluster_id} did not agree to unlink; the link is kept",
                 )
-        return _OK if sessions else await self._tell(target.endpoints[0], timeout_s)
+        if sessions or is_one_way:
+            return _OK
+        return await self._tell(target.endpoints[0], timeout_s)
 
     def _sessions_of(self, target: Target) -> list[Session]:
+        links, endpoint = self._context.links, target.endpoints[0] if target.endpoints else None
         if target.cluster_id is None:
-            return self._context.links.at(target.endpoints[0]) if target.endpoints else []
-        return self._context.links.of(
-            target.cluster_id, target.endpoints[0] if target.endpoints else None
-        )
+            return [] if endpoint is None else links.at(endpoint)
+        return self._ours(links.of(target.cluster_id, endpoint))
 
     def _known(self, target: Target) -> bool:
         links = self._context.links
         if target.cluster_id is None:
             return bool(links.at(target.endpoints[0]))
-        return bool(links.of(target.cluster_id))
+        return bool(self._ours(links.of(target.cluster_id)))
+
+    def _ours(self, sessions: list[Session]) -> list[Session]:
+        """Without those that a peer called for, where such a link is the peer's alone."""
+        return [
+            session for session in sessions if session.is_caller or not self._context.is_one_way
+        ]
 
     async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
         drained = await self._context.loop.run_in_executor(
@@ -150,4 +158,5 @@ class Linker:
                 LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in {timeout_s:.3f} s"
             )
         except OSError as error:
-            return None, Outcome(failure, f"cannot connect to {endpoint}: {error.strerror}")
+            reason = f"cannot connect to {endpoint}: {error.strerror}; the peer must listen there"
+            return None, Outcome(failure, reason)

@@ -55,7 +55,9 @@ def _fetch_request(piece: Segments, src: Guard, dst: Guard | None, deadline: Dea
     return m.Fetch(
         dst.cache_id if dst else None,
         dst.generation if dst else 0,
-        *src,
+        src.cache_id,
+        src.generation,
+        src.word_addr,
         max(1, int(deadline.require("the transfer") * 1000)),
         deadline.at,
         m.pack_columns(piece.src, piece.dst, piece.nbytes),

@@ -112,7 +112,7 @@ class StreamService:
             if isinstance(request, m.Read):
                 entry, addrs, nbytes = catalog.readable(request)
                 timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
-                return Sender(fd, addrs, nbytes, lambda: entry.generation), timeout_s
+                return Sender(fd, addrs, nbytes, entry.word_addr), timeout_s
             return FrameSender(fd, catalog.answer(request)), MAX_ANSWER_S
         except LLMException as error:
             return FrameSender(fd, _refusal(error)), MAX_ANSWER_S

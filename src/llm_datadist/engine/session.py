@@ -105,6 +105,11 @@ class Session:
         return self._link.token
 
     @property
+    def asks_owner(self) -> bool:
+        """Whether the owner of what is read takes part in the reading."""
+        return self._context.transports[self._link.path].asks_owner
+
+    @property
     def channel(self) -> Channel:
         return self._channels[self._link.path]
 
@@ -131,7 +136,7 @@ class Session:
         guard = Guard(request.src_cache_id, request.src_generation, request.src_word_addr)
         catalog = self._context.catalog
         with (
-            self.gate.pass_through(),
+            self.gate,
             catalog.writable(request.cache_id, request.generation, dst, nbytes),
         ):
             deadline.require("a push by the peer")
@@ -237,10 +242,12 @@ class Session:
         await self.perform(await self._verify(path))
 
     async def _verify(self, path: str) -> Sequence[lk.Action]:
+        context = self._context
         try:
-            await self._context.loop.run_in_executor(
-                self._context.waiters, self._open_and_verify, path
-            )
+            if context.transports[path].asks_owner:  # which may take its time
+                await context.loop.run_in_executor(context.waiters, self._open_and_verify, path)
+            else:
+                self._open_and_verify(path)
         except PathUnavailable as error:
             if self._deadline.remaining_s() <= 0:
                 return self._link.timed_out(f"{path} could not be verified: {error.reason}")
@@ -248,7 +255,7 @@ class Session:
         return self._link.probed(path, None, is_remarkable=False)
 
     def _open_and_verify(self, path: str) -> None:
-        """In a thread of the waiters. Raises PathUnavailable."""
+        """In a thread of the waiters, unless it cannot wait. Raises PathUnavailable."""
         peer = self._peer
         channel = self._context.transports[path].open(peer.offers[path], self.streams)
         verify(channel, peer.probe, self._deadline)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
@@ -11,12 +10,28 @@ from llm_datadist.transport.base import StaleCache
 from llm_datadist.transport.stream import RequestRefused, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from llm_datadist.transport.deadline import Deadline
 
 #: more threads than this on one link wait for each other's streams
 MAX_STREAMS = 16
+
+
+class Loan:
+    """A stream that is lent, to be given back by `with`."""
+
+    __slots__ = ("_pool", "_stream")
+
+    def __init__(self, pool: StreamPool, stream: Stream) -> None:
+        self._pool = pool
+        self._stream = stream
+
+    def __enter__(self) -> Stream:
+        return self._stream
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._pool.end_loan(self._stream, error)
 
 
 class StreamPool:
@@ -34,20 +49,16 @@ class StreamPool:
         self._opening = 0
         self._closed_because: str | None = None
 
-    @contextmanager
-    def borrow(self, deadline: Deadline) -> Iterator[Stream]:
+    def borrow(self, deadline: Deadline) -> Loan:
         """A stream for one exchange. One that an exchange fails on is closed, not given back."""
-        stream = self._take(deadline)
-        try:
-            yield stream
-        except (RequestRefused, StaleCache):  # a complete exchange with a bad outcome
+        return Loan(self, self._take(deadline))
+
+    def end_loan(self, stream: Stream, error: BaseException | None) -> None:
+        # a complete exchange may have a bad outcome
+        if error is None or isinstance(error, RequestRefused | StaleCache):
             self._give_back(stream)
-            raise
-        except BaseException:
-            self._drop(stream)
-            raise
         else:
-            self._give_back(stream)
+            self._drop(stream)
 
     def add(self, stream: Stream) -> None:
         """A stream that the peer dialled for us."""

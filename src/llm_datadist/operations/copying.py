@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from llm_datadist.cache import Cache
 from llm_datadist.checks import (
     check_dict,
-    check_int64,
     check_object,
     check_sequence,
+    check_size,
     check_uint32,
     check_uint64,
 )
@@ -21,7 +21,7 @@ from llm_datadist.errors import invalid
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from llm_datadist.engine.engine import Engine
 
@@ -40,17 +40,21 @@ def copy_cache(
     dst_cache, src_cache = check_object("dst", dst, Cache), check_object("src", src, Cache)
     dst_row = check_uint32("dst_batch_index", dst_batch_index)
     src_row = check_uint32("src_batch_index", src_batch_index)
-    start, nbytes = check_uint64("offset", offset), check_int64("size", size)
+    start, nbytes = check_uint64("offset", offset), check_size(size)
     if req_id is not None:
         check_uint64("req_id", req_id)
     if dst_cache.is_blocks_cache or src_cache.is_blocks_cache:
         raise invalid("copy_cache copies batch rows: use copy_blocks for a blocks cache")
-    if nbytes != -1 and nbytes <= 0:
-        raise invalid(f"size must be -1 or greater than 0, got {nbytes}")
-    catalog = engine.catalog
-    with catalog.use(src_cache.cache_id) as source, catalog.use(dst_cache.cache_id) as target:
+    copy_row(engine, src_cache.cache_id, src_row, dst_cache.cache_id, dst_row, start, nbytes)
+
+
+def copy_row(
+    engine: Engine, src_id: int, src_row: int, dst_id: int, dst_row: int, offset: int, size: int
+) -> None:
+    """A part of a row into the same part of another one. As CacheManager.copy_cache."""
+    with engine.catalog.use(src_id) as source, engine.catalog.use(dst_id) as target:
         engine.copy(
-            plan.row_part_to_row(source.layout, src_row, target.layout, dst_row, start, nbytes)
+            plan.row_part_to_row(source.layout, src_row, target.layout, dst_row, offset, size)
         )
 
 
@@ -65,11 +69,44 @@ def copy_blocks(engine: Engine, cache: object, copy_block_info: object) -> None:
     dst = list(chain.from_iterable(pairs.values()))
     if not dst:
         return
+    lowest = min(chain(pairs, dst))
+    if lowest < 0:  # as the reference; a block beyond the end is an LLMException
+        raise TypeError(f"copy_block_info: a block number cannot be negative, got {lowest}")
     src = list(chain.from_iterable([block] * len(copies) for block, copies in pairs.items()))
     with engine.catalog.use(target.cache_id) as entry:
         plan.check_blocks(entry.layout.geometry, src, "cache")
         plan.check_blocks(entry.layout.geometry, dst, "cache")
         engine.copy(plan.blocks_to_blocks(entry.layout, src, entry.layout, dst))
+
+
+def copy_blocks_between(
+    engine: Engine,
+    src_id: int,
+    dst_id: int,
+    src_blocks: Sequence[int],
+    copies: Sequence[Sequence[int]],
+) -> None:
+    """Block src_blocks[i] of one cache to block copies[k][i] of another (or itself), for every k.
+
+    Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID. Spec 7.4, O18.
+    """
+    for dst_blocks in copies:
+        if len(dst_blocks) != len(src_blocks):
+            raise invalid(f"{len(src_blocks)} src_blocks do not pair with {len(dst_blocks)} copies")
+    with engine.catalog.use(src_id) as source, engine.catalog.use(dst_id) as target:
+        src, dst = source.layout, target.layout
+        if src.geometry.num_tensors != dst.geometry.num_tensors:
+            raise invalid(
+                f"{src.geometry.num_tensors} source tensors for {dst.geometry.num_tensors} "
+                "destination tensors"
+            )
+        targets = list(chain.from_iterable(copies))
+        if not targets:
+            return
+        plan.check_blocks(src.geometry, src_blocks, "source")
+        plan.check_blocks(dst.geometry, targets, "destination")
+        sources = list(src_blocks) * len(copies)
+        engine.copy(plan.blocks_to_blocks(src, sources, dst, targets))
 
 
 def swap_blocks(engine: Engine, src_cache: object, dst_cache: object, src_to_dst: object) -> None:

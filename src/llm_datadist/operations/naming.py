@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from llm_datadist.core.registry import KeyName
@@ -11,8 +10,6 @@ from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import NO_ID, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, is_valid_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from llm_datadist.core.remote import RemoteCache
 
 AnyKey: TypeAlias = CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey
@@ -55,11 +52,19 @@ def check_row(remote: RemoteCache, row: int) -> None:
         )
 
 
-@contextmanager
-def named(template: str, key: object, cache_id: int) -> Iterator[None]:
-    """Failures inside say which call they belong to; `template` has {key} and {cache_id}."""
-    try:
-        yield
-    except LLMException as error:
-        what = template.format(key=key, cache_id=cache_id)
-        raise LLMException(f"{what}: {error}", error.status_code) from error
+class Named:
+    """Failures under `with` say which call they belong to; `template` has {key} and {cache_id}."""
+
+    __slots__ = ("_cache_id", "_key", "_template")
+
+    def __init__(self, template: str, key: object, cache_id: int) -> None:
+        self._template = template
+        self._key = key
+        self._cache_id = cache_id
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, LLMException):
+            what = self._template.format(key=self._key, cache_id=self._cache_id)
+            raise LLMException(f"{what}: {error}", error.status_code) from error

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llm_datadist.cache import Cache
 from llm_datadist.checks import (
-    check_int64,
     check_object,
     check_optional,
     check_sequence,
+    check_size,
     check_type,
     check_uint32,
 )
 from llm_datadist.core import plan
-from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.errors import invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
-from llm_datadist.operations.naming import AnyKey, check_one_id, check_row, named, remote_row
-from llm_datadist.types import Placement
+from llm_datadist.operations.naming import AnyKey, Named, check_one_id, check_row, remote_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from llm_datadist.core.geometry import Geometry, Layout
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.remote import RemoteCache
     from llm_datadist.core.segments import Segments
+    from llm_datadist.engine.catalog import Use
     from llm_datadist.engine.engine import Engine
 
 
@@ -47,16 +46,38 @@ def pull_cache(
         check_type("cache_key with remote access enabled", key, CacheKeyByIdAndIndex)
     target = check_object("cache", cache, Cache)
     dst_row = check_uint32("batch_index", batch_index)
-    asked = check_int64("size", size)
+    nbytes = check_size(size)
     if target.is_blocks_cache:
         raise invalid("cache is a blocks cache: use pull_blocks")
-    if asked != -1 and asked <= 0:
-        raise invalid(f"size must be -1 or greater than 0, got {size}")
     tensors = PulledTensors.parse(options)
     check_one_id(key)
-    with destination(engine, target, "pull_cache", key) as entry:
+    pull_row(
+        engine, key, target.cache_id, dst_row, nbytes, tensors,
+        src_offset=src_offset, dst_offset=dst_offset,
+    )  # fmt: skip
+
+
+def pull_row(
+    engine: Engine,
+    key: CacheKey | CacheKeyByIdAndIndex,
+    cache_id: int,
+    dst_row: int,
+    size: int,
+    tensors: PulledTensors,
+    *,
+    src_offset: int = 0,
+    dst_offset: int = 0,
+) -> None:
+    """The row that the key names into a row of our cache; a `size` of -1 is the rest of ours.
+
+    Raises LLMException: see CacheManager.pull_cache.
+    """
+    with (
+        Named("pull_cache of {key} into cache {cache_id}", key, cache_id),
+        _destination(engine, cache_id, key) as entry,
+    ):
         local = entry.layout
-        nbytes = local.geometry.row_nbytes - dst_offset if asked == -1 else asked
+        nbytes = local.geometry.row_nbytes - dst_offset if size == -1 else size
         if dst_row >= local.geometry.num_rows:
             raise invalid(
                 f"batch_index {dst_row} is out of range: our cache has rows 0 to "
@@ -67,7 +88,7 @@ def pull_cache(
 
         def segments(remote: RemoteCache, row: int) -> Segments:
             check_row(remote, row)
-            check_access(engine, remote, entry)
+            _check_access(engine, remote, entry)
             plan.check_batch_rows(remote.layout.geometry, nbytes, "source", src_offset)
             src, dst = tensors.select(remote.layout, local)
             return plan.row_to_row(
@@ -97,20 +118,38 @@ def pull_blocks(
     tensors = PulledTensors.parse(options)
     _check_source_blocks(key, src_list, dst_list)
     check_one_id(key)
-    with destination(engine, target, "pull_blocks", key) as entry:
+    pull_into_blocks(engine, key, target.cache_id, src_list, dst_list, tensors)
+
+
+def pull_into_blocks(
+    engine: Engine,
+    key: AnyKey,
+    cache_id: int,
+    src_blocks: Sequence[int],
+    dst_blocks: Sequence[int],
+    tensors: PulledTensors,
+) -> None:
+    """Blocks of the peer's cache into as many of ours; without `src_blocks`, the key's row.
+
+    Raises LLMException: see CacheManager.pull_blocks.
+    """
+    with (
+        Named("pull_blocks of {key} into cache {cache_id}", key, cache_id),
+        _destination(engine, cache_id, key) as entry,
+    ):
         local = entry.layout
-        plan.check_blocks(local.geometry, dst_list, "destination")
+        plan.check_blocks(local.geometry, dst_blocks, "destination")
         tensors.check(local.geometry)
 
         def segments(remote: RemoteCache, row: int) -> Segments:
             check_row(remote, row)
-            check_access(engine, remote, entry)
+            _check_access(engine, remote, entry)
             src, dst = tensors.select(remote.layout, local)
-            if isinstance(key, BlocksCacheKey):
-                plan.check_blocks(src.geometry, src_list, "source")
-                return plan.blocks_to_blocks(src, src_list, dst, dst_list)
+            if src_blocks:
+                plan.check_blocks(src.geometry, src_blocks, "source")
+                return plan.blocks_to_blocks(src, src_blocks, dst, dst_blocks)
             plan.check_batch_rows(src.geometry, 0, "source")
-            return plan.row_to_blocks(src, row, dst, dst_list)
+            return plan.row_to_blocks(src, row, dst, dst_blocks)
 
         engine.pull(remote_row(key, tensors.src), segments)
 
@@ -127,6 +166,8 @@ class PulledTensors:
 
     @classmethod
     def parse(cls, options: Mapping[str, object]) -> PulledTensors:
+        if not options:
+            return _ALL_TENSORS
         per_layer = check_uint32("tensor_num_per_layer", options.get("tensor_num_per_layer", 2))
         if not per_layer:
             raise invalid("tensor_num_per_layer must be greater than 0")
@@ -141,14 +182,14 @@ class PulledTensors:
         return plan.select_pulled_tensors(remote, local, self.src, self._dst)
 
 
-@contextmanager
-def destination(engine: Engine, cache: Cache, verb: str, key: AnyKey) -> Iterator[Entry]:
-    """Our cache, held for one transfer, whose failures get named by it."""
-    with named(verb + " of {key} into cache {cache_id}", key, cache.cache_id):
-        if engine.is_self(key.cluster_id):
-            raise invalid("the key names this cluster itself; only a linked peer can be pulled")
-        with engine.catalog.use(cache.cache_id) as entry:
-            yield entry
+_ALL_TENSORS = PulledTensors(None, None, 2)
+
+
+def _destination(engine: Engine, cache_id: int, key: AnyKey) -> Use:
+    """Our cache, held for one transfer from the cluster that the key names."""
+    if engine.is_self(key.cluster_id):
+        raise invalid("the key names this cluster itself; only a linked peer can be pulled")
+    return engine.catalog.use(cache_id)
 
 
 def _check_layers(name: str, value: object) -> range | None:
@@ -183,18 +224,12 @@ def _check_source_blocks(key: AnyKey, src: Sequence[int], dst: Sequence[int]) ->
         raise invalid(f"{len(src)} src_blocks do not pair with {len(dst)} dst_blocks")
 
 
-def check_access(engine: Engine, remote: RemoteCache, local: Entry) -> None:
-    """The rules on access and placement. Spec 6.9."""
-    if engine.options.remote_accessible:
-        if not local.is_remote_accessible:
-            raise invalid(
-                f"our cache {local.cache_id} is not remote accessible: register it with "
-                "remote_accessible=True"
-            )
-    elif remote.placement == local.placement == Placement.HOST:
-        raise LLMException(
-            "both caches are placed on HOST: enable_remote_cache_accessible moves those too",
-            LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+def _check_access(engine: Engine, remote: RemoteCache, local: Entry) -> None:
+    """The rules on access; those on placement are none: host to host works. Spec 6.9, 6.10."""
+    if engine.options.remote_accessible and not local.is_remote_accessible:
+        raise invalid(
+            f"our cache {local.cache_id} is not remote accessible: register it with "
+            "remote_accessible=True"
         )
     if not remote.is_remote_accessible:
         raise invalid(

@@ -12,10 +12,10 @@ from llm_datadist.core.remote import Guard
 from llm_datadist.errors import invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKeyByIdAndIndex
 from llm_datadist.layerwise import check_optional_layer_range
-from llm_datadist.operations.naming import AnyKey, check_row, named, remote_row
+from llm_datadist.operations.naming import AnyKey, Named, check_row, remote_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from llm_datadist.core.geometry import Geometry, Layout
     from llm_datadist.core.registry import Entry
@@ -42,9 +42,16 @@ def push_cache(
     if cache.is_blocks_cache:
         raise invalid("src_cache is a blocks cache: use push_blocks")
     layers = PushedLayers(src_layer_range, dst_layer_range, tensor_num_per_layer)
-    if check_int64("size", size) != -1:
-        raise invalid(f"size must be -1, got {size}: a push moves whole rows")
-    with source_cache(engine, cache, "push_cache", key) as entry:
+    check_whole_row(size)
+    push_row(engine, key, cache.cache_id, src_row, layers)
+
+
+def push_row(
+    engine: Engine, key: CacheKeyByIdAndIndex, cache_id: int, src_row: int, layers: PushedLayers
+) -> None:
+    """A row of our cache into the one that the key names. As CacheManager.push_cache."""
+    with _source(engine, cache_id, "push_cache", key) as entry:
+        layers.ranges(entry.layout.geometry)
 
         def segments(remote: RemoteCache, dst_row: int) -> Segments:
             check_row(remote, dst_row)
@@ -77,13 +84,26 @@ def push_blocks(
     layers = PushedLayers(src_layer_range, dst_layer_range, tensor_num_per_layer)
     if len(src_list) != len(dst_list):
         raise invalid(f"{len(src_list)} src_blocks do not pair with {len(dst_list)} dst_blocks")
-    with source_cache(engine, cache, "push_blocks", key) as entry:
-        plan.check_blocks(entry.layout.geometry, src_list, "source")
+    push_into_blocks(engine, key, cache.cache_id, src_list, dst_list, layers)
+
+
+def push_into_blocks(
+    engine: Engine,
+    key: BlocksCacheKey | CacheKeyByIdAndIndex,
+    cache_id: int,
+    src_blocks: Sequence[int],
+    dst_blocks: Sequence[int],
+    layers: PushedLayers,
+) -> None:
+    """Blocks of our cache into as many of the peer's. As CacheManager.push_blocks."""
+    with _source(engine, cache_id, "push_blocks", key) as entry:
+        layers.ranges(entry.layout.geometry)
+        plan.check_blocks(entry.layout.geometry, src_blocks, "source")
 
         def segments(remote: RemoteCache, row: int) -> Segments:
             src, dst = layers.select(entry.layout, remote.layout)
-            plan.check_blocks(dst.geometry, dst_list, "destination")
-            return plan.blocks_to_blocks(src, src_list, dst, dst_list)
+            plan.check_blocks(dst.geometry, dst_blocks, "destination")
+            return plan.blocks_to_blocks(src, src_blocks, dst, dst_blocks)
 
         send(engine, key, entry, segments)
 
@@ -131,16 +151,21 @@ class PushedLayers:
         self._src = check_optional_layer_range("src_layer_range", src)
         self._dst = check_optional_layer_range("dst_layer_range", dst)
 
-    def select(self, src: Layout, dst: Layout) -> tuple[Layout, Layout]:
-        """Both layouts cut to their layers; a range not given is all layers of the source.
+    def ranges(self, src: Geometry) -> tuple[range, range]:
+        """Both ranges; one that is not given is all layers of the source.
 
         A source of fewer tensors than a layer has none, and pushing none succeeds (O14).
         """
-        everything = range(src.geometry.num_tensors // self._per_layer)
+        everything = range(src.num_tensors // self._per_layer)
         wanted = everything if self._src is None else self._src
         target = everything if self._dst is None else self._dst
         if len(wanted) != len(target):
             raise invalid(f"src_layer_range {wanted} and dst_layer_range {target} differ in length")
+        return wanted, target
+
+    def select(self, src: Layout, dst: Layout) -> tuple[Layout, Layout]:
+        """Both layouts cut to their layers."""
+        wanted, target = self.ranges(src.geometry)
         return (
             src.tensors(self._tensors(src.geometry, wanted, "source")),
             dst.tensors(self._tensors(dst.geometry, target, "destination")),
@@ -161,13 +186,19 @@ class PushedLayers:
 
 
 @contextmanager
-def source_cache(engine: Engine, cache: Cache, verb: str, key: AnyKey) -> Iterator[Entry]:
+def _source(engine: Engine, cache_id: int, verb: str, key: AnyKey) -> Iterator[Entry]:
     """Our cache, held for one transfer, whose failures get named by it."""
     with (
-        named(verb + " of cache {cache_id} to {key}", key, cache.cache_id),
-        engine.catalog.use(cache.cache_id) as entry,
+        Named(verb + " of cache {cache_id} to {key}", key, cache_id),
+        engine.catalog.use(cache_id) as entry,
     ):
         yield entry
+
+
+def check_whole_row(size: object) -> None:
+    """A push has no other size than -1. Raises TypeError, ValueError, LLMException. Spec 6.11."""
+    if check_int64("size", size) != -1:
+        raise invalid(f"size must be -1, got {size}: a push moves whole rows")
 
 
 def _check_mode(engine: Engine) -> None:

@@ -30,10 +30,12 @@ def register(
     The memory is not touched: what is not mapped is warned about, and fails when it is transferred.
     """
     layout = Layout.at(geometry, addrs)
-    for addr in unmapped(addrs, geometry.tensor_nbytes):
+    strays = unmapped(addrs, geometry.tensor_nbytes)
+    if strays:
         get_logger().warning(
-            "register: %#x (+%d bytes) is not mapped memory; transfers that use it will fail",
-            addr, geometry.tensor_nbytes,
+            "register: no memory is mapped at %d of %d addresses, the first is %#x (+%d bytes); "
+            "transfers that use it will fail",
+            len(strays), len(addrs), strays[0], geometry.tensor_nbytes,
         )  # fmt: skip
     return engine.catalog.register(
         layout, placement, keys, is_remote_accessible=is_remote_accessible

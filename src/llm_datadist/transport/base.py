@@ -39,7 +39,8 @@ class StaleCache(LLMException):
 
     def __init__(self, guard: Guard) -> None:
         super().__init__(
-            f"cache {guard.cache_id} was freed or changed by its owner during the transfer",
+            f"the peer's cache {guard.cache_id} was freed or changed during the transfer: it must "
+            "keep it until the transfer has ended",
             LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
         )
 
@@ -72,6 +73,9 @@ class Transport(Protocol):
     """One way of moving bytes, for all peers of an engine. Thread-safe."""
 
     name: str
+    #: the owner takes part in each read: it refuses one when the guard's claim does not hold, and a
+    #: read waits for it. Without it a read is a few system calls.
+    asks_owner: bool
 
     def offer(self) -> bytes | None:
         """What a peer needs to know to reach us; None when this machine cannot do it at all."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from array import array
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_datadist.core.generations import WORD_NBYTES
-from llm_datadist.core.segments import first_unfinished
+from llm_datadist.core.segments import FEW, first_unfinished, iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
 from llm_datadist.transport.base import Channel, PathUnavailable, StaleCache, Streams
+from llm_datadist.transport.movers import MIN_PART_NBYTES
 
 if TYPE_CHECKING:
     from llm_datadist.core.geometry import U64
@@ -48,6 +50,7 @@ class CmaTransport:
     """Cross-memory attach, as Linux calls it."""
 
     name = "cma"
+    asks_owner = False
 
     def __init__(self, movers: Movers) -> None:
         self._movers = movers
@@ -91,16 +94,42 @@ class CmaChannel:
         self._why_denied = why_denied
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
+        if len(segments) <= FEW and self._read_few(segments, guard):
+            return
         parts = segments.bounded(_CALL_NBYTES).split(self._movers.parts_of(segments.total_nbytes))
         self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])
 
     def close(self) -> None:
         pass
 
+    def _read_few(self, segments: Segments, guard: Guard) -> bool:
+        """Reads in one call; False when it is too much, or anything went wrong: read again then."""
+        words = array("Q", (0, 0))
+        word_addr = words.buffer_info()[0]
+        local, remote = [word_addr, WORD_NBYTES], [guard.word_addr, WORD_NBYTES]
+        total_nbytes = 2 * WORD_NBYTES
+        for src, dst, nbytes in zip(*segments.lists, strict=True):
+            local += dst, nbytes
+            remote += src, nbytes
+            total_nbytes += nbytes
+        if total_nbytes > MIN_PART_NBYTES:
+            return False
+        local += word_addr + WORD_NBYTES, WORD_NBYTES
+        remote += guard.word_addr, WORD_NBYTES
+        ours, theirs = array("Q", local), array("Q", remote)
+        try:
+            moved = native.process_vm_readv(
+                self._pid, ours.buffer_info()[0], theirs.buffer_info()[0], len(local) // 2
+            )
+        except OSError:
+            return False
+        return moved == total_nbytes and words[0] == words[1] == guard.generation
+
     def _read_part(self, part: Segments, guard: Guard, deadline: Deadline) -> None:
         words = np.zeros(2, dtype=np.uint64)
-        local = _between_words(part.dst, part.nbytes, words.ctypes.data, WORD_NBYTES)
-        remote = _between_words(part.src, part.nbytes, guard.word_addr, 0)
+        first = words.ctypes.data
+        local = iovecs(part.dst, part.nbytes, *_words_at(first, first + WORD_NBYTES))
+        remote = iovecs(part.src, part.nbytes, *_words_at(guard.word_addr, guard.word_addr))
         calls = max(1, _CALL_NBYTES // int(part.nbytes.max(initial=1)))
         step = min(native.IOV_MAX, calls)
         for start in range(0, len(local), step):
@@ -167,14 +196,9 @@ def ptrace_scope() -> int:
         return 0
 
 
-def _between_words(addrs: U64, nbytes: U64, word_addr: int, step: int) -> U64:
-    """Iovecs of the columns with the generation word in front of and behind them."""
-    vectors = np.empty((len(addrs) + 2, 2), dtype=np.uint64)
-    vectors[0] = word_addr, WORD_NBYTES
-    vectors[1:-1, 0] = addrs
-    vectors[1:-1, 1] = nbytes
-    vectors[-1] = word_addr + step, WORD_NBYTES
-    return vectors
+def _words_at(before: int, behind: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The vectors of the generation word in front of and behind the data."""
+    return [(before, WORD_NBYTES)], [(behind, WORD_NBYTES)]
 
 
 def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:

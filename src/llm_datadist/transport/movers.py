@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from llm_datadist.transport.threads import Threads
@@ -18,8 +17,8 @@ MIN_PART_NBYTES = 1024 * 1024
 class Movers:
     """Runs parts side by side: the caller's thread takes one, helpers the others. Thread-safe."""
 
-    def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or min(4, os.cpu_count() or 1)
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
         self._helpers = Threads(max(1, self.threads - 1), "llm-datadist-mover")
 
     def parts_of(self, nbytes: int) -> int:

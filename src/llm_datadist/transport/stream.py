@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
@@ -15,8 +15,6 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from llm_datadist.core.geometry import U64
     from llm_datadist.transport.deadline import Deadline
 
@@ -29,6 +27,8 @@ class Stream:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)  # the kernel keeps the deadlines (SO_RCVTIMEO, SO_SNDTIMEO)
         self._socket = sock
+        #: the seconds after which the kernel gives up, by socket option
+        self._limits_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
     def ask(self, message: m.Message, deadline: Deadline) -> m.AnyMessage:
         """The peer's answer. Raises LLMException with the peer's status when it refuses."""
@@ -48,17 +48,23 @@ class Stream:
                 f"the peer answered garbage: {error}", LLMStatusCode.LLM_FAILED
             ) from error
 
-    def receive_into(self, vectors: U64, deadline: Deadline) -> None:
-        """Fills memory by address, in order, using up `vectors`.
+    def receive_into(self, vectors: U64, nbytes: int, deadline: Deadline) -> None:
+        """Fills memory by address, in order, using up `vectors`, which hold `nbytes`.
 
         An address that is not mapped is LLM_PARAM_INVALID.
         """
-        while len(vectors):
-            with _mapped_errors(self._socket, socket.SO_RCVTIMEO, deadline):
+        wanted = nbytes
+        while wanted:
+            self._limit(socket.SO_RCVTIMEO, deadline)
+            try:
                 got = native.recvmsg(self._socket.fileno(), vectors, native.MSG_WAITALL)
+            except OSError as error:
+                raise _explain(error, deadline) from error
             if got == 0:
                 raise _lost("it closed the connection")
-            vectors = skip_bytes(vectors, got, native.IOV_MAX)
+            wanted -= got
+            if wanted:
+                vectors = skip_bytes(vectors, got, native.IOV_MAX)
 
     def shutdown(self) -> None:
         """Ends whatever waits on the stream; safe from any thread."""
@@ -71,43 +77,52 @@ class Stream:
     def _send(self, frame: bytes, deadline: Deadline) -> None:
         view = memoryview(frame)
         while view:  # not `sendall`, which gives each of its calls the whole time
-            with _mapped_errors(self._socket, socket.SO_SNDTIMEO, deadline):
+            self._limit(socket.SO_SNDTIMEO, deadline)
+            try:
                 sent = self._socket.send(view)
+            except OSError as error:
+                raise _explain(error, deadline) from error
             view = view[sent:]
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
         buffer = bytearray(nbytes)
         view = memoryview(buffer)
         while view:
-            with _mapped_errors(self._socket, socket.SO_RCVTIMEO, deadline):
+            self._limit(socket.SO_RCVTIMEO, deadline)
+            try:
                 got = self._socket.recv_into(view, 0, native.MSG_WAITALL)
+            except OSError as error:
+                raise _explain(error, deadline) from error
             if got == 0:
                 raise _lost("it closed the connection")
             view = view[got:]
         return buffer
+
+    def _limit(self, option: int, deadline: Deadline) -> None:
+        """Has the kernel give up when the deadline has passed, or up to a tenth of it later.
+
+        Most calls find the limit of the one before good enough, and save telling the kernel.
+        """
+        left_s = deadline.require("the peer's answer")
+        if not left_s <= self._limits_s[option] <= 1.1 * left_s:
+            limit_s = self._limits_s[option] = 1.05 * left_s
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _timeval(limit_s))
 
 
 class RequestRefused(LLMException):
     """The peer answered with a status; the stream is in order and may be used again."""
 
 
-@contextmanager
-def _mapped_errors(sock: socket.socket, option: int, deadline: Deadline) -> Iterator[None]:
-    """Gives the kernel what is left of the deadline, and names what it reports."""
-    left = deadline.require("the peer's answer")
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, option, _timeval(left))
-        yield
-    except BlockingIOError:
-        raise deadline.expired("the peer's answer") from None
-    except OSError as error:
-        if error.errno == errno.EFAULT:
-            raise LLMException(
-                "a local address of the transfer is not mapped memory: "
-                "was the tensor freed after it was registered?",
-                LLMStatusCode.LLM_PARAM_INVALID,
-            ) from error
-        raise _lost(error.strerror or str(error)) from error
+def _explain(error: OSError, deadline: Deadline) -> LLMException:
+    if isinstance(error, BlockingIOError):
+        return deadline.expired("the peer's answer")
+    if error.errno == errno.EFAULT:
+        return LLMException(
+            "a local address of the transfer is not mapped memory: "
+            "was the tensor freed after it was registered?",
+            LLMStatusCode.LLM_PARAM_INVALID,
+        )
+    return _lost(error.strerror or str(error))
 
 
 def _timeval(seconds: float) -> bytes:

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import errno
 import select
+from array import array
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.segments import Segments, iovecs, skip_bytes
+from llm_datadist.core.generations import WORD_NBYTES
+from llm_datadist.core.segments import FEW, Segments, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
 from llm_datadist.transport.base import Channel, StaleCache, Streams
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from llm_datadist.core.geometry import U64
     from llm_datadist.core.remote import Guard
     from llm_datadist.transport.deadline import Deadline
@@ -36,6 +36,7 @@ _PATIENCE_S = 0.05
 #: larger segments are cut, so that streams share them evenly
 _PIECE_NBYTES = 8 * 1024 * 1024
 
+_TRAILER_NBYTES = 2 * WORD_NBYTES
 _FILLER = np.zeros(64 * 1024, dtype=np.uint8)
 
 
@@ -43,31 +44,33 @@ class TcpTransport:
     """Works wherever the control connection does: it dials the same port."""
 
     name = "tcp"
+    asks_owner = True
 
-    def __init__(self, movers: Movers, streams: int) -> None:
+    def __init__(self, movers: Movers) -> None:
         self._movers = movers
-        self._streams = streams
 
     def offer(self) -> bytes | None:
         return b""
 
     def open(self, offer: bytes, streams: Streams) -> Channel:
-        return TcpChannel(streams, self._movers, self._streams)
+        return TcpChannel(streams, self._movers)
 
     def close(self) -> None:
         pass
 
 
 class TcpChannel:
-    """Reads one peer's memory through request streams."""
+    """Reads one peer's memory through request streams, one for each thread that helps."""
 
-    def __init__(self, streams: Streams, movers: Movers, max_streams: int) -> None:
+    def __init__(self, streams: Streams, movers: Movers) -> None:
         self._streams = streams
         self._movers = movers
-        self._max_streams = max_streams
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
-        parts = min(self._max_streams, self._movers.parts_of(segments.total_nbytes))
+        parts = self._movers.parts_of(segments.total_nbytes)
+        if parts == 1 and len(segments) <= FEW:
+            self._read_part(segments, guard, deadline)
+            return
         pieces = segments.bounded(_PIECE_NBYTES).split(parts)
         self._movers.run([partial(self._read_part, part, guard, deadline) for part in pieces])
 
@@ -82,20 +85,24 @@ class TcpChannel:
 
 
 def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadline) -> None:
-    columns = m.pack_columns(piece.src, piece.nbytes)
+    src, dst, nbytes = piece.columns
     timeout_ms = max(1, int(deadline.require("the transfer") * 1000))
+    claim = guard.claim and (*guard.claim.key, guard.claim.row)
+    columns = m.pack_columns(src, nbytes)
+    read = m.Read(guard.cache_id, guard.generation, timeout_ms, columns, claim)
     try:
-        answer = stream.ask(m.Read(guard.cache_id, guard.generation, timeout_ms, columns), deadline)
+        answer = stream.ask(read, deadline)
     except RequestRefused as refused:
         if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
             raise StaleCache(guard) from refused
         raise
     if not isinstance(answer, m.Sending) or answer.nbytes != piece.total_nbytes:
         raise LLMException(f"the peer answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
-    trailer = np.zeros(2, dtype="<u8")
-    landing = np.array([[trailer.ctypes.data, trailer.nbytes]], dtype=np.uint64)
-    stream.receive_into(np.concatenate((iovecs(piece.dst, piece.nbytes), landing)), deadline)
-    generation, bad_addr = (int(word) for word in trailer)
+    trailer = array("Q", (0, 0))
+    behind = [(trailer.buffer_info()[0], _TRAILER_NBYTES)]
+    wanted_nbytes = answer.nbytes + _TRAILER_NBYTES
+    stream.receive_into(iovecs(dst, nbytes, behind=behind), wanted_nbytes, deadline)
+    generation, bad_addr = trailer
     if bad_addr:
         raise RequestRefused(
             f"the remote address {bad_addr:#x} is not mapped memory: "
@@ -111,24 +118,23 @@ class FrameSender:
 
     def __init__(self, fd: int, message: m.Message) -> None:
         self._fd = fd
+        self._frame = array("B", m.encode(message))  # kept for its memory
+        self._vectors = np.array([self._frame.buffer_info()], dtype=np.uint64)
         self._window = native.IOV_MAX
-        self._frame = np.frombuffer(m.encode(message), dtype=np.uint8)  # kept for its memory
-        self._vectors = np.array([[self._frame.ctypes.data, self._frame.nbytes]], dtype=np.uint64)
-
-    @property
-    def nbytes(self) -> int:
-        """What is left to send."""
-        return int(self._vectors[:, 1].sum())
+        #: what is left to send
+        self.nbytes = len(self._frame)
 
     def advance(self) -> bool:
         """Sends what the socket takes now; True when all is sent. Raises OSError."""
-        while len(self._vectors):
+        while self.nbytes:
             try:
                 window = self._vectors[: self._window]
                 sent = native.sendmsg(self._fd, window, native.MSG_DONTWAIT)
             except BlockingIOError:
                 return False
-            self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
+            self.nbytes -= sent
+            if self.nbytes:
+                self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
         return True
 
     def finish(self, deadline: Deadline) -> bool:
@@ -146,42 +152,37 @@ class FrameSender:
 
 
 class Sender(FrameSender):
-    """The answer to one read: a frame, the bytes as they lie in memory, the trailer."""
+    """The answer to one read: a frame, the bytes as they lie in memory, the trailer.
 
-    def __init__(self, fd: int, addrs: U64, nbytes: U64, generation: Callable[[], int]) -> None:
-        super().__init__(fd, m.Sending(int(nbytes.sum())))
-        self._vectors = np.concatenate((self._vectors, iovecs(addrs, nbytes)))
-        self._generation = generation
-        self._bad_addr = 0
-        self._trailer = np.zeros(2, dtype="<u8")
-        self._is_trailing = False
+    The trailer is the cache's generation word and the address of what could not be read. The kernel
+    takes the vectors in order, so the word says what held when all bytes in front had been taken.
+    """
+
+    def __init__(self, fd: int, addrs: U64, nbytes: U64, word_addr: int) -> None:
+        total_nbytes = int(nbytes.sum())
+        super().__init__(fd, m.Sending(total_nbytes))
+        self._bad_addr = array("Q", (0,))
+        trailer = [(word_addr, WORD_NBYTES), (self._bad_addr.buffer_info()[0], WORD_NBYTES)]
+        self._vectors = iovecs(addrs, nbytes, [self._frame.buffer_info()], trailer)
+        self.nbytes += total_nbytes + _TRAILER_NBYTES
 
     def advance(self) -> bool:
         while True:
             try:
-                if not super().advance():
-                    return False
+                return super().advance()
             except OSError as error:
-                if error.errno != errno.EFAULT or self._is_trailing:
+                if error.errno != errno.EFAULT or self.nbytes <= _TRAILER_NBYTES:
                     raise
                 self._pass_fault()
-                continue
-            if self._is_trailing:
-                return True
-            self._add_trailer()
 
     def _pass_fault(self) -> None:
         """The memory is gone: keeps the stream in step with zeros, and says so in the trailer."""
         if self._window > 1:  # one bad vector fails a call that has good ones in front of it
             self._window = 1
             return
-        self._bad_addr = int(self._vectors[0, 0])
-        missing = self.nbytes
+        self._bad_addr[0] = int(self._vectors[0, 0])
+        missing = self.nbytes - _TRAILER_NBYTES
         lengths = np.full(-(-missing // _FILLER.nbytes), _FILLER.nbytes, dtype=np.uint64)
         lengths[-1] = missing - (len(lengths) - 1) * _FILLER.nbytes
-        self._vectors = iovecs(np.full(len(lengths), _FILLER.ctypes.data, np.uint64), lengths)
-
-    def _add_trailer(self) -> None:
-        self._trailer[:] = self._generation(), self._bad_addr
-        self._vectors = np.array([[self._trailer.ctypes.data, 16]], dtype=np.uint64)
-        self._is_trailing = True
+        filler = iovecs(np.full(len(lengths), _FILLER.ctypes.data, np.uint64), lengths)
+        self._vectors = np.concatenate((filler, self._vectors[-2:]))

@@ -1,0 +1,257 @@
+"""The rendezvous of rank-table links: on one host by name, on others by address. Spec 12.3."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import socket
+import subprocess
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+import rank_members
+from rank_members import (
+    FAILED,
+    INVALID,
+    LINK_FAILED,
+    NOT_LINKED,
+    OK,
+    PREPARING,
+    Members,
+    call_all,
+    link,
+    link_pair,
+    logged,
+    pulls,
+    query,
+    record_log,
+    refusal,
+    seconds_to_settle,
+    settle,
+    start,
+    start_all,
+    status_of_link,
+    unlink,
+    use_runtime_dir,
+)
+
+from llm_datadist.testing.cluster import Node, NodeProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+runtime_dir = rank_members.runtime_dir
+processes = rank_members.processes
+members = rank_members.members
+
+BASE_PORT = "LLM_DATADIST_LINK_BASE_PORT"
+CLONE_NEWNET = 0x40000000
+#: nobody has these addresses, which are for documents
+NOWHERE = ("192.0.2.7", "192.0.2.8")
+#: the two hosts, and the devices of the members there
+HOSTS = ("198.18.0.1", "198.18.0.2")
+DEVICES = (0, 3)
+
+
+# -- on other hosts --------------------------------------------------------------------------------
+
+
+def leave_host(node: Node) -> None:
+    """Takes this process to a host of its own: it shares no network with any other."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare")
+
+
+def ip(node: Node, *arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def set_base_port(node: Node, port: int | None) -> None:
+    os.environ.pop(BASE_PORT, None)
+    if port is not None:
+        os.environ[BASE_PORT] = str(port)
+
+
+def endpoints(node: Node) -> list[tuple[str, int] | None]:
+    return [link.endpoint for link in node.datadist.links()]
+
+
+@pytest.fixture
+def hosts(runtime_dir: Path) -> Iterator[Members]:
+    """Two processes on hosts of their own, joined by a cable."""
+    with NodeProcess() as one, NodeProcess() as other:
+        try:
+            for process in (one, other):
+                process.call(leave_host)
+            there = str(other.pid)
+            one.call(ip, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", there)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces need privileges and iproute2: {error}")
+        for process, host in zip((one, other), HOSTS, strict=True):
+            process.call(ip, "address", "add", f"{host}/30", "dev", "cable")
+            for device in ("cable", "lo"):
+                process.call(ip, "link", "set", device, "up")
+        yield [one, other]
+
+
+def servers_with(field: str) -> list[dict[str, object]]:
+    """Entries of which that field alone leads to the host."""
+    servers = []
+    for rank, (host, device_id) in enumerate(zip(HOSTS, DEVICES, strict=True)):
+        device = {"rank_id": str(rank), "device_id": str(device_id)}
+        server: dict[str, object] = {"server_id": str(rank + 1), "device": [device]}
+        if field == "device_ip":
+            device["device_ip"] = host
+        elif field == "host_ip":  # goes before all others
+            device["device_ip"] = NOWHERE[0]
+            server.update(server_id=NOWHERE[1], host_ip=host)
+        else:
+            device["device_ip"] = NOWHERE[0]
+            server["server_id"] = host
+        servers.append(server)
+    return servers
+
+
+@pytest.mark.shows("relies.3", "relies.1")
+@pytest.mark.parametrize("field", ["host_ip", "server_id", "device_ip"])
+@pytest.mark.parametrize("base_port", [None, 41_000])
+def test_members_on_two_hosts_are_linked_by_the_addresses_of_the_table(
+    hosts: Members, field: str, base_port: int | None
+) -> None:
+    early, late = hosts
+    for cluster_id, (process, device_id) in enumerate(zip(hosts, DEVICES, strict=True), 1):
+        process.call(set_base_port, base_port)
+        process.call(start, cluster_id, device_id=device_id, transfer_path="tcp")
+    table = json.dumps({"server_list": servers_with(field)})
+    assert early.call(link, "kv", (1, 2), table) == 1
+    assert early.call(settle, 1, 0.5) is PREPARING
+    assert late.call(link, "kv", (1, 2), table) == 1
+    assert call_all(hosts, settle, 1) == [OK, OK]
+    assert late.call(endpoints) == [(HOSTS[0], (base_port or 60_000) + DEVICES[0])]
+    assert early.call(pulls, 2)
+    assert late.call(pulls, 1)
+
+
+@pytest.mark.shows("relies.3")
+def test_members_on_two_hosts_are_not_found_by_name(hosts: Members) -> None:
+    """Though they share the runtime directory: a port is one of a host's."""
+    for cluster_id, process in enumerate(hosts, 1):
+        process.call(start, cluster_id, link_total_time=1)
+        process.call(record_log)
+    assert call_all(hosts, link) == [1, 1]
+    assert call_all(hosts, settle, 1) == [FAILED, FAILED]
+    missing = "no host_ip, no server_id that is an IP address and no device_ip"
+    assert missing in hosts[0].call(logged)
+
+
+@pytest.mark.shows("relies.3")
+def test_a_member_listens_for_other_hosts_at_base_port_and_device(members: Members) -> None:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    member = members[0]
+    member.call(set_base_port, port - 3)
+    try:
+        member.call(start, 1, device_id=3)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        servers = [{"host_ip": NOWHERE[0], "device": [{"rank_id": 1, "device_id": 0}]}]
+        member.call(link, "kv", (1, 2), json.dumps({"server_list": servers}))
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    finally:
+        member.call(set_base_port, None)
+
+
+@pytest.mark.shows("relies.3")
+@pytest.mark.parametrize("text", ["0", "65536", "-1", "sixty"])
+def test_a_base_port_that_is_none_is_refused(members: Members, text: str) -> None:
+    member = members[0]
+    member.call(start, 1)
+    member.call(os_environ_set, text)
+    try:
+        assert refusal(member, link) is INVALID
+    finally:
+        member.call(set_base_port, None)
+
+
+def os_environ_set(node: Node, text: str) -> None:
+    os.environ[BASE_PORT] = text
+
+
+# -- who is not found ------------------------------------------------------------------------------
+
+
+@pytest.mark.shows("datadist.query_register_mem_status", "relies.3")
+def test_an_absent_member_fails_the_link_in_time_and_the_log_says_who(members: Members) -> None:
+    member = members[0]
+    member.call(start, 1, link_total_time=1)
+    member.call(record_log)
+    servers = [{"server_id": "x", "device": [{"rank_id": 0}]}]
+    comm_id = member.call(link, "kv", (1, 77), json.dumps({"server_list": servers}))
+    status, seconds = member.call(seconds_to_settle, comm_id)
+    assert status is FAILED
+    assert 0.5 < seconds < 3
+    says = member.call(logged)
+    assert "cluster 77" in says
+    assert "this host" in says
+    assert [member.call(query, comm_id) for _ in range(2)] == [FAILED, FAILED]
+    member.call(unlink, comm_id)
+    assert refusal(member, query, comm_id) is NOT_LINKED
+
+
+def test_the_log_says_at_which_address_a_member_was_looked_for(members: Members) -> None:
+    member = members[0]
+    member.call(start, 1, link_total_time=1)
+    member.call(record_log)
+    servers = [{"host_ip": "192.0.2.7", "device": [{"rank_id": "1", "device_id": "3"}]}]
+    comm_id = member.call(link, "kv", (1, 77), json.dumps({"server_list": servers}))
+    status, seconds = member.call(seconds_to_settle, comm_id)
+    assert (status, seconds < 3) == (FAILED, True)
+    assert "192.0.2.7:60003" in member.call(logged)
+
+
+@pytest.mark.parametrize("device_id", ["9999", "-60001", "100000000000"])
+def test_a_device_id_that_gives_no_port_fails_the_link_in_time(
+    members: Members, device_id: str
+) -> None:
+    member = members[0]
+    member.call(start, 1, link_total_time=1)
+    servers = [{"host_ip": "192.0.2.7", "device": [{"rank_id": 1, "device_id": device_id}]}]
+    table = json.dumps({"server_list": servers})
+    status = member.call(status_of_link, table)
+    assert status in (LINK_FAILED, INVALID, FAILED)
+
+
+def test_an_own_device_id_that_gives_no_port_still_links_on_this_host(members: Members) -> None:
+    pair = members[:2]
+    start_all(pair, device_id=9999)
+    servers = [
+        {"host_ip": "127.0.0.1", "device": [{"rank_id": 0, "device_id": 9999}]},
+        {"host_ip": "192.0.2.7", "device": [{"rank_id": 1, "device_id": 1}]},
+    ]
+    link_pair(pair, "kv", (1, 2), json.dumps({"server_list": servers}))
+
+
+@pytest.mark.parametrize("what", ["file", "open-directory", "dangling-link"])
+def test_a_runtime_directory_that_is_not_ours_alone_is_refused(
+    members: Members, runtime_dir: Path, tmp_path: Path, what: str
+) -> None:
+    taken = tmp_path / "llm-datadist"
+    if what == "file":
+        taken.touch()
+    elif what == "dangling-link":
+        taken.symlink_to(tmp_path / "nowhere")
+    else:
+        taken.mkdir()
+        taken.chmod(0o777)
+    member = members[0]
+    member.call(start, 1)
+    member.call(use_runtime_dir, str(tmp_path))
+    try:
+        assert refusal(member, link) is LINK_FAILED
+    finally:
+        member.call(use_runtime_dir, str(runtime_dir))
+    assert member.call(link) == 1
