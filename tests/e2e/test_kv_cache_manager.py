@@ -105,7 +105,9 @@ def test_caches_of_before_a_finalize_are_no_caches_of_now(node: Node) -> None:
     start(node, PROMPT, 1)
     before, old = manager_of(node), make_blocks(node, 1, 4, 16)
     node.stop()
-    assert_refused(LLMStatusCode.LLM_FAILED, "was finalized", before.allocate_cache, desc_of(1, 1, 8))
+    assert_refused(
+        LLMStatusCode.LLM_FAILED, "was finalized", before.allocate_cache, desc_of(1, 1, 8)
+    )
     assert_refused(INVALID, "was finalized", before.copy_blocks, old, {0: [1]})
     start(node, PROMPT, 1)
     new = make_blocks(node, 1, 4, 16, seed=1)

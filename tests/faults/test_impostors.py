@@ -210,7 +210,6 @@ def cache_info(**changes: object) -> m.CacheInfo:
         num_tensors=SHAPE[0],
         num_rows=SHAPE[1],
         row_nbytes=SHAPE[2],
-        placement=1,
         is_remote_accessible=True,
         is_owned=False,
         generation=GENERATION,

@@ -68,7 +68,6 @@ def test_a_peer_understands_what_the_owner_describes(entries: list[Entry]) -> No
         assert cache.guard == Guard(entry.cache_id, entry.generation, entry.word_addr)
         assert cache.layout.geometry == entry.layout.geometry
         assert cache.layout.addrs.tolist() == entry.layout.addrs.tolist()
-        assert cache.placement == entry.placement
         assert cache.is_remote_accessible == entry.is_remote_accessible
         assert cache.is_owned == entry.is_owned
         assert cache.keys == entry.keys
@@ -118,7 +117,6 @@ INFO = m.CacheInfo(
     num_tensors=2,
     num_rows=8,
     row_nbytes=64,
-    placement=1,
     is_remote_accessible=True,
     is_owned=False,
     generation=9,

@@ -162,7 +162,6 @@ class CacheInfo(Message, tag=21):
     num_tensors: UInt
     num_rows: UInt
     row_nbytes: UInt
-    placement: UInt
     is_remote_accessible: bool
     is_owned: bool
     generation: UInt

@@ -41,7 +41,6 @@ class RemoteCache:
 
     guard: Guard
     layout: Layout
-    placement: int
     is_remote_accessible: bool
     is_owned: bool
     keys: dict[KeyName, int]
@@ -75,7 +74,6 @@ def describe(entry: Entry) -> CacheInfo:
         num_tensors=geometry.num_tensors,
         num_rows=geometry.num_rows,
         row_nbytes=geometry.row_nbytes,
-        placement=entry.placement,
         is_remote_accessible=entry.is_remote_accessible,
         is_owned=entry.is_owned,
         generation=entry.generation,
@@ -103,7 +101,6 @@ def understand(info: CacheInfo) -> RemoteCache:
     return RemoteCache(
         Guard(info.cache_id, info.generation, info.word_addr),
         Layout(geometry, addrs),
-        info.placement,
         info.is_remote_accessible,
         info.is_owned,
         {KeyName(key_id, model_id, prefix): row for key_id, model_id, prefix, row in info.keys},
