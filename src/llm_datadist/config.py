@@ -307,6 +307,23 @@ class LLMConfig:
         _unless_empty(key.TRANSFER_PATH),
         unset="",
     )
+    link_security = Option[str](
+        """Ours alone: JSON that says how clusters that link know each other: {"secret": "..."} or
+        {"secret_file": "..."}, or for mutual TLS {"ca": "...", "certificate": "...", "key": "..."}
+        with PEM files. Unset, the environment variable LLM_DATADIST_LINK_SECURITY counts; without
+        it nobody is asked. docs/security.md says what each protects against.""",
+        _text,
+        _unless_empty(key.LINK_SECURITY),
+        unset="",
+    )
+    verify_transfers = Option[bool](
+        """Ours alone: compares a checksum of all bytes that a pull moved, or that were fetched for
+        a peer's push, with one that their owner makes; LLM_FAILED when they differ. Needs the extra
+        `integrity`, on both ends. What it costs: docs/performance.md.""",
+        _switch,
+        _flag(key.VERIFY_TRANSFERS),
+        unset=False,
+    )
     transfer_threads = Option[int](
         """Ours alone: over how many threads, and over TCP as many streams, one large transfer is
         spread, 1 to 16. Unset, as many as there are cores, at most four.""",

@@ -65,8 +65,8 @@ class LLMDataDist:
         ignored, the dict is not changed. A second call is a no-op.
 
         Raises TypeError, ValueError for malformed options; LLMException with LLM_PARAM_INVALID for
-        options that cannot be, LLM_FAILED when the address to listen on cannot be had or another
-        instance of this process is initialised. After a failure `init` may be called again.
+        options that cannot be, LLM_FAILED when the address to listen on cannot be had, descriptors
+        have run out, or another instance of this process is initialised. After a failure `init` may be called again.
         """
         if self._engine is not None:
             return
@@ -81,8 +81,11 @@ class LLMDataDist:
         from llm_datadist.engine.engine import Engine
         from llm_datadist.kv_cache_manager import KvCacheManager
 
-        engine = Engine(self._cluster_id, parsed)
-        engine.start()
+        try:
+            engine = Engine(self._cluster_id, parsed)
+            engine.start()
+        except OSError as error:
+            raise LLMException(f"cannot start: {error}", LLMStatusCode.LLM_FAILED) from error
         self._engine = engine
         if parsed.cache_manager:
             self._cache_manager = CacheManager(engine)

@@ -47,6 +47,11 @@ class Endpoint(NamedTuple):
         """Whether the host is an IPv4 or IPv6 address rather than a name to be looked up."""
         return is_ip_literal(self.host)
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host reaches it."""
+        return self.is_literal and ipaddress.ip_address(self.host).is_loopback
+
 
 def is_ip_literal(host: str) -> bool:
     """Whether `host` is a complete IPv4 or IPv6 address."""

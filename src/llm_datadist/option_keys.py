@@ -32,5 +32,9 @@ MEM_UTILIZATION: Final = "llm.MemoryUtilization"
 GRAPH_MEM_MAX_SIZE: Final = "ge.flowGraphMemMaxSize"
 #: ours alone: which path the bytes take
 TRANSFER_PATH: Final = "llm_datadist.Path"
+#: ours alone: how clusters that link know each other
+LINK_SECURITY: Final = "llm_datadist.LinkSecurity"
+#: ours alone: whether what was moved is compared by checksum
+VERIFY_TRANSFERS: Final = "llm_datadist.VerifyTransfers"
 #: ours alone: over how many threads a large transfer is spread
 TRANSFER_THREADS: Final = "llm_datadist.Threads"

@@ -10,6 +10,7 @@ from llm_datadist import option_keys as key
 from llm_datadist.checks import INT32_MAX, UINT32_MAX, check_dict, check_type
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import invalid
+from llm_datadist.link_security import LinkSecurity
 from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 from llm_datadist.types import LLMRole
 
@@ -29,6 +30,8 @@ __all__ = [
 TRANSFER_PATHS: Final = ("auto", "cma", "tcp", "nixl")
 #: gives the path when no option does
 PATH_VARIABLE: Final = "LLM_DATADIST_PATH"
+#: gives the link security when no option does
+SECURITY_VARIABLE: Final = "LLM_DATADIST_LINK_SECURITY"
 
 _DEFAULT_SYNC_TIMEOUT_MS: Final = 1000
 _MAX_LINK_RETRIES: Final = 100
@@ -57,6 +60,8 @@ class Options:
     local_comm_res: str | None = None  #: not looked into; the reference does so when it links
     enable_switch_role: bool = False
     path: str = "auto"  #: one of TRANSFER_PATHS
+    link_security: LinkSecurity | None = None
+    verify_transfers: bool = False  #: compare a checksum of what was moved with its owner's
     transfer_threads: int = 1  #: over how many threads, or streams, a large transfer is spread
 
     @classmethod
@@ -89,6 +94,8 @@ class Options:
             local_comm_res=raw.get(key.LOCAL_COMM_RES),
             enable_switch_role=raw.get(key.ENABLE_SWITCH_ROLE) == "1",
             path=_path(raw),
+            link_security=_link_security(raw),
+            verify_transfers=_flag(raw, key.VERIFY_TRANSFERS),
             transfer_threads=_number(
                 raw, key.TRANSFER_THREADS, _usual_threads(), range(1, MAX_TRANSFER_THREADS + 1)
             ),
@@ -217,6 +224,21 @@ def _path(raw: Mapping[str, str]) -> str:
     return check_transfer_path(
         f"the environment variable {PATH_VARIABLE}", os.environ.get(PATH_VARIABLE) or "auto"
     )
+
+
+def _flag(raw: Mapping[str, str], name: str) -> bool:
+    flag = raw.get(name, "0")
+    if flag not in ("0", "1"):
+        raise invalid(f"{name} must be 0 or 1, got {flag!r}")
+    return flag == "1"
+
+
+def _link_security(raw: Mapping[str, str]) -> LinkSecurity | None:
+    if key.LINK_SECURITY in raw:
+        return LinkSecurity.parse(raw[key.LINK_SECURITY], key.LINK_SECURITY)
+    text = os.environ.get(SECURITY_VARIABLE)
+    name = f"the environment variable {SECURITY_VARIABLE}"
+    return LinkSecurity.parse(text, name) if text else None
 
 
 def _usual_threads() -> int:

@@ -53,7 +53,8 @@ def collect() -> Marks:
             ["--collect-only", "-q", "--rootdir", str(ROOT), str(ROOT / "tests")], plugins=[marks]
         )
     if status != pytest.ExitCode.OK:
-        sys.exit(f"{output.getvalue()}\nthe tests could not be collected")
+        lines = output.getvalue().splitlines()[-30:]
+        sys.exit("\n".join([*lines, "the tests could not be collected"]))
     return marks
 
 

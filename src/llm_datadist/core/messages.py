@@ -234,6 +234,21 @@ class Fetch(Message, tag=28):
     columns: bytes
 
 
+class Digest(Message, tag=30):
+    """Which checksum do these bytes of a cache have? As Read otherwise; answered with Digested."""
+
+    cache_id: int
+    generation: UInt
+    timeout_ms: UInt
+    columns: bytes
+
+
+class Digested(Message, tag=31):
+    """The checksum of the bytes asked for, in order."""
+
+    digest: UInt
+
+
 class Done(Message, tag=29):
     """What was asked for has been done."""
 
@@ -260,6 +275,8 @@ AnyMessage: TypeAlias = (
     | UseUp
     | Fetch
     | Done
+    | Digest
+    | Digested
 )
 
 _encoder = msgspec.msgpack.Encoder()

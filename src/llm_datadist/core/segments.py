@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, final
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from llm_datadist.core.geometry import U64
 
@@ -76,6 +76,11 @@ class Segments:
 
     def slice(self, start: int, stop: int) -> Segments:
         return Segments(self.src[start:stop], self.dst[start:stop], self.nbytes[start:stop])
+
+    def windows(self, count: int) -> Iterator[Segments]:
+        """So many segments after the other; one empty window where there are none."""
+        for start in range(0, max(1, len(self)), count):
+            yield self.slice(start, start + count)
 
     def coalesced(self) -> Segments:
         """The same bytes with neighbours that touch on both sides merged."""

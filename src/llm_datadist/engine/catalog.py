@@ -164,12 +164,12 @@ class Catalog:
             return m.Done()
         raise m.ProtocolError(f"{type(request).__name__} is no request")
 
-    def readable(self, read: m.Read) -> tuple[Entry, U64, U64]:
+    def readable(self, read: m.Read | m.Digest) -> tuple[Entry, U64, U64]:
         """The memory that a peer asks to be sent: cache, addresses, lengths; all checked."""
         addrs, nbytes = m.columns_of(read.columns, 2)
         with self._lock:
             entry = self._registry.find(read.cache_id)
-            if read.claim is not None:
+            if isinstance(read, m.Read) and read.claim is not None:
                 key_id, model_id, is_prefix, row = read.claim
                 key = KeyName(key_id, model_id, is_prefix)
                 if self._registry.find_key(key) != (entry, row):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llm_datadist.engine.groups import Groups
     from llm_datadist.engine.links import Links
     from llm_datadist.transport.base import Transport
+    from llm_datadist.transport.shield import Shields
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Context:
     fetchers: Executor
     #: threads that verify paths, look names up, and wait for transfers to end
     waiters: Executor
+    shields: Shields
+    #: what is moved is compared by checksum
+    verifies: bool
     sync_timeout_s: float
     #: with a transfer backend each end links and unlinks for itself (spec 5.6)
     is_one_way: bool

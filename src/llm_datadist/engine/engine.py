@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import selectors
+import socket
 import threading
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -24,15 +26,16 @@ from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import StaleCache, Transport
+from llm_datadist.transport.checksum import require_checksums
 from llm_datadist.transport.cma import CmaTransport
 from llm_datadist.transport.deadline import Deadline
 from llm_datadist.transport.local import copy
 from llm_datadist.transport.movers import Movers
+from llm_datadist.transport.shield import Shields
 from llm_datadist.transport.tcp import TcpTransport
 from llm_datadist.transport.threads import Threads
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from llm_datadist.core.plan import Planner
@@ -52,6 +55,8 @@ _FETCHERS = 256
 _WAITERS = 512
 #: a cache that is freed or re-made while it is read is looked up anew so many times
 _ATTEMPTS = 3
+#: how it shows that what was found earlier has been replaced by something else
+_MAYBE_STALE = (LLMStatusCode.LLM_PARAM_INVALID, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
 
 
 class Engine:
@@ -64,6 +69,9 @@ class Engine:
         self.catalog = Catalog(self._pools, peers_keep_tables=options.remote_accessible)
         self.links = Links(cluster_id)
         self.groups = Groups(cluster_id, self.links)
+        self._shields = Shields(options.link_security)
+        if options.verify_transfers:
+            require_checksums()
         self._movers = Movers(options.transfer_threads)
         self._workers = Threads(_WORKERS, "llm-datadist-worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
@@ -75,12 +83,13 @@ class Engine:
             TcpTransport(self._movers),
         ]
         self._transports = {transport.name: transport for transport in transports}
-        self._loop = asyncio.new_event_loop()
+        me = self._identity()
+        self._loop = _new_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="llm-datadist-loop", daemon=True
         )
         self._context = Context(
-            self._identity(),
+            me,
             self.catalog,
             self.links,
             self.groups,
@@ -89,6 +98,8 @@ class Engine:
             self._workers,
             self._fetchers,
             self._waiters,
+            self._shields,
+            options.verify_transfers,
             options.sync_timeout_s,
             options.transfer_backend is not None,
         )
@@ -144,6 +155,12 @@ class Engine:
     def _open_listener(self, endpoint: Endpoint | None) -> None:
         if endpoint is not None:
             sock = bind(endpoint)
+            if not self._shields.is_secure and not endpoint.is_loopback:
+                get_logger().warning(
+                    "cluster %d listens on %s without link security: whoever reaches that address "
+                    "can link and read what is registered; set LLMConfig.link_security",
+                    self.cluster_id, endpoint,
+                )  # fmt: skip
             self.listen_endpoint = Endpoint(*sock.getsockname()[:2])
             self._listener = self._run(self._make_listener(sock))
 
@@ -204,7 +221,7 @@ class Engine:
         """
 
         def move(session: Session, remote: RemoteCache, row: int, deadline: Deadline) -> None:
-            session.channel.read(plan(remote, row), remote.guard, deadline)
+            session.read(plan(remote, row), remote.guard, deadline)
             if not self.options.remote_accessible and remote.has_key_at(row):
                 requests.use_up(session.streams, remote, row, source.tensors, deadline)
 
@@ -255,7 +272,10 @@ class Engine:
                 try:
                     move(session, found.cache, row, deadline)
                 except LLMException as error:
-                    if not attempts_left or (found.is_fresh and not isinstance(error, StaleCache)):
+                    is_stale = isinstance(error, StaleCache) or (
+                        not found.is_fresh and error.status_code in _MAYBE_STALE
+                    )
+                    if not is_stale or not attempts_left:
                         raise
                     session.lookup.forget()
                 else:
@@ -310,6 +330,18 @@ class Engine:
             raise LLMException(
                 "the cluster was finalized meanwhile", LLMStatusCode.LLM_FAILED
             ) from None
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """Raises OSError when the system has no descriptors for it."""
+    selector = selectors.DefaultSelector()
+    try:
+        for end in socket.socketpair():  # a loop that does not get one complains when it is dropped
+            end.close()
+        return asyncio.SelectorEventLoop(selector)
+    except OSError:
+        selector.close()
+        raise
 
 
 async def _gather(work: Iterable[Coroutine[object, object, T]]) -> list[T]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
-from llm_datadist.engine.control import ConnectionEnded, Control, dial
+from llm_datadist.engine.control import ConnectionEnded, Control, Unwelcome, dial
 from llm_datadist.engine.session import Session
 from llm_datadist.errors import LLMStatusCode
 from llm_datadist.transport.deadline import Deadline
@@ -33,6 +34,8 @@ class Outcome(NamedTuple):
 
 
 _OK = Outcome(LLMStatusCode.LLM_SUCCESS)
+#: failures to connect that have nothing to do with the peer
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Linker:
@@ -152,11 +155,16 @@ class Linker:
         self, endpoint: Endpoint, timeout_s: float, failure: LLMStatusCode
     ) -> tuple[Control | None, Outcome]:
         try:
-            return await asyncio.wait_for(dial(*endpoint, self._context.waiters), timeout_s), _OK
+            shield = self._context.shields.make(is_caller=True)
+            dialling = dial(*endpoint, self._context.waiters, shield)
+            return await asyncio.wait_for(dialling, timeout_s), _OK
         except asyncio.TimeoutError:
             return None, Outcome(
                 LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in {timeout_s:.3f} s"
             )
+        except Unwelcome as error:
+            return None, Outcome(failure, f"{endpoint}: {error}")
         except OSError as error:
-            reason = f"cannot connect to {endpoint}: {error.strerror}; the peer must listen there"
+            hint = "" if error.errno in _OURS else "; the peer must listen there"
+            reason = f"cannot connect to {endpoint}: {error.strerror}{hint}"
             return None, Outcome(failure, reason)

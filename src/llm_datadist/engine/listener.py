@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
-from llm_datadist.engine.control import ConnectionEnded, Control
+from llm_datadist.engine.control import ConnectionEnded, Control, Unwelcome
 from llm_datadist.engine.session import Session
 from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
-from llm_datadist.transport.stream import Stream
+from llm_datadist.transport.sealed import open_stream
 
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
@@ -28,19 +28,22 @@ _MAX_GREETINGS = 512
 _MAX_HAND_SHAKE_S = 60.0
 #: how long to leave new connections in the backlog when descriptors have run out
 _EXHAUSTED_S = 0.2
+_MAX_STRANGERS = 1024
 
 
 def bind(endpoint: Endpoint) -> socket.socket:
     """A listening socket. Raises LLMException: LLM_FAILED when the address cannot be had."""
     family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = None
     try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((endpoint.host, endpoint.port))
         sock.listen(_BACKLOG)
         sock.setblocking(False)
     except (OSError, OverflowError) as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         code = error.errno if isinstance(error, OSError) else None
         remedy = {
             errno.EADDRINUSE: "another process has it; choose another port, or 0 for a free one",
@@ -61,6 +64,8 @@ class Listener:
         self._context = context
         self._greetings: dict[asyncio.Task[bool], Control] = {}
         self._sessions: dict[bytes, Session] = {}
+        #: addresses that were refused for want of a credential
+        self._strangers: set[str] = set()
         context.loop.add_reader(sock, self._accept)
 
     async def close(self) -> None:
@@ -85,7 +90,7 @@ class Listener:
         if len(self._greetings) >= _MAX_GREETINGS:
             sock.close()
             return
-        control = Control(sock, address)
+        control = Control(sock, address, self._context.shields.make(is_caller=False))
         task = loop.create_task(self._greet(control))
         self._greetings[task] = control
         task.add_done_callback(self._greeted)
@@ -106,11 +111,26 @@ class Listener:
     async def _greet(self, control: Control) -> bool:
         """Whether the connection is kept."""
         try:
-            first = await asyncio.wait_for(control.receive(), _GREETING_S)
+            first = await asyncio.wait_for(self._first_message(control), _GREETING_S)
             return await self._welcome(control, first)
+        except Unwelcome as error:
+            self._turn_away(control, error)
+            return False
         except (asyncio.TimeoutError, ConnectionEnded) as error:
             get_logger().info("dropped a connection that said nothing of use: %s", error)
             return False
+
+    async def _first_message(self, control: Control) -> m.AnyMessage:
+        if not control.shield.is_done:
+            await control.greet()
+        return await control.receive()
+
+    def _turn_away(self, control: Control, error: Unwelcome) -> None:
+        """Says so once for each address: strangers may come often."""
+        host = str(control.address[0])
+        if host not in self._strangers and len(self._strangers) < _MAX_STRANGERS:
+            self._strangers.add(host)
+            get_logger().warning("refused a connection from %s: %s", host, error)
 
     async def _welcome(self, control: Control, first: m.AnyMessage) -> bool:
         """Whether the connection is kept."""
@@ -152,7 +172,7 @@ class Listener:
             return False
         await control.send(m.Attached())
         if attach.is_reverse:
-            session.streams.add(Stream(control.socket))
+            session.streams.add(open_stream(control.socket, control.shield))
         else:
             session.serve(control)
         return True

@@ -8,6 +8,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import StaleCache
+from llm_datadist.transport.checksum import digest_of
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
@@ -34,6 +35,31 @@ def send(
                 if dst and refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
                     raise StaleCache(dst) from refused
                 raise
+
+
+def verify(streams: StreamPool, segments: Segments, src: Guard, deadline: Deadline) -> None:
+    """Compares what lies at our end of the segments with what their owner has.
+
+    Raises LLMException(LLM_FAILED) when it differs, StaleCache when the owner has it no more.
+    """
+    for piece in segments.windows(m.MAX_REQUEST_SEGMENTS):
+        columns = m.pack_columns(piece.src, piece.nbytes)
+        timeout_ms = max(1, int(deadline.require("the checksum of a transfer") * 1000))
+        with streams.borrow(deadline) as stream:
+            try:
+                question = m.Digest(src.cache_id, src.generation, timeout_ms, columns)
+                answer = stream.ask(question, deadline)
+            except RequestRefused as refused:
+                if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
+                    raise StaleCache(src) from refused
+                raise
+        ours = digest_of(piece.dst, piece.nbytes, deadline)
+        if not isinstance(answer, m.Digested) or answer.digest != ours:
+            raise LLMException(
+                f"what arrived of the peer's cache {src.cache_id} is not what its owner has: "
+                "the checksums differ (verify_transfers)",
+                LLMStatusCode.LLM_FAILED,
+            )
 
 
 def use_up(

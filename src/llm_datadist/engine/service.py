@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
+from llm_datadist.transport.checksum import digest_of
 from llm_datadist.transport.deadline import Deadline
+from llm_datadist.transport.sealed import sealed
+from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.tcp import FrameSender, Sender
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ class StreamService:
         when_closed: Callable[[StreamService], None],
     ) -> None:
         self._socket = control.socket
+        self._shield = control.shield
         self._frames = control.frames
         self._frames.max_nbytes = m.MAX_BODY_NBYTES
         self._context = context
@@ -82,7 +86,12 @@ class StreamService:
         if not data:
             self.close()
             return
-        self._frames.feed(data)
+        try:
+            self._frames.feed(self._shield.open(data))
+        except NotAuthentic as error:
+            get_logger().warning("closing a stream of a peer: %s", error)
+            self.close()
+            return
         self._serve()
 
     def _serve(self) -> None:
@@ -100,7 +109,12 @@ class StreamService:
             self._pause()
             self._context.fetchers.submit(self._fetch_and_answer, request)
             return
-        sender, timeout_s = self._prepare(request)
+        if isinstance(request, m.Digest):
+            self._pause()
+            self._context.workers.submit(self._digest_and_answer, request)
+            return
+        answer, timeout_s = self._prepare(request)
+        sender = sealed(answer, self._socket, self._shield)
         if sender.nbytes > _INLINE_NBYTES or not sender.advance():
             self._pause()
             self._context.workers.submit(self._finish, sender, Deadline.after(timeout_s))
@@ -134,7 +148,23 @@ class StreamService:
         except m.ProtocolError as error:
             self._loop.call_soon_threadsafe(self._resume, str(error))
             return
-        self._finish(FrameSender(self._socket.fileno(), answer), Deadline.after(MAX_ANSWER_S))
+        sender = FrameSender(self._socket.fileno(), answer)
+        self._finish(sealed(sender, self._socket, self._shield), Deadline.after(MAX_ANSWER_S))
+
+    def _digest_and_answer(self, request: m.Digest) -> None:
+        """In a thread of the workers."""
+        timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
+        try:
+            _, addrs, nbytes = self._context.catalog.readable(request)
+            digest = digest_of(addrs, nbytes, Deadline.after(timeout_s))
+            answer: m.Message = m.Digested(digest)
+        except LLMException as error:
+            answer = _refusal(error)
+        except m.ProtocolError as error:
+            self._loop.call_soon_threadsafe(self._resume, str(error))
+            return
+        sender = FrameSender(self._socket.fileno(), answer)
+        self._finish(sealed(sender, self._socket, self._shield), Deadline.after(MAX_ANSWER_S))
 
     def _finish(self, sender: FrameSender, deadline: Deadline) -> None:
         """In a thread of the workers or fetchers."""

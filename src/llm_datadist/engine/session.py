@@ -18,19 +18,21 @@ from llm_datadist.core.segments import Segments
 from llm_datadist.engine.control import ConnectionEnded, Control, dial
 from llm_datadist.engine.gate import Gate
 from llm_datadist.engine.lookup import Lookup
+from llm_datadist.engine.requests import verify as verify_moved
 from llm_datadist.engine.service import MAX_ANSWER_S, StreamService
 from llm_datadist.engine.streams import MAX_STREAMS, StreamPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import Channel, PathUnavailable, verify
 from llm_datadist.transport.deadline import Deadline
-from llm_datadist.transport.stream import Stream
+from llm_datadist.transport.sealed import open_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.context import Context
+    from llm_datadist.transport.stream import Stream
 
 _DIAL_BACK_S = 10.0
 #: a peer that drops a stream may ask for the next one before we have noticed
@@ -140,7 +142,13 @@ class Session:
             catalog.writable(request.cache_id, request.generation, dst, nbytes),
         ):
             deadline.require("a push by the peer")
-            self.channel.read(Segments(src, dst, nbytes), guard, deadline)
+            self.read(Segments(src, dst, nbytes), guard, deadline)
+
+    def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
+        """Reads over the link's path, and verifies what came where the options say so."""
+        self.channel.read(segments, guard, deadline)
+        if self._context.verifies and len(segments):
+            verify_moved(self.streams, segments, guard, deadline)
 
     # -- the link's life, in the loop's thread --
 
@@ -317,7 +325,8 @@ class Session:
             self._dialing -= 1
 
     async def _add_service(self) -> None:
-        control = await dial(self._host, self._port, self._context.waiters)
+        shield = self._context.shields.make(is_caller=True)
+        control = await dial(self._host, self._port, self._context.waiters, shield)
         try:
             await control.send(m.Attach(self.token, is_reverse=True))
             answer = await control.receive()
@@ -347,8 +356,9 @@ class Session:
                 LLMStatusCode.LLM_NOT_YET_LINK,
             ) from error
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stream = Stream(sock)
+        stream = open_stream(sock, self._context.shields.make(is_caller=True))
         try:
+            stream.greet(deadline)
             stream.ask(m.Attach(self.token, is_reverse=False), deadline)
         except BaseException:
             stream.close()

@@ -13,8 +13,14 @@ _MAPS = Path("/proc/self/maps")
 
 
 def unmapped(addrs: Iterable[int], nbytes: int) -> list[int]:
-    """Those of the addresses behind which not all of `nbytes` are mapped at this moment."""
-    ranges = _mapped_ranges(_MAPS.read_text())
+    """Those of the addresses behind which not all of `nbytes` are mapped at this moment.
+
+    None, where the system does not tell: it may be out of descriptors.
+    """
+    try:
+        ranges = _mapped_ranges(_MAPS.read_text())
+    except OSError:
+        return []
     return [addr for addr in addrs if not _lies_within(ranges, addr, addr + nbytes)]
 
 

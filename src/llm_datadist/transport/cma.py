@@ -127,14 +127,16 @@ class CmaChannel:
 
     def _read_part(self, part: Segments, guard: Guard, deadline: Deadline) -> None:
         words = np.zeros(2, dtype=np.uint64)
-        first = words.ctypes.data
-        local = iovecs(part.dst, part.nbytes, *_words_at(first, first + WORD_NBYTES))
-        remote = iovecs(part.src, part.nbytes, *_words_at(guard.word_addr, guard.word_addr))
+        ours, theirs = words.ctypes.data, guard.word_addr
         calls = max(1, _CALL_NBYTES // int(part.nbytes.max(initial=1)))
-        step = min(native.IOV_MAX, calls)
-        for start in range(0, len(local), step):
+        # the word goes in front of the first call's vectors and behind the last one's
+        windows = list(part.windows(min(native.IOV_MAX - 2, calls)))
+        for window in windows:
             deadline.require("the transfer")
-            self._call(local[start : start + step], remote[start : start + step], guard)
+            first, last = window is windows[0], window is windows[-1]
+            local = iovecs(window.dst, window.nbytes, *_words_at(first, ours, last, ours + 8))
+            remote = iovecs(window.src, window.nbytes, *_words_at(first, theirs, last, theirs))
+            self._call(local, remote, guard)
         if words[0] != guard.generation or words[1] != guard.generation:
             raise StaleCache(guard)
 
@@ -196,9 +198,11 @@ def ptrace_scope() -> int:
         return 0
 
 
-def _words_at(before: int, behind: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The vectors of the generation word in front of and behind the data."""
-    return [(before, WORD_NBYTES)], [(behind, WORD_NBYTES)]
+def _words_at(
+    is_first: bool, before: int, is_last: bool, behind: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The generation word's vectors in front of and behind a call's data, where they belong."""
+    return [(before, WORD_NBYTES)] * is_first, [(behind, WORD_NBYTES)] * is_last
 
 
 def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:

@@ -10,11 +10,16 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llm_datadist.core.segments import first_unfinished, iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.transport import native
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from llm_datadist.core.geometry import U64
     from llm_datadist.core.segments import Segments
     from llm_datadist.transport.movers import Movers
 
@@ -29,6 +34,48 @@ def copy(segments: Segments, movers: Movers) -> None:
     if len(segments):
         parts = segments.bounded(_PIECE_NBYTES).split(movers.parts_of(segments.total_nbytes))
         movers.run([partial(_copy_part, part) for part in parts])
+
+
+def gather(vectors: U64, max_nbytes: int) -> npt.NDArray[np.uint8]:
+    """The first bytes that the vectors point to, at most so many; none when the first is bad."""
+    window = _first(vectors, max_nbytes)
+    data = np.empty(int(window[:, 1].sum()), dtype=np.uint8)
+    ours = _consecutive(data, window)
+    moved = _readv(ours.ctypes.data, window.ctypes.data, len(window))
+    return data[:moved]
+
+
+def scatter(data: npt.NDArray[np.uint8], vectors: U64) -> int:
+    """Copies the data to where the vectors point, in order; how much of it had a place.
+
+    Raises LLMException(LLM_PARAM_INVALID) for memory that is not mapped.
+    """
+    window = _first(vectors, len(data))
+    wanted = int(window[:, 1].sum())
+    theirs = _consecutive(data, window)
+    if _readv(window.ctypes.data, theirs.ctypes.data, len(window)) != wanted:
+        raise invalid(
+            "a local address of the transfer is not mapped memory: "
+            "was the tensor freed after it was registered?"
+        )
+    return wanted
+
+
+def _first(vectors: U64, max_nbytes: int) -> U64:
+    """The first vectors up to so many bytes, the last of them cut; no more than a call takes."""
+    window = vectors[: native.IOV_MAX].copy()
+    ends = np.cumsum(window[:, 1])
+    count = int(np.searchsorted(ends, np.uint64(max_nbytes), side="left")) + 1
+    if count <= len(window):
+        window = window[:count]
+        window[-1, 1] -= ends[count - 1] - np.uint64(max_nbytes)
+    return window
+
+
+def _consecutive(data: npt.NDArray[np.uint8], window: U64) -> U64:
+    """Vectors as long as those of the window, one behind the other in the data."""
+    ends = np.cumsum(window[:, 1])
+    return iovecs(ends - window[:, 1] + np.uint64(data.ctypes.data), window[:, 1])
 
 
 def _copy_part(part: Segments) -> None:

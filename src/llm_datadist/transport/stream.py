@@ -13,22 +13,36 @@ from llm_datadist.core.link import status_of
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
+from llm_datadist.transport.shield import NotAuthentic
 
 if TYPE_CHECKING:
     from llm_datadist.core.geometry import U64
     from llm_datadist.transport.deadline import Deadline
+    from llm_datadist.transport.shield import Shield
 
+_CHUNK_NBYTES = 64 * 1024
 _TIMEVAL = struct.Struct("ll")
 
 
 class Stream:
     """The asking end of a connection. A stream on which anything failed must be closed."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, shield: Shield) -> None:
         sock.setblocking(True)  # the kernel keeps the deadlines (SO_RCVTIMEO, SO_SNDTIMEO)
         self._socket = sock
+        self._shield = shield
         #: the seconds after which the kernel gives up, by socket option
         self._limits_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+
+    def greet(self, deadline: Deadline) -> None:
+        """The shield's hand-shake, first of all. Raises LLMException."""
+        Stream._send(self, self._shield.start(), deadline)
+        try:
+            while not self._shield.is_done:
+                answer = self._shield.answer(self._receive_some(_CHUNK_NBYTES, deadline))
+                Stream._send(self, answer, deadline)
+        except NotAuthentic as error:
+            raise lost(str(error)) from error
 
     def ask(self, message: m.Message, deadline: Deadline) -> m.AnyMessage:
         """The peer's answer. Raises LLMException with the peer's status when it refuses."""
@@ -61,7 +75,7 @@ class Stream:
             except OSError as error:
                 raise _explain(error, deadline) from error
             if got == 0:
-                raise _lost("it closed the connection")
+                raise lost("it closed the connection")
             wanted -= got
             if wanted:
                 vectors = skip_bytes(vectors, got, native.IOV_MAX)
@@ -94,9 +108,19 @@ class Stream:
             except OSError as error:
                 raise _explain(error, deadline) from error
             if got == 0:
-                raise _lost("it closed the connection")
+                raise lost("it closed the connection")
             view = view[got:]
         return buffer
+
+    def _receive_some(self, max_nbytes: int, deadline: Deadline) -> bytes:
+        self._limit(socket.SO_RCVTIMEO, deadline)
+        try:
+            data = self._socket.recv(max_nbytes)
+        except OSError as error:
+            raise _explain(error, deadline) from error
+        if not data:
+            raise lost("it closed the connection")
+        return data
 
     def _limit(self, option: int, deadline: Deadline) -> None:
         """Has the kernel give up when the deadline has passed, or up to a tenth of it later.
@@ -122,7 +146,7 @@ def _explain(error: OSError, deadline: Deadline) -> LLMException:
             "was the tensor freed after it was registered?",
             LLMStatusCode.LLM_PARAM_INVALID,
         )
-    return _lost(error.strerror or str(error))
+    return lost(error.strerror or str(error))
 
 
 def _timeval(seconds: float) -> bytes:
@@ -130,5 +154,6 @@ def _timeval(seconds: float) -> bytes:
     return _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1e6)))
 
 
-def _lost(reason: str) -> LLMException:
+def lost(reason: str) -> LLMException:
+    """That the peer is gone."""
     return LLMException(f"the peer is gone: {reason}", LLMStatusCode.LLM_NOT_YET_LINK)

@@ -21,9 +21,12 @@ from llm_datadist.core.segments import FEW, Segments, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
 from llm_datadist.transport.base import Channel, StaleCache, Streams
+from llm_datadist.transport.local import gather
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from llm_datadist.core.geometry import U64
     from llm_datadist.core.remote import Guard
     from llm_datadist.transport.deadline import Deadline
@@ -137,6 +140,13 @@ class FrameSender:
                 self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
         return True
 
+    def take(self, max_nbytes: int) -> npt.NDArray[np.uint8]:
+        """The next bytes, for somebody else to send."""
+        data = gather(self._vectors, max_nbytes)
+        self.nbytes -= len(data)
+        self._vectors = skip_bytes(self._vectors, len(data), native.IOV_MAX)
+        return data
+
     def finish(self, deadline: Deadline) -> bool:
         """Sends the rest, waiting for the socket; False when it takes nothing for a while.
 
@@ -174,6 +184,14 @@ class Sender(FrameSender):
                 if error.errno != errno.EFAULT or self.nbytes <= _TRAILER_NBYTES:
                     raise
                 self._pass_fault()
+
+    def take(self, max_nbytes: int) -> npt.NDArray[np.uint8]:
+        data = super().take(max_nbytes)
+        if not len(data):
+            self._window = 1
+            self._pass_fault()
+            data = super().take(max_nbytes)
+        return data
 
     def _pass_fault(self) -> None:
         """The memory is gone: keeps the stream in step with zeros, and says so in the trailer."""

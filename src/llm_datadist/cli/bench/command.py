@@ -59,8 +59,8 @@ def move(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Measured in alternation, comma-separated: memcpy, readv, socket, nixl, mooncake, "
-            "or none. By default the ceiling of the path: memcpy for cma, socket for tcp.",
+            help="Measured in alternation, comma-separated: memcpy, readv, socket, two-sided, "
+            "nixl, mooncake, or none. By default the path's ceiling: memcpy or socket.",
         ),
     ] = "",
     tensors: Annotated[int, typer.Option(min=0, help="Instead of the shape's.")] = 0,

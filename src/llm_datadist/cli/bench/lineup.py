@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 OURS = "llm_datadist"
-RIVALS = ("memcpy", "readv", "socket", "nixl", "mooncake")
+RIVALS = ("memcpy", "readv", "socket", "two-sided", "nixl", "mooncake")
 
 _INSTALL = {
     "nixl": ("nixl_cu12", "pip install --no-deps nixl-cu12, beside torch"),
@@ -54,6 +54,8 @@ def _entrants_of(rival: str, job: Job) -> list[Entrant]:
         module, advice = _INSTALL[rival]
         if find_spec(module) is None:
             raise SetupError(f"--vs {rival}: it is not installed ({advice})")
+    if rival == "two-sided":
+        return [Entrant("ours two-sided", Ours, replace(job, is_accessible=False))]
     if rival == "memcpy":
         return [Entrant(f"memcpy x{job.threads}", Memcpy, job)]
     if rival == "readv":

@@ -24,6 +24,7 @@ from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.plan import blocks_to_blocks
 from llm_datadist.core.segments import iovecs
 from llm_datadist.cpp import OPTION_DEVICE_ID, OPTION_LISTEN_IP_INFO, LlmDataDist, LlmRole
+from llm_datadist.transport import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +58,8 @@ def plan(rounds: int) -> Iterator[Figure]:
         for _ in range(max(rounds, 5)):
             begun = time.perf_counter()
             segments = blocks_to_blocks(layout, src, layout, dst)
-            iovecs(segments.src, segments.nbytes), iovecs(segments.dst, segments.nbytes)
+            for window in segments.windows(native.IOV_MAX):
+                iovecs(window.src, window.nbytes), iovecs(window.dst, window.nbytes)
             seconds.append(time.perf_counter() - begun)
         medians[num_segments] = statistics.median(seconds)
         yield Figure(f"plan {len(segments):,} segments", medians[num_segments] * 1e3, "ms")

@@ -1,0 +1,69 @@
+"""What the option `link_security` says: by what clusters that link know each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, final
+
+from llm_datadist.checks import check_json_object, describe
+from llm_datadist.errors import LLMException, invalid
+
+_MIN_SECRET_NBYTES: Final = 16
+_TLS_FIELDS: Final = ("ca", "certificate", "key")
+_FORMS: Final = (
+    '{"secret": "..."}, {"secret_file": "/path"} or '
+    '{"ca": "/path", "certificate": "/path", "key": "/path"}'
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LinkSecurity:
+    """Either a secret that all clusters share, or files in PEM format for mutual TLS.
+
+    The secret does not show in the repr.
+    """
+
+    secret: bytes | None = field(default=None, repr=False)
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+
+    @classmethod
+    def parse(cls, text: str, name: str = "link_security") -> LinkSecurity:
+        """What the JSON object `text` says; `name` is what messages call it.
+
+        Raises LLMException (LLM_PARAM_INVALID), which never quotes the text: it may be a secret.
+        """
+        try:
+            fields = check_json_object(name, text)
+        except LLMException:
+            raise invalid(f"{name} must be a JSON object: {_FORMS}") from None
+        for key, value in fields.items():
+            if not isinstance(value, str) or not value:
+                raise invalid(f"{name}: {describe(key)} must be a text")
+        given = {key: value for key, value in fields.items() if isinstance(value, str)}
+        if set(given) == {"secret"}:
+            return cls(secret=_long_enough(name, given["secret"].encode()))
+        if set(given) == {"secret_file"}:
+            return cls(secret=_long_enough(name, _read_secret(name, given["secret_file"])))
+        if set(given) == set(_TLS_FIELDS):
+            for file in given.values():
+                if not Path(file).is_file():
+                    raise invalid(f"{name}: there is no file {file}")
+            return cls(None, *(given[each] for each in _TLS_FIELDS))
+        raise invalid(f"{name} has the fields {sorted(given)}; it must be {_FORMS}")
+
+
+def _read_secret(name: str, file: str) -> bytes:
+    try:
+        return Path(file).read_bytes().strip()
+    except OSError as error:
+        raise invalid(f"{name}: {file} cannot be read: {error.strerror}") from None
+
+
+def _long_enough(name: str, secret: bytes) -> bytes:
+    if len(secret) < _MIN_SECRET_NBYTES:
+        raise invalid(f"{name}: a secret has at least {_MIN_SECRET_NBYTES} bytes; take random ones")
+    return secret

@@ -1,0 +1,96 @@
+"""TLS on the data: streams and answers whose bytes are sealed on the way.
+
+What is sealed cannot be sent from where it lies: each chunk is copied, sealed and sent. The copies
+are the kernel's (`local.py`), so memory that is not mapped is an error here as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llm_datadist.core.segments import skip_bytes
+from llm_datadist.transport import native
+from llm_datadist.transport.local import scatter
+from llm_datadist.transport.shield import NotAuthentic
+from llm_datadist.transport.stream import Stream, lost
+from llm_datadist.transport.tcp import FrameSender
+
+if TYPE_CHECKING:
+    import socket
+
+    from llm_datadist.core.geometry import U64
+    from llm_datadist.transport.deadline import Deadline
+    from llm_datadist.transport.shield import Shield
+
+_CHUNK_NBYTES = 256 * 1024
+
+
+def open_stream(sock: socket.socket, shield: Shield) -> Stream:
+    """The asking end of a connection, sealed if its shield says so."""
+    return Stream(sock, shield) if shield.is_transparent else SealedStream(sock, shield)
+
+
+def sealed(sender: FrameSender, sock: socket.socket, shield: Shield) -> FrameSender:
+    """An answer, sealed if the connection's shield says so."""
+    return sender if shield.is_transparent else SealedSender(sender, sock, shield)
+
+
+class SealedStream(Stream):
+    """A stream whose shield seals."""
+
+    def __init__(self, sock: socket.socket, shield: Shield) -> None:
+        super().__init__(sock, shield)
+        self._plain = bytearray()
+
+    def receive_into(self, vectors: U64, nbytes: int, deadline: Deadline) -> None:
+        left = nbytes
+        while left:
+            if not self._plain:
+                self._receive_more(deadline)
+            data = np.frombuffer(self._plain[:left], dtype=np.uint8)
+            moved = scatter(data, vectors)
+            vectors = skip_bytes(vectors, moved, native.IOV_MAX)
+            del self._plain[:moved]
+            left -= moved
+
+    def _send(self, frame: bytes, deadline: Deadline) -> None:
+        super()._send(self._shield.seal(frame), deadline)
+
+    def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
+        while len(self._plain) < nbytes:
+            self._receive_more(deadline)
+        taken = self._plain[:nbytes]
+        del self._plain[:nbytes]
+        return taken
+
+    def _receive_more(self, deadline: Deadline) -> None:
+        try:
+            self._plain += self._shield.open(self._receive_some(_CHUNK_NBYTES, deadline))
+        except NotAuthentic as error:
+            raise lost(str(error)) from error
+
+
+class SealedSender(FrameSender):
+    """An answer, sealed chunk by chunk."""
+
+    def __init__(self, sender: FrameSender, sock: socket.socket, shield: Shield) -> None:
+        self._inner = sender
+        self._fd = sock.fileno()
+        self._socket = sock
+        self._shield = shield
+        self._sealed = memoryview(b"")
+        self.nbytes = sender.nbytes
+
+    def advance(self) -> bool:
+        while True:
+            while self._sealed:
+                try:
+                    sent = self._socket.send(self._sealed, native.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return False
+                self._sealed = self._sealed[sent:]
+            if not self._inner.nbytes:
+                return True
+            self._sealed = memoryview(self._shield.seal(self._inner.take(_CHUNK_NBYTES).data))
