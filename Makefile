@@ -5,13 +5,17 @@ BIN    := $(VENV)/bin
 
 FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/e2e/test_push.py
 
-.PHONY: demo test check lint conformance format clean
+.PHONY: demo test soak check lint conformance format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest $(ARGS)
+
+# Hours of faults in about twenty minutes; ARGS="--only NAME --scale 0.1" for less.
+soak: $(VENV)/.dev
+	cd tests && ../$(BIN)/python -m soak $(ARGS)
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)

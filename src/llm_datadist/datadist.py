@@ -66,7 +66,8 @@ class LLMDataDist:
 
         Raises TypeError, ValueError for malformed options; LLMException with LLM_PARAM_INVALID for
         options that cannot be, LLM_FAILED when the address to listen on cannot be had, descriptors
-        have run out, or another instance of this process is initialised. After a failure `init` may be called again.
+        have run out, or another instance of this process is initialised. After a failure `init` may
+        be called again.
         """
         if self._engine is not None:
             return

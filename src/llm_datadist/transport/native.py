@@ -55,7 +55,10 @@ def process_vm_readv(pid: int, local_addr: int, remote_addr: int, count: int) ->
 
     Returns the bytes copied, fewer than asked for where an address is bad. Raises OSError.
     """
-    return _retried(_process_vm_readv, pid, local_addr, count, remote_addr, count, 0)
+    moved: int = _process_vm_readv(pid, local_addr, count, remote_addr, count, 0)
+    if moved < 0:  # not by `_retried` at once: small reads are a few microseconds in all
+        return _retried(_process_vm_readv, pid, local_addr, count, remote_addr, count, 0)
+    return moved
 
 
 def sendmsg(fd: int, vectors: U64, flags: int = 0) -> int:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from llm_datadist.transport.deadline import Deadline
     from llm_datadist.transport.shield import Shield
 
-_CHUNK_NBYTES = 256 * 1024
+#: larger buffers would be mapped anew each time, page by page
+_CHUNK_NBYTES = 64 * 1024
 
 
 def open_stream(sock: socket.socket, shield: Shield) -> Stream:

@@ -23,7 +23,8 @@ _MAC_NBYTES: Final = 32
 _GREETING: Final = b"LDSECRT1"
 #: the listener's word that it accepts the caller's certificate: TLS 1.3 does not wait for that
 _ACCEPTED: Final = b"\x01"
-_CHUNK_NBYTES: Final = 256 * 1024
+#: what TLS seals at a time, and gives back at most
+_RECORD_NBYTES: Final = 16 * 1024
 
 
 class NotAuthentic(Exception):
@@ -174,7 +175,7 @@ class Tls(Open):
         self._incoming.write(data)
         pieces = []
         try:
-            while piece := self._tls.read(_CHUNK_NBYTES):
+            while piece := self._tls.read(_RECORD_NBYTES):
                 pieces.append(piece)
         except ssl.SSLWantReadError:
             pass

@@ -72,8 +72,10 @@ class Stream:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 got = native.recvmsg(self._socket.fileno(), vectors, native.MSG_WAITALL)
+            except BlockingIOError:
+                continue  # `_limit` knows whether that was the deadline
             except OSError as error:
-                raise _explain(error, deadline) from error
+                raise _explain(error) from error
             if got == 0:
                 raise lost("it closed the connection")
             wanted -= got
@@ -94,8 +96,10 @@ class Stream:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
                 sent = self._socket.send(view)
+            except BlockingIOError:
+                continue  # `_limit` knows whether that was the deadline
             except OSError as error:
-                raise _explain(error, deadline) from error
+                raise _explain(error) from error
             view = view[sent:]
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
@@ -105,41 +109,45 @@ class Stream:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 got = self._socket.recv_into(view, 0, native.MSG_WAITALL)
+            except BlockingIOError:
+                continue  # `_limit` knows whether that was the deadline
             except OSError as error:
-                raise _explain(error, deadline) from error
+                raise _explain(error) from error
             if got == 0:
                 raise lost("it closed the connection")
             view = view[got:]
         return buffer
 
     def _receive_some(self, max_nbytes: int, deadline: Deadline) -> bytes:
-        self._limit(socket.SO_RCVTIMEO, deadline)
-        try:
-            data = self._socket.recv(max_nbytes)
-        except OSError as error:
-            raise _explain(error, deadline) from error
-        if not data:
-            raise lost("it closed the connection")
-        return data
+        while True:
+            self._limit(socket.SO_RCVTIMEO, deadline)
+            try:
+                data = self._socket.recv(max_nbytes)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise _explain(error) from error
+            if not data:
+                raise lost("it closed the connection")
+            return data
 
     def _limit(self, option: int, deadline: Deadline) -> None:
-        """Has the kernel give up when the deadline has passed, or up to a tenth of it later.
+        """Has the kernel give up about when the deadline passes. Raises LLMException(LLM_TIMEOUT).
 
-        Most calls find the limit of the one before good enough, and save telling the kernel.
+        Most calls find the limit of the one before good enough, and save telling the kernel; one
+        that gives up too early is made again.
         """
         left_s = deadline.require("the peer's answer")
-        if not left_s <= self._limits_s[option] <= 1.1 * left_s:
-            limit_s = self._limits_s[option] = 1.05 * left_s
-            self._socket.setsockopt(socket.SOL_SOCKET, option, _timeval(limit_s))
+        if not 0.95 * left_s <= self._limits_s[option] <= 1.02 * left_s:
+            self._limits_s[option] = left_s
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _timeval(left_s))
 
 
 class RequestRefused(LLMException):
     """The peer answered with a status; the stream is in order and may be used again."""
 
 
-def _explain(error: OSError, deadline: Deadline) -> LLMException:
-    if isinstance(error, BlockingIOError):
-        return deadline.expired("the peer's answer")
+def _explain(error: OSError) -> LLMException:
     if error.errno == errno.EFAULT:
         return LLMException(
             "a local address of the transfer is not mapped memory: "

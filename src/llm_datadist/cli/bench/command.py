@@ -60,7 +60,7 @@ def move(
         typer.Option(
             metavar="NAMES",
             help="Measured in alternation, comma-separated: memcpy, readv, socket, two-sided, "
-            "nixl, mooncake, or none. By default the path's ceiling: memcpy or socket.",
+            "verified, nixl, mooncake, or none. By default the path's ceiling: memcpy or socket.",
         ),
     ] = "",
     tensors: Annotated[int, typer.Option(min=0, help="Instead of the shape's.")] = 0,

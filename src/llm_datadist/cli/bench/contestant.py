@@ -38,6 +38,7 @@ class Job:
     path: str = "auto"
     is_accessible: bool = True
     threads: int = 0  #: 0: as many as it thinks best
+    verifies: bool = False  #: by checksum (verify_transfers)
 
 
 class Contestant(Protocol):

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 OURS = "llm_datadist"
-RIVALS = ("memcpy", "readv", "socket", "two-sided", "nixl", "mooncake")
+RIVALS = ("memcpy", "readv", "socket", "two-sided", "verified", "nixl", "mooncake")
 
 _INSTALL = {
+    "verified": ("xxhash", "pip install 'llm-datadist[integrity]'"),
     "nixl": ("nixl_cu12", "pip install --no-deps nixl-cu12, beside torch"),
     "mooncake": (
         "mooncake",
@@ -56,6 +57,8 @@ def _entrants_of(rival: str, job: Job) -> list[Entrant]:
             raise SetupError(f"--vs {rival}: it is not installed ({advice})")
     if rival == "two-sided":
         return [Entrant("ours two-sided", Ours, replace(job, is_accessible=False))]
+    if rival == "verified":
+        return [Entrant("ours verified", Ours, replace(job, verifies=True))]
     if rival == "memcpy":
         return [Entrant(f"memcpy x{job.threads}", Memcpy, job)]
     if rival == "readv":

@@ -40,6 +40,7 @@ def start(role: LLMRole, cluster_id: int, job: Job, listen: str = "") -> LLMData
     config.listen_ip_info = listen
     config.sync_kv_timeout = _TIMEOUT_MS
     config.transfer_path = job.path
+    config.verify_transfers = job.verifies
     if job.threads:
         config.transfer_threads = job.threads
     datadist = LLMDataDist(role, cluster_id)

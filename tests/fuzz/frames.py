@@ -1,0 +1,112 @@
+"""Coverage-guided fuzzing of what reads the network's bytes, to be run by hand.
+
+    pip install atheris
+    python tests/fuzz/frames.py -runs=10000000
+
+Frames in pieces go through a reader, and what is decoded through the checks behind it. Only a
+ProtocolError may come of it, and what was accepted must be encoded and decoded again as the same.
+The arguments are libFuzzer's; without a corpus folder one is made of all messages there are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+atheris: Any = importlib.import_module("atheris")
+
+with atheris.instrument_imports(include=["llm_datadist"]):
+    from llm_datadist.core import messages as m
+    from llm_datadist.core.frames import FrameReader
+    from llm_datadist.core.remote import understand
+
+CAP = 4096
+
+
+def read(data: bytes) -> None:
+    """The data as a stream, cut at places that its first byte decides."""
+    step = data[0] + 1 if data else 1
+    reader = FrameReader(CAP)
+    try:
+        for start in range(1, len(data), step):
+            reader.feed(data[start : start + step])
+            for message in reader:
+                check(message)
+    except m.ProtocolError:
+        return
+
+
+def check(message: m.AnyMessage) -> None:
+    """What is done with an accepted message before anybody trusts it."""
+    frame = m.encode(message)
+    again = m.decode(frame[m.HEADER.size :])
+    if m.encode(again) != frame:  # not the messages: a float may be NaN
+        raise AssertionError(f"{message!r} came back as {again!r}")
+    infos = [message.info] if isinstance(message, m.Resolved) else []
+    if isinstance(message, m.Caches):
+        infos = message.infos
+    for info in infos:
+        understand(info)
+    if isinstance(message, m.Read | m.Fetch | m.Digest):
+        m.columns_of(message.columns, 3 if isinstance(message, m.Fetch) else 2)
+
+
+def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+    """libFuzzer's own mutations, most of them of a body whose header is then made to fit."""
+    rng = random.Random(seed)
+    head = 1 + m.HEADER.size
+    if len(data) <= head or rng.random() < 0.2:
+        return bytes(atheris.Mutate(data, max_size))
+    body = bytes(atheris.Mutate(data[head:], max(1, max_size - head)))
+    return data[:1] + m.HEADER.pack(m.MAGIC, len(body)) + body
+
+
+def corpus() -> list[bytes]:
+    """One frame of each message, with values that msgspec accepts."""
+    return [b"\xff" + m.encode(sample(kind)) for kind in get_args(m.AnyMessage)]
+
+
+def sample(kind: Any) -> Any:
+    values = {
+        field.name: value_of(field.type)
+        for field in msgspec.inspect.type_info(kind).fields  # type: ignore[attr-defined]
+    }
+    return kind(**values)
+
+
+def value_of(kind: Any) -> Any:
+    """A value of a type that a field has."""
+    name = type(kind).__name__
+    if name == "StructType":
+        return sample(kind.cls)
+    if name == "UnionType":
+        return value_of(kind.types[0])
+    if name == "ListType":
+        return [value_of(kind.item_type)]
+    if name == "TupleType":
+        return tuple(map(value_of, kind.item_types))
+    if name == "DictType":
+        return {value_of(kind.key_type): value_of(kind.value_type)}
+    if name == "BytesType":
+        return bytes(range(kind.min_length or 24))
+    return {"IntType": 1, "StrType": "tcp", "BoolType": True, "FloatType": 0.5}.get(name)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for number, frame in enumerate(corpus()):
+            (Path(folder) / f"sample-{number}").write_bytes(frame)
+        has_corpus = any(not argument.startswith("-") for argument in sys.argv[1:])
+        arguments = [*sys.argv, f"-max_len={CAP}", *([] if has_corpus else [folder])]
+        atheris.Setup(arguments, read, custom_mutator=mutate)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

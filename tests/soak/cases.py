@@ -1,0 +1,40 @@
+"""All cases of the soak tests, and how many rounds each runs: in CI, and in a long run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from soak.churn import churn
+from soak.cuts import cuts
+from soak.deaths import kill_owner, kill_puller, restarts, stop_and_continue
+from soak.mixture import mixture
+from soak.resources import link_cycles, many_links, small_pulls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from soak.tally import Tally
+
+
+class Case(NamedTuple):
+    """A case; its rounds are seconds where `unit` says so."""
+
+    name: str
+    function: Callable[[int, Tally], None]
+    short: int
+    long: int
+    unit: str = "rounds"
+
+
+CASES = [
+    Case("kill_owner", kill_owner, short=2, long=100),
+    Case("kill_puller", kill_puller, short=2, long=100),
+    Case("stop_and_continue", stop_and_continue, short=2, long=30),
+    Case("restarts", restarts, short=2, long=20),
+    Case("churn", churn, short=50, long=10_000),
+    Case("cuts", cuts, short=16, long=1_000),
+    Case("many_links", many_links, short=1, long=1),
+    Case("link_cycles", link_cycles, short=100, long=10_000),
+    Case("small_pulls", small_pulls, short=5_000, long=1_000_000),
+    Case("mixture", mixture, short=3, long=60, unit="seconds"),
+]
