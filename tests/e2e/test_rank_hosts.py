@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import socket
-import subprocess
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 import rank_members
+import two_hosts
 from rank_members import (
     FAILED,
     INVALID,
@@ -36,37 +35,26 @@ from rank_members import (
     unlink,
     use_runtime_dir,
 )
-
-from llm_datadist.testing.cluster import Node, NodeProcess
+from two_hosts import HOSTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
+    from llm_datadist.testing.cluster import Node
+
 runtime_dir = rank_members.runtime_dir
+hosts = two_hosts.hosts
 processes = rank_members.processes
 members = rank_members.members
 
 BASE_PORT = "LLM_DATADIST_LINK_BASE_PORT"
-CLONE_NEWNET = 0x40000000
 #: nobody has these addresses, which are for documents
 NOWHERE = ("192.0.2.7", "192.0.2.8")
-#: the two hosts, and the devices of the members there
-HOSTS = ("198.18.0.1", "198.18.0.2")
+#: the devices of the members on the two hosts
 DEVICES = (0, 3)
 
 
 # -- on other hosts --------------------------------------------------------------------------------
-
-
-def leave_host(node: Node) -> None:
-    """Takes this process to a host of its own: it shares no network with any other."""
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "unshare")
-
-
-def ip(node: Node, *arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
 
 
 def set_base_port(node: Node, port: int | None) -> None:
@@ -77,24 +65,6 @@ def set_base_port(node: Node, port: int | None) -> None:
 
 def endpoints(node: Node) -> list[tuple[str, int] | None]:
     return [link.endpoint for link in node.datadist.links()]
-
-
-@pytest.fixture
-def hosts(runtime_dir: Path) -> Iterator[Members]:
-    """Two processes on hosts of their own, joined by a cable."""
-    with NodeProcess() as one, NodeProcess() as other:
-        try:
-            for process in (one, other):
-                process.call(leave_host)
-            there = str(other.pid)
-            one.call(ip, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", there)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"network namespaces need privileges and iproute2: {error}")
-        for process, host in zip((one, other), HOSTS, strict=True):
-            process.call(ip, "address", "add", f"{host}/30", "dev", "cable")
-            for device in ("cable", "lo"):
-                process.call(ip, "link", "set", device, "up")
-        yield [one, other]
 
 
 def servers_with(field: str) -> list[dict[str, object]]:

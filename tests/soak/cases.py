@@ -27,8 +27,8 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("kill_owner", kill_owner, short=2, long=100),
-    Case("kill_puller", kill_puller, short=2, long=100),
+    Case("kill_owner", kill_owner, short=2, long=600),
+    Case("kill_puller", kill_puller, short=2, long=600),
     Case("stop_and_continue", stop_and_continue, short=2, long=30),
     Case("restarts", restarts, short=2, long=20),
     Case("churn", churn, short=50, long=10_000),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
@@ -107,11 +108,11 @@ class StreamService:
     def _answer(self, request: m.AnyMessage) -> None:
         if isinstance(request, m.Fetch):
             self._pause()
-            self._context.fetchers.submit(self._fetch_and_answer, request)
+            self._context.fetchers.submit(self._work_and_answer, partial(self._fetched, request))
             return
         if isinstance(request, m.Digest):
             self._pause()
-            self._context.workers.submit(self._digest_and_answer, request)
+            self._context.workers.submit(self._work_and_answer, partial(self._digested, request))
             return
         answer, timeout_s = self._prepare(request)
         sender = sealed(answer, self._socket, self._shield)
@@ -138,26 +139,19 @@ class StreamService:
         self._is_busy = True
         self._loop.remove_reader(self._socket)
 
-    def _fetch_and_answer(self, request: m.Fetch) -> None:
-        """In a thread of the fetchers."""
-        try:
-            self._fetch(request)
-            answer: m.Message = m.Done()
-        except LLMException as error:
-            answer = _refusal(error)
-        except m.ProtocolError as error:
-            self._loop.call_soon_threadsafe(self._resume, str(error))
-            return
-        sender = FrameSender(self._socket.fileno(), answer)
-        self._finish(sealed(sender, self._socket, self._shield), Deadline.after(MAX_ANSWER_S))
+    def _fetched(self, request: m.Fetch) -> m.Message:
+        self._fetch(request)
+        return m.Done()
 
-    def _digest_and_answer(self, request: m.Digest) -> None:
-        """In a thread of the workers."""
+    def _digested(self, request: m.Digest) -> m.Message:
+        _, addrs, nbytes = self._context.catalog.readable(request)
         timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
+        return m.Digested(digest_of(addrs, nbytes, Deadline.after(timeout_s)))
+
+    def _work_and_answer(self, work: Callable[[], m.Message]) -> None:
+        """In a thread of the fetchers or workers."""
         try:
-            _, addrs, nbytes = self._context.catalog.readable(request)
-            digest = digest_of(addrs, nbytes, Deadline.after(timeout_s))
-            answer: m.Message = m.Digested(digest)
+            answer = work()
         except LLMException as error:
             answer = _refusal(error)
         except m.ProtocolError as error:
