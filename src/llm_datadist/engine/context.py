@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llm_datadist.engine.groups import Groups
     from llm_datadist.engine.links import Links
     from llm_datadist.transport.base import Transport
+    from llm_datadist.transport.movers import Movers
     from llm_datadist.transport.shield import Shields
 
 
@@ -28,6 +29,8 @@ class Context:
     groups: Groups
     transports: Mapping[str, Transport]
     loop: asyncio.AbstractEventLoop
+    #: threads that help with large transfers
+    movers: Movers
     #: threads that send large answers
     workers: Executor
     #: threads that fetch what peers push

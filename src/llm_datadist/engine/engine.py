@@ -95,6 +95,7 @@ class Engine:
             self.groups,
             self._transports,
             self._loop,
+            self._movers,
             self._workers,
             self._fetchers,
             self._waiters,

@@ -38,7 +38,7 @@ def send(
 
 
 def verify(streams: StreamPool, segments: Segments, src: Guard, deadline: Deadline) -> None:
-    """Compares what lies at our end of the segments with what their owner has.
+    """Compares what lies at our end of the segments with what their owner has, both at once.
 
     Raises LLMException(LLM_FAILED) when it differs, StaleCache when the owner has it no more.
     """
@@ -46,14 +46,15 @@ def verify(streams: StreamPool, segments: Segments, src: Guard, deadline: Deadli
         columns = m.pack_columns(piece.src, piece.nbytes)
         timeout_ms = max(1, int(deadline.require("the checksum of a transfer") * 1000))
         with streams.borrow(deadline) as stream:
+            question = m.Digest(src.cache_id, src.generation, timeout_ms, columns)
+            stream.tell(question, deadline)
+            ours = digest_of(piece.dst, piece.nbytes, deadline)
             try:
-                question = m.Digest(src.cache_id, src.generation, timeout_ms, columns)
-                answer = stream.ask(question, deadline)
+                answer = stream.answer(deadline)
             except RequestRefused as refused:
                 if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
                     raise StaleCache(src) from refused
                 raise
-        ours = digest_of(piece.dst, piece.nbytes, deadline)
         if not isinstance(answer, m.Digested) or answer.digest != ours:
             raise LLMException(
                 f"what arrived of the peer's cache {src.cache_id} is not what its owner has: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import link as lk
@@ -148,7 +149,10 @@ class Session:
         """Reads over the link's path, and verifies what came where the options say so."""
         self.channel.read(segments, guard, deadline)
         if self._context.verifies and len(segments):
-            verify_moved(self.streams, segments, guard, deadline)
+            movers = self._context.movers
+            parts = segments.split(movers.parts_of(segments.total_nbytes))
+            check = partial(verify_moved, self.streams, src=guard, deadline=deadline)
+            movers.run([partial(check, part) for part in parts])
 
     # -- the link's life, in the loop's thread --
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llm_datadist.core.segments import iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.transport import native
@@ -36,10 +38,10 @@ def digest_of(addrs: U64, nbytes: U64, deadline: Deadline) -> int:
     import xxhash
 
     checksum = xxhash.xxh3_64()
-    vectors = iovecs(addrs, nbytes)
+    vectors, buffer = iovecs(addrs, nbytes), np.empty(_CHUNK_NBYTES, dtype=np.uint8)
     while len(vectors):
         deadline.require("the checksum of a transfer")
-        data = gather(vectors, _CHUNK_NBYTES)
+        data = gather(vectors, buffer)
         if not len(data) and int(vectors[0, 1]):
             raise invalid(f"the address {int(vectors[0, 0]):#x} is not mapped memory")
         checksum.update(data.data)

@@ -36,13 +36,11 @@ def copy(segments: Segments, movers: Movers) -> None:
         movers.run([partial(_copy_part, part) for part in parts])
 
 
-def gather(vectors: U64, max_nbytes: int) -> npt.NDArray[np.uint8]:
-    """The first bytes that the vectors point to, at most so many; none when the first is bad."""
-    window = _first(vectors, max_nbytes)
-    data = np.empty(int(window[:, 1].sum()), dtype=np.uint8)
-    ours = _consecutive(data, window)
-    moved = _readv(ours.ctypes.data, window.ctypes.data, len(window))
-    return data[:moved]
+def gather(vectors: U64, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The first bytes that the vectors point to, in the buffer; none when the first is bad."""
+    window = _first(vectors, len(buffer))
+    ours = _consecutive(buffer, window)
+    return buffer[: _readv(ours.ctypes.data, window.ctypes.data, len(window))]
 
 
 def scatter(data: npt.NDArray[np.uint8], vectors: U64) -> int:

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from llm_datadist.transport.deadline import Deadline
     from llm_datadist.transport.shield import Shield
 
-#: larger buffers would be mapped anew each time, page by page
-_CHUNK_NBYTES = 64 * 1024
+_CHUNK_NBYTES = 256 * 1024
 
 
 def open_stream(sock: socket.socket, shield: Shield) -> Stream:
@@ -81,6 +80,7 @@ class SealedSender(FrameSender):
         self._fd = sock.fileno()
         self._socket = sock
         self._shield = shield
+        self._plain = np.empty(_CHUNK_NBYTES, dtype=np.uint8)
         self._sealed = memoryview(b"")
         self.nbytes = sender.nbytes
 
@@ -94,4 +94,4 @@ class SealedSender(FrameSender):
                 self._sealed = self._sealed[sent:]
             if not self._inner.nbytes:
                 return True
-            self._sealed = memoryview(self._shield.seal(self._inner.take(_CHUNK_NBYTES).data))
+            self._sealed = memoryview(self._shield.seal(self._inner.take(self._plain).data))

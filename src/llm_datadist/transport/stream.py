@@ -46,7 +46,15 @@ class Stream:
 
     def ask(self, message: m.Message, deadline: Deadline) -> m.AnyMessage:
         """The peer's answer. Raises LLMException with the peer's status when it refuses."""
+        self.tell(message, deadline)
+        return self.answer(deadline)
+
+    def tell(self, message: m.Message, deadline: Deadline) -> None:
+        """Sends a question whose `answer` is asked for later. Raises LLMException."""
         self._send(m.encode(message), deadline)
+
+    def answer(self, deadline: Deadline) -> m.AnyMessage:
+        """The answer to what was told. Raises as `ask` does."""
         answer = self.receive(deadline)
         if isinstance(answer, m.Refused):
             raise RequestRefused(answer.message, status_of(answer.status))

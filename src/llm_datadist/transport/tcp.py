@@ -140,9 +140,9 @@ class FrameSender:
                 self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
         return True
 
-    def take(self, max_nbytes: int) -> npt.NDArray[np.uint8]:
-        """The next bytes, for somebody else to send."""
-        data = gather(self._vectors, max_nbytes)
+    def take(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The next bytes, in the buffer, for somebody else to send."""
+        data = gather(self._vectors, buffer)
         self.nbytes -= len(data)
         self._vectors = skip_bytes(self._vectors, len(data), native.IOV_MAX)
         return data
@@ -185,12 +185,12 @@ class Sender(FrameSender):
                     raise
                 self._pass_fault()
 
-    def take(self, max_nbytes: int) -> npt.NDArray[np.uint8]:
-        data = super().take(max_nbytes)
+    def take(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        data = super().take(buffer)
         if not len(data):
             self._window = 1
             self._pass_fault()
-            data = super().take(max_nbytes)
+            data = super().take(buffer)
         return data
 
     def _pass_fault(self) -> None:
