@@ -27,14 +27,14 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("kill_owner", kill_owner, short=2, long=600),
-    Case("kill_puller", kill_puller, short=2, long=600),
-    Case("stop_and_continue", stop_and_continue, short=2, long=30),
-    Case("restarts", restarts, short=2, long=20),
-    Case("churn", churn, short=50, long=10_000),
-    Case("cuts", cuts, short=16, long=1_000),
+    Case("kill_owner", kill_owner, short=1, long=600),
+    Case("kill_puller", kill_puller, short=1, long=600),
+    Case("stop_and_continue", stop_and_continue, short=1, long=30),
+    Case("restarts", restarts, short=1, long=20),
+    Case("churn", churn, short=20, long=10_000),
+    Case("cuts", cuts, short=8, long=1_000),
     Case("many_links", many_links, short=1, long=1),
-    Case("link_cycles", link_cycles, short=100, long=10_000),
-    Case("small_pulls", small_pulls, short=5_000, long=1_000_000),
-    Case("mixture", mixture, short=3, long=60, unit="seconds"),
+    Case("link_cycles", link_cycles, short=50, long=10_000),
+    Case("small_pulls", small_pulls, short=2_000, long=1_000_000),
+    Case("mixture", mixture, short=2, long=60, unit="seconds"),
 ]
