@@ -13,9 +13,9 @@ from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
 
 SHAPE = (2, 8, 1 << 16)
-IDLE_S = 4.0
+IDLE_S = 10.0
 #: one thread that looks every hundredth of a second takes twice as much
-MOST_CPU_S = 0.02
+MOST_CPU_S = 0.05
 
 
 def cpu_of_doing_nothing(node: Node) -> float:
@@ -41,6 +41,7 @@ def link_ranks(node: Node, name: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.shows("O35")
+@pytest.mark.parametrize(("is_accessible", "path"), [(True, "cma"), (False, "tcp")])
 def test_a_linked_pair_that_does_nothing_takes_no_cpu(
     victim: NodeProcess, is_accessible: bool, path: str
 ) -> None:
