@@ -71,7 +71,7 @@ def caller(peer: NodeProcess) -> NodeProcess:
 def reach(caller: NodeProcess, port: int) -> LLMStatusCode:
     """What comes of linking to that port; the link is ended again."""
     status = caller.call(Node.link, port, 2)
-    caller.call(Node.unlink, port, 2, force=True)
+    caller.call(Node.unlink, port, 2)  # both ends have given it up when it returns
     return status
 
 
