@@ -257,7 +257,8 @@ class LLMConfig:
         unset="",
     )
     transfer_backend = Option[str](
-        """Rules of linking and access: "hixl", or unset; needs `listen_ip_info`. Spec 4.2, 4.4.""",
+        """Rules of linking and access: "hixl", or unset; needs `listen_ip_info`. Ours alone:
+        "nixl", the same rules over the path of this name. Spec 4.2, 4.4.""",
         _text,
         _as_is(key.TRANSFER_BACKEND),
         unset="",
@@ -301,8 +302,9 @@ class LLMConfig:
         unset=0.95,
     )
     transfer_path = Option[str](
-        """Ours alone: the path that the bytes take, "auto", "cma", "tcp" or "nixl". Unset, the
-        environment variable LLM_DATADIST_PATH counts, and "auto" without it.""",
+        """Ours alone: the path that the bytes take, "auto", "cma", "tcp", "nixl", or the name of an
+        installed transport. Unset, the environment variable LLM_DATADIST_PATH counts, and "auto"
+        without it. docs/transports.md says which path is taken when.""",
         _optional_path,
         _unless_empty(key.TRANSFER_PATH),
         unset="",

@@ -28,6 +28,8 @@ __all__ = [
 
 #: paths that can be asked for by name; "auto" is the best that both ends have
 TRANSFER_PATHS: Final = ("auto", "cma", "tcp", "nixl")
+#: entry points by which other packages add transports: name -> factory, see transport/installed.py
+TRANSPORT_GROUP: Final = "llm_datadist.transports"
 #: gives the path when no option does
 PATH_VARIABLE: Final = "LLM_DATADIST_PATH"
 #: gives the link security when no option does
@@ -56,10 +58,10 @@ class Options:
     device_pool: PoolConfig | None = None
     host_pool: PoolConfig | None = None
     buf_pool: BufPoolConfig | None = None
-    transfer_backend: str | None = None  #: "hixl" or None
+    transfer_backend: str | None = None  #: "hixl", "nixl" or None
     local_comm_res: str | None = None  #: not looked into; the reference does so when it links
     enable_switch_role: bool = False
-    path: str = "auto"  #: one of TRANSFER_PATHS
+    path: str = "auto"  #: one of TRANSFER_PATHS, or the name of a transport from outside
     link_security: LinkSecurity | None = None
     verify_transfers: bool = False  #: compare a checksum of what was moved with its owner's
     transfer_threads: int = 1  #: over how many threads, or streams, a large transfer is spread
@@ -126,7 +128,12 @@ def check_transfer_path(name: str, value: object) -> str:
     """`value`, the name of a path. Raises TypeError, LLMException."""
     path = check_type(name, value, str)
     if path not in TRANSFER_PATHS:
-        raise invalid(f"{name} must be one of {', '.join(TRANSFER_PATHS)}, got {path!r}")
+        from importlib.metadata import entry_points  # slow to import, and seldom needed
+
+        others = entry_points(group=TRANSPORT_GROUP).names
+        if path not in others:
+            names = ", ".join((*TRANSFER_PATHS, *sorted(others)))
+            raise invalid(f"{name} must be one of {names}, got {path!r}")
     return path
 
 
@@ -182,8 +189,8 @@ def _transfer_backend(raw: Mapping[str, str], listen: Endpoint | None) -> str | 
         return None
     if listen is None:
         raise invalid(f"{key.LISTEN_IP_INFO} is needed when {key.TRANSFER_BACKEND} is given")
-    if backend != "hixl":
-        raise invalid(f'{key.TRANSFER_BACKEND} must be "hixl" or left out, got {backend!r}')
+    if backend not in ("hixl", "nixl"):
+        raise invalid(f'{key.TRANSFER_BACKEND} must be "hixl", "nixl" or left out, got {backend!r}')
     return backend
 
 
@@ -221,6 +228,8 @@ def _buf_pool(raw: Mapping[str, str]) -> BufPoolConfig | None:
 def _path(raw: Mapping[str, str]) -> str:
     if key.TRANSFER_PATH in raw:
         return check_transfer_path(key.TRANSFER_PATH, raw[key.TRANSFER_PATH])
+    if raw.get(key.TRANSFER_BACKEND) == "nixl":
+        return "nixl"
     return check_transfer_path(
         f"the environment variable {PATH_VARIABLE}", os.environ.get(PATH_VARIABLE) or "auto"
     )

@@ -72,10 +72,10 @@ def test_a_folder_for_the_figures_that_is_not_there_is_noticed_at_once(tmp_path:
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_named() -> None:
+def test_a_port_that_is_taken_is_named(tiny_model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run_demo("--port", str(port))
+        done = run_demo("--port", str(port), "--model", str(tiny_model))
     assert done.returncode == 2
     assert f"cannot listen on port {port}" in done.stderr
     assert "Choose another port with --port" in done.stderr
@@ -94,8 +94,10 @@ def test_a_folder_with_a_broken_model_fails_with_its_cause(tmp_path: Path) -> No
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1], ids=["prefill", "decode"])
-def test_a_worker_that_is_killed_ends_the_demo(number: int, request: pytest.FixtureRequest) -> None:
-    with start_demo() as demo:
+def test_a_worker_that_is_killed_ends_the_demo(
+    number: int, request: pytest.FixtureRequest, tiny_model: Path
+) -> None:
+    with start_demo("--model", str(tiny_model), "--max-new-tokens", "1024") as demo:
         read_until(demo, "decode is linked")
         os.kill(workers_of(demo)[number], signal.SIGKILL)
         _, errors = demo.communicate(timeout=TIMEOUT_S)
@@ -108,8 +110,8 @@ def test_a_worker_that_is_killed_ends_the_demo(number: int, request: pytest.Fixt
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["twice on the CPU", "decode is linked"])
-def test_ctrl_c_ends_all_processes_without_a_traceback(moment: str) -> None:
-    with start_demo() as demo:
+def test_ctrl_c_ends_all_processes_without_a_traceback(moment: str, tiny_model: Path) -> None:
+    with start_demo("--model", str(tiny_model), "--max-new-tokens", "1024") as demo:
         read_until(demo, moment)
         os.killpg(demo.pid, signal.SIGINT)
         # the workers have the same output: its end is the end of all three

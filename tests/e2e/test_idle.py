@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -35,34 +36,51 @@ def pulls(node: Node, cluster_id: int) -> bool:
     return np.array_equal(node.arrays[cache.cache_id], make_array(SHAPE, 1))
 
 
-def link_ranks(node: Node, name: str) -> int:
-    return node.datadist.link(name, {1: 0, 2: 1, 3: 2}, '{"server_list":[{"device":[{}]}]}')
+def link_ranks(node: Node, name: str, first_id: int) -> int:
+    """Waits for a third member, which never comes."""
+    ranks = {first_id: 0, first_id + 1: 1, 99: 2}
+    return node.datadist.link(name, ranks, '{"server_list":[{"device":[{}]}]}')
 
 
-@pytest.mark.slow
-@pytest.mark.shows("O35")
-@pytest.mark.parametrize(("is_accessible", "path"), [(True, "cma"), (False, "tcp")])
-def test_a_linked_pair_that_does_nothing_takes_no_cpu(
-    victim: NodeProcess, is_accessible: bool, path: str
-) -> None:
-    """Its streams were used before, and a rank-table link is waited for."""
+def start_and_link(
+    stack: ExitStack, first_id: int, *, is_accessible: bool, path: str
+) -> tuple[NodeProcess, NodeProcess]:
+    """An owner and its caller, whose streams have been used in both directions."""
     settings: dict[str, Any] = {
         "enable_remote_cache_accessible": is_accessible,
         "transfer_path": path,
     }
-    with NodeProcess() as caller:
-        port = victim.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
-        caller.call(Node.start, LLMRole.DECODER, 2, **settings)
-        for process in (victim, caller):
-            process.call(own)
-        assert caller.call(Node.link, port, 1) == LLMStatusCode.LLM_SUCCESS
-        assert caller.call(pulls, 1)
-        assert victim.call(pulls, 2)
-        for process in (victim, caller):
-            process.call(link_ranks, f"idle-{victim.pid}")
-            process.begin(cpu_of_doing_nothing)
-        for process in (victim, caller):
-            seconds = process.result()
-            assert isinstance(seconds, float)
-            assert seconds <= MOST_CPU_S
-        assert caller.call(pulls, 1)
+    owner, caller = (stack.enter_context(NodeProcess()) for _ in range(2))
+    listen = "127.0.0.1:0"
+    port = owner.call(Node.start, LLMRole.PROMPT, first_id, listen_ip_info=listen, **settings)
+    caller.call(Node.start, LLMRole.DECODER, first_id + 1, **settings)
+    for process in (owner, caller):
+        process.call(own)
+    assert caller.call(Node.link, port, first_id) == LLMStatusCode.LLM_SUCCESS
+    assert caller.call(pulls, first_id)
+    assert owner.call(pulls, first_id + 1)
+    return owner, caller
+
+
+@pytest.mark.slow
+@pytest.mark.shows("O35")
+def test_linked_pairs_that_do_nothing_take_no_cpu() -> None:
+    """Two pairs side by side, each on a path of its own; rank-table links are waited for."""
+    with ExitStack() as stack:
+        pairs = [
+            start_and_link(stack, 1, is_accessible=True, path="cma"),
+            start_and_link(stack, 3, is_accessible=False, path="tcp"),
+        ]
+        for first_id, pair in zip((1, 3), pairs, strict=True):
+            for process in pair:
+                process.call(link_ranks, f"idle-{pair[0].pid}", first_id)
+        for pair in pairs:
+            for process in pair:
+                process.begin(cpu_of_doing_nothing)
+        for pair in pairs:
+            for process in pair:
+                seconds = process.result()
+                assert isinstance(seconds, float)
+                assert seconds <= MOST_CPU_S
+        for first_id, (_, caller) in zip((1, 3), pairs, strict=True):
+            assert caller.call(pulls, first_id)

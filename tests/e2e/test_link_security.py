@@ -7,6 +7,7 @@ import logging
 import mmap
 import socket
 import threading
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -245,16 +246,18 @@ def test_only_tls_hides_the_bytes_on_the_wire(relayed: Relay, security: str) -> 
 
 
 def test_what_a_caller_said_is_of_no_use_again(relayed: Relay, node: Node) -> None:
-    for said in list(relayed.said):
-        with socket.create_connection(("127.0.0.1", relayed._port), 5) as sock:
+    with ExitStack() as stack:
+        socks: list[socket.socket] = []
+        for said in list(relayed.said):  # all at once: each is heard out for ten seconds
+            sock = socket.create_connection(("127.0.0.1", relayed._port), 5)
+            socks.append(stack.enter_context(sock))
             sock.settimeout(15)
             sock.sendall(bytes(said))
+        for sock in socks:
             came = b""
-            try:
+            with suppress(ConnectionResetError):
                 while data := sock.recv(65536):
                     came += data
-            except ConnectionResetError:
-                pass
             assert node.datadist.links()[0].cluster_id == 1, "the honest link goes on"
             assert len(came) < SHAPE[2], "a replay gets no bytes of a cache"
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist.core.geometry import U64
 
 STALE = 0
@@ -27,7 +29,9 @@ class Generations:
     even when they come to lie at the same address.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, on_page: Callable[[int, int], None] | None = None) -> None:
+        """`on_page` is told of memory before words in it are handed out: address, length."""
+        self._on_page = on_page
         self._next = itertools.count(seed % 2**62 + 1)
         self._pages: list[U64] = []
         self._free: list[int] = []
@@ -56,6 +60,8 @@ class Generations:
         page = np.zeros(_PAGE_WORDS, dtype=np.uint64)
         self._pages.append(page)
         base = page.ctypes.data
+        if self._on_page is not None:
+            self._on_page(base, page.nbytes)
         for index in reversed(range(_PAGE_WORDS)):
             addr = base + index * WORD_NBYTES
             self._cells[addr] = (page, index)

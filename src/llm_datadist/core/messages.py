@@ -249,6 +249,16 @@ class Digested(Message, tag=31):
     digest: UInt
 
 
+class ListExports(Message, tag=32):
+    """What does a channel of this path need to know of your memory? Answered with Exports."""
+
+    path: Text
+
+
+class Exports(Message, tag=33):
+    exports: bytes
+
+
 class Done(Message, tag=29):
     """What was asked for has been done."""
 
@@ -277,6 +287,8 @@ AnyMessage: TypeAlias = (
     | Done
     | Digest
     | Digested
+    | ListExports
+    | Exports
 )
 
 _encoder = msgspec.msgpack.Encoder()

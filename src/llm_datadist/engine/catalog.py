@@ -16,7 +16,7 @@ from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import describe
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
-from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
+from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce, Region
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.geometry import U64
     from llm_datadist.memory.arena import MemoryPool
+    from llm_datadist.transport.base import Transport
 
 _PROBE_ID = 0
 
@@ -31,9 +32,18 @@ _PROBE_ID = 0
 class Catalog:
     """The registry behind a lock, and what peers may ask of it. Thread-safe."""
 
-    def __init__(self, pools: Mapping[Placement, MemoryPool], *, peers_keep_tables: bool) -> None:
+    def __init__(
+        self,
+        pools: Mapping[Placement, MemoryPool],
+        transports: Sequence[Transport],
+        *,
+        peers_keep_tables: bool,
+    ) -> None:
         #: where allocated caches lie, by placement
         self.pools = pools
+        self._transports = transports
+        #: what the transports were told of, by cache id
+        self._exposed: dict[int, Region] = {}
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._in_use: dict[int, int] = {}
@@ -42,13 +52,13 @@ class Catalog:
         #: freed while in use: their memory goes back to its pool with the last use
         self._doomed: dict[int, Entry] = {}
         self._registry = Registry(
-            Generations(secrets.randbits(62)),
+            Generations(secrets.randbits(62), self._expose_words),
             first_id=_PROBE_ID,
             peers_keep_tables=peers_keep_tables,
         )
         self._nonce = ProbeNonce()
         geometry = Geometry(CacheKind.CONTINUOUS, 1, 1, NONCE_NBYTES)
-        self._probe = self._registry.register(
+        self._probe = self.register(
             Layout.at(geometry, [self._nonce.addr]), Placement.HOST, (), is_remote_accessible=True
         )
 
@@ -65,10 +75,13 @@ class Catalog:
         *,
         is_remote_accessible: bool,
     ) -> Entry:
+        region = self._expose(layout, is_remote_accessible=is_remote_accessible)
         with self._lock:
-            return self._registry.register(
+            entry = self._registry.register(
                 layout, placement, keys, is_remote_accessible=is_remote_accessible
             )
+            self._exposed[entry.cache_id] = region
+        return entry
 
     def unregister(self, cache_id: int, timeout_s: float) -> None:
         """Forgets a cache, once the transfers of this process that use its memory have ended.
@@ -88,6 +101,7 @@ class Catalog:
                     )
                 if cache_id != _PROBE_ID:
                     self._registry.unregister(cache_id)
+                    self._conceal(cache_id)
             finally:
                 self._leaving.discard(cache_id)
 
@@ -101,13 +115,20 @@ class Catalog:
         except LLMException as error:
             get_logger().error("no memory for a cache in the %s pool: %s", placement.name, error)
             raise
+        region = None
         try:
+            layout = Layout.at(geometry, addrs)
+            region = self._expose(layout, is_remote_accessible=True)
             with self._lock:
-                return self._registry.allocate(Layout.at(geometry, addrs), placement, keys)
+                entry = self._registry.allocate(layout, placement, keys)
+                self._exposed[entry.cache_id] = region
         except BaseException:
+            if region is not None:
+                self._hide(region)
             for addr in addrs:
                 pool.free(addr)
             raise
+        return entry
 
     def deallocate(self, cache_id: int) -> None:
         """Drops the id's reference; what no key holds is freed. Spec 6.5."""
@@ -210,9 +231,38 @@ class Catalog:
         if freed.cache_id in self._in_use:
             self._doomed[freed.cache_id] = freed
             return
+        self._conceal(freed.cache_id)
         pool = self.pools[freed.placement]
         for addr in freed.layout.addrs.tolist():
             pool.free(addr)
+
+    def _expose(self, layout: Layout, *, is_remote_accessible: bool) -> Region:
+        """Tells the transports of a cache's memory: all of them, or none and LLMException."""
+        addrs = tuple(layout.addrs.tolist())
+        region = Region(addrs, layout.geometry.tensor_nbytes, is_remote_accessible)
+        told: list[Transport] = []
+        try:
+            for transport in self._transports:
+                transport.expose(region)
+                told.append(transport)
+        except BaseException:
+            for transport in told:
+                transport.conceal(region)
+            raise
+        return region
+
+    def _expose_words(self, addr: int, nbytes: int) -> None:
+        for transport in self._transports:
+            transport.expose(Region((addr,), nbytes, is_remote_accessible=True))
+
+    def _conceal(self, cache_id: int) -> None:
+        region = self._exposed.pop(cache_id, None)
+        if region is not None:
+            self._hide(region)
+
+    def _hide(self, region: Region) -> None:
+        for transport in self._transports:
+            transport.conceal(region)
 
     def _resolve(self, request: m.Resolve) -> m.Resolved:
         with self._lock:

@@ -25,14 +25,13 @@ from llm_datadist.engine.rendezvous import Rendezvous
 from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
-from llm_datadist.transport.base import StaleCache, Transport
+from llm_datadist.transport.base import StaleCache
 from llm_datadist.transport.checksum import require_checksums
-from llm_datadist.transport.cma import CmaTransport
 from llm_datadist.transport.deadline import Deadline
+from llm_datadist.transport.installed import transports_for
 from llm_datadist.transport.local import copy
 from llm_datadist.transport.movers import Movers
 from llm_datadist.transport.shield import Shields
-from llm_datadist.transport.tcp import TcpTransport
 from llm_datadist.transport.threads import Threads
 
 if TYPE_CHECKING:
@@ -66,7 +65,6 @@ class Engine:
         self.cluster_id = cluster_id
         self.options = options
         self._pools = open_pools(options)
-        self.catalog = Catalog(self._pools, peers_keep_tables=options.remote_accessible)
         self.links = Links(cluster_id)
         self.groups = Groups(cluster_id, self.links)
         self._shields = Shields(options.link_security)
@@ -78,11 +76,12 @@ class Engine:
         self._fetchers = Threads(_FETCHERS, "llm-datadist-fetcher")
         # apart from both: strangers and name servers can make these wait for as long as they like
         self._waiters = Threads(_WAITERS, "llm-datadist-waiter")
-        transports: list[Transport] = [
-            CmaTransport(self._movers),
-            TcpTransport(self._movers),
-        ]
-        self._transports = {transport.name: transport for transport in transports}
+        self._transports = transports_for(options, self._movers)
+        self.catalog = Catalog(
+            self._pools,
+            list(self._transports.values()),
+            peers_keep_tables=options.remote_accessible,
+        )
         me = self._identity()
         self._loop = _new_loop()
         self._thread = threading.Thread(
@@ -317,6 +316,8 @@ class Engine:
         self._fetchers.shutdown(wait=True)
         self._workers.shutdown(wait=True)
         self._movers.close()
+        for transport in self._transports.values():
+            transport.close()
         for pool in self._pools.values():
             pool.close()
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
-from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.checksum import digest_of
 from llm_datadist.transport.deadline import Deadline
@@ -128,11 +128,19 @@ class StreamService:
                 entry, addrs, nbytes = catalog.readable(request)
                 timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
                 return Sender(fd, addrs, nbytes, entry.word_addr), timeout_s
+            if isinstance(request, m.ListExports):
+                return FrameSender(fd, self._exports(request.path)), MAX_ANSWER_S
             return FrameSender(fd, catalog.answer(request)), MAX_ANSWER_S
         except LLMException as error:
             return FrameSender(fd, _refusal(error)), MAX_ANSWER_S
         except ValueError as error:  # an answer beyond the cap of a frame
             return FrameSender(fd, m.Refused(LLMStatusCode.LLM_FAILED, str(error))), MAX_ANSWER_S
+
+    def _exports(self, path: str) -> m.Exports:
+        transport = self._context.transports.get(path)
+        if transport is None:
+            raise invalid(f"cluster {self._context.me.cluster_id} does not have the path {path!r}")
+        return m.Exports(transport.exports())
 
     def _pause(self) -> None:
         """Another thread has the socket now, until `_resume`."""

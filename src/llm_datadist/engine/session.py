@@ -256,7 +256,7 @@ class Session:
     async def _verify(self, path: str) -> Sequence[lk.Action]:
         context = self._context
         try:
-            if context.transports[path].asks_owner:  # which may take its time
+            if context.transports[path].may_wait:
                 await context.loop.run_in_executor(context.waiters, self._open_and_verify, path)
             else:
                 self._open_and_verify(path)
@@ -269,8 +269,13 @@ class Session:
     def _open_and_verify(self, path: str) -> None:
         """In a thread of the waiters, unless it cannot wait. Raises PathUnavailable."""
         peer = self._peer
-        channel = self._context.transports[path].open(peer.offers[path], self.streams)
-        verify(channel, peer.probe, self._deadline)
+        transport = self._context.transports[path]
+        channel = transport.open(peer.offers[path], self.streams)
+        try:
+            verify(transport, channel, peer.probe, self._deadline)
+        except PathUnavailable:
+            channel.close()
+            raise
         self._channels[path] = channel
 
     async def _publish(self) -> None:

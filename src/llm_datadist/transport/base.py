@@ -7,6 +7,7 @@ or sessions; a Guard is passed through to whoever can check it.
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -45,6 +46,16 @@ class StaleCache(LLMException):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Memory of one cache of this process, or of the library itself: pieces of equal length."""
+
+    addrs: tuple[int, ...]
+    nbytes: int
+    #: peers may read it; else it is only read into
+    is_remote_accessible: bool
+
+
 class Streams(Protocol):
     """Request streams to one peer: connections on which this end asks and the other answers."""
 
@@ -59,10 +70,10 @@ class Channel(Protocol):
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
         """Copies the peer's `segments.src` to our `segments.dst`.
 
-        Returns only when every byte was copied while the guard held. Raises StaleCache, or
-        LLMException with LLM_TIMEOUT, LLM_PARAM_INVALID (memory that is not mapped or not
-        registered) or LLM_NOT_YET_LINK (the peer is gone); the destination segments may then hold
-        anything, all else is untouched, and nothing arrives later.
+        Ours lies in exposed regions. Returns only when every byte was copied while the guard held.
+        Raises StaleCache, or LLMException with LLM_TIMEOUT, LLM_PARAM_INVALID (memory that is not
+        mapped or not registered) or LLM_NOT_YET_LINK (the peer is gone); the destination segments
+        may then hold anything, all else is untouched, and nothing arrives later.
         """
         ...
 
@@ -76,6 +87,8 @@ class Transport(Protocol):
     #: the owner takes part in each read: it refuses one when the guard's claim does not hold, and a
     #: read waits for it. Without it a read is a few system calls.
     asks_owner: bool
+    #: opening a channel and verifying it may wait for the peer
+    may_wait: bool
 
     def offer(self) -> bytes | None:
         """What a peer needs to know to reach us; None when this machine cannot do it at all."""
@@ -85,7 +98,32 @@ class Transport(Protocol):
         """A channel to the peer that made the offer. Raises PathUnavailable."""
         ...
 
+    def expose(self, region: Region) -> None:
+        """This memory may be moved from here on. Raises LLMException when it cannot."""
+        ...
+
+    def conceal(self, region: Region) -> None:
+        """The end of `expose`. What the region's guard protects is stale already."""
+        ...
+
+    def exports(self) -> bytes:
+        """What the channels of linked peers need to know of the memory that is exposed now."""
+        ...
+
     def close(self) -> None: ...
+
+
+class AllMemory:
+    """The part of a transport that reaches any memory of a process by its address alone."""
+
+    def expose(self, region: Region) -> None:
+        pass
+
+    def conceal(self, region: Region) -> None:
+        pass
+
+    def exports(self) -> bytes:
+        return b""
 
 
 class ProbeNonce:
@@ -100,16 +138,21 @@ class ProbeNonce:
         return int(self._memory.ctypes.data)
 
 
-def verify(channel: Channel, target: ProbeTarget, deadline: Deadline) -> None:
+def verify(transport: Transport, channel: Channel, target: ProbeTarget, deadline: Deadline) -> None:
     """Reads the peer's nonce through the channel. Raises PathUnavailable."""
     landing = np.zeros(NONCE_NBYTES, dtype=np.uint8)
+    region = Region((landing.ctypes.data,), NONCE_NBYTES, is_remote_accessible=False)
     segments = Segments(
         np.array([target.addr], dtype=np.uint64),
         np.array([landing.ctypes.data], dtype=np.uint64),
         np.array([NONCE_NBYTES], dtype=np.uint64),
     )
     try:
-        channel.read(segments, Guard(0, target.generation, target.word_addr), deadline)
+        transport.expose(region)
+        try:
+            channel.read(segments, Guard(0, target.generation, target.word_addr), deadline)
+        finally:
+            transport.conceal(region)
     except LLMException as error:
         raise PathUnavailable(str(error)) from error
     if landing.tobytes() != target.nonce:

@@ -22,7 +22,13 @@ from llm_datadist.core.generations import WORD_NBYTES
 from llm_datadist.core.segments import FEW, first_unfinished, iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
-from llm_datadist.transport.base import Channel, PathUnavailable, StaleCache, Streams
+from llm_datadist.transport.base import (
+    AllMemory,
+    Channel,
+    PathUnavailable,
+    StaleCache,
+    Streams,
+)
 from llm_datadist.transport.movers import MIN_PART_NBYTES
 
 if TYPE_CHECKING:
@@ -46,11 +52,12 @@ class CmaOffer(msgspec.Struct, frozen=True, array_like=True):
     uid: int
 
 
-class CmaTransport:
+class CmaTransport(AllMemory):
     """Cross-memory attach, as Linux calls it."""
 
     name = "cma"
     asks_owner = False
+    may_wait = False
 
     def __init__(self, movers: Movers) -> None:
         self._movers = movers

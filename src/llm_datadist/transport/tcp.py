@@ -20,7 +20,7 @@ from llm_datadist.core.generations import WORD_NBYTES
 from llm_datadist.core.segments import FEW, Segments, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
-from llm_datadist.transport.base import Channel, StaleCache, Streams
+from llm_datadist.transport.base import AllMemory, Channel, StaleCache, Streams
 from llm_datadist.transport.local import gather
 from llm_datadist.transport.stream import RequestRefused
 
@@ -43,11 +43,12 @@ _TRAILER_NBYTES = 2 * WORD_NBYTES
 _FILLER = np.zeros(64 * 1024, dtype=np.uint8)
 
 
-class TcpTransport:
+class TcpTransport(AllMemory):
     """Works wherever the control connection does: it dials the same port."""
 
     name = "tcp"
     asks_owner = True
+    may_wait = True
 
     def __init__(self, movers: Movers) -> None:
         self._movers = movers

@@ -1,0 +1,221 @@
+"""NIXL with UCX: fast networks (RDMA), and whatever else an installed NIXL reaches.
+
+Each engine has one agent that owns: peers read its memory through it. Each link has an agent of its
+own that reads, so that a read which fails or is late is ended for good with that agent: UCX has no
+other way to be sure that nothing arrives later. The next read begins with a new one, which is
+also how a peer that was lost comes back.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.generations import WORD_NBYTES
+from llm_datadist.core.segments import Segments
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.transport.base import Channel, Region, StaleCache, Streams
+from llm_datadist.transport.nixl_agent import Agent, package
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from llm_datadist.core.remote import Guard
+    from llm_datadist.transport.deadline import Deadline
+    from llm_datadist.transport.movers import Movers
+
+#: one request to NIXL moves at most this much, so that a deadline is looked at in time
+_CALL_NBYTES = 64 * 1024 * 1024
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+#: a reader that has learned of so many caches forgets which, and asks again
+_MOST_KNOWN = 65536
+
+
+def is_worthwhile() -> bool:
+    """Whether NIXL is installed and has a network here that our own TCP cannot use."""
+    return package() is not None and _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())
+
+
+class NixlTransport:
+    """NIXL's agents of an engine. Thread-safe."""
+
+    name = "nixl"
+    asks_owner = False
+    may_wait = True
+
+    def __init__(self, movers: Movers) -> None:
+        """Raises LLMException: LLM_PARAM_INVALID where NIXL is not installed, LLM_FAILED."""
+        if package() is None:
+            raise invalid(
+                "the path nixl needs NIXL: pip install --no-deps nixl-cu12, beside torch and numpy"
+            )
+        self._threads = movers.threads
+        self._owner = Agent(f"owner-{secrets.token_hex(8)}", serves=True)
+        self._lock = threading.Lock()
+        #: what is exposed: our readers read into it, and peers read it by the owner's registration
+        self._regions: dict[Region, object] = {}
+
+    def offer(self) -> bytes | None:
+        return self._owner.address()
+
+    def open(self, offer: bytes, streams: Streams) -> Channel:
+        return NixlChannel(self, offer, streams)
+
+    def expose(self, region: Region) -> None:
+        with self._lock:
+            self._regions[region] = (
+                self._owner.register(region.addrs, region.nbytes)
+                if region.is_remote_accessible
+                else None
+            )
+
+    def conceal(self, region: Region) -> None:
+        with self._lock:
+            registered = self._regions.pop(region)
+            if registered is not None:
+                self._owner.deregister(registered)
+
+    def exports(self) -> bytes:
+        with self._lock:
+            return self._owner.metadata()
+
+    def regions(self) -> set[Region]:
+        """All that is exposed now, the caches that peers may not read included."""
+        with self._lock:
+            return set(self._regions)
+
+    def new_reader(self) -> Agent:
+        name = f"reader-{secrets.token_hex(8)}"
+        return Agent(name, threads=self._threads, serves=False)
+
+    def close(self) -> None:
+        with self._lock:
+            self._regions.clear()
+            self._owner.close()
+
+
+class NixlChannel:
+    """Reads one peer's memory, one transfer after the other. Thread-safe."""
+
+    def __init__(self, transport: NixlTransport, offer: bytes, streams: Streams) -> None:
+        self._transport = transport
+        self._offer = offer
+        self._streams = streams
+        #: guards all below
+        self._turn = threading.Lock()
+        self._reader: Reader | None = None
+        self._is_closed = False
+
+    def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
+        if not self._turn.acquire(timeout=deadline.require("waiting for other transfers")):
+            raise deadline.expired("waiting for other transfers of the link")
+
+        def go_on() -> None:
+            deadline.require("the transfer")
+            self._require_open()
+
+        try:
+            with self._reading() as reader:
+                reader.learn(guard, self._streams, deadline)
+                reader.require(guard, go_on)
+                for window in _windows(segments):
+                    reader.read(window, go_on)
+                reader.require(guard, go_on)
+        finally:
+            self._turn.release()
+            if self._is_closed:
+                self.close()
+
+    def close(self) -> None:
+        self._is_closed = True  # whoever reads sees it soon, and then closes
+        if self._turn.acquire(blocking=False):
+            self._drop()
+            self._turn.release()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise LLMException("the link has ended", LLMStatusCode.LLM_NOT_YET_LINK)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Reader]:
+        """The reader; one that failed is ended, for what it began could still arrive."""
+        self._require_open()
+        if self._reader is None:
+            self._reader = Reader(self._transport, self._offer)
+        try:
+            yield self._reader
+        except StaleCache:
+            raise
+        except BaseException:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+
+class Reader:
+    """An agent that knows one peer's, and where both ends' memory is."""
+
+    def __init__(self, transport: NixlTransport, offer: bytes) -> None:
+        self._transport = transport
+        self._word = np.zeros(1, dtype=np.uint64)
+        self._agent = transport.new_reader()
+        self._agent.register([self._word.ctypes.data], WORD_NBYTES)
+        self._peer = self._agent.load(offer)
+        self._registered: dict[Region, object] = {}
+        self._known: set[tuple[int, int]] = set()
+
+    def learn(self, guard: Guard, streams: Streams, deadline: Deadline) -> None:
+        """Registers what this process exposes now, and asks where the peer's cache is, if new."""
+        current = self._transport.regions()
+        for region in self._registered.keys() - current:
+            self._agent.deregister(self._registered.pop(region))
+        for region in current - self._registered.keys():
+            self._registered[region] = self._agent.register(region.addrs, region.nbytes)
+        cache = (guard.cache_id, guard.generation)
+        if cache in self._known:
+            return
+        with streams.borrow(deadline) as stream:
+            answer = stream.ask(m.ListExports(NixlTransport.name), deadline)
+        if not isinstance(answer, m.Exports):
+            raise LLMException(f"the peer answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
+        self._agent.load(answer.exports)
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known.add(cache)
+
+    def require(self, guard: Guard, go_on: Callable[[], None]) -> None:
+        """Raises StaleCache unless the guard holds now."""
+        word = np.array([guard.word_addr], dtype=np.uint64)
+        landing = np.array([self._word.ctypes.data], dtype=np.uint64)
+        nbytes = np.array([WORD_NBYTES], dtype=np.uint64)
+        self.read(Segments(word, landing, nbytes), go_on)
+        if self._word[0] != guard.generation:
+            raise StaleCache(guard)
+
+    def read(self, segments: Segments, go_on: Callable[[], None]) -> None:
+        self._agent.read(self._peer, segments, go_on)
+
+    def close(self) -> None:
+        self._agent.close()
+
+
+def _windows(segments: Segments) -> Iterator[Segments]:
+    """In order, each of at most as many bytes as one request moves."""
+    bounded = segments.bounded(_CALL_NBYTES)
+    ends = np.cumsum(bounded.nbytes)
+    start = 0
+    while start < len(bounded):
+        base = int(ends[start] - bounded.nbytes[start])
+        stop = int(np.searchsorted(ends, np.uint64(base + _CALL_NBYTES), side="right"))
+        yield bounded.slice(start, stop)
+        start = stop
