@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, TypeVar, final
 
 from llm_datadist.cache import Cache
 from llm_datadist.checks import (
     check_int64,
-    check_list,
     check_object,
     check_optional,
     check_sequence,
@@ -15,6 +14,7 @@ from llm_datadist.checks import (
 from llm_datadist.core.geometry import CacheKind, Geometry
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist.memory.tensors import check_addrs, locate
 from llm_datadist.operations import copying, pull, push, transfer
 from llm_datadist.operations.naming import check_one_id, name_of
 from llm_datadist.operations.registering import register
@@ -22,6 +22,9 @@ from llm_datadist.types import CacheDesc, MemInfo, Memtype, Placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
 
     from llm_datadist.cache_task import CacheTask
     from llm_datadist.core.registry import KeyName
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
         TransferConfig,
         TransferWithCacheKeyConfig,
     )
+    from llm_datadist.memory.dlpack import SupportsDLPack
+    from llm_datadist.memory.tensors import Located
+
+T = TypeVar("T", bound="int | SupportsDLPack")
 
 
 @final
@@ -51,7 +58,7 @@ class CacheManager:
     def register_cache(
         self,
         cache_desc: CacheDesc,
-        addrs: list[int],
+        addrs: list[T] | SupportsDLPack,
         cache_keys: Sequence[CacheKey] = (),
         remote_accessible: bool | None = None,
     ) -> Cache:
@@ -62,25 +69,31 @@ class CacheManager:
         CacheKey with neither id is a placeholder. `remote_accessible` says whether peers may use
         the memory; None is yes for DEVICE, no for HOST.
 
+        An addition to the reference: in place of each address a tensor may stand (of numpy, torch,
+        or any library with DLPack), and in place of the list one tensor with all of them, one
+        behind the other. Their memory is kept until the cache is unregistered. They are of
+        `cache_desc.data_type` (BF16 as bfloat16, or as its bits in uint16), contiguous, writable
+        and on the CPU whatever the placement, and have as many elements as `cache_desc.shape`, in
+        any shape.
+
         Raises TypeError for a wrong type, AttributeError for a missing description, LLMException
-        (LLM_PARAM_INVALID) for addresses or a shape that cannot be. Thread-safe.
+        (LLM_PARAM_INVALID) for addresses, tensors or a shape that cannot be. Thread-safe.
         """
         desc = check_object("cache_desc", cache_desc, CacheDesc)
-        check_list("addrs", addrs, int)
+        check_addrs(addrs)
         keys = check_sequence("cache_keys", cache_keys, CacheKey)
         check_optional("remote_accessible", remote_accessible, bool)
-        if not addrs:
-            raise invalid("addrs is empty: give one address per tensor")
-        if len(addrs) != desc.num_tensors:
-            raise invalid(f"{desc.num_tensors} tensors need as many addrs, got {len(addrs)}")
-        _refuse_null(addrs)
+        memory = _locate(addrs, desc)
+        if len(memory.addrs) != desc.num_tensors:
+            raise invalid(f"{desc.num_tensors} tensors need as many addrs, got {len(memory.addrs)}")
+        _refuse_null(memory.addrs)
         names = [name_of(key) for key in keys]
-        return self._register(desc, addrs, CacheKind.CONTINUOUS, names, remote_accessible)
+        return self._register(desc, memory, CacheKind.CONTINUOUS, names, remote_accessible)
 
     def register_blocks_cache(
         self,
         cache_desc: CacheDesc,
-        addrs: list[int],
+        addrs: list[T] | SupportsDLPack,
         blocks_cache_key: BlocksCacheKey | None = None,
         remote_accessible: bool | None = None,
     ) -> Cache:
@@ -90,15 +103,14 @@ class CacheManager:
         the same key moves the key to it. Thread-safe.
         """
         desc = check_object("cache_desc", cache_desc, CacheDesc)
-        check_list("addrs", addrs, int)
+        check_addrs(addrs)
         key = check_optional("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
         check_optional("remote_accessible", remote_accessible, bool)
-        if not addrs:
-            raise invalid("addrs is empty: give one address per tensor")
+        memory = _locate(addrs, desc)
         if _is_accessible(desc, remote_accessible):
-            _refuse_null(addrs)
+            _refuse_null(memory.addrs)
         names = [] if key is None else [name_of(key)]
-        return self._register(desc, addrs, CacheKind.BLOCKS, names, remote_accessible)
+        return self._register(desc, memory, CacheKind.BLOCKS, names, remote_accessible)
 
     def unregister_cache(self, cache_id: int) -> None:
         """Forgets a cache and its keys; an unknown id is no error. Spec 6.4.
@@ -362,6 +374,11 @@ class CacheManager:
 
     # -- parts of the above --
 
+    def _find_bytes(self, cache_id: int, index: int) -> npt.NDArray[np.uint8]:
+        """For Cache: the memory of a tensor; the array holds it."""
+        engine = self._require_engine(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+        return engine.catalog.view(cache_id, index)
+
     def _detach(self) -> None:
         """For LLMDataDist: the engine was finalized."""
         self._engine = None
@@ -399,7 +416,7 @@ class CacheManager:
     def _register(
         self,
         desc: CacheDesc,
-        addrs: list[int],
+        memory: Located,
         kind: CacheKind,
         keys: Sequence[KeyName | None],
         remote_accessible: bool | None,
@@ -410,17 +427,25 @@ class CacheManager:
         entry = register(
             engine,
             Geometry.of(kind, desc.num_tensors, desc.shape, desc.size),
-            addrs,
+            memory.addrs,
             desc.placement,
             keys,
             is_remote_accessible=_is_accessible(desc, remote_accessible),
+            held=memory.held,
         )
         is_blocks = kind is CacheKind.BLOCKS
-        return Cache(entry.cache_id, desc, list(addrs), self, True, is_blocks)
+        return Cache(entry.cache_id, desc, memory.addrs, self, True, is_blocks)
 
 
 def _is_accessible(desc: CacheDesc, remote_accessible: bool | None) -> bool:
     return desc.placement == Placement.DEVICE if remote_accessible is None else remote_accessible
+
+
+def _locate(addrs: list[T] | SupportsDLPack, desc: CacheDesc) -> Located:
+    memory = locate(addrs, desc)
+    if not memory.addrs:
+        raise invalid("addrs is empty: give one address per tensor")
+    return memory
 
 
 def _refuse_null(addrs: Sequence[int]) -> None:

@@ -219,8 +219,7 @@ class LLMDataDist:
         class and one for its general part. An addition to the reference. Raises RuntimeError before
         `init`.
         """
-        pools = self._require_engine().catalog.pools
-        return {placement: pool.usage() for placement, pool in pools.items()}
+        return self._require_engine().catalog.usage()
 
     def link_clusters(
         self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, final
-
-import numpy as np
+from typing import TYPE_CHECKING, final
 
 from llm_datadist.cache_manager import CacheManager
 from llm_datadist.checks import (
@@ -25,13 +23,15 @@ from llm_datadist.checks import (
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.kv_cache import KvCache
+from llm_datadist.memory.views import held_bytes, storage_type
 from llm_datadist.operations import pull
-from llm_datadist.tensor import Tensor, TensorDesc, storage_type
+from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.types import CacheDesc, LLMRole, Placement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
     import numpy.typing as npt
 
     from llm_datadist.cache import Cache
@@ -94,8 +94,8 @@ class KvCacheManager:
     def deallocate_cache(self, cache: KvCache) -> None:
         """Frees a cache of either kind; rows with keys stay until those go. Spec 6.5.
 
-        Arrays of its tensors must not be used any more. Nothing happens to a deallocated cache and
-        to a cpu cache. Raises TypeError, AttributeError. Thread-safe.
+        Arrays of its tensors keep the memory out of the pool until they are gone. Nothing happens
+        to a deallocated cache and to a cpu cache. Raises TypeError, AttributeError. Thread-safe.
         """
         ours = check_object("cache", cache, KvCache)
         if ours._manager is not self or not ours._let_go():
@@ -226,8 +226,7 @@ class KvCacheManager:
         """Tensor `tensor_index` of a cache, for each device, which is one. Spec Appendix C.
 
         Nothing is copied: who writes to `Tensor.numpy()` writes to the cache (BF16 excepted, see
-        there). The array keeps the cache, and its memory beyond a `finalize`; after
-        `deallocate_cache` it must not be used.
+        there). The array keeps the cache, and its memory beyond `deallocate_cache` and `finalize`.
 
         Raises TypeError, ValueError, AttributeError; LLMException with LLM_PARAM_INVALID for an
         index out of range and for DT_STRING, LLM_KV_CACHE_NOT_EXIST for a deallocated cache and
@@ -283,13 +282,9 @@ class KvCacheManager:
             raise _missing(f"{cache} is of another KvCacheManager, which was finalized")
         return cache._cache
 
-    def _memory_of(self, cache: Cache, index: int) -> npt.NDArray[Any]:
-        engine = self._require_engine()
-        with engine.catalog.use(cache.cache_id) as entry:
-            addr = int(entry.layout.addrs[index])
-            nbytes = entry.layout.geometry.tensor_nbytes
-            view = engine.catalog.pools[entry.placement].view(addr, nbytes)
-        return np.asarray(_HeldMemory(view, cache))
+    def _memory_of(self, cache: Cache, index: int) -> npt.NDArray[np.uint8]:
+        memory = self._require_engine().catalog.view(cache.cache_id, index)
+        return held_bytes(memory.ctypes.data, memory.nbytes, memory, cache)
 
     def _require_engine(self) -> Engine:
         if self._engine is None:
@@ -300,14 +295,6 @@ class KvCacheManager:
         if self._role not in roles:
             needed = " or ".join(str(role) for role in roles)
             raise invalid(f"{what} is for {needed}, the role of this cluster is {self._role}")
-
-
-class _HeldMemory:
-    """Bytes of a cache for numpy. Arrays made of them keep this object, and so the cache."""
-
-    def __init__(self, view: npt.NDArray[np.uint8], cache: Cache) -> None:
-        self._held = view, cache
-        self.__array_interface__ = view.__array_interface__
 
 
 def _check_device_desc(cache_desc: object) -> CacheDesc:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from llm_datadist.checks import check_optional, check_sequence, check_type
-from llm_datadist.data_type import dtype_to_np_dtype, np_dtype_to_dtype
+from llm_datadist.data_type import np_dtype_to_dtype
 from llm_datadist.errors import invalid
+from llm_datadist.memory.views import storage_type
 from llm_datadist.types import DataType, tensor_nbytes
 
 if TYPE_CHECKING:
@@ -80,18 +81,6 @@ class Tensor:
         What is written to a shared array is written to the tensor, and to the cache it belongs to.
         """
         return _widened(self._array) if self._desc.dtype is DataType.DT_BF16 else self._array
-
-
-def storage_type(dtype: DataType) -> type[np.generic]:
-    """The type in which numpy sees memory of a data type; the bits of a BF16. Raises LLMException.
-
-    Only DT_STRING has none.
-    """
-    if dtype is DataType.DT_BF16:
-        return np.uint16
-    if dtype not in dtype_to_np_dtype:
-        raise invalid(f"numpy has no type for {dtype}")
-    return dtype_to_np_dtype[dtype]
 
 
 def _desc_of(array: Array) -> TensorDesc:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from command_line import COMMAND, figures, run, run_demo
+
+tiny_model = tiny.tiny_model
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

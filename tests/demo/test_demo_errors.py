@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import typer
 from command_line import TIMEOUT_S, read_until, run, run_demo, start_demo, workers_of
 
 import llm_datadist
+
+tiny_model = tiny.tiny_model
 
 CALL = "from llm_datadist.cli import app; app()"
 

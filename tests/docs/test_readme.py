@@ -13,15 +13,13 @@ ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 
 
-def example_of(readme: Path) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    return str(blocks[0])
+def examples_of(readme: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
 
 
-def test_the_example_pulls_the_blocks_that_it_names(tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
-    script.write_text(example_of(READMES[0]))
+def output_of(example: str, directory: Path) -> list[str]:
+    script = directory / "example.py"
+    script.write_text(example)
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script)],
         capture_output=True,
@@ -29,13 +27,27 @@ def test_the_example_pulls_the_blocks_that_it_names(tmp_path: Path) -> None:
         timeout=60,
         check=True,
     )
-    linked, *blocks = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_every_example_is_run_here() -> None:
+    assert len(examples_of(READMES[0])) == 2
+
+
+def test_the_first_example_pulls_the_blocks_that_it_names(tmp_path: Path) -> None:
+    linked, *blocks = output_of(examples_of(READMES[0])[0], tmp_path)
     assert "LLM_SUCCESS" in linked
     assert blocks == ["[[1. 2. 2. 2. 2. 1. 2. 2.]", " [1. 2. 2. 2. 2. 1. 2. 2.]]"]
 
 
-def test_both_languages_print_the_same_example() -> None:
-    assert example_of(READMES[0]) == example_of(READMES[1])
+def test_the_second_example_keeps_what_it_wrote(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    printed = output_of(examples_of(READMES[0])[1], tmp_path)
+    assert printed == ["torch.bfloat16 (8, 1024) 1.5"]
+
+
+def test_both_languages_print_the_same_examples() -> None:
+    assert examples_of(READMES[0]) == examples_of(READMES[1])
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)

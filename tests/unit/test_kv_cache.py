@@ -131,6 +131,17 @@ def test_an_array_keeps_the_cache(manager: KvCacheManager) -> None:
     manager.allocate_cache(TWO_PAGES)
 
 
+def test_an_array_keeps_the_memory_of_a_deallocated_cache(manager: KvCacheManager) -> None:
+    cache = manager.allocate_cache(TWO_PAGES)
+    array = manager.get_cache_tensors(cache)[0].numpy()
+    array[:] = 7
+    manager.deallocate_cache(cache)
+    assert_full(manager)
+    assert (array == 7).all()
+    del array
+    manager.allocate_cache(TWO_PAGES)
+
+
 class Knot:
     """Holds a cache and itself: only the cyclic collector lets go of it."""
 

@@ -33,6 +33,8 @@ class Entry:
     is_remote_accessible: bool
     word_addr: int
     generation: int
+    #: what keeps registered memory, one per tensor, None where the program does; empty is all None
+    held: Sequence[object | None] = ()
     #: the memory is the library's: keys and the id hold references to it
     is_owned: bool = False
     #: the user has not deallocated it
@@ -82,12 +84,15 @@ class Registry:
         keys: Sequence[KeyName | None],
         *,
         is_remote_accessible: bool,
+        held: Sequence[object | None] = (),
     ) -> Entry:
         """Files a cache. `keys[i]` names batch row i or a whole blocks cache; None names none.
 
         A blocks key moves to the newest cache; a bound key of a continuous cache stays where it is.
+        `held` is kept as long as the entry is.
         """
         entry = self._add(layout, placement, is_remote_accessible=is_remote_accessible)
+        entry.held = held
         for row, key in enumerate(keys):
             if key is not None:
                 self._bind(entry, key, row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,15 +15,20 @@ from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import describe
+from llm_datadist.engine.exposure import Exposure
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.memory.views import held_bytes
 from llm_datadist.observe.log import get_logger
-from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce, Region
+from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import numpy.typing as npt
+
     from llm_datadist.core.geometry import U64
+    from llm_datadist.core.pages import PoolUsage
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.transport.base import Transport
 
@@ -41,9 +47,7 @@ class Catalog:
     ) -> None:
         #: where allocated caches lie, by placement
         self.pools = pools
-        self._transports = transports
-        #: what the transports were told of, by cache id
-        self._exposed: dict[int, Region] = {}
+        self._exposure = Exposure(transports)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._in_use: dict[int, int] = {}
@@ -51,8 +55,10 @@ class Catalog:
         self._leaving: set[int] = set()
         #: freed while in use: their memory goes back to its pool with the last use
         self._doomed: dict[int, Entry] = {}
+        #: whose pins are gone: those uses end with the next call that looks at the pools
+        self._unpinned: deque[Entry] = deque()
         self._registry = Registry(
-            Generations(secrets.randbits(62), self._expose_words),
+            Generations(secrets.randbits(62), self._exposure.expose_words),
             first_id=_PROBE_ID,
             peers_keep_tables=peers_keep_tables,
         )
@@ -74,24 +80,26 @@ class Catalog:
         keys: Sequence[KeyName | None],
         *,
         is_remote_accessible: bool,
+        held: Sequence[object | None] = (),
     ) -> Entry:
-        region = self._expose(layout, is_remote_accessible=is_remote_accessible)
+        region = self._exposure.expose(layout, is_remote_accessible=is_remote_accessible)
         with self._lock:
             entry = self._registry.register(
-                layout, placement, keys, is_remote_accessible=is_remote_accessible
+                layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
             )
-            self._exposed[entry.cache_id] = region
+            self._exposure.file(entry.cache_id, region)
         return entry
 
-    def unregister(self, cache_id: int, timeout_s: float) -> None:
+    def unregister(self, cache_id: int, timeout_s: float) -> Entry | None:
         """Forgets a cache, once the transfers of this process that use its memory have ended.
 
+        Returns it, so that its tensors go when the lock is free: their finalizers may call us.
         An unknown id is no error, nor is that of an allocated cache, which stays (O19). Raises
         LLMException(LLM_TIMEOUT) when the transfers do not end; the cache then stays.
         """
         with self._lock:
-            if self._registry.is_owned(cache_id):
-                return
+            if self._registry.is_owned(cache_id) or cache_id == _PROBE_ID:
+                return None
             self._leaving.add(cache_id)
             try:
                 if not self._idle.wait_for(lambda: not self._in_use.get(cache_id), timeout_s):
@@ -99,9 +107,10 @@ class Catalog:
                         f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
                         LLMStatusCode.LLM_TIMEOUT,
                     )
-                if cache_id != _PROBE_ID:
-                    self._registry.unregister(cache_id)
-                    self._conceal(cache_id)
+                entry = self._registry.unregister(cache_id)
+                if entry is not None:
+                    self._exposure.conceal(cache_id)
+                return entry
             finally:
                 self._leaving.discard(cache_id)
 
@@ -110,21 +119,25 @@ class Catalog:
     ) -> Entry:
         """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
         pool = self.pools[placement]
+        self._end_unpinned()
         try:
             addrs = pool.allocate_many(geometry.num_tensors, geometry.tensor_nbytes)
         except LLMException as error:
-            get_logger().error("no memory for a cache in the %s pool: %s", placement.name, error)
-            raise
+            kept = len(self._doomed)
+            hint = f"; {kept} freed caches are still held by arrays or transfers" if kept else ""
+            text = f"no memory for a cache in the {placement.name} pool: {error}{hint}"
+            get_logger().error(text)
+            raise LLMException(text, error.status_code) from error
         region = None
         try:
             layout = Layout.at(geometry, addrs)
-            region = self._expose(layout, is_remote_accessible=True)
+            region = self._exposure.expose(layout, is_remote_accessible=True)
             with self._lock:
                 entry = self._registry.allocate(layout, placement, keys)
-                self._exposed[entry.cache_id] = region
+                self._exposure.file(entry.cache_id, region)
         except BaseException:
             if region is not None:
-                self._hide(region)
+                self._exposure.conceal_region(region)
             for addr in addrs:
                 pool.free(addr)
             raise
@@ -143,7 +156,8 @@ class Catalog:
     def close(self) -> None:
         """Makes all that peers know of this process stale."""
         with self._lock:
-            for entry in list(self._registry.entries()):
+            entries = list(self._registry.entries())  # which go when the lock is free
+            for entry in entries:
                 self._registry.unregister(entry.cache_id)
 
     def use(self, cache_id: int) -> Use:
@@ -154,20 +168,35 @@ class Catalog:
                 raise LLMException(
                     f"cache {cache_id} is being unregistered", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
                 )
-            self._in_use[cache_id] = self._in_use.get(cache_id, 0) + 1
+            self._begin_use(entry)
         return Use(self, entry)
 
     def release(self, entry: Entry) -> None:
         """The end of one use."""
         with self._lock:
-            left = self._in_use[entry.cache_id] - 1
-            if left:
-                self._in_use[entry.cache_id] = left
-            else:
-                del self._in_use[entry.cache_id]
-                self._give_back(self._doomed.pop(entry.cache_id, None))
-                if self._leaving:
-                    self._idle.notify_all()
+            self._end_use(entry)
+
+    def view(self, cache_id: int, index: int) -> npt.NDArray[np.uint8]:
+        """The bytes of one tensor of ours; the array keeps them, whatever becomes of the cache.
+
+        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, and LLM_PARAM_INVALID for memory that is only
+        known by its address.
+        """
+        with self._lock:
+            entry = self._find(cache_id)
+            held = self._hold(entry, index)
+        if held is None:
+            raise invalid(
+                f"cache {cache_id} was registered by address, so nothing keeps the memory of a "
+                "view: register the tensors themselves"
+            )
+        layout = entry.layout
+        return held_bytes(int(layout.addrs[index]), layout.geometry.tensor_nbytes, held)
+
+    def usage(self) -> dict[Placement, tuple[PoolUsage, ...]]:
+        """How full each part of each pool is."""
+        self._end_unpinned()
+        return {placement: pool.usage() for placement, pool in self.pools.items()}
 
     def answer(self, request: m.Message) -> m.Message:
         """The answer to a peer's question. Raises LLMException to refuse it."""
@@ -213,6 +242,33 @@ class Catalog:
             _check_reach(entry, generation, addrs, nbytes)
             yield
 
+    def _begin_use(self, entry: Entry) -> None:
+        self._in_use[entry.cache_id] = self._in_use.get(entry.cache_id, 0) + 1
+
+    def _end_use(self, entry: Entry) -> None:
+        left = self._in_use[entry.cache_id] - 1
+        if left:
+            self._in_use[entry.cache_id] = left
+        else:
+            del self._in_use[entry.cache_id]
+            self._give_back(self._doomed.pop(entry.cache_id, None))
+            if self._leaving:
+                self._idle.notify_all()
+
+    def _hold(self, entry: Entry, index: int) -> object | None:
+        """What keeps the memory of a tensor, beyond `close` too; None if only the program does."""
+        if not entry.is_owned:
+            return entry.held[index] if entry.held else None
+        nbytes = entry.layout.geometry.tensor_nbytes
+        memory = self.pools[entry.placement].view(int(entry.layout.addrs[index]), nbytes)
+        self._begin_use(entry)
+        return memory, Pin(entry, self._unpinned)
+
+    def _end_unpinned(self) -> None:
+        with self._lock:
+            while self._unpinned:
+                self._end_use(self._unpinned.popleft())
+
     def _find_by_addrs(self, addrs: U64, nbytes: U64) -> Entry:
         with self._lock:
             for entry in self._registry.entries():
@@ -231,38 +287,10 @@ class Catalog:
         if freed.cache_id in self._in_use:
             self._doomed[freed.cache_id] = freed
             return
-        self._conceal(freed.cache_id)
+        self._exposure.conceal(freed.cache_id)
         pool = self.pools[freed.placement]
         for addr in freed.layout.addrs.tolist():
             pool.free(addr)
-
-    def _expose(self, layout: Layout, *, is_remote_accessible: bool) -> Region:
-        """Tells the transports of a cache's memory: all of them, or none and LLMException."""
-        addrs = tuple(layout.addrs.tolist())
-        region = Region(addrs, layout.geometry.tensor_nbytes, is_remote_accessible)
-        told: list[Transport] = []
-        try:
-            for transport in self._transports:
-                transport.expose(region)
-                told.append(transport)
-        except BaseException:
-            for transport in told:
-                transport.conceal(region)
-            raise
-        return region
-
-    def _expose_words(self, addr: int, nbytes: int) -> None:
-        for transport in self._transports:
-            transport.expose(Region((addr,), nbytes, is_remote_accessible=True))
-
-    def _conceal(self, cache_id: int) -> None:
-        region = self._exposed.pop(cache_id, None)
-        if region is not None:
-            self._hide(region)
-
-    def _hide(self, region: Region) -> None:
-        for transport in self._transports:
-            transport.conceal(region)
 
     def _resolve(self, request: m.Resolve) -> m.Resolved:
         with self._lock:
@@ -296,6 +324,23 @@ class Use:
 
     def __exit__(self, *_: object) -> None:
         self._catalog.release(self._entry)
+
+
+class Pin:
+    """A use of a cache that ends when nobody holds the pin.
+
+    The garbage collector may strike in a thread that holds the catalog's lock, so that the end is
+    only noted down there.
+    """
+
+    __slots__ = ("_entry", "_unpinned")
+
+    def __init__(self, entry: Entry, unpinned: deque[Entry]) -> None:
+        self._entry = entry
+        self._unpinned = unpinned
+
+    def __del__(self) -> None:
+        self._unpinned.append(self._entry)
 
 
 def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None:

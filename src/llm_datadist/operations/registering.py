@@ -24,10 +24,12 @@ def register(
     keys: Sequence[KeyName | None] = (),
     *,
     is_remote_accessible: bool,
+    held: Sequence[object | None] = (),
 ) -> Entry:
     """Files a cache over memory that stays the caller's. Raises LLMException(LLM_PARAM_INVALID).
 
     The memory is not touched: what is not mapped is warned about, and fails when it is transferred.
+    `held` keeps it until the cache is unregistered, one object per tensor or none.
     """
     layout = Layout.at(geometry, addrs)
     strays = unmapped(addrs, geometry.tensor_nbytes)
@@ -38,5 +40,5 @@ def register(
             len(strays), len(addrs), strays[0], geometry.tensor_nbytes,
         )  # fmt: skip
     return engine.catalog.register(
-        layout, placement, keys, is_remote_accessible=is_remote_accessible
+        layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
     )
