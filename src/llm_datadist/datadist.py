@@ -303,6 +303,7 @@ class LLMDataDist:
                 get_logger().error(
                     "cluster %d could not %s %s: %s (%s)",
                     self._cluster_id, verb, info, outcome.reason, outcome.status,
+                    extra={"reason": outcome.reason},
                 )  # fmt: skip
         statuses = [outcome.status for outcome in outcomes]
         failures = [status for status in statuses if status is not LLMStatusCode.LLM_SUCCESS]
