@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.cli.doctor import access, hardware, limits, network, peer, speed, versions
 from llm_datadist.cli.doctor.finding import Case, Check, Finding, State
+from llm_datadist.cli.doctor.log_book import log_book
 from llm_datadist.errors import LLMException
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ def examine(case: Case, *, measures: bool, show: Callable[[str], None]) -> list[
     if case.peer is not None:
         checks = {"peer": (peer.running_cluster,), **checks}
     sections = []
-    for title, group in checks.items():
-        show(title)
-        findings = [finding for check in group for finding in _findings(check, case)]
-        sections.append(Section(title, findings))
+    with log_book():  # else the log would be printed among the findings
+        for title, group in checks.items():
+            show(title)
+            findings = [finding for check in group for finding in _findings(check, case)]
+            sections.append(Section(title, findings))
     return sections
 
 

@@ -31,7 +31,8 @@ def descriptors(_: Case) -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     links = max(0, soft - _OTHER_DESCRIPTORS) // _LINK_DESCRIPTORS
     data = {"soft": soft, "hard": hard, "links": links}
-    name, found = "descriptors", f"{soft}: enough for {links} links at their busiest"
+    some = "1 link at its" if links == 1 else f"{links} links at their"
+    name, found = "descriptors", f"{soft}: enough for {some} busiest"
     if links >= _FEW_LINKS:
         yield Finding(name, State.OK, found, data=data)
     else:
