@@ -42,7 +42,7 @@ def doctor(
     measure: Annotated[
         bool | None,
         typer.Option(
-            help="Measure the paths on this host: 1 to 2 s at full speed, 512 MiB of memory. "
+            help="Measure the paths on this host: 1 to 2 s at full speed, 300 MiB of memory. "
             "By default unless there is a --peer, which may be at work here."
         ),
     ] = None,

@@ -6,7 +6,7 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llm_datadist.observe.log import LOGGER_NAME
+from llm_datadist.observe.log import LOGGER_NAME, get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,24 +28,24 @@ class LogBook(logging.Handler):
 
     @property
     def reason(self) -> str:
-        """Why the last link failed."""
-        reasons = [getattr(record, "reason", "") for record in self._records]
-        return reasons[-1] if reasons else "no reason was logged"
+        """Why the last link failed; empty when none did."""
+        reasons = [record.reason for record in self._records if hasattr(record, "reason")]
+        return str(reasons[-1]) if reasons else ""
 
 
 @contextmanager
 def log_book() -> Iterator[LogBook]:
     """Keeps what is logged meanwhile."""
-    logger, book = logging.getLogger(LOGGER_NAME), LogBook()
-    level, logger.level = logger.level, logging.WARNING
-    logger.addHandler(book)
+    logger, book = get_logger(), LogBook()
+    handlers, logger.handlers, level = logger.handlers, [book], logger.level
+    logger.setLevel(logging.WARNING)
     try:
         yield book
     finally:
-        logger.removeHandler(book)
+        logger.handlers = handlers
         logger.setLevel(level)
 
 
 def log_to_stderr() -> None:
-    """Keeps the library's log of this process out of what the command prints."""
+    """Keeps the log of this process out of what the command prints. Before anything is logged."""
     logging.getLogger(LOGGER_NAME).addHandler(logging.StreamHandler())

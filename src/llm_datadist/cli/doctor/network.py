@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _DAY_S = 24 * 60 * 60
 #: a certificate that ends sooner has to be renewed now
 _SOON_DAYS = 14
+_SECURITY = "link security"
 _GUIDE = "docs/security.md says what it may be"
 
 
@@ -71,30 +72,30 @@ def allowed_path(_: Case) -> Iterator[Finding]:
 
 def link_security(_: Case) -> Iterator[Finding]:
     """What the environment says of link security, and whether it can be used."""
-    name, text = "link security", os.environ.get(SECURITY_VARIABLE)
+    text = os.environ.get(SECURITY_VARIABLE)
     if not text:
         found = f"{SECURITY_VARIABLE} is not set: a cluster that sets none lets everybody in"
-        yield Finding(name, State.NOTE, found, "docs/security.md", {"kind": "none"})
+        yield Finding(_SECURITY, State.NOTE, found, "docs/security.md", {"kind": "none"})
         return
     try:
         security = LinkSecurity.parse(text, SECURITY_VARIABLE)
         if security.secret is None:
-            yield _certificate(name, security)
+            yield _certificate(security)
         else:
-            yield _secret(name, json.loads(text).get("secret_file"))
+            yield _secret(json.loads(text).get("secret_file"))
     except LLMException as error:
-        yield Finding(name, State.PROBLEM, str(error), f"no cluster starts with it: {_GUIDE}")
+        yield Finding(_SECURITY, State.PROBLEM, str(error), f"no cluster starts with it: {_GUIDE}")
 
 
-def _secret(name: str, file: str | None) -> Finding:
+def _secret(file: str | None) -> Finding:
     data = {"kind": "secret"}
     if file is None:
         remedy = 'a file is better: {"secret_file": "/path"}'
-        return Finding(name, State.OK, "a shared secret, in the environment", remedy, data)
-    return _kept(file) or Finding(name, State.OK, f"a shared secret, in {file}", data=data)
+        return Finding(_SECURITY, State.OK, "a shared secret, in the environment", remedy, data)
+    return _kept(file) or Finding(_SECURITY, State.OK, f"a shared secret, in {file}", data=data)
 
 
-def _certificate(name: str, security: LinkSecurity) -> Finding:
+def _certificate(security: LinkSecurity) -> Finding:
     """Has both ends of a link with this certificate shake hands. Raises LLMException."""
     if (finding := _kept(security.key)) is not None:
         return finding
@@ -103,15 +104,15 @@ def _certificate(name: str, security: LinkSecurity) -> Finding:
     except ssl.SSLError as error:
         reason = getattr(error, "verify_message", "") or error.reason or str(error)
         found = f"{security.certificate} does not pass {security.ca}: {reason}"
-        return Finding(name, State.PROBLEM, found, "have that CA issue a new certificate")
+        return Finding(_SECURITY, State.PROBLEM, found, "have that CA issue a new certificate")
     days = (ends_at - time.time()) / _DAY_S
     data: Data = {"kind": "tls", "days_left": round(days, 1)}
     found = f"mutual TLS; {security.certificate} or its CA ends in {days:.0f} days"
     if days < _SOON_DAYS:
         return Finding(
-            name, State.PROBLEM, found, "renew it now, and start the clusters anew", data
+            _SECURITY, State.PROBLEM, found, "renew it now, and start the clusters anew", data
         )
-    return Finding(name, State.OK, found, data=data)
+    return Finding(_SECURITY, State.OK, found, data=data)
 
 
 def _kept(file: str) -> Finding | None:
@@ -119,7 +120,7 @@ def _kept(file: str) -> Finding | None:
     if not Path(file).stat().st_mode & stat.S_IROTH:
         return None
     found = f"every user of this host can read {file}"
-    return Finding("link security", State.PROBLEM, found, f"chmod o-r {file}")
+    return Finding(_SECURITY, State.PROBLEM, found, f"chmod o-r {file}")
 
 
 def _tls_ends_at(security: LinkSecurity) -> float:

@@ -42,7 +42,7 @@ def paths(_: Case) -> Iterator[Finding]:
     job = Job(_WORKLOAD, threads=usual_threads())
     ours.start(LLMRole.DECODER, ours.READER_ID, job).finalize()  # that clusters start here at all
     ceiling = _gb_per_s(Memcpy(job).move)
-    found = f"{ceiling:.1f} GB/s with {job.threads} threads: the ceiling"
+    found = f"{ceiling:.2f} GB/s with {job.threads} threads: the ceiling"
     yield Finding("memcpy", State.OK, found, data={"gb_per_s": ceiling})
     try:
         with closing(Owner(_own, job)) as owner:
@@ -83,7 +83,7 @@ def _measure(job: Job, owner: Owner, memory: CacheMemory, ceiling: float) -> Fin
             return Finding(job.path, State.PROBLEM, f"a pull failed: {error}", _REMEDIES[job.path])
         finally:
             datadist.finalize()
-    found = f"{speed:.1f} GB/s, {speed / ceiling:.2f} of memcpy; every byte verified"
+    found = f"{speed:.2f} GB/s, {speed / ceiling:.2f} of memcpy; every byte verified"
     return Finding(job.path, State.OK, found, data={"gb_per_s": speed})
 
 
