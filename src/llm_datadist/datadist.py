@@ -230,8 +230,9 @@ class LLMDataDist:
         cluster: LLM_ALREADY_LINK, LLM_LINK_FAILED (nobody listens there, or no path to its memory
         works), LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address; the two ends' options do not
         fit), LLM_FAILED (what listens there is no cluster). What failed leaves nothing behind on
-        either end and is logged with its cause; what succeeded stays. An unset `remote_cluster_id`
-        is learned from the peer. An empty list is (LLM_PARAM_INVALID, []).
+        either end and is logged with its cause, which is also the log record's `reason`; what
+        succeeded stays. An unset `remote_cluster_id` is learned from the peer. An empty
+        list is (LLM_PARAM_INVALID, []).
 
         Raises RuntimeError before `init`, TypeError, ValueError, LLMException for bad arguments.
         """
@@ -302,6 +303,7 @@ class LLMDataDist:
                 get_logger().error(
                     "cluster %d could not %s %s: %s (%s)",
                     self._cluster_id, verb, info, outcome.reason, outcome.status,
+                    extra={"reason": outcome.reason},
                 )  # fmt: skip
         statuses = [outcome.status for outcome in outcomes]
         failures = [status for status in statuses if status is not LLMStatusCode.LLM_SUCCESS]

@@ -192,7 +192,7 @@ class Shields:
         self._security = security
         self._contexts: dict[bool, ssl.SSLContext] = {}
         if security is not None and security.secret is None:
-            self._contexts = {end: _context(security, is_caller=end) for end in (True, False)}
+            self._contexts = {end: tls_context(security, is_caller=end) for end in (True, False)}
 
     @property
     def is_secure(self) -> bool:
@@ -206,7 +206,8 @@ class Shields:
         return Tls(self._contexts[is_caller], is_caller=is_caller)
 
 
-def _context(security: LinkSecurity, *, is_caller: bool) -> ssl.SSLContext:
+def tls_context(security: LinkSecurity, *, is_caller: bool) -> ssl.SSLContext:
+    """Of one end of mutual TLS. Raises LLMException(LLM_PARAM_INVALID)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if is_caller else ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the authority says who is a cluster; clusters move

@@ -154,7 +154,8 @@ def _scatter_loop() -> tuple[Callable[[Blocks, Blocks], None], str]:
         source, library = Path(folder, "scatter.c"), Path(folder, "scatter.so")
         source.write_text(_SCATTER)
         command = [compiler, "-O3", "-shared", "-fPIC", str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return _scatter_by_memmove, "Python"  # a compiler without a C library
         scatter = ctypes.CDLL(str(library)).scatter
     scatter.argtypes, scatter.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], None
     return lambda dst, src: scatter(dst.ctypes.data, src.ctypes.data, len(dst)), "C"

@@ -110,7 +110,7 @@ def move(
             if file is not None and not file.absolute().parent.is_dir():
                 raise SetupError(f"{file}: there is no such folder")
         rivals = _rivals(vs, path)
-        threads = threads or _usual_threads()
+        threads = threads or usual_threads()
         report = _run(workloads, operation, path, mode, rivals, threads, rounds)
         if json is not None:
             report.write_json(json)
@@ -147,13 +147,13 @@ def link(rounds: Rounds = 9) -> None:
 @app.command()
 def fan_out(rounds: Rounds = 5, threads: Threads = 0) -> None:
     """Eight decode processes that pull from one prefill at once (needs 12 GiB of memory)."""
-    _show_figures("fan_out", rounds, threads or _usual_threads())
+    _show_figures("fan_out", rounds, threads or usual_threads())
 
 
 @app.command()
 def layers(rounds: Rounds = 5, threads: Threads = 0) -> None:
     """What is left to wait for when layers are pushed while the caller computes the next ones."""
-    _show_figures("layers", rounds, threads or _usual_threads())
+    _show_figures("layers", rounds, threads or usual_threads())
 
 
 def _show_figures(scenario: str, *arguments: int) -> None:
@@ -173,7 +173,7 @@ def _show_figures(scenario: str, *arguments: int) -> None:
     console.print(table)
 
 
-def _usual_threads() -> int:
+def usual_threads() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 

@@ -81,7 +81,10 @@ class Owner:
         theirs.close()
         if not self.pipe.poll(_START_S):
             raise BenchError("the owner of the source did not start")
-        self.greeting = self.pipe.recv()
+        try:
+            self.greeting = self.pipe.recv()
+        except EOFError:
+            raise BenchError("the owner of the source ended before it was ready") from None
 
     @property
     def pid(self) -> int:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from llm_datadist.cli.bench.workload import Workload
 
-_OWNER_ID, _READER_ID = 1, 2
-_KEY = BlocksCacheKey(_OWNER_ID, 0)
+OWNER_ID, READER_ID = 1, 2
+KEY = BlocksCacheKey(OWNER_ID, 0)
 _TIMEOUT_MS = 60_000
 
 
@@ -69,7 +69,7 @@ def register(
         return manager.register_cache(desc, addrs)
     dims = [workload.num_blocks, workload.block_nbytes]
     desc = CacheDesc(workload.num_tensors, dims, DataType.DT_INT8)
-    return manager.register_blocks_cache(desc, addrs, _KEY)
+    return manager.register_blocks_cache(desc, addrs, KEY)
 
 
 def own(pipe: Connection, job: Job) -> None:
@@ -77,7 +77,7 @@ def own(pipe: Connection, job: Job) -> None:
     memory = CacheMemory(job.workload)
     if job.operation in _PULLS:
         memory.fill()
-    datadist = start(LLMRole.PROMPT, _OWNER_ID, job, "127.0.0.1:0")
+    datadist = start(LLMRole.PROMPT, OWNER_ID, job, "127.0.0.1:0")
     cache = register(datadist, job.workload, memory, as_rows=job.operation == "pull_cache")
     endpoint = datadist.listen_endpoint
     assert endpoint is not None
@@ -97,11 +97,11 @@ class Ours(Puller):
         super().__init__(job, own)
         workload = job.workload
         port, cache_id = self.owner.greeting
-        self._datadist = start(LLMRole.DECODER, _READER_ID, job)
-        link(self._datadist, _OWNER_ID, port)
+        self._datadist = start(LLMRole.DECODER, READER_ID, job)
+        link(self._datadist, OWNER_ID, port)
         as_rows = job.operation == "pull_cache"
         self._cache = register(self._datadist, workload, self.memory, as_rows=as_rows)
-        self._row = CacheKeyByIdAndIndex(_OWNER_ID, cache_id)
+        self._row = CacheKeyByIdAndIndex(OWNER_ID, cache_id)
         self._blocks = tuple(blocks.tolist() for blocks in workload.blocks())
         self._row_nbytes = workload.num_moved * workload.block_nbytes
         self._manager = self._datadist.cache_manager
@@ -128,7 +128,7 @@ class Ours(Puller):
 
     def _pull_blocks(self) -> None:
         src, dst = self._blocks
-        self._manager.pull_blocks(_KEY, self._cache, src, dst)
+        self._manager.pull_blocks(KEY, self._cache, src, dst)
 
     def _pull_cache(self) -> None:
         self._manager.pull_cache(self._row, self._cache, size=self._row_nbytes)
@@ -136,12 +136,12 @@ class Ours(Puller):
     def _push_blocks(self) -> None:
         src, dst = self._blocks
         per_layer = self.job.workload.tensors_per_layer
-        self._manager.push_blocks(_KEY, self._cache, src, dst, tensor_num_per_layer=per_layer)
+        self._manager.push_blocks(KEY, self._cache, src, dst, tensor_num_per_layer=per_layer)
 
     def _transfer_cache_async(self) -> None:
         src, dst = self._blocks
         layers = range(-(-self.job.workload.num_tensors // 2))
-        config = TransferWithCacheKeyConfig(_KEY, layers, layers)
+        config = TransferWithCacheKeyConfig(KEY, layers, layers)
         task = self._manager.transfer_cache_async(self._cache, _AtOnce(), [config], src, dst)
         status = task.synchronize(_TIMEOUT_MS)
         if status is not LLMStatusCode.LLM_SUCCESS:

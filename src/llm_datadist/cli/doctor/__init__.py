@@ -1,0 +1,1 @@
+"""The verb `doctor`: will it be fast and safe here?"""

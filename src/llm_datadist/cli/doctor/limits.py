@@ -1,0 +1,103 @@
+"""What this process may have of the system: descriptors, memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_datadist.cli.doctor.finding import Case, Finding, State
+from llm_datadist.cli.doctor.proc import MEMINFO, field_of, text_of
+from llm_datadist.engine.streams import MAX_STREAMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: one control connection, and the streams of both ends' threads
+_LINK_DESCRIPTORS = 1 + 2 * MAX_STREAMS
+#: what else a process with a cluster has open
+_OTHER_DESCRIPTORS = 64
+#: a prefill or decode process with fewer links is an exception
+_FEW_LINKS = 4
+_LITTLE_NBYTES = 2**30
+_CGROUP = Path("/sys/fs/cgroup")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_SHARED_MEMORY = "/dev/shm"
+
+
+def descriptors(_: Case) -> Iterator[Finding]:
+    """How many links they are enough for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    links = max(0, soft - _OTHER_DESCRIPTORS) // _LINK_DESCRIPTORS
+    data = {"soft": soft, "hard": hard, "links": links}
+    some = "1 link at its" if links == 1 else f"{links} links at their"
+    name, found = "descriptors", f"{soft}: enough for {some} busiest"
+    if links >= _FEW_LINKS:
+        yield Finding(name, State.OK, found, data=data)
+    else:
+        remedy = (
+            f"ulimit -n {hard}"
+            if hard > soft
+            else "raise the hard limit: LimitNOFILE=65536 (systemd), --ulimit nofile=65536 (docker)"
+        )
+        yield Finding(name, State.PROBLEM, found, remedy, data)
+
+
+def memory(_: Case) -> Iterator[Finding]:
+    """What is left of the host's memory, or of the container's."""
+    free, is_container = free_nbytes()
+    found = f"{_gib(free)} free{' in this container' if is_container else ''}"
+    is_little = free < _LITTLE_NBYTES
+    remedy = "KV caches are large: free some, or raise the limit" if is_little else ""
+    state = State.NOTE if is_little else State.OK
+    yield Finding("memory", state, found, remedy, {"free_nbytes": free})
+
+
+def shared_memory(_: Case) -> Iterator[Finding]:
+    """/dev/shm, which UCX takes on one host; cma and tcp do without."""
+    usage = os.statvfs(_SHARED_MEMORY)
+    free = usage.f_bavail * usage.f_frsize
+    found = f"{_gib(free)} free in {_SHARED_MEMORY}; only NIXL takes some"
+    remedy = "for NIXL in a container: --shm-size=1g" if free < _LITTLE_NBYTES else ""
+    yield Finding(
+        "shared memory", State.NOTE if remedy else State.OK, found, remedy, {"free_nbytes": free}
+    )
+
+
+def locked_memory(_: Case) -> Iterator[Finding]:
+    """What may be locked: RDMA locks all that is registered."""
+    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        yield Finding("memlock", State.OK, "unlimited", data={"soft": soft})
+        return
+    found = f"{_gib(soft)}: no matter for cma and tcp, which lock nothing; RDMA needs more"
+    remedy = "for RDMA: ulimit -l unlimited (--ulimit memlock=-1)"
+    yield Finding("memlock", State.NOTE, found, remedy, {"soft": soft})
+
+
+def huge_pages(_: Case) -> Iterator[Finding]:
+    """Whether pools get the huge pages that they ask for."""
+    text = text_of(_HUGE_PAGES) or "[never]"
+    setting = text[text.find("[") + 1 : text.find("]")]
+    data = {"transparent_hugepage": setting}
+    if setting == "never":
+        remedy = f"echo madvise > {_HUGE_PAGES}"
+        found = "off: transfers to and from memory pools are about an eighth slower"
+        yield Finding("huge pages", State.NOTE, found, remedy, data)
+    else:
+        yield Finding("huge pages", State.OK, f"{setting}: memory pools get them", data=data)
+
+
+def free_nbytes() -> tuple[int, bool]:
+    """What can be taken without harm, and whether a container's limit says so."""
+    available = int(field_of(MEMINFO, "MemAvailable").removesuffix(" kB")) * 1024
+    most, taken = text_of(_CGROUP / "memory.max"), text_of(_CGROUP / "memory.current")
+    if most is None or taken is None or most == "max":
+        return available, False
+    left = max(0, int(most) - int(taken))
+    return (left, True) if left < available else (available, False)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

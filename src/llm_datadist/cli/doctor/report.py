@@ -1,0 +1,75 @@
+"""What the doctor says: a screen for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from llm_datadist.cli.doctor.finding import State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llm_datadist.cli.doctor.examination import Section
+    from llm_datadist.cli.doctor.finding import Finding
+
+_STYLES = {
+    State.OK: "green", State.NOTE: "cyan", State.UNAVAILABLE: "dim", State.PROBLEM: "bold red",
+}  # fmt: skip
+
+
+class Report:
+    """The outcome of all checks."""
+
+    def __init__(self, sections: Sequence[Section]) -> None:
+        self._sections = sections
+        self._problems = [
+            finding.name
+            for section in sections
+            for finding in section.findings
+            if finding.state is State.PROBLEM
+        ]
+
+    @property
+    def has_problems(self) -> bool:
+        return bool(self._problems)
+
+    def to_json(self) -> str:
+        """`state`, and a flat list of findings; a name can be in several sections."""
+        findings = [
+            {"section": section.title, **asdict(finding)}
+            for section in self._sections
+            for finding in section.findings
+        ]
+        state = State.PROBLEM if self._problems else State.OK
+        return json.dumps({"state": state, "findings": findings}, indent=2)
+
+    def to_screen(self) -> Group:
+        """One row a finding, the remedy below it."""
+        table = Table.grid(padding=(0, 2))
+        for _ in range(2):
+            table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for section in self._sections:
+            table.add_row(Text(section.title, "bold"))
+            for finding in section.findings:
+                table.add_row(*_cells(finding))
+        return Group(table, "", self._verdict())
+
+    def _verdict(self) -> Text:
+        if not self._problems:
+            return Text("doctor: nothing to mend", "bold green")
+        return Text(f"doctor: to mend: {', '.join(self._problems)}", "bold red")
+
+
+def _cells(finding: Finding) -> tuple[Text, Text, Text]:
+    found = Text(finding.found)
+    if finding.remedy:
+        found.append(f"\n→ {finding.remedy}", "yellow" if finding.state is State.PROBLEM else "dim")
+    style = _STYLES[finding.state]
+    return Text(f"  {finding.state.value}", style), Text(finding.name), found

@@ -1,0 +1,102 @@
+"""A measured figure for each path: two processes on this host, by the public interface."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from llm_datadist.cli.bench import ours
+from llm_datadist.cli.bench.ceiling import Memcpy
+from llm_datadist.cli.bench.command import usual_threads
+from llm_datadist.cli.bench.contestant import Job, Owner
+from llm_datadist.cli.bench.failure import BenchError
+from llm_datadist.cli.bench.memory import CacheMemory
+from llm_datadist.cli.bench.workload import Workload
+from llm_datadist.cli.doctor.finding import Case, Finding, State
+from llm_datadist.cli.doctor.limits import free_nbytes
+from llm_datadist.cli.doctor.log_book import log_book, log_to_stderr
+from llm_datadist.errors import LLMException
+from llm_datadist.types import LLMRole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from multiprocessing.connection import Connection
+
+#: 64 MiB in scattered blocks of 32 KiB, an eighth of what the bench moves
+_WORKLOAD = Workload("doctor", 16, 144, 32 * 1024, 128)
+_PATHS = ("cma", "tcp")
+_MEASURE_S = 0.3
+_LEAST_MOVES = 3
+
+
+def paths(_: Case) -> Iterator[Finding]:
+    """The ceiling, and what each path makes of it."""
+    needed, (free, _is_container) = 4 * _WORKLOAD.cache_nbytes, free_nbytes()
+    if free < needed:
+        found = f"not measured: it takes {needed >> 20} MiB of memory, {free >> 20} are free"
+        yield Finding("speed", State.NOTE, found)
+        return
+    job = Job(_WORKLOAD, threads=usual_threads())
+    ours.start(LLMRole.DECODER, ours.READER_ID, job).finalize()  # that clusters start here at all
+    ceiling = _gb_per_s(Memcpy(job).move)
+    found = f"{ceiling:.2f} GB/s with {job.threads} threads: the ceiling"
+    yield Finding("memcpy", State.OK, found, data={"gb_per_s": ceiling})
+    try:
+        with closing(Owner(_own, job)) as owner:
+            memory = CacheMemory(_WORKLOAD)
+            for path in _PATHS:
+                memory.poison()
+                yield _measure(replace(job, path=path), owner, memory, ceiling)
+    except BenchError as error:
+        remedy = "what else is marked here says why"
+        yield Finding("speed", State.PROBLEM, f"no path works: {error}", remedy)
+
+
+def _own(pipe: Connection, job: Job) -> None:
+    log_to_stderr()
+    ours.own(pipe, job)
+
+
+def _measure(job: Job, owner: Owner, memory: CacheMemory, ceiling: float) -> Finding:
+    with log_book() as book:
+        datadist = ours.start(LLMRole.DECODER, ours.READER_ID, job)
+        try:
+            port, _cache_id = owner.greeting
+            ours.link(datadist, ours.OWNER_ID, port)
+            cache = ours.register(datadist, job.workload, memory, as_rows=False)
+            src, dst = (blocks.tolist() for blocks in job.workload.blocks())
+
+            def pull() -> None:
+                datadist.cache_manager.pull_blocks(ours.KEY, cache, src, dst)
+
+            pull()
+            if not memory.has_arrived():
+                raise BenchError(f"{job.path} did not move the bytes that it was asked to")
+            speed = _gb_per_s(pull)
+        except BenchError as error:
+            found = f"does not work: {book.reason or error}"
+            return Finding(job.path, State.PROBLEM, found, _REMEDIES[job.path])
+        except LLMException as error:
+            return Finding(job.path, State.PROBLEM, f"a pull failed: {error}", _REMEDIES[job.path])
+        finally:
+            datadist.finalize()
+    found = f"{speed:.2f} GB/s, {speed / ceiling:.2f} of memcpy; every byte verified"
+    return Finding(job.path, State.OK, found, data={"gb_per_s": speed})
+
+
+_REMEDIES = {
+    "cma": "see seccomp and ptrace scope; until then links on this host use tcp, which is slower",
+    "tcp": "a firewall on loopback? without tcp there are no links at all",
+}
+
+
+def _gb_per_s(move: Callable[[], None]) -> float:
+    seconds: list[float] = []
+    while len(seconds) < _LEAST_MOVES or sum(seconds) < _MEASURE_S:
+        begun = time.perf_counter()
+        move()
+        seconds.append(time.perf_counter() - begun)
+    return _WORKLOAD.moved_nbytes / statistics.median(seconds) / 1e9
