@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from doc_blocks import READMES, ROOT, blocks_of
 
-ROOT = Path(__file__).parents[2]
-READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def example_of(readme: Path) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    return str(blocks[0])
+    (block,) = (block for block in blocks_of(readme) if block.language == "python")
+    return block.text
 
 
 def test_the_example_pulls_the_blocks_that_it_names(tmp_path: Path) -> None:
