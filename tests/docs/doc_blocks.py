@@ -1,12 +1,12 @@
 """The code blocks of the documentation, and how they are run: by themselves, in real processes.
 
-- Python blocks with a title are files of that name; those without are one program, in order. A
-  `text` block right behind one of the latter is what the program prints there.
+- Blocks with a title are files of that name. Python blocks without one are a program, in order; a
+  `text` block right behind one of them is what the program prints there.
 - Console blocks are terminals. What follows a line `$ command` is what the command prints; `…`
   stands for anything. The last command of a block may go on while the next block runs; at the end
   of the page it is given an Enter, and what is shown behind an empty line is what it prints then.
   Blocks in `sh` or `bash` are commands without the `$`.
-- Of the commands, ours are run (`RUN`); those that set a machine up are not.
+- Of the commands, ours are run (`OURS`); those that set a machine up (`SETS_UP`) are not.
 - A block is not run at all when it begins with the line `# not run by the tests: …`.
 """
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,9 @@ DOCS = ROOT / "docs"
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 
 LANGUAGES = {"", "python", "console", "sh", "bash", "text", "json", "yaml", "toml", "ini"}
-RUN = ("python", "llm-datadist", "pytest")
+TERMINALS = {"console", "sh", "bash"}
+OURS = {"python", "llm-datadist", "pytest"}
+SETS_UP = {"pip", "make", "git", "sudo", "docker", "kubectl", "openssl"}
 NOT_RUN = "# not run by the tests: "
 
 _FENCE = re.compile(r"^( *)```(\w*)([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -78,9 +80,9 @@ def blocks_of(page: Path) -> list[Block]:
 
 def run_page(page: Path, directory: Path, places: Mapping[str, str]) -> None:
     """Runs all there is to run, in a directory; `places` are put in for what the page names."""
-    blocks = [_placed(block, places) for block in blocks_of(page)]
+    blocks = [_with_places(block, places) for block in blocks_of(page)]
     for block in blocks:
-        if block.language == "python" and block.title and block.is_run:
+        if block.title and block.language not in TERMINALS and block.is_run:
             (directory / block.title).write_text(block.text)
     program, output = _program_of(blocks)
     with ExitStack() as terminals:
@@ -96,11 +98,11 @@ def run_page(page: Path, directory: Path, places: Mapping[str, str]) -> None:
                 terminals.enter_context(_run(command, directory))
 
 
-def _placed(block: Block, places: Mapping[str, str]) -> Block:
+def _with_places(block: Block, places: Mapping[str, str]) -> Block:
     text = block.text
     for name, place in places.items():
         text = text.replace(name, place)
-    return Block(block.language, block.title, text, block.follows)
+    return replace(block, text=text)
 
 
 def _program_of(blocks: list[Block]) -> tuple[str, str]:
@@ -119,10 +121,10 @@ def _program_of(blocks: list[Block]) -> tuple[str, str]:
 
 def _commands_of(block: Block) -> list[Command]:
     """The commands of ours in a terminal."""
-    if block.language not in ("console", "sh", "bash") or not block.is_run:
+    if block.language not in TERMINALS or not block.is_run:
         return []
     commands: list[Command] = []
-    for line in block.text.splitlines(keepends=True):
+    for line in block.text.replace("\\\n", " ").splitlines(keepends=True):
         if block.language != "console" or line.startswith("$ "):
             commands.append(Command(line.removeprefix("$ ").strip()))
         elif commands:
@@ -131,8 +133,11 @@ def _commands_of(block: Block) -> list[Command]:
 
 
 def _is_ours(line: str) -> bool:
-    words = [word for word in line.split() if not re.match(r"[A-Z_]+=", word)]
-    return bool(words) and words[0] in RUN
+    words = (word for word in line.split() if not re.match(r"[A-Z_]+=", word))
+    name = next(words, "#")
+    known = name in OURS | SETS_UP or name.startswith("#")
+    assert known, f"`{line}`: is it to be run? See OURS and SETS_UP"
+    return name in OURS
 
 
 @contextmanager
