@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/e2e/test_push.py
 
-.PHONY: demo test soak check lint conformance format clean
+.PHONY: demo test soak check lint conformance docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
@@ -21,8 +21,8 @@ check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests docs/tooling
+	$(BIN)/ruff check src tests docs/tooling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/conformance/report.py --check
@@ -30,12 +30,16 @@ lint: $(VENV)/.dev
 conformance: $(VENV)/.dev
 	$(BIN)/python tests/conformance/report.py
 
+# The site, into site/: open site/index.html, or serve the folder.
+docs: $(VENV)/.dev
+	$(BIN)/python -m mkdocs build --strict
+
 format: $(VENV)/.dev
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests docs/tooling
+	$(BIN)/ruff check --fix src tests docs/tooling
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llm-datadist needs Python 3.10 or newer: make PYTHON=python3.11")'

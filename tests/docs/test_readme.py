@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from doc_blocks import READMES, ROOT, blocks_of
 
-ROOT = Path(__file__).parents[2]
-READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def examples_of(readme: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    return [block.text for block in blocks_of(readme) if block.language == "python"]
 
 
 def output_of(example: str, directory: Path) -> list[str]:

@@ -249,13 +249,13 @@ class Digested(Message, tag=31):
     digest: UInt
 
 
-class ListExports(Message, tag=32):
+class ListExports(Message, tag=34):
     """What does a channel of this path need to know of your memory? Answered with Exports."""
 
     path: Text
 
 
-class Exports(Message, tag=33):
+class Exports(Message, tag=35):
     exports: bytes
 
 

@@ -1,0 +1,87 @@
+"""The messages on the page are those of the library: found in its source, most of them provoked.
+
+On the page as in the source's templates here, `…` stands for what differs from case to case.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+from doc_blocks import DOCS, ROOT
+from provocations import PROVOCATIONS, Scene
+
+from llm_datadist.testing.timing import eventually
+
+if TYPE_CHECKING:
+    from llm_datadist.testing.cluster import Node, NodeProcess
+
+PAGE = DOCS / "troubleshooting.md"
+#: what needs two hosts, users or releases, comes by chance, or is shown by the tests of faults
+NOT_PROVOKED = [
+    "cannot accept a connection: …",
+    "cluster … speaks protocol …, its peer …: install the same release of llm-datadist on both",
+    "no connection to … in … s",
+    "not all members appeared within … s: …",
+    "the link to cluster … uses …, because … is not available: …",
+    "the peer is in another PID namespace: let the containers share one (--pid)",
+    "run both processes as the same user (here …, the peer …)",
+    "lower kernel.yama.ptrace_scope to 1, or grant CAP_SYS_PTRACE",
+    "in a container, allow it (--cap-add SYS_PTRACE, or a seccomp profile that does)",
+    "the peer is on another host",
+    "the peer's cache … was freed or changed during the transfer: it must keep it until the "
+    "transfer has ended",
+    "process … of the peer is gone",
+    "the peer is gone: …",
+    "what arrived of the peer's cache … is not what its owner has: the checksums differ "
+    "(verify_transfers)",
+    "cache … is still used by a transfer after … s",
+]
+
+
+def messages() -> list[str]:
+    """What the page quotes: the first code of a line or of a table's row, if it is a sentence."""
+    return re.findall(r"^(?:\| )?`([^`]* [^`]*)`", PAGE.read_text(), re.MULTILINE)
+
+
+@cache
+def templates() -> frozenset[str]:
+    """Every text of the source, with `…` for what is put into it."""
+    found = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+                found.add(re.sub("…+", "…", "".join(parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(re.sub("%[sd]", "…", node.value))
+    return frozenset(found)
+
+
+def test_each_message_is_provoked_or_said_not_to_be() -> None:
+    assert sorted([*PROVOCATIONS, *NOT_PROVOKED]) == sorted(messages())
+
+
+@pytest.mark.parametrize("message", messages())
+def test_a_message_is_in_the_source(message: str) -> None:
+    assert any(message in template for template in templates())
+
+
+@pytest.mark.parametrize("message", PROVOCATIONS)
+def test_a_message_comes_when_it_is_provoked(
+    message: str, node: Node, peer: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[str] = []
+    with caplog.at_level(logging.INFO, "LLM_DATADIST"):
+        try:
+            PROVOCATIONS[message](Scene(node, peer))
+        except Exception as error:  # whichever: its words are what is asked for
+            said.append(str(error))
+        pattern = re.escape(message).replace("…", ".+")
+        assert eventually(
+            lambda: re.search(pattern, "\n".join([*said, *caplog.messages])) is not None
+        )
