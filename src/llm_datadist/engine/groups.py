@@ -54,6 +54,8 @@ class Group:
     status: RegisterMemStatus = RegisterMemStatus.PREPARING
     sessions: dict[int, Session] = field(default_factory=dict)
     calling: set[int] = field(default_factory=set)
+    #: why the last call to a member failed
+    failures: dict[int, str] = field(default_factory=dict)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -191,6 +193,7 @@ class Groups:
                     return
                 outcome = await self._call_until_answered(group, member, endpoint, linker, deadline)
                 get_logger().info("calling cluster %d at %s: %s", member, endpoint, outcome.status)
+                group.failures[member] = outcome.reason
                 if member in group.sessions or group.settled.is_set():
                     return
         finally:
@@ -249,6 +252,8 @@ def _absent(group: Group) -> str:
             "this host only, for the rank table has no host_ip, no server_id that is an IP "
             "address and no device_ip for it"
         )
-        return f"cluster {member} (looked for on {where})"
+        failure = group.failures.get(member)
+        return f"cluster {member} (looked for on {where}{f': {failure}' if failure else ''})"
 
-    return "; ".join(says(each, group.plan.members[each]) for each in group.missing)
+    absent = "; ".join(says(each, group.plan.members[each]) for each in group.missing)
+    return f"{absent}. Of two members the one that calls `link` last must be able to reach the other"

@@ -31,13 +31,18 @@ _EXHAUSTED_S = 0.2
 _MAX_STRANGERS = 1024
 
 
-def bind(endpoint: Endpoint) -> socket.socket:
-    """A listening socket. Raises LLMException: LLM_FAILED when the address cannot be had."""
+def bind(endpoint: Endpoint, *, is_v6_only: bool = False) -> socket.socket:
+    """A listening socket; with `is_v6_only` it leaves the port of IPv4 to others.
+
+    Raises LLMException: LLM_FAILED when the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
     sock = None
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_v6_only:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((endpoint.host, endpoint.port))
         sock.listen(_BACKLOG)
         sock.setblocking(False)
