@@ -16,6 +16,8 @@ from llm_datadist.errors import LLMStatusCode
 from llm_datadist.transport.deadline import Deadline
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.context import Context
 
@@ -71,13 +73,25 @@ class Linker:
             turn.release()
 
     async def call(
-        self, endpoint: Endpoint, timeout_s: float, *, is_fresh: bool, group: str = ""
+        self,
+        endpoint: Endpoint,
+        timeout_s: float,
+        *,
+        is_fresh: bool,
+        group: str = "",
+        claim: Callable[[], str] = str,
     ) -> Outcome:
-        """Links to whoever listens there; `is_fresh` when no link to it is known here."""
+        """Links to whoever listens there; `is_fresh` when no link to it is known here.
+
+        Once it is reached `claim` may say why the call is to end there, as LLM_PROCESSING_LINK.
+        """
         deadline = Deadline.after(timeout_s)
         control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
         if control is None:
             return outcome
+        if objection := claim():
+            control.close()
+            return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
         link = lk.CallerLink(self._context.me)
         session = Session(self._context, control, link, endpoint, group)
         left_s = max(0.001, deadline.remaining_s())

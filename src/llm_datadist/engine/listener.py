@@ -164,6 +164,7 @@ class Listener:
         timeout_s = min(hello.timeout_ms / 1000, _MAX_HAND_SHAKE_S)
         refusal = self._context.groups.refusal_of(hello) if hello.group else None
         if refusal is None:
+            self._context.groups.answer(session, hello.cluster_id)
             first = link.admit(hello, is_known=known and not hello.group)
         else:
             first = link.turn_away(*refusal)
