@@ -33,14 +33,16 @@ _MAX_PACKET_NBYTES = 65_536
 class SlowCable:
     """Joins the hosts of two processes. A context manager; both devices must be up by then.
 
-    A thread of its own does the work. `delay_s` is one way; `loss` is the share of packets that
-    never arrive, the same ones for the same seed and traffic.
+    A thread of its own does the work. Packets stay in order.
     """
 
-    def __init__(self, pids: Sequence[int], device: str, delay_s: float, loss: float) -> None:
+    def __init__(self, pids: Sequence[int], device: str, delay_s: float) -> None:
         """Raises OSError where TUN devices cannot be made."""
+        #: one way
+        self.delay_s = delay_s
+        #: the share of packets that never arrive: the same ones for the same traffic
+        self.loss = 0.0
         self.num_lost = self.num_passed = 0
-        self._delay_s, self._loss = delay_s, loss
         self._random = random.Random(7)
         self._is_cut = False
         #: when each packet is due, at which end
@@ -81,10 +83,10 @@ class SlowCable:
 
     def _take(self, end: int) -> None:
         packet = os.read(end, _MAX_PACKET_NBYTES)
-        if self._random.random() < self._loss:
+        if self._random.random() < self.loss:
             self.num_lost += 1
         else:
-            self._under_way.append((time.monotonic() + self._delay_s, self._far_end[end], packet))
+            self._under_way.append((time.monotonic() + self.delay_s, self._far_end[end], packet))
 
     def _pass_on(self) -> None:
         _, end, packet = self._under_way.popleft()
