@@ -7,7 +7,6 @@ as much where it is compiled in; this needs /dev/net/tun and root.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import random
@@ -20,12 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from two_hosts import enter_host
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Self
 
-_CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _MAX_PACKET_NBYTES = 65_536
 
@@ -99,10 +99,7 @@ def _open_end(pid: int, device: str, opened: ExitStack) -> int:
     """A TUN device of that name on the host of a process."""
 
     def open_there() -> int:
-        with open(f"/proc/{pid}/ns/net") as namespace:
-            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
-                code = ctypes.get_errno()
-                raise OSError(code, f"setns: {os.strerror(code)}")
+        enter_host(pid)
         end = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         opened.callback(os.close, end)
         fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH22x", device.encode(), _IFF_TUN | _IFF_NO_PI))

@@ -30,11 +30,24 @@ CABLE = "cable"
 
 Hosts = list[NodeProcess]
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 def unshare(namespaces: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).unshare(namespaces):
+    """Gives this thread, or what it starts, namespaces of its own. Raises OSError."""
+    _check(_libc.unshare(namespaces), "unshare")
+
+
+def enter_host(pid: int) -> None:
+    """Takes this thread to the network of a process. Raises OSError."""
+    with open(f"/proc/{pid}/ns/net") as namespace:
+        _check(_libc.setns(namespace.fileno(), CLONE_NEWNET), "setns")
+
+
+def _check(result: int, what: str) -> None:
+    if result:
         code = ctypes.get_errno()
-        raise OSError(code, f"unshare: {os.strerror(code)}")
+        raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
 def start_apart() -> NodeProcess:
@@ -56,6 +69,15 @@ def leave_host(node: Node) -> None:
 
 def ip(node: Node, *arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+def lay_cable(hosts: Hosts) -> None:
+    """Joins two hosts by a pair of virtual interfaces. Raises OSError, CalledProcessError."""
+    one, other = hosts
+    cable = ["ip", "link", "add", CABLE, "type", "veth", "peer", CABLE, "netns", str(other.pid)]
+    there = ["nsenter", f"--net=/proc/{one.pid}/ns/net"]
+    subprocess.run([*there, *cable], check=True, capture_output=True, text=True)
+    set_up(hosts)
 
 
 def set_up(hosts: Hosts) -> None:
@@ -106,13 +128,9 @@ def apart(machines: Hosts) -> Iterator[Hosts]:
 @pytest.fixture
 def hosts(apart: Hosts) -> Hosts:
     """Two processes on hosts of their own, joined by a cable."""
-    one, other = apart
-    cable = ["ip", "link", "add", CABLE, "type", "veth", "peer", CABLE, "netns", str(other.pid)]
     try:
-        subprocess.run(["nsenter", f"--net=/proc/{one.pid}/ns/net", *cable],
-                       check=True, capture_output=True, text=True)  # fmt: skip
+        lay_cable(apart)
     except (OSError, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", "") or error
         pytest.skip(f"a cable between namespaces needs nsenter, iproute2 and veth: {why}")
-    set_up(apart)
     return apart

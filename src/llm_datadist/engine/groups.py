@@ -69,9 +69,9 @@ class Group:
         return [member for member in self.plan.members if member not in self.sessions]
 
     def claim(self, member: int) -> str:
-        """A call of ours reached a member: empty when it counts, else why it is not to be made.
+        """A call of ours reached a member: empty when it counts, else why it is to end there.
 
-        Until then the member's own call would count, which may be the only one that can get through.
+        Not before: the member's own call may be the only one that can get through.
         """
         answered = self.answered.get(member)
         if answered is not None and not answered.is_closed:
@@ -223,7 +223,9 @@ class Groups:
             left_s = max(0.001, deadline.remaining_s())
             claim, name = partial(group.claim, member), group.plan.name
             try:
-                outcome = await linker.call(endpoint, left_s, is_fresh=True, group=name, claim=claim)
+                outcome = await linker.call(
+                    endpoint, left_s, is_fresh=True, group=name, claim=claim
+                )
             finally:
                 group.calling.discard(member)
             busy = outcome.status is LLMStatusCode.LLM_PROCESSING_LINK

@@ -22,6 +22,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
 from llm_datadist.transport.base import Channel, StaleCache, Streams
 from llm_datadist.transport.local import gather
+from llm_datadist.transport.movers import MIN_PART_NBYTES
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 #: a peer that takes nothing of an answer for so long is waited for without a thread
 _PATIENCE_S = 0.05
 
-#: larger segments are cut, so that streams share them evenly
-_PIECE_NBYTES = 8 * 1024 * 1024
+#: larger segments are cut, so that streams share them evenly: a quarter of the smallest part
+_PIECE_NBYTES = MIN_PART_NBYTES // 4
 
 _TRAILER_NBYTES = 2 * WORD_NBYTES
 _FILLER = np.zeros(64 * 1024, dtype=np.uint8)
