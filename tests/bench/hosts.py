@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,7 +36,7 @@ from llm_datadist.cli.bench.workload import SHAPES
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-from two_hosts import CABLE, HOSTS, enter_host, lay_cable, leave_host, unshare  # noqa: E402
+from two_hosts import CABLE, HOSTS, enter_host, lay_cable, leave_host, unshare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +68,7 @@ class Iperf:
         assert process.stdout is not None
         while "listening" not in process.stdout.readline():
             pass
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # what else it says
         self._client = [
             *("nsenter", *reader, "--client", HOSTS[0], "--port", str(IPERF_PORT), "--reverse"),
             *("--parallel", str(streams), "--bytes", str(WORKLOAD.moved_nbytes), "--json"),

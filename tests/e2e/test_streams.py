@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 THREADS_OF_PEER = 3
 SHAPE = (4, 16, 128 * 1024)
+#: enough to open streams, and for 8 MiB some minutes
+CRAWL_NBYTES_PER_S = 50_000
 #: of a link: its control connection, and the stream over which its listener verified the path
 OTHERS = 2
 
@@ -36,8 +38,15 @@ def proxy(peer: NodeProcess) -> Iterator[FaultProxy]:
 
 def start(node: Node, cluster_id: int, listen: str, settings: dict[str, object]) -> int:
     role = LLMRole.PROMPT if cluster_id == 1 else LLMRole.DECODER
-    port = node.start(role, cluster_id, listen_ip_info=listen, transfer_path="tcp",
-                      enable_remote_cache_accessible=True, **settings)  # fmt: skip
+    port = node.start(
+        role,
+        cluster_id,
+        listen_ip_info=listen,
+        transfer_path="tcp",
+        enable_remote_cache_accessible=True,
+        sync_kv_timeout=20_000,
+        **settings,
+    )
     node.blocks_cache(*SHAPE, seed=cluster_id, key=BlocksCacheKey(cluster_id, 0))
     return port
 
@@ -62,7 +71,7 @@ def num_streams(node: Node, proxy: FaultProxy, nbytes: int, expected: int) -> in
     The network crawls until all that are expected have been opened: none does another one's part.
     """
     pull(node, 1, MIB // 2)  # which brings the owner's table
-    proxy.slow(1000)
+    proxy.slow(CRAWL_NBYTES_PER_S)
     with ThreadPoolExecutor(1) as thread:
         pulling = thread.submit(pull, node, 1, nbytes)
         eventually(lambda: proxy.num_connections - OTHERS >= expected)
@@ -71,16 +80,21 @@ def num_streams(node: Node, proxy: FaultProxy, nbytes: int, expected: int) -> in
     return proxy.num_connections - OTHERS
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 5])
-@pytest.mark.parametrize("is_option", [False, True], ids=["LLMConfig", "option"])
+@pytest.mark.parametrize(
+    ("settings", "streams"),
+    [
+        ({"transfer_threads": 1}, 1),
+        ({"transfer_threads": 2}, 2),
+        ({"transfer_threads": 5}, 5),
+        ({"ge_options": {"llm_datadist.Threads": "3"}}, 3),
+    ],
+    ids=["one", "two", "five", "three-by-the-option"],
+)
 def test_a_large_transfer_uses_as_many_streams_as_are_set(
-    node: Node, proxy: FaultProxy, num_threads: int, is_option: bool
+    node: Node, proxy: FaultProxy, settings: dict[str, object], streams: int
 ) -> None:
-    if is_option:
-        link(node, proxy, ge_options={"llm_datadist.Threads": str(num_threads)})
-    else:
-        link(node, proxy, transfer_threads=num_threads)
-    assert num_streams(node, proxy, 8 * MIB, num_threads) == num_threads
+    link(node, proxy, **settings)
+    assert num_streams(node, proxy, 8 * MIB, streams) == streams
 
 
 def test_unset_it_uses_as_many_as_there_are_cores_and_at_most_four(
@@ -103,7 +117,7 @@ def test_a_small_transfer_uses_fewer_than_are_set(
 def test_streams_are_kept_for_what_follows(node: Node, proxy: FaultProxy) -> None:
     link(node, proxy, transfer_threads=3)
     assert num_streams(node, proxy, 8 * MIB, 3) == 3
-    for _ in range(5):
+    for _ in range(2):
         pull(node, 1, 8 * MIB)
     assert proxy.num_connections - OTHERS == 3
 
@@ -114,9 +128,9 @@ def test_the_end_that_listens_has_streams_of_its_own_and_the_caller_dials_them(
     link(node, proxy, transfer_threads=1)
     assert num_streams(node, proxy, MIB, 1) == 1
     peer.call(pull, 2, MIB // 2)
-    proxy.slow(1000)
+    proxy.slow(CRAWL_NBYTES_PER_S)
     peer.begin(pull, 2, 8 * MIB)
-    all_streams = THREADS_OF_PEER - 1 + 1  # of which one was there, as `OTHERS` says
+    all_streams = THREADS_OF_PEER - 1 + 1  # one of the peer's is among `OTHERS`; and one is ours
     assert eventually(lambda: proxy.num_connections - OTHERS == all_streams)
     proxy.restore()
     peer.result()
