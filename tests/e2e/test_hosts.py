@@ -1,89 +1,216 @@
-"""Links between hosts, by link_clusters: IPv4 and IPv6, delay and loss."""
+"""Links between hosts, by link_clusters: both IPs, one open port, relays, one-way networks."""
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import two_hosts
-from linked_pair import add_blocks, array_of
-from two_hosts import HOSTS, HOSTS_6, ip
+from rank_members import logged, record_log
+from two_hosts import HOSTS, HOSTS_6, Hosts, ip, let_in
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
+from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:
-    from llm_datadist.testing.cluster import Bytes
+    from llm_datadist.endpoint import Endpoint
 
-hosts = two_hosts.hosts
+machines, apart, hosts = two_hosts.machines, two_hosts.apart, two_hosts.hosts
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
-KEY = BlocksCacheKey(1, 0)
 SHAPE = (4, 32, 32 * 1024)
+SRC, DST = [3, 9, 30], [0, 31, 7]
+#: the roles of clusters 1 and 2
+ROLES = (LLMRole.PROMPT, LLMRole.DECODER)
+BOTH_IPS = pytest.mark.parametrize("addresses", [HOSTS, HOSTS_6], ids=["IPv4", "IPv6"])
 
 
-def shape_traffic(node: Node, *discipline: str) -> None:
-    import subprocess
-
-    subprocess.run(["tc", "qdisc", "add", "dev", "cable", "root", *discipline], check=True)
+# -- run by the hosts ------------------------------------------------------------------------------
 
 
-def pull(node: Node, src: list[int], dst: list[int]) -> Bytes:
-    cache = node.blocks_cache(*SHAPE)
-    node.manager.pull_blocks(KEY, cache, src, dst)
-    return array_of(node, cache.cache_id)
-
-
-def paths(node: Node) -> list[str]:
-    return [link.path for link in node.datadist.links()]
-
-
-def start_owner(process: NodeProcess, host: str, **settings: object) -> int:
+def start(node: Node, cluster_id: int, host: str, **settings: object) -> int:
+    """A cluster that listens there; the port."""
     listen = f"[{host}]:0" if ":" in host else f"{host}:0"
-    port = process.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info=listen, **settings)
-    process.call(add_blocks, *SHAPE, seed=1, key=KEY)
+    role = ROLES[cluster_id - 1]
+    port = node.start(role, cluster_id, listen_ip_info=listen, **settings)
+    node.blocks_cache(*SHAPE, seed=cluster_id, key=BlocksCacheKey(cluster_id, 0))
     return port
 
 
-@pytest.mark.shows("O34")
-@pytest.mark.parametrize("host", [HOSTS[0], HOSTS_6[0]], ids=["IPv4", "IPv6"])
-def test_blocks_are_pulled_from_another_host(hosts: list[NodeProcess], host: str) -> None:
-    owner, reader = hosts
-    port = start_owner(owner, host, transfer_path="tcp")
-    reader.call(Node.start, LLMRole.DECODER, 2, transfer_path="tcp")
-    assert reader.call(Node.link, port, 1, host=host) == SUCCESS
-    assert reader.call(paths) == owner.call(paths) == ["tcp"]
-    src, dst = [3, 9, 30], [0, 31, 7]
-    got = reader.call(pull, src, dst)
+def pulls(node: Node, cluster_id: int) -> bool:
+    """Whether blocks of a cluster, which its id tells, arrive here."""
+    cache = node.blocks_cache(*SHAPE)
+    node.manager.pull_blocks(BlocksCacheKey(cluster_id, 0), cache, SRC, DST)
     expected = np.zeros(SHAPE, np.uint8)
-    expected[:, dst] = make_array(SHAPE, 1)[:, src]
-    np.testing.assert_array_equal(got, expected)
+    expected[:, DST] = make_array(SHAPE, cluster_id)[:, SRC]
+    return np.array_equal(node.arrays[cache.cache_id], expected)
 
 
-def test_a_slow_and_lossy_network_is_no_error_within_the_deadline(
-    hosts: list[NodeProcess],
+def push(node: Node, cluster_id: int) -> None:
+    """Some blocks of this host's first cache, to the other's."""
+    cache = next(iter(node.caches.values()))
+    node.manager.push_blocks(BlocksCacheKey(cluster_id, 0), cache, SRC, DST)
+
+
+def has_blocks_of(node: Node, cluster_id: int) -> bool:
+    array = next(iter(node.arrays.values()))
+    return np.array_equal(array[:, DST], make_array(SHAPE, cluster_id)[:, SRC])
+
+
+def link_infos(node: Node) -> list[tuple[str, str, Endpoint | None]]:
+    return [(link.path, link.path_reason, link.endpoint) for link in node.datadist.links()]
+
+
+def answers(node: Node, host: str, port: int) -> bool:
+    """Whether anybody on that host can be called at the port, or at least says no."""
+    try:
+        socket.create_connection((host, port), timeout=0.3).close()
+    except TimeoutError:
+        return False
+    except ConnectionRefusedError:
+        return True
+    return True
+
+
+def move_both_ways(hosts: Hosts, *, is_accessible: bool) -> None:
+    """Pulls by either end; and a push by cluster 1, where that is possible."""
+    one, other = hosts
+    assert other.call(pulls, 1)
+    assert one.call(pulls, 2)
+    if is_accessible:
+        one.call(push, 2)
+        assert other.call(has_blocks_of, 1)
+
+
+# -- tests -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.shows("O34")
+@BOTH_IPS
+def test_hosts_are_linked_by_tcp_and_say_why(hosts: Hosts, addresses: tuple[str, str]) -> None:
+    """Neither process sees the other one, so there is no memory that it could read."""
+    one, other = hosts
+    port = one.call(start, 1, addresses[0])
+    other.call(start, 2, addresses[1])
+    assert other.call(Node.link, port, 1, host=addresses[0]) == SUCCESS
+    ((path, reason, endpoint),) = other.call(link_infos)
+    assert (path, endpoint) == ("tcp", (addresses[0], port))
+    assert "cma: the peer is in another PID namespace" in reason
+    ((path, _, endpoint),) = one.call(link_infos)
+    assert (path, endpoint) == ("tcp", None)
+    move_both_ways(hosts, is_accessible=False)
+
+
+@BOTH_IPS
+def test_one_open_port_of_one_host_is_all_that_is_used(
+    hosts: Hosts, addresses: tuple[str, str], is_accessible: bool
 ) -> None:
-    owner, reader = hosts
-    for process in hosts:
-        try:
-            process.call(shape_traffic, "netem", "delay", "10ms", "loss", "1%")
-        except Exception as error:  # the kernel may lack netem
-            pytest.skip(f"delay and loss need tc and its kernel module: {error}")
-    settings = {"transfer_path": "tcp", "sync_kv_timeout": 20_000}
-    port = start_owner(owner, HOSTS[0], **settings)
-    reader.call(Node.start, LLMRole.DECODER, 2, **settings)
-    assert reader.call(Node.link, port, 1, 5000, host=HOSTS[0]) == SUCCESS
-    with takes_at_most(24):
-        got = reader.call(pull, list(range(32)), list(range(32)))
-    np.testing.assert_array_equal(got, make_array(SHAPE, 1))
+    one, other = hosts
+    settings = {"enable_remote_cache_accessible": is_accessible}
+    port = one.call(start, 1, addresses[0], **settings)
+    other.call(start, 2, addresses[1], **settings)
+    one_more = port + 1 if port < 65_535 else port - 1
+    assert other.call(answers, addresses[0], one_more)
+    let_in(one, "dport", port)
+    let_in(other, "sport", port)
+    assert not other.call(answers, addresses[0], one_more)
+    assert other.call(Node.link, port, 1, host=addresses[0]) == SUCCESS
+    move_both_ways(hosts, is_accessible=is_accessible)
 
 
-def test_an_address_that_leads_nowhere_is_a_timeout_in_time(hosts: list[NodeProcess]) -> None:
-    reader = hosts[1]
-    reader.call(ip, "route", "add", "192.0.2.0/24", "via", HOSTS[0])
-    reader.call(Node.start, LLMRole.DECODER, 2, transfer_path="tcp")
-    with takes_at_most(1.3):
-        status = reader.call(Node.link, 26000, 1, 1000, host="192.0.2.1")
-    assert status in (LLMStatusCode.LLM_TIMEOUT, LLMStatusCode.LLM_LINK_FAILED)
+@BOTH_IPS
+def test_the_address_that_is_called_may_be_a_relays(
+    hosts: Hosts, addresses: tuple[str, str], is_accessible: bool
+) -> None:
+    """As with NAT, a proxy or a forwarded port: not even its IP need be of the listener's kind."""
+    one, other = hosts
+    settings = {"enable_remote_cache_accessible": is_accessible}
+    port = one.call(start, 1, addresses[0], **settings)
+    let_in(one, "dport", port)
+    relayed = other.call(open_relay, addresses[0], port)
+    try:
+        other.call(start, 2, addresses[1], **settings)
+        assert other.call(Node.link, relayed, 1) == SUCCESS
+        assert [info[2] for info in other.call(link_infos)] == [("127.0.0.1", relayed)]
+        move_both_ways(hosts, is_accessible=is_accessible)
+    finally:
+        other.call(close_relays)
+
+
+_relays: list[FaultProxy] = []
+
+
+def open_relay(node: Node, host: str, port: int) -> int:
+    """Relays a port of this host to another one."""
+    _relays.append(FaultProxy(port, host))
+    return _relays[-1].port
+
+
+def close_relays(node: Node) -> None:
+    while _relays:
+        _relays.pop().close()
+
+
+def test_where_one_end_cannot_call_the_other_it_says_so_and_the_other_end_links(
+    hosts: Hosts, is_accessible: bool
+) -> None:
+    one, other = hosts
+    settings = {"enable_remote_cache_accessible": is_accessible}
+    ports = [
+        process.call(start, cluster_id, host, **settings)
+        for cluster_id, (process, host) in enumerate(zip(hosts, HOSTS, strict=True), 1)
+    ]
+    let_in(one, "dport", ports[0])
+    one.call(record_log)
+    with takes_at_most(0.7):
+        status = one.call(Node.link, ports[1], 2, 500, host=HOSTS[1])
+    assert status == LLMStatusCode.LLM_TIMEOUT
+    assert_helps(one, f"no connection to {HOSTS[1]}:{ports[1]} within 0.500 s")
+    assert other.call(Node.link, ports[0], 1, host=HOSTS[0]) == SUCCESS
+    move_both_ways(hosts, is_accessible=is_accessible)
+
+
+@pytest.mark.parametrize(
+    ("route", "says"),
+    [
+        (["unreachable"], "No route to host"),
+        (["prohibit"], "Permission denied"),
+        (["local", "dev", "lo"], "Connection refused"),
+    ],
+    ids=["unreachable", "prohibited", "nobody-listens"],
+)
+def test_an_address_that_cannot_be_reached_is_refused_at_once(
+    hosts: Hosts, route: list[str], says: str
+) -> None:
+    one = hosts[0]
+    one.call(ip, "route", "add", route[0], "192.0.2.0/24", *route[1:])
+    one.call(start, 1, HOSTS[0])
+    one.call(record_log)
+    with takes_at_most(1):
+        status = one.call(Node.link, 26_000, 2, 5000, host="192.0.2.1")
+    assert status == LLMStatusCode.LLM_LINK_FAILED
+    assert_helps(one, f"cannot connect to 192.0.2.1:26000: {says}")
+
+
+@pytest.mark.shows("link.silent")
+def test_an_address_that_leads_nowhere_is_a_timeout_in_time(hosts: Hosts) -> None:
+    one = hosts[0]
+    one.call(ip, "route", "add", "192.0.2.0/24", "via", HOSTS[1])
+    one.call(start, 1, HOSTS[0])
+    one.call(record_log)
+    with takes_at_most(0.7):
+        status = one.call(Node.link, 26_000, 2, 500, host="192.0.2.1")
+    assert status == LLMStatusCode.LLM_TIMEOUT
+    assert_helps(one, "no connection to 192.0.2.1:26000 within 0.500 s")
+
+
+def assert_helps(process: NodeProcess, what: str) -> None:
+    """The log says what failed, and what to do about it."""
+    says = process.call(logged)
+    assert what in says
+    assert "this end be able to reach it" in says
+    assert "let the peer call: one direction is enough" in says

@@ -35,7 +35,7 @@ from rank_members import (
     unlink,
     use_runtime_dir,
 )
-from two_hosts import HOSTS
+from two_hosts import HOSTS, HOSTS_6, let_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from llm_datadist.testing.cluster import Node
 
 runtime_dir = rank_members.runtime_dir
-hosts = two_hosts.hosts
+machines, apart, hosts = two_hosts.machines, two_hosts.apart, two_hosts.hosts
 processes = rank_members.processes
 members = rank_members.members
 
@@ -67,10 +67,10 @@ def endpoints(node: Node) -> list[tuple[str, int] | None]:
     return [link.endpoint for link in node.datadist.links()]
 
 
-def servers_with(field: str) -> list[dict[str, object]]:
+def servers_with(field: str, hosts: tuple[str, str] = HOSTS) -> list[dict[str, object]]:
     """Entries of which that field alone leads to the host."""
     servers = []
-    for rank, (host, device_id) in enumerate(zip(HOSTS, DEVICES, strict=True)):
+    for rank, (host, device_id) in enumerate(zip(hosts, DEVICES, strict=True)):
         device = {"rank_id": str(rank), "device_id": str(device_id)}
         server: dict[str, object] = {"server_id": str(rank + 1), "device": [device]}
         if field == "device_ip":
@@ -103,6 +103,63 @@ def test_members_on_two_hosts_are_linked_by_the_addresses_of_the_table(
     assert late.call(endpoints) == [(HOSTS[0], (base_port or 60_000) + DEVICES[0])]
     assert early.call(pulls, 2)
     assert late.call(pulls, 1)
+
+
+@pytest.mark.shows("relies.3", "O34")
+def test_members_on_two_hosts_are_linked_by_ipv4_and_by_ipv6_at_the_same_port(
+    hosts: Members,
+) -> None:
+    for cluster_id, (process, device_id) in enumerate(zip(hosts, DEVICES, strict=True), 1):
+        process.call(set_base_port, None)
+        process.call(start, cluster_id, device_id=device_id)
+    for name, addresses in (("kv4", HOSTS), ("kv6", HOSTS_6)):
+        table = json.dumps({"server_list": servers_with("host_ip", addresses)})
+        comm_ids = [process.call(link, name, (1, 2), table) for process in hosts]
+        settled = zip(hosts, comm_ids, strict=True)
+        assert [process.call(settle, comm_id) for process, comm_id in settled] == [OK, OK]
+        called = [endpoint for found in call_all(hosts, endpoints) for endpoint in found]
+        expected = [(addresses[0], 60_000 + DEVICES[0]), (addresses[1], 60_000 + DEVICES[1])]
+        assert sorted(endpoint in expected for endpoint in called) == [False, True]
+        assert hosts[0].call(pulls, 2)
+        assert hosts[1].call(pulls, 1)
+        for process, comm_id in zip(hosts, comm_ids, strict=True):
+            process.call(unlink, comm_id)
+
+
+@pytest.mark.shows("relies.3")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["callable-first", "callable-last"])
+@pytest.mark.parametrize("only_callable", [0, 1])
+def test_members_of_whom_only_one_can_call_the_other(
+    hosts: Members, only_callable: int, order: tuple[int, int]
+) -> None:
+    """The one that calls `link` last must be able to, or they try more than once."""
+    for cluster_id, (process, device_id) in enumerate(zip(hosts, DEVICES, strict=True), 1):
+        process.call(set_base_port, None)
+        process.call(start, cluster_id, device_id=device_id, link_total_time=1, link_retry_count=2)
+    let_in(hosts[only_callable], "dport", 60_000 + DEVICES[only_callable])
+    table = json.dumps({"server_list": servers_with("host_ip")})
+    for member in order:
+        assert hosts[member ^ only_callable].call(link, "kv", (1, 2), table) == 1
+    assert call_all(hosts, settle, 1) == [OK, OK]
+    assert hosts[0].call(pulls, 2)
+    assert hosts[1].call(pulls, 1)
+
+
+@pytest.mark.shows("relies.3")
+def test_the_log_says_that_a_member_could_not_be_reached_and_what_to_do(hosts: Members) -> None:
+    only_callable, caller = hosts
+    for cluster_id, (process, device_id) in enumerate(zip(hosts, DEVICES, strict=True), 1):
+        process.call(set_base_port, None)
+        process.call(start, cluster_id, device_id=device_id, link_total_time=1)
+        process.call(record_log)
+    let_in(only_callable, "dport", 60_000 + DEVICES[0])
+    table = json.dumps({"server_list": servers_with("host_ip")})
+    for process in (caller, only_callable):
+        assert process.call(link, "kv", (1, 2), table) == 1
+    assert call_all(hosts, settle, 1) == [FAILED, FAILED]
+    says = only_callable.call(logged)
+    assert f"no connection to {HOSTS[1]}:{60_000 + DEVICES[1]} within" in says
+    assert "the one that calls `link` last must be able to reach the other" in says
 
 
 @pytest.mark.shows("relies.3")

@@ -27,6 +27,7 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
+_VANISHED_MS = 25_000
 
 
 class ConnectionEnded(Exception):
@@ -54,6 +55,13 @@ class Control:
     def trust(self) -> None:
         """The peer is known: accept frames of full size."""
         self.frames.max_nbytes = m.MAX_BODY_NBYTES
+
+    def watch(self) -> None:
+        """Has the connection end soon after the peer's host vanished while a message was under way.
+
+        Keep-alive leaves that to the retransmissions, which go on for a quarter of an hour.
+        """
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _VANISHED_MS)
 
     async def greet(self) -> None:
         """The shield's hand-shake, first of all. Raises Unwelcome."""

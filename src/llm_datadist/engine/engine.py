@@ -182,10 +182,12 @@ class Engine:
         rendezvous = Rendezvous()
         here = self._listen_for_ranks(Endpoint("127.0.0.1", 0))
         if port is not None:
-            try:
-                self._listen_for_ranks(Endpoint("0.0.0.0", port))
-            except LLMException as error:  # we can still call the others
-                get_logger().warning("members on other hosts cannot call us: %s", error)
+            places = [place for member in plan.members.values() for place in member]
+            for anywhere in {"::" if ":" in place.host else "0.0.0.0" for place in places}:
+                try:
+                    self._listen_for_ranks(Endpoint(anywhere, port))
+                except LLMException as error:  # we can still call the others
+                    get_logger().warning("members on other hosts cannot call us: %s", error)
         comm_id = self._run(self.groups.start(plan, self._linker, rendezvous, here))
         self.has_rank_links = True
         return comm_id
@@ -201,7 +203,7 @@ class Engine:
         """The port of the listener there; one for each endpoint asked for."""
         port = self._rank_ports.get(endpoint)
         if port is None:
-            sock = bind(endpoint)
+            sock = bind(endpoint, is_v6_only=endpoint.host == "::")  # 0.0.0.0 has its own
             port = self._rank_ports[endpoint] = sock.getsockname()[1]
             self._rank_listeners.append(self._run(self._make_listener(sock)))
         return port

@@ -12,6 +12,7 @@ import itertools
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.endpoint import Endpoint
@@ -53,7 +54,12 @@ class Group:
     token: str  #: of what the rendezvous says of us
     status: RegisterMemStatus = RegisterMemStatus.PREPARING
     sessions: dict[int, Session] = field(default_factory=dict)
+    #: whom we have reached with a call of ours
     calling: set[int] = field(default_factory=set)
+    #: whose call we answered last
+    answered: dict[int, Session] = field(default_factory=dict)
+    #: why the last call to a member failed
+    failures: dict[int, str] = field(default_factory=dict)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -61,6 +67,17 @@ class Group:
     def missing(self) -> list[int]:
         """The members that are not linked yet."""
         return [member for member in self.plan.members if member not in self.sessions]
+
+    def claim(self, member: int) -> str:
+        """A call of ours reached a member: empty when it counts, else why it is to end there.
+
+        Not before: the member's own call may be the only one that can get through.
+        """
+        answered = self.answered.get(member)
+        if answered is not None and not answered.is_closed:
+            return "it is calling us"
+        self.calling.add(member)
+        return ""
 
 
 class Groups:
@@ -124,6 +141,12 @@ class Groups:
             )
         return None
 
+    def answer(self, session: Session, caller: int) -> None:
+        """A call that was not refused is being answered."""
+        group = self._open_group(session.group)
+        if group is not None:
+            group.answered[caller] = session
+
     async def join(self, session: Session) -> None:
         """A link of a group is made. The group becomes usable with the last."""
         group = self._open_group(session.group)
@@ -165,7 +188,6 @@ class Groups:
     ) -> None:
         """Calls those who are missing, and gives those who come later the rest of the time."""
         deadline = Deadline.after(timeout_s)
-        group.calling.update(group.missing)
         calls = [
             self._call(group, each, linker, rendezvous, Deadline.after(min(timeout_s, _CALL_S)))
             for each in group.missing
@@ -183,25 +205,29 @@ class Groups:
         deadline: Deadline,
     ) -> None:
         """Tries to reach a member that may not be there yet, in which case it will call us."""
-        try:
-            port = rendezvous.find(group.plan.name, member)
-            here = [] if port is None else [Endpoint("127.0.0.1", port)]
-            for endpoint in (*here, *group.plan.members[member]):
-                if deadline.remaining_s() <= 0:
-                    return
-                outcome = await self._call_until_answered(group, member, endpoint, linker, deadline)
-                get_logger().info("calling cluster %d at %s: %s", member, endpoint, outcome.status)
-                if member in group.sessions or group.settled.is_set():
-                    return
-        finally:
-            group.calling.discard(member)
+        port = rendezvous.find(group.plan.name, member)
+        here = [] if port is None else [Endpoint("127.0.0.1", port)]
+        for endpoint in (*here, *group.plan.members[member]):
+            if deadline.remaining_s() <= 0:
+                return
+            outcome = await self._call_until_answered(group, member, endpoint, linker, deadline)
+            get_logger().info("calling cluster %d at %s: %s", member, endpoint, outcome.status)
+            group.failures[member] = outcome.reason
+            if member in group.sessions or group.settled.is_set():
+                return
 
     async def _call_until_answered(
         self, group: Group, member: int, endpoint: Endpoint, linker: Linker, deadline: Deadline
     ) -> Outcome:
         while True:
             left_s = max(0.001, deadline.remaining_s())
-            outcome = await linker.call(endpoint, left_s, is_fresh=True, group=group.plan.name)
+            claim, name = partial(group.claim, member), group.plan.name
+            try:
+                outcome = await linker.call(
+                    endpoint, left_s, is_fresh=True, group=name, claim=claim
+                )
+            finally:
+                group.calling.discard(member)
             busy = outcome.status is LLMStatusCode.LLM_PROCESSING_LINK
             if not busy or member in group.sessions or deadline.remaining_s() < _BUSY_S:
                 return outcome
@@ -249,6 +275,11 @@ def _absent(group: Group) -> str:
             "this host only, for the rank table has no host_ip, no server_id that is an IP "
             "address and no device_ip for it"
         )
-        return f"cluster {member} (looked for on {where})"
+        failure = group.failures.get(member)
+        return f"cluster {member} (looked for on {where}{f': {failure}' if failure else ''})"
 
-    return "; ".join(says(each, group.plan.members[each]) for each in group.missing)
+    absent = "; ".join(says(each, group.plan.members[each]) for each in group.missing)
+    return (
+        f"{absent}. Of two members the one that calls `link` last must be able to reach the other, "
+        "or link_retry_count be more than 1"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -15,6 +16,8 @@ from llm_datadist.errors import LLMStatusCode
 from llm_datadist.transport.deadline import Deadline
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.context import Context
 
@@ -36,6 +39,10 @@ class Outcome(NamedTuple):
 _OK = Outcome(LLMStatusCode.LLM_SUCCESS)
 #: failures to connect that have nothing to do with the peer
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_REMEDY = (
+    "; the peer must listen there and this end be able to reach it (routes, firewalls). Where only "
+    "the peer can reach this end, let the peer call: one direction is enough"
+)
 
 
 class Linker:
@@ -66,13 +73,25 @@ class Linker:
             turn.release()
 
     async def call(
-        self, endpoint: Endpoint, timeout_s: float, *, is_fresh: bool, group: str = ""
+        self,
+        endpoint: Endpoint,
+        timeout_s: float,
+        *,
+        is_fresh: bool,
+        group: str = "",
+        claim: Callable[[], str] = str,
     ) -> Outcome:
-        """Links to whoever listens there; `is_fresh` when no link to it is known here."""
+        """Links to whoever listens there; `is_fresh` when no link to it is known here.
+
+        Once it is reached `claim` may say why the call is to end there, as LLM_PROCESSING_LINK.
+        """
         deadline = Deadline.after(timeout_s)
         control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
         if control is None:
             return outcome
+        if objection := claim():
+            control.close()
+            return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
         link = lk.CallerLink(self._context.me)
         session = Session(self._context, control, link, endpoint, group)
         left_s = max(0.001, deadline.remaining_s())
@@ -159,12 +178,18 @@ class Linker:
             dialling = dial(*endpoint, self._context.waiters, shield)
             return await asyncio.wait_for(dialling, timeout_s), _OK
         except asyncio.TimeoutError:
-            return None, Outcome(
-                LLMStatusCode.LLM_TIMEOUT, f"no connection to {endpoint} in {timeout_s:.3f} s"
-            )
+            reason = f"no connection to {endpoint} within {timeout_s:.3f} s{_REMEDY}"
+            return None, Outcome(LLMStatusCode.LLM_TIMEOUT, reason)
         except Unwelcome as error:
             return None, Outcome(failure, f"{endpoint}: {error}")
         except OSError as error:
-            hint = "" if error.errno in _OURS else "; the peer must listen there"
-            reason = f"cannot connect to {endpoint}: {error.strerror}{hint}"
+            remedy = "" if error.errno in _OURS else _REMEDY
+            reason = f"cannot connect to {endpoint}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
+
+
+def _explain(error: OSError) -> str:
+    """The system's own words, of which asyncio's connections know only the number."""
+    if error.errno is None or error.errno < 0:  # it comes from the look-up of a name
+        return error.strerror or str(error)
+    return os.strerror(error.errno)

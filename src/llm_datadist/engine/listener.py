@@ -31,13 +31,18 @@ _EXHAUSTED_S = 0.2
 _MAX_STRANGERS = 1024
 
 
-def bind(endpoint: Endpoint) -> socket.socket:
-    """A listening socket. Raises LLMException: LLM_FAILED when the address cannot be had."""
+def bind(endpoint: Endpoint, *, is_v6_only: bool = False) -> socket.socket:
+    """A listening socket; with `is_v6_only` it leaves the port of IPv4 to others.
+
+    Raises LLMException: LLM_FAILED when the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
     sock = None
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_v6_only:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((endpoint.host, endpoint.port))
         sock.listen(_BACKLOG)
         sock.setblocking(False)
@@ -159,6 +164,7 @@ class Listener:
         timeout_s = min(hello.timeout_ms / 1000, _MAX_HAND_SHAKE_S)
         refusal = self._context.groups.refusal_of(hello) if hello.group else None
         if refusal is None:
+            self._context.groups.answer(session, hello.cluster_id)
             first = link.admit(hello, is_known=known and not hello.group)
         else:
             first = link.turn_away(*refusal)

@@ -122,19 +122,19 @@ class StreamService:
 
     def _prepare(self, request: m.AnyMessage) -> tuple[FrameSender, float]:
         """The answer, and the seconds that sending it may take. Raises ProtocolError."""
-        fd, catalog = self._socket.fileno(), self._context.catalog
+        sock, catalog = self._socket, self._context.catalog
         try:
             if isinstance(request, m.Read):
                 entry, addrs, nbytes = catalog.readable(request)
                 timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
-                return Sender(fd, addrs, nbytes, entry.word_addr), timeout_s
+                return Sender(sock, addrs, nbytes, entry.word_addr), timeout_s
             if isinstance(request, m.ListExports):
-                return FrameSender(fd, self._exports(request.path)), MAX_ANSWER_S
-            return FrameSender(fd, catalog.answer(request)), MAX_ANSWER_S
+                return FrameSender(sock, self._exports(request.path)), MAX_ANSWER_S
+            return FrameSender(sock, catalog.answer(request)), MAX_ANSWER_S
         except LLMException as error:
-            return FrameSender(fd, _refusal(error)), MAX_ANSWER_S
+            return FrameSender(sock, _refusal(error)), MAX_ANSWER_S
         except ValueError as error:  # an answer beyond the cap of a frame
-            return FrameSender(fd, m.Refused(LLMStatusCode.LLM_FAILED, str(error))), MAX_ANSWER_S
+            return FrameSender(sock, m.Refused(LLMStatusCode.LLM_FAILED, str(error))), MAX_ANSWER_S
 
     def _exports(self, path: str) -> m.Exports:
         transport = self._context.transports.get(path)
@@ -165,7 +165,7 @@ class StreamService:
         except m.ProtocolError as error:
             self._loop.call_soon_threadsafe(self._resume, str(error))
             return
-        sender = FrameSender(self._socket.fileno(), answer)
+        sender = FrameSender(self._socket, answer)
         self._finish(sealed(sender, self._socket, self._shield), Deadline.after(MAX_ANSWER_S))
 
     def _finish(self, sender: FrameSender, deadline: Deadline) -> None:

@@ -52,6 +52,7 @@ class Session:
         group: str = "",
     ) -> None:
         self._context = context
+        control.watch()
         self._control = control
         self._link = link
         #: where the caller reached its peer; None at the listener

@@ -77,7 +77,6 @@ class SealedSender(FrameSender):
 
     def __init__(self, sender: FrameSender, sock: socket.socket, shield: Shield) -> None:
         self._inner = sender
-        self._fd = sock.fileno()
         self._socket = sock
         self._shield = shield
         self._plain = np.empty(_CHUNK_NBYTES, dtype=np.uint8)

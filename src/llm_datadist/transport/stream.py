@@ -148,7 +148,7 @@ class Stream:
         left_s = deadline.require("the peer's answer")
         if not 0.95 * left_s <= self._limits_s[option] <= 1.02 * left_s:
             self._limits_s[option] = left_s
-            self._socket.setsockopt(socket.SOL_SOCKET, option, _timeval(left_s))
+            self._socket.setsockopt(socket.SOL_SOCKET, option, timeval(left_s))
 
 
 class RequestRefused(LLMException):
@@ -165,7 +165,8 @@ def _explain(error: OSError) -> LLMException:
     return lost(error.strerror or str(error))
 
 
-def _timeval(seconds: float) -> bytes:
+def timeval(seconds: float) -> bytes:
+    """What SO_RCVTIMEO and SO_SNDTIMEO take."""
     whole = int(seconds)
     return _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1e6)))
 

@@ -8,7 +8,9 @@ under which generation it sent, so that memory which was recycled meanwhile is s
 from __future__ import annotations
 
 import errno
+import os
 import select
+import socket
 from array import array
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,7 +24,8 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.transport import native
 from llm_datadist.transport.base import AllMemory, Channel, StaleCache, Streams
 from llm_datadist.transport.local import gather
-from llm_datadist.transport.stream import RequestRefused
+from llm_datadist.transport.movers import MIN_PART_NBYTES
+from llm_datadist.transport.stream import RequestRefused, timeval
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
 #: a peer that takes nothing of an answer for so long is waited for without a thread
 _PATIENCE_S = 0.05
 
-#: larger segments are cut, so that streams share them evenly
-_PIECE_NBYTES = 8 * 1024 * 1024
+#: larger segments are cut, so that streams share them evenly: a quarter of the smallest part
+_PIECE_NBYTES = MIN_PART_NBYTES // 4
 
 _TRAILER_NBYTES = 2 * WORD_NBYTES
 _FILLER = np.zeros(64 * 1024, dtype=np.uint8)
@@ -120,8 +123,8 @@ def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadlin
 class FrameSender:
     """An answer of the owner, sent in as many steps as the socket asks for."""
 
-    def __init__(self, fd: int, message: m.Message) -> None:
-        self._fd = fd
+    def __init__(self, sock: socket.socket, message: m.Message) -> None:
+        self._socket = sock
         self._frame = array("B", m.encode(message))  # kept for its memory
         self._vectors = np.array([self._frame.buffer_info()], dtype=np.uint64)
         self._window = native.IOV_MAX
@@ -130,15 +133,11 @@ class FrameSender:
 
     def advance(self) -> bool:
         """Sends what the socket takes now; True when all is sent. Raises OSError."""
-        while self.nbytes:
-            try:
-                window = self._vectors[: self._window]
-                sent = native.sendmsg(self._fd, window, native.MSG_DONTWAIT)
-            except BlockingIOError:
-                return False
-            self.nbytes -= sent
-            if self.nbytes:
-                self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
+        try:
+            while self.nbytes:
+                self._send_some(native.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         return True
 
     def take(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -154,12 +153,19 @@ class FrameSender:
         Raises OSError, or LLMException(LLM_TIMEOUT).
         """
         poller = select.poll()
-        poller.register(self._fd, select.POLLOUT)
+        poller.register(self._socket, select.POLLOUT)
         while not self.advance():
             left_s = deadline.require("an answer to the peer")
             if not poller.poll(min(left_s, _PATIENCE_S) * 1000):
                 return False
         return True
+
+    def _send_some(self, flags: int) -> None:
+        """One call of the system's. Raises OSError, BlockingIOError."""
+        sent = native.sendmsg(self._socket.fileno(), self._vectors[: self._window], flags)
+        self.nbytes -= sent
+        if self.nbytes:
+            self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
 
 
 class Sender(FrameSender):
@@ -169,22 +175,38 @@ class Sender(FrameSender):
     takes the vectors in order, so the word says what held when all bytes in front had been taken.
     """
 
-    def __init__(self, fd: int, addrs: U64, nbytes: U64, word_addr: int) -> None:
+    def __init__(self, sock: socket.socket, addrs: U64, nbytes: U64, word_addr: int) -> None:
         total_nbytes = int(nbytes.sum())
-        super().__init__(fd, m.Sending(total_nbytes))
+        super().__init__(sock, m.Sending(total_nbytes))
         self._bad_addr = array("Q", (0,))
         trailer = [(word_addr, WORD_NBYTES), (self._bad_addr.buffer_info()[0], WORD_NBYTES)]
         self._vectors = iovecs(addrs, nbytes, [self._frame.buffer_info()], trailer)
         self.nbytes += total_nbytes + _TRAILER_NBYTES
 
-    def advance(self) -> bool:
+    def finish(self, deadline: Deadline) -> bool:
+        """As above; the kernel waits, which saves a call for each bit of room in the socket."""
+        os.set_blocking(self._socket.fileno(), True)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_PATIENCE_S))
+        try:
+            while self.nbytes:
+                deadline.require("an answer to the peer")
+                self._send_some(0)
+        except BlockingIOError:
+            return False
+        finally:
+            os.set_blocking(self._socket.fileno(), False)
+        return True
+
+    def _send_some(self, flags: int) -> None:
         while True:
             try:
-                return super().advance()
+                super()._send_some(flags)
             except OSError as error:
                 if error.errno != errno.EFAULT or self.nbytes <= _TRAILER_NBYTES:
                     raise
                 self._pass_fault()
+            else:
+                return
 
     def take(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         data = super().take(buffer)
