@@ -37,6 +37,8 @@ class Entry:
     is_owned: bool = False
     #: the user has not deallocated it
     has_id_reference: bool = True
+    #: by the clock of whoever allocated it
+    allocated_at: float = 0.0
     #: key -> batch row; a blocks cache has its key at row 0
     keys: dict[KeyName, int] = field(default_factory=dict)
     #: tensors that layered pulls by a key have still to take before the key is used up
@@ -69,6 +71,21 @@ class Registry:
 
     def entries(self) -> Iterable[Entry]:
         return self._entries.values()
+
+    @property
+    def num_keys(self) -> int:
+        return len(self._by_key)
+
+    def oldest_held(self) -> Entry | None:
+        """The oldest allocated cache that a key still holds; a blocks cache's key holds nothing."""
+        return next(
+            (
+                entry
+                for entry in self._entries.values()  # in the order of their ids
+                if entry.is_owned and entry.keys and entry.layout.geometry.has_batch_rows
+            ),
+            None,
+        )
 
     def is_owned(self, cache_id: int) -> bool:
         """Whether the id names an allocated cache."""

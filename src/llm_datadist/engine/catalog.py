@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import describe
+from llm_datadist.core.stats import HeldKey
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
@@ -25,7 +27,17 @@ if TYPE_CHECKING:
     from llm_datadist.core.geometry import U64
     from llm_datadist.memory.arena import MemoryPool
 
-_PROBE_ID = 0
+#: the cache that holds the nonce of the hand-shake
+PROBE_ID = 0
+
+
+class Holdings(NamedTuple):
+    """What a catalog holds at a moment."""
+
+    num_caches: int
+    num_keys: int
+    #: of those that hold an allocated cache, or a row of it
+    oldest_key: HeldKey | None
 
 
 class Catalog:
@@ -43,7 +55,7 @@ class Catalog:
         self._doomed: dict[int, Entry] = {}
         self._registry = Registry(
             Generations(secrets.randbits(62)),
-            first_id=_PROBE_ID,
+            first_id=PROBE_ID,
             peers_keep_tables=peers_keep_tables,
         )
         self._nonce = ProbeNonce()
@@ -86,7 +98,7 @@ class Catalog:
                         f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
                         LLMStatusCode.LLM_TIMEOUT,
                     )
-                if cache_id != _PROBE_ID:
+                if cache_id != PROBE_ID:
                     self._registry.unregister(cache_id)
             finally:
                 self._leaving.discard(cache_id)
@@ -103,7 +115,9 @@ class Catalog:
             raise
         try:
             with self._lock:
-                return self._registry.allocate(Layout.at(geometry, addrs), placement, keys)
+                entry = self._registry.allocate(Layout.at(geometry, addrs), placement, keys)
+                entry.allocated_at = time.monotonic()
+                return entry
         except BaseException:
             for addr in addrs:
                 pool.free(addr)
@@ -118,6 +132,16 @@ class Catalog:
         """Drops a key of an allocated cache; what nothing else holds is freed. Spec 6.6."""
         with self._lock:
             self._give_back(self._registry.remove_key(key))
+
+    def holdings(self) -> Holdings:
+        """How many caches and keys there are, and the key that has waited longest for its pull."""
+        with self._lock:
+            entry = self._registry.oldest_held()
+            return Holdings(
+                len(self._registry) - 1,  # without the probe's
+                self._registry.num_keys,
+                None if entry is None else _held(entry),
+            )
 
     def close(self) -> None:
         """Makes all that peers know of this process stale."""
@@ -224,7 +248,7 @@ class Catalog:
             return m.Resolved(describe(entry), row)
 
     def _find(self, cache_id: int) -> Entry:
-        if cache_id <= _PROBE_ID:
+        if cache_id <= PROBE_ID:
             raise LLMException(
                 f"there is no cache {cache_id}: ids begin at 1",
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
@@ -246,6 +270,12 @@ class Use:
 
     def __exit__(self, *_: object) -> None:
         self._catalog.release(self._entry)
+
+
+def _held(entry: Entry) -> HeldKey:
+    key = next(iter(entry.keys))
+    age_s = time.monotonic() - entry.allocated_at
+    return HeldKey(entry.cache_id, age_s, key.id, key.model_id, key.is_prefix)
 
 
 def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None:

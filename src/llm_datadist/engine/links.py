@@ -10,6 +10,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.session import Session
+    from llm_datadist.observe.recorder import Recorder
 
 
 class Links:
@@ -19,8 +20,9 @@ class Links:
     and address, and an operation that names only the id uses the newest.
     """
 
-    def __init__(self, cluster_id: int) -> None:
+    def __init__(self, cluster_id: int, recorder: Recorder | None = None) -> None:
         self._cluster_id = cluster_id
+        self._recorder = recorder
         self._lock = threading.Lock()
         self._sessions: dict[int, list[Session]] = {}
         #: why the last link to a cluster ended, for the error of whoever still uses it
@@ -33,15 +35,22 @@ class Links:
             replaced = [other for other in others if session.supersedes(other)]
             others[:] = [session, *(other for other in others if other not in replaced)]
             self._endings.pop(session.cluster_id, None)
+        if self._recorder is not None:
+            self._recorder.link_made(session.path)
+            for other in replaced:
+                self._recorder.link_ended(other.path)
         return replaced
 
     def remove(self, session: Session, ending: str) -> None:
         with self._lock:
             others = self._sessions.get(session.cluster_id, [])
-            if session in others:
+            is_ours = session in others
+            if is_ours:
                 others.remove(session)
             if not others and self._sessions.pop(session.cluster_id, None) is not None:
                 self._endings[session.cluster_id] = ending
+        if is_ours and self._recorder is not None:
+            self._recorder.link_ended(session.path)
 
     def find(self, cluster_id: int) -> Session:
         """Raises LLMException(LLM_NOT_YET_LINK)."""
@@ -56,6 +65,12 @@ class Links:
             "call link_clusters first",
             LLMStatusCode.LLM_NOT_YET_LINK,
         )
+
+    def path_to(self, cluster_id: int) -> str:
+        """The path that operations would use now; empty without a link."""
+        with self._lock:
+            sessions = self._sessions.get(cluster_id)
+            return sessions[0].path if sessions else ""
 
     def of(self, cluster_id: int, endpoint: Endpoint | None = None) -> list[Session]:
         """The live sessions to a cluster: those to the peer at the endpoint, if any, else all.

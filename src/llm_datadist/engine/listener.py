@@ -12,6 +12,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
 from llm_datadist.engine.control import ConnectionEnded, Control, Unwelcome
 from llm_datadist.engine.session import Session
+from llm_datadist.engine.snapshot import snapshot
 from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
@@ -142,6 +143,10 @@ class Listener:
             for session in self._context.links.with_instance(first.instance):
                 await session.cut("the peer unlinked")
             await control.send(m.ByeDone())
+            return False
+        if isinstance(first, m.AskStats):
+            told = snapshot(self._context).told(to_stranger=not self._context.shields.is_secure)
+            await asyncio.wait_for(control.send(m.Stats(told)), _GREETING_S)
             return False
         await control.send(
             m.Refused(
