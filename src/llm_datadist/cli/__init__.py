@@ -6,6 +6,7 @@ import typer
 
 from llm_datadist.cli.bench.command import app as bench
 from llm_datadist.cli.demo.command import demo
+from llm_datadist.cli.top.command import top
 
 app = typer.Typer(
     name="llm-datadist",
@@ -14,4 +15,5 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
+app.command()(top)
 app.add_typer(bench, name="bench")

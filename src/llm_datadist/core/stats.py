@@ -14,7 +14,7 @@ from msgspec import Meta
 
 #: upper bounds of a histogram's buckets in seconds; what took longer is in one more. Clusters tell
 #: each other counts only, so these are part of the protocol
-BOUNDS_S: Final = (*(m * 10.0**e for e in range(-6, 1) for m in (1.0, 2.5, 5.0)), 10.0)
+BOUNDS_S: Final = (*(float(f"{m}e{e}") for e in range(-6, 1) for m in (1, 2.5, 5)), 10.0)
 _NUM_BUCKETS: Final = len(BOUNDS_S) + 1
 #: so many links, and operations, a cluster tells of at most, so that the answer fits a frame
 MAX_TOLD: Final = 256

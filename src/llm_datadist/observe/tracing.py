@@ -30,7 +30,7 @@ class Tracer:
             ) from None
         self._cluster_id = cluster_id
         self._context = context
-        self._trace = trace
+        self._tracer = trace.get_tracer(_SCOPE)
         self._inside = context.create_key("llm-datadist-operation")
 
     def start(self, operation: str, peer: int | None, path: str) -> OperationSpan | None:
@@ -38,7 +38,7 @@ class Tracer:
         context = self._context
         if context.get_value(self._inside):
             return None
-        span = self._trace.get_tracer(_SCOPE).start_span(f"{_SCOPE}.{operation}")
+        span = self._tracer.start_span(f"{_SCOPE}.{operation}")
         span.set_attribute(f"{_SCOPE}.cluster_id", self._cluster_id)
         if peer is not None:
             span.set_attribute(f"{_SCOPE}.peer", peer)
