@@ -25,6 +25,8 @@ class Links:
         self._recorder = recorder
         self._lock = threading.Lock()
         self._sessions: dict[int, list[Session]] = {}
+        #: of the links that operations use; may be read without the lock
+        self.paths: dict[int, str] = {}
         #: why the last link to a cluster ended, for the error of whoever still uses it
         self._endings: dict[int, str] = {}
 
@@ -34,6 +36,7 @@ class Links:
             others = self._sessions.setdefault(session.cluster_id, [])
             replaced = [other for other in others if session.supersedes(other)]
             others[:] = [session, *(other for other in others if other not in replaced)]
+            self.paths[session.cluster_id] = session.path
             self._endings.pop(session.cluster_id, None)
         if self._recorder is not None:
             self._recorder.link_made(session.path)
@@ -47,7 +50,10 @@ class Links:
             is_ours = session in others
             if is_ours:
                 others.remove(session)
-            if not others and self._sessions.pop(session.cluster_id, None) is not None:
+            if others:
+                self.paths[session.cluster_id] = others[0].path
+            elif self._sessions.pop(session.cluster_id, None) is not None:
+                del self.paths[session.cluster_id]
                 self._endings[session.cluster_id] = ending
         if is_ours and self._recorder is not None:
             self._recorder.link_ended(session.path)
@@ -65,12 +71,6 @@ class Links:
             "call link_clusters first",
             LLMStatusCode.LLM_NOT_YET_LINK,
         )
-
-    def path_to(self, cluster_id: int) -> str:
-        """The path that operations would use now; empty without a link."""
-        with self._lock:
-            sessions = self._sessions.get(cluster_id)
-            return sessions[0].path if sessions else ""
 
     def of(self, cluster_id: int, endpoint: Endpoint | None = None) -> list[Session]:
         """The live sessions to a cluster: those to the peer at the endpoint, if any, else all.

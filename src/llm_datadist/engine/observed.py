@@ -76,5 +76,9 @@ class ObservedEngine(Engine):
             return outcomes
 
     def _watch(self, operation: str, peer: int | None = None) -> Watch:
-        path = "" if peer is None else self.links.path_to(peer)
-        return Watch(self.recorder, self._tracer, operation, peer, path)
+        path = "" if peer is None else self.links.paths.get(peer, "")
+        recorder, tracer = self.recorder, self._tracer
+        return Watch(
+            None if recorder is None else recorder.series(operation, peer, path),
+            None if tracer is None else tracer.start(operation, peer, path),
+        )

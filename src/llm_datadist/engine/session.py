@@ -24,7 +24,7 @@ from llm_datadist.engine.service import MAX_ANSWER_S, StreamService
 from llm_datadist.engine.streams import MAX_STREAMS, StreamPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
-from llm_datadist.observe.recorder import UNTIMED
+from llm_datadist.observe.recorder import NEVER
 from llm_datadist.observe.watch import Watch
 from llm_datadist.transport.base import Channel, PathUnavailable, verify
 from llm_datadist.transport.deadline import Deadline
@@ -155,16 +155,14 @@ class Session:
             self.read(Segments(src, dst, nbytes), guard, deadline)
 
     def _fetch_counted(self, recorder: Recorder, request: m.Fetch) -> None:
-        with Watch(recorder, None, "fetch", self.cluster_id, self.path) as watch:
+        with Watch(recorder.series("fetch", self.cluster_id, self.path)) as watch:
             watch.moves(Segments(*m.columns_of(request.columns, 3)))
             self.fetch(request)
 
     def _count_served(self, recorder: Recorder, nbytes: U64) -> None:
         """What a peer reads from us by asking."""
-        recorder.add(
-            "serve", self.cluster_id, self.path, (), UNTIMED,
-            nbytes=int(nbytes.sum()), num_segments=len(nbytes),
-        )  # fmt: skip
+        series = recorder.series("serve", self.cluster_id, self.path)
+        series.add((NEVER, NEVER, NEVER, NEVER, 1, int(nbytes.sum()), len(nbytes)))
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
         """Reads over the link's path, and verifies what came where the options say so."""
