@@ -7,6 +7,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+import trustme
 
 from llm_datadist import CacheDesc, CacheKey, DataType, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
@@ -75,6 +76,25 @@ def test_the_environment_gives_the_secret(node: Node, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LLM_DATADIST_LINK_SECURITY", SECRET)
     stats = ask_stats(Endpoint("127.0.0.1", port), read_link_security({}), 5.0)
     assert stats.cluster_id == 1
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A `link_security` by mutual TLS."""
+    folder, ca = tmp_path_factory.mktemp("certificates"), trustme.CA()
+    leaf = ca.issue_cert("cluster.example")
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+    leaf.private_key_pem.write_to_path(str(folder / "key.pem"))
+    (folder / "certificate.pem").write_bytes(b"".join(b.bytes() for b in leaf.cert_chain_pems))
+    return json.dumps({name: f"{folder}/{name}.pem" for name in ("ca", "certificate", "key")})
+
+
+def test_tls_asks_for_a_certificate(node: Node, certificates: str) -> None:
+    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", link_security=certificates)
+    assert ask(port, certificates).cluster_id == 1
+    for other in ("", SECRET):
+        with takes_at_most(5.0), pytest.raises(LLMException, match="same link security"):
+            ask(port, other)
 
 
 @pytest.mark.parametrize("security", ["", OTHER], ids=["none", "another"])

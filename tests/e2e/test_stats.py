@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +22,7 @@ from llm_datadist import (
 )
 from llm_datadist.engine.engine import Engine
 from llm_datadist.engine.observed import ObservedEngine, make_engine
+from llm_datadist.engine.streams import MAX_STREAMS
 from llm_datadist.options import Options
 from llm_datadist.testing.cluster import Node
 from llm_datadist.testing.timing import eventually
@@ -224,45 +225,26 @@ def test_copies_links_and_unlinks_are_counted(node: Node, peer: NodeProcess) -> 
     assert (events.made, events.ended) == (1, 1)
 
 
-def test_waits_for_a_stream_are_counted(node: Node, peer: NodeProcess) -> None:
-    """A listener cannot dial: it waits for its caller to."""
-    settings: dict[str, Any] = {"enable_remote_cache_accessible": True, "metrics": True}
-    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
-    peer.call(Node.start, LLMRole.DECODER, 2, **settings)
-    peer.call(own_blocks_2)
-    assert peer.call(Node.link, port, 1) == SUCCESS
-    assert eventually(lambda: stats_of(node).num_links == 1)
-    node.manager.pull_blocks(BlocksCacheKey(2, 0), node.blocks_cache(*SHAPE), [1], [0])
-    [wait] = [each for each in stats_of(node).waits if each.waited_for == "stream"]
-    assert wait.duration.count >= 1
-
-
-def own_blocks_2(node: Node) -> int:
-    return node.blocks_cache(*SHAPE, key=BlocksCacheKey(2, 0)).cache_id
-
-
-def test_a_transfer_that_runs_shows_and_unlinking_waits_for_it(
-    node: Node, victim: NodeProcess
-) -> None:
-    port = link(node, victim, transfer_path="tcp", sync_kv_timeout=400)
+def test_transfers_that_run_show_and_what_waits_is_counted(node: Node, victim: NodeProcess) -> None:
+    """One thread too many waits for a stream, and unlinking waits for all of them."""
+    port = link(node, victim, transfer_path="tcp", sync_kv_timeout=800)
     cache = node.blocks_cache(*SHAPE)
     node.manager.pull_blocks(KEY, cache, [1], [0])
     victim.pause()
-    failures: list[LLMException] = []
 
-    def pull() -> None:
-        try:
+    def pull() -> LLMStatusCode:
+        with pytest.raises(LLMException) as error:
             node.manager.pull_blocks(KEY, cache, [1], [0])
-        except LLMException as error:
-            failures.append(error)
+        return error.value.status_code
 
-    thread = threading.Thread(target=pull)
-    thread.start()
-    assert eventually(lambda: stats_of(node).links[0].num_running == 1)
-    node.unlink(port, 1, 800)
-    thread.join()
+    count = MAX_STREAMS + 1
+    with ThreadPoolExecutor(count) as threads:
+        pulls = [threads.submit(pull) for _ in range(count)]
+        assert eventually(lambda: stats_of(node).links[0].num_running == count)
+        node.unlink(port, 1, 2000)
     victim.resume()
-    assert failures[0].status_code == LLMStatusCode.LLM_TIMEOUT
-    assert [each.duration.count for each in stats_of(node).waits if each.waited_for == "gate"] == [
-        1
-    ]
+    assert {each.result() for each in pulls} == {LLMStatusCode.LLM_TIMEOUT}
+    waits = {each.waited_for: each.duration for each in stats_of(node).waits}
+    assert waits["gate"].count == 1
+    assert waits["stream"].count >= 1
+    assert waits["stream"].total_s > 0

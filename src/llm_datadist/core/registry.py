@@ -64,6 +64,8 @@ class Registry:
         self._peers_keep_tables = peers_keep_tables
         self._entries: dict[int, Entry] = {}
         self._by_key: dict[KeyName, Entry] = {}
+        #: those that keys hold, by id and so by age
+        self._held: dict[int, Entry] = {}
         self._last_id = first_id - 1
 
     def __len__(self) -> int:
@@ -78,14 +80,7 @@ class Registry:
 
     def oldest_held(self) -> Entry | None:
         """The oldest allocated cache that a key still holds; a blocks cache's key holds nothing."""
-        return next(
-            (
-                entry
-                for entry in self._entries.values()  # in the order of their ids
-                if entry.is_owned and entry.keys and entry.layout.geometry.has_batch_rows
-            ),
-            None,
-        )
+        return next(iter(self._held.values()), None)
 
     def is_owned(self, cache_id: int) -> bool:
         """Whether the id names an allocated cache."""
@@ -130,6 +125,8 @@ class Registry:
         entry.is_owned = True
         for key, row in rows.items():
             self._bind(entry, key, row)
+        if rows and layout.geometry.has_batch_rows:
+            self._held[entry.cache_id] = entry
         return entry
 
     def deallocate(self, cache_id: int) -> Entry | None:
@@ -174,6 +171,7 @@ class Registry:
         """Forgets a cache and its keys; what peers know of it is stale from here on."""
         entry = self._entries.pop(cache_id, None)
         if entry is not None:
+            self._held.pop(cache_id, None)
             self._generations.close(entry.word_addr)
             entry.generation = 0
             for key in entry.keys:
@@ -207,6 +205,8 @@ class Registry:
     def _unbind(self, entry: Entry, key: KeyName) -> Entry | None:
         del self._by_key[key], entry.keys[key]
         entry.remaining.pop(key, None)
+        if not entry.keys:
+            self._held.pop(entry.cache_id, None)
         if not entry.has_id_reference and not entry.keys:
             return self.unregister(entry.cache_id)
         if self._peers_keep_tables:

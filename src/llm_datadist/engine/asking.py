@@ -23,9 +23,9 @@ def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: floa
     `security` must be that of the cluster; `options.read_link_security({})` is what the environment
     says. Without it the cluster keeps addresses and ids of keys to itself.
 
-    Raises LLMException: LLM_LINK_FAILED when nobody listens there, LLM_TIMEOUT, LLM_NOT_YET_LINK
-    when the cluster hangs up, as for another link security, LLM_FAILED for another answer than a
-    cluster's, and LLM_PARAM_INVALID for certificates that cannot be read.
+    Raises LLMException: LLM_LINK_FAILED when nobody listens there, LLM_TIMEOUT; LLM_NOT_YET_LINK
+    when whoever listens hangs up or LLM_FAILED when it answers otherwise, as for another link
+    security; LLM_PARAM_INVALID for certificates that cannot be read.
     """
     shield = Shields(security).make(is_caller=True)
     deadline = Deadline.after(timeout_s)
@@ -35,10 +35,11 @@ def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: floa
             stream.greet(deadline)
         answer = stream.ask(m.AskStats(), deadline)
     except LLMException as error:
-        hint = ""
-        if error.status_code is LLMStatusCode.LLM_NOT_YET_LINK:
-            hint = "; it needs the same link security, and a version that can be asked"
-        raise LLMException(f"{endpoint}: {error}{hint}", error.status_code) from error
+        hint = "; the cluster must have the same link security, and a version that can be asked"
+        is_clear = error.status_code is LLMStatusCode.LLM_TIMEOUT
+        raise LLMException(
+            f"{endpoint}: {error}{'' if is_clear else hint}", error.status_code
+        ) from error
     finally:
         stream.close()
     if not isinstance(answer, m.Stats):

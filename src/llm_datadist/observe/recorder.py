@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from llm_datadist.errors import LLMStatusCode
 
 #: peers may come and go under ever new ids: those beyond so many series are counted together
-_MAX_SERIES = 4096
+_MAX_SERIES = 1024
 #: operations that are counted at once; it takes about 0.1 ms
 _BATCH = 256
+_BOUNDS_S = np.array(BOUNDS_S)
 #: when something happened that did not
 NEVER: Final = float("nan")
 #: when an operation, its planning and its transfer began, and when it ended, by
@@ -148,7 +149,7 @@ class _Times:
     def add(self, seconds: npt.NDArray[np.float64]) -> None:
         """Passes over what is NEVER."""
         seconds = seconds[~np.isnan(seconds)]
-        buckets = np.searchsorted(BOUNDS_S, seconds)
+        buckets = np.searchsorted(_BOUNDS_S, seconds)
         self._counts += np.bincount(buckets, minlength=len(self._counts))
         self._total_s += float(seconds.sum())
 
