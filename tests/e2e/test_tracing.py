@@ -84,8 +84,8 @@ def test_link_pull_push_and_copy_have_a_span_each(
     ]  # fmt: skip
     pull = only(spans, "pull")
     assert dict(pull.attributes or {}) == {
-        "llm_datadist.cluster_id": 2,
-        "llm_datadist.peer": 1,
+        "llm_datadist.cluster_id": "2",
+        "llm_datadist.peer": "1",
         "llm_datadist.path": traced.datadist.links()[0].path,
         "llm_datadist.status": "LLM_SUCCESS",
         "llm_datadist.nbytes": 4 * 2 * 4096,

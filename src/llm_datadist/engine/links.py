@@ -47,15 +47,15 @@ class Links:
     def remove(self, session: Session, ending: str) -> None:
         with self._lock:
             others = self._sessions.get(session.cluster_id, [])
-            is_ours = session in others
-            if is_ours:
+            was_filed = session in others
+            if was_filed:
                 others.remove(session)
             if others:
                 self.paths[session.cluster_id] = others[0].path
             elif self._sessions.pop(session.cluster_id, None) is not None:
                 del self.paths[session.cluster_id]
                 self._endings[session.cluster_id] = ending
-        if is_ours and self._recorder is not None:
+        if was_filed and self._recorder is not None:
             self._recorder.link_ended(session.path)
 
     def find(self, cluster_id: int) -> Session:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 
 def make_engine(cluster_id: int, options: Options) -> Engine:
-    """The engine that the options ask for. Raises as Engine, and LLMException where `tracing` is on
-    and opentelemetry-api is not installed."""
+    """The engine that the options ask for.
+
+    Raises as Engine, and LLMException(LLM_FEATURE_NOT_ENABLED) for `tracing` without its package.
+    """
     if options.metrics or options.tracing:
         return ObservedEngine(cluster_id, options)
     return Engine(cluster_id, options)

@@ -39,9 +39,10 @@ class Tracer:
         if context.get_value(self._inside):
             return None
         span = self._tracer.start_span(f"{_SCOPE}.{operation}")
-        span.set_attribute(f"{_SCOPE}.cluster_id", self._cluster_id)
+        # as texts: ids have 64 bits without a sign, OpenTelemetry's integers have one
+        span.set_attribute(f"{_SCOPE}.cluster_id", str(self._cluster_id))
         if peer is not None:
-            span.set_attribute(f"{_SCOPE}.peer", peer)
+            span.set_attribute(f"{_SCOPE}.peer", str(peer))
         if path:
             span.set_attribute(f"{_SCOPE}.path", path)
         token = context.attach(context.set_value(self._inside, True))
