@@ -326,6 +326,21 @@ class LLMConfig:
         _flag(key.VERIFY_TRANSFERS),
         unset=False,
     )
+    metrics = Option[bool](
+        """Ours alone: counts what operations do, for `LLMDataDist.stats`, Prometheus and
+        `llm-datadist top`. Unset, the environment variable LLM_DATADIST_METRICS counts ("1"), and
+        off without it. docs/observability.md.""",
+        _switch,
+        _flag(key.METRICS),
+        unset=False,
+    )
+    tracing = Option[bool](
+        """Ours alone: an OpenTelemetry span for each operation; needs the extra `tracing`. Unset,
+        the environment variable LLM_DATADIST_TRACING counts, and off without it.""",
+        _switch,
+        _flag(key.TRACING),
+        unset=False,
+    )
     transfer_threads = Option[int](
         """Ours alone: over how many threads, and over TCP as many streams, one large transfer is
         spread, 1 to 16. Unset, as many as there are cores, at most four.""",

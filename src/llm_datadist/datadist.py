@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.core.pages import PoolUsage
+    from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.engine import Engine
     from llm_datadist.engine.linker import Outcome, Target
@@ -79,11 +80,11 @@ class LLMDataDist:
         parsed = Options.parse(self._role, options)  # type: ignore[arg-type]  # None is refused there
         # numpy, asyncio: not when the package is imported
         from llm_datadist.cache_manager import CacheManager
-        from llm_datadist.engine.engine import Engine
+        from llm_datadist.engine.observed import make_engine
         from llm_datadist.kv_cache_manager import KvCacheManager
 
         try:
-            engine = Engine(self._cluster_id, parsed)
+            engine = make_engine(self._cluster_id, parsed)
             engine.start()
         except OSError as error:
             raise LLMException(f"cannot start: {error}", LLMStatusCode.LLM_FAILED) from error
@@ -220,6 +221,15 @@ class LLMDataDist:
         `init`.
         """
         return self._require_engine().catalog.usage()
+
+    def stats(self) -> ClusterStats:
+        """This cluster at the moment: links, pools, caches, keys; immutable. Cheap, at any time.
+
+        With `LLMConfig.metrics` also what operations did since `init`: bytes, segments, times,
+        failures, waits. An addition to the reference; docs/observability.md. Raises RuntimeError
+        before `init`.
+        """
+        return self._require_engine().stats()
 
     def link_clusters(
         self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000

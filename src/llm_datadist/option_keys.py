@@ -36,5 +36,9 @@ TRANSFER_PATH: Final = "llm_datadist.Path"
 LINK_SECURITY: Final = "llm_datadist.LinkSecurity"
 #: ours alone: whether what was moved is compared by checksum
 VERIFY_TRANSFERS: Final = "llm_datadist.VerifyTransfers"
+#: ours alone: whether operations are counted
+METRICS: Final = "llm_datadist.Metrics"
+#: ours alone: whether operations have OpenTelemetry spans
+TRACING: Final = "llm_datadist.Tracing"
 #: ours alone: over how many threads a large transfer is spread
 TRANSFER_THREADS: Final = "llm_datadist.Threads"

@@ -34,6 +34,9 @@ TRANSPORT_GROUP: Final = "llm_datadist.transports"
 PATH_VARIABLE: Final = "LLM_DATADIST_PATH"
 #: gives the link security when no option does
 SECURITY_VARIABLE: Final = "LLM_DATADIST_LINK_SECURITY"
+#: switch counting and spans on when no option says
+METRICS_VARIABLE: Final = "LLM_DATADIST_METRICS"
+TRACING_VARIABLE: Final = "LLM_DATADIST_TRACING"
 
 _DEFAULT_SYNC_TIMEOUT_MS: Final = 1000
 _MAX_LINK_RETRIES: Final = 100
@@ -64,6 +67,8 @@ class Options:
     path: str = "auto"  #: one of TRANSFER_PATHS, or the name of a transport from outside
     link_security: LinkSecurity | None = None
     verify_transfers: bool = False  #: compare a checksum of what was moved with its owner's
+    metrics: bool = False  #: count what operations do
+    tracing: bool = False  #: an OpenTelemetry span for each operation
     transfer_threads: int = 1  #: over how many threads, or streams, a large transfer is spread
 
     @classmethod
@@ -96,8 +101,10 @@ class Options:
             local_comm_res=raw.get(key.LOCAL_COMM_RES),
             enable_switch_role=raw.get(key.ENABLE_SWITCH_ROLE) == "1",
             path=_path(raw),
-            link_security=_link_security(raw),
+            link_security=read_link_security(raw),
             verify_transfers=_flag(raw, key.VERIFY_TRANSFERS),
+            metrics=_flag(raw, key.METRICS, METRICS_VARIABLE),
+            tracing=_flag(raw, key.TRACING, TRACING_VARIABLE),
             transfer_threads=_number(
                 raw, key.TRANSFER_THREADS, _usual_threads(), range(1, MAX_TRANSFER_THREADS + 1)
             ),
@@ -235,14 +242,18 @@ def _path(raw: Mapping[str, str]) -> str:
     )
 
 
-def _flag(raw: Mapping[str, str], name: str) -> bool:
-    flag = raw.get(name, "0")
+def _flag(raw: Mapping[str, str], name: str, variable: str = "") -> bool:
+    """Of the option, else of the environment variable, if there is one."""
+    flag = raw.get(name)
+    if flag is None:
+        flag, name = os.environ.get(variable) or "0", f"the environment variable {variable}"
     if flag not in ("0", "1"):
         raise invalid(f"{name} must be 0 or 1, got {flag!r}")
     return flag == "1"
 
 
-def _link_security(raw: Mapping[str, str]) -> LinkSecurity | None:
+def read_link_security(raw: Mapping[str, str]) -> LinkSecurity | None:
+    """What the options say, else the environment. Raises LLMException (LLM_PARAM_INVALID)."""
     if key.LINK_SECURITY in raw:
         return LinkSecurity.parse(raw[key.LINK_SECURITY], key.LINK_SECURITY)
     text = os.environ.get(SECURITY_VARIABLE)

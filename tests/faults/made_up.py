@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from wire import Wire, columns, hello
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.stats import ClusterStats, LinkStats
 from llm_datadist.transport.shield import Secret
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ SAMPLES: list[m.Message] = [
     m.Resolve(None, 2**64 - 1, 0, False), m.Read(1, 1, 1, columns([(4096, 8)])),
     m.Read(1, 1, 1, columns([(4096, 8)] * 9), (1, 0, False, 0)), m.Sending(8),
     m.UseUp(1, 0, 0, 2), m.Fetch(1, 1, 1, 1, 8, 1, 0.5, bytes(24)), m.Done(),
-    m.Digest(1, 1, 1, columns([(4096, 8)])), m.Digested(7), m.Caches([]),
+    m.Digest(1, 1, 1, columns([(4096, 8)])), m.Digested(7), m.Caches([]), m.AskStats(),
+    m.Stats(ClusterStats(1, 0.5, 1, 0, 0, True, links=(LinkStats(2, "tcp", "linked"),))),
     m.Welcome(1, 1, bytes(16), bytes(16), {"tcp": b"", "cma": b"x"}, hello().probe),
 ]  # fmt: skip
 FRAMES = [m.encode(message) for message in SAMPLES]

@@ -89,6 +89,8 @@ def value_of(kind: Any) -> Any:
         return value_of(kind.types[0])
     if name == "ListType":
         return [value_of(kind.item_type)]
+    if name == "VarTupleType":
+        return (value_of(kind.item_type),) * (kind.min_length or 1)
     if name == "TupleType":
         return tuple(map(value_of, kind.item_types))
     if name == "DictType":

@@ -36,6 +36,9 @@ def values_of(kind: mi.Type) -> st.SearchStrategy[Any]:
             return st.one_of(*map(values_of, types))
         case mi.TupleType(item_types=types):
             return st.tuples(*map(values_of, types))
+        case mi.VarTupleType(item_type=item, min_length=low, max_length=high):
+            most = 3 if high is None else high
+            return st.lists(values_of(item), min_size=low or 0, max_size=most).map(tuple)
         case mi.ListType(item_type=item):
             return st.lists(values_of(item), max_size=3)
         case mi.DictType(key_type=key, value_type=value):

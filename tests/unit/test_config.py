@@ -36,10 +36,12 @@ UNSET: dict[str, object] = {
     "output_max_size": None,
     "mem_utilization": 0.95,
     "transfer_path": "",
+    "metrics": False,
+    "tracing": False,
     "transfer_threads": 0,
 }
-#: the last two are ours alone
-PROPERTY_ROWS = [f"config.{name}" for name in list(UNSET)[:-2]]
+#: the last four are ours alone
+PROPERTY_ROWS = [f"config.{name}" for name in list(UNSET)[:-4]]
 
 
 def options_with(**values: Any) -> dict[str, str]:
@@ -111,6 +113,9 @@ def test_a_new_config_writes_the_memory_utilization_only() -> None:
         ("mem_utilization", 0.5, {"llm.MemoryUtilization": "0.5"}),
         ("transfer_path", "cma", {"llm_datadist.Path": "cma"}),
         ("transfer_path", None, {}),
+        ("metrics", True, {"llm_datadist.Metrics": "1"}),
+        ("metrics", False, {"llm_datadist.Metrics": "0"}),
+        ("tracing", True, {"llm_datadist.Tracing": "1"}),
         ("transfer_threads", 1, {"llm_datadist.Threads": "1"}),
         ("transfer_threads", 16, {"llm_datadist.Threads": "16"}),
     ],
@@ -145,7 +150,13 @@ TEXTS = [
     "cluster_info",
     "transfer_path",
 ]
-SWITCHES = ["enable_switch_role", "enable_cache_manager", "enable_remote_cache_accessible"]
+SWITCHES = [
+    "enable_switch_role",
+    "enable_cache_manager",
+    "enable_remote_cache_accessible",
+    "metrics",
+    "tracing",
+]
 NUMBERS = [
     "link_total_time",
     "link_retry_count",

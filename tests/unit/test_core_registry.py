@@ -217,3 +217,21 @@ def test_what_was_freed_is_freed_once(registry: Registry) -> None:
     entry = allocate(registry, ())
     assert registry.deallocate(entry.cache_id) is entry
     assert registry.deallocate(entry.cache_id) is None
+
+
+def test_the_oldest_held_is_the_first_allocated_that_a_key_still_holds(registry: Registry) -> None:
+    register(registry, KeyName(7, 0))
+    allocate(registry, ())
+    first, second = allocate(registry, (FIRST, SECOND)), allocate(registry, (THIRD,))
+    assert (registry.oldest_held(), registry.num_keys) == (first, 4)
+    registry.remove_key(FIRST)
+    assert registry.oldest_held() is first
+    registry.use_up(first.cache_id, 1, None)
+    assert (registry.oldest_held(), registry.num_keys) == (second, 2)
+    registry.unregister(second.cache_id)
+    assert registry.oldest_held() is None
+
+
+def test_a_key_of_an_allocated_blocks_cache_holds_nothing(registry: Registry) -> None:
+    registry.allocate(make_layout(CacheKind.BLOCKS), Placement.DEVICE, (BLOCKS_KEY,))
+    assert (registry.oldest_held(), registry.num_keys) == (None, 1)

@@ -18,8 +18,9 @@ HIXL = {"llm.TransferBackend": "hixl"}
 
 
 @pytest.fixture(autouse=True)
-def _no_path_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLM_DATADIST_PATH", raising=False)
+def _nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PATH", "METRICS", "TRACING"):
+        monkeypatch.delenv(f"LLM_DATADIST_{name}", raising=False)
 
 
 def parse(options: Any) -> Options:
@@ -289,6 +290,24 @@ def test_the_environment_gives_the_path_when_no_option_does(
 def test_an_option_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_DATADIST_PATH", "tcp")
     assert parse({**MANAGER, "llm_datadist.Path": "auto"}).path == "auto"
+
+
+@pytest.mark.parametrize("name", ["Metrics", "Tracing"])
+def test_counting_and_tracing_are_off_until_an_option_or_the_environment_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_on(**options: str) -> object:
+        return getattr(parse({**MANAGER, **options}), name.lower())
+
+    option, variable = f"llm_datadist.{name}", f"LLM_DATADIST_{name.upper()}"
+    assert (is_on(), is_on(**{option: "1"})) == (False, True)
+    assert f"{option} must be 0 or 1, got 'yes'" in str(refusal({**MANAGER, option: "yes"}))
+    monkeypatch.setenv(variable, "1")
+    assert (is_on(), is_on(**{option: "0"})) == (True, False)
+    monkeypatch.setenv(variable, "")
+    assert is_on() is False
+    monkeypatch.setenv(variable, "yes")
+    assert f"the environment variable {variable} must be 0 or 1" in str(refusal(MANAGER))
 
 
 def test_an_empty_environment_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import typer
 from llm_datadist.cli.bench.command import app as bench
 from llm_datadist.cli.demo.command import demo
 from llm_datadist.cli.doctor.command import doctor
+from llm_datadist.cli.top.command import top
 
 app = typer.Typer(
     name="llm-datadist",
@@ -16,4 +17,5 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(top)
 app.add_typer(bench, name="bench")

@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from llm_datadist.core.stats import ClusterStats  # noqa: TC001  (msgspec reads it)
+
 if TYPE_CHECKING:
     from llm_datadist.core.geometry import U64
 
@@ -263,6 +265,14 @@ class Done(Message, tag=29):
     """What was asked for has been done."""
 
 
+class AskStats(Message, tag=32):
+    """Sent in place of Hello: how are you? Answered with Stats, and the connection ends."""
+
+
+class Stats(Message, tag=33):
+    stats: ClusterStats
+
+
 AnyMessage: TypeAlias = (
     Hello
     | Welcome
@@ -289,6 +299,8 @@ AnyMessage: TypeAlias = (
     | Digested
     | ListExports
     | Exports
+    | AskStats
+    | Stats
 )
 
 _encoder = msgspec.msgpack.Encoder()

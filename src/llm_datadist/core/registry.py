@@ -39,6 +39,8 @@ class Entry:
     is_owned: bool = False
     #: the user has not deallocated it
     has_id_reference: bool = True
+    #: by the clock of whoever allocated it
+    allocated_at: float = 0.0
     #: key -> batch row; a blocks cache has its key at row 0
     keys: dict[KeyName, int] = field(default_factory=dict)
     #: tensors that layered pulls by a key have still to take before the key is used up
@@ -64,6 +66,8 @@ class Registry:
         self._peers_keep_tables = peers_keep_tables
         self._entries: dict[int, Entry] = {}
         self._by_key: dict[KeyName, Entry] = {}
+        #: those that keys hold, by id and so by age
+        self._held: dict[int, Entry] = {}
         self._last_id = first_id - 1
 
     def __len__(self) -> int:
@@ -71,6 +75,14 @@ class Registry:
 
     def entries(self) -> Iterable[Entry]:
         return self._entries.values()
+
+    @property
+    def num_keys(self) -> int:
+        return len(self._by_key)
+
+    def oldest_held(self) -> Entry | None:
+        """The oldest allocated cache that a key still holds; a blocks cache's key holds nothing."""
+        return next(iter(self._held.values()), None)
 
     def is_owned(self, cache_id: int) -> bool:
         """Whether the id names an allocated cache."""
@@ -118,6 +130,8 @@ class Registry:
         entry.is_owned = True
         for key, row in rows.items():
             self._bind(entry, key, row)
+        if rows and layout.geometry.has_batch_rows:
+            self._held[entry.cache_id] = entry
         return entry
 
     def deallocate(self, cache_id: int) -> Entry | None:
@@ -162,6 +176,7 @@ class Registry:
         """Forgets a cache and its keys; what peers know of it is stale from here on."""
         entry = self._entries.pop(cache_id, None)
         if entry is not None:
+            self._held.pop(cache_id, None)
             self._generations.close(entry.word_addr)
             entry.generation = 0
             for key in entry.keys:
@@ -195,6 +210,8 @@ class Registry:
     def _unbind(self, entry: Entry, key: KeyName) -> Entry | None:
         del self._by_key[key], entry.keys[key]
         entry.remaining.pop(key, None)
+        if not entry.keys:
+            self._held.pop(entry.cache_id, None)
         if not entry.has_id_reference and not entry.keys:
             return self.unregister(entry.cache_id)
         if self._peers_keep_tables:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llm_datadist import option_keys as key
 from llm_datadist.checks import check_dict, check_type
 from llm_datadist.cpp.types import LlmRole
-from llm_datadist.engine.engine import Engine
+from llm_datadist.engine.observed import make_engine
 from llm_datadist.errors import LLMException, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.options import Options
 from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 from llm_datadist.types import LLMRole
+
+if TYPE_CHECKING:
+    from llm_datadist.engine.engine import Engine
 
 #: "ip:port" or "[ipv6]:port" to listen on; without it nobody can link to this cluster. Seed 002
 #: wants it of every Prompt, later documents of none: a Prompt may push over links of its own making
@@ -69,11 +72,11 @@ def open_engine(cluster_id: int, options: Options) -> Engine:
     machine's memory: address space, of which pages are taken as they are touched.
     """
     if options.device_pool is not None or options.buf_pool not in (None, BufPoolConfig()):
-        return Engine(cluster_id, options)
+        return make_engine(cluster_id, options)
     pages, page_nbytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     everything = PoolConfig(pages * page_nbytes)
     try:
-        return Engine(cluster_id, replace(options, device_pool=everything))
+        return make_engine(cluster_id, replace(options, device_pool=everything))
     except LLMException as error:  # many programs never allocate; AllocateCache tells the others
         get_logger().info("cluster %d has no memory to allocate from: %s", cluster_id, error)
-        return Engine(cluster_id, options)
+        return make_engine(cluster_id, options)

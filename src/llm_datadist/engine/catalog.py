@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import deque
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import describe
+from llm_datadist.core.stats import HeldKey
 from llm_datadist.engine.exposure import Exposure
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.views import held_bytes
@@ -32,7 +34,17 @@ if TYPE_CHECKING:
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.transport.base import Transport
 
-_PROBE_ID = 0
+#: the cache that holds the nonce of the hand-shake
+PROBE_ID = 0
+
+
+class Holdings(NamedTuple):
+    """What a catalog holds at a moment."""
+
+    num_caches: int
+    num_keys: int
+    #: of those that hold an allocated cache, or a row of it
+    oldest_key: HeldKey | None
 
 
 class Catalog:
@@ -59,7 +71,7 @@ class Catalog:
         self._unpinned: deque[Entry] = deque()
         self._registry = Registry(
             Generations(secrets.randbits(62), self._exposure.expose_words),
-            first_id=_PROBE_ID,
+            first_id=PROBE_ID,
             peers_keep_tables=peers_keep_tables,
         )
         self._nonce = ProbeNonce()
@@ -98,7 +110,7 @@ class Catalog:
         LLMException(LLM_TIMEOUT) when the transfers do not end; the cache then stays.
         """
         with self._lock:
-            if self._registry.is_owned(cache_id) or cache_id == _PROBE_ID:
+            if self._registry.is_owned(cache_id) or cache_id == PROBE_ID:
                 return None
             self._leaving.add(cache_id)
             try:
@@ -134,6 +146,7 @@ class Catalog:
             region = self._exposure.expose(layout, is_remote_accessible=True)
             with self._lock:
                 entry = self._registry.allocate(layout, placement, keys)
+                entry.allocated_at = time.monotonic()
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
             if region is not None:
@@ -152,6 +165,16 @@ class Catalog:
         """Drops a key of an allocated cache; what nothing else holds is freed. Spec 6.6."""
         with self._lock:
             self._give_back(self._registry.remove_key(key))
+
+    def holdings(self) -> Holdings:
+        """How many caches and keys there are, and the key that has waited longest for its pull."""
+        with self._lock:
+            entry = self._registry.oldest_held()
+            return Holdings(
+                len(self._registry) - 1,  # without the probe's
+                self._registry.num_keys,
+                None if entry is None else _held(entry),
+            )
 
     def close(self) -> None:
         """Makes all that peers know of this process stale."""
@@ -302,7 +325,7 @@ class Catalog:
             return m.Resolved(describe(entry), row)
 
     def _find(self, cache_id: int) -> Entry:
-        if cache_id <= _PROBE_ID:
+        if cache_id <= PROBE_ID:
             raise LLMException(
                 f"there is no cache {cache_id}: ids begin at 1",
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
@@ -341,6 +364,12 @@ class Pin:
 
     def __del__(self) -> None:
         self._unpinned.append(self._entry)
+
+
+def _held(entry: Entry) -> HeldKey:
+    key = next(iter(entry.keys))
+    age_s = time.monotonic() - entry.allocated_at
+    return HeldKey(entry.cache_id, age_s, key.id, key.model_id, key.is_prefix)
 
 
 def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llm_datadist.engine.catalog import Catalog
     from llm_datadist.engine.groups import Groups
     from llm_datadist.engine.links import Links
+    from llm_datadist.observe.recorder import Recorder
     from llm_datadist.transport.base import Transport
     from llm_datadist.transport.movers import Movers
     from llm_datadist.transport.shield import Shields
@@ -43,3 +44,7 @@ class Context:
     sync_timeout_s: float
     #: with a transfer backend each end links and unlinks for itself (spec 5.6)
     is_one_way: bool
+    #: None when metrics are off
+    recorder: Recorder | None
+    #: by the monotonic clock
+    started_at: float

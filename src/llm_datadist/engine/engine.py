@@ -7,6 +7,7 @@ import secrets
 import selectors
 import socket
 import threading
+import time
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +23,7 @@ from llm_datadist.engine.links import Links
 from llm_datadist.engine.listener import Listener, bind
 from llm_datadist.engine.pools import open_pools
 from llm_datadist.engine.rendezvous import Rendezvous
+from llm_datadist.engine.snapshot import snapshot
 from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
@@ -40,9 +42,11 @@ if TYPE_CHECKING:
     from llm_datadist.core.plan import Planner
     from llm_datadist.core.remote import Guard, RemoteCache, RemoteRow
     from llm_datadist.core.segments import Segments
+    from llm_datadist.core.stats import ClusterStats
     from llm_datadist.engine.groups import GroupPlan
     from llm_datadist.engine.linker import Outcome, Target
     from llm_datadist.engine.session import Session
+    from llm_datadist.observe.recorder import Recorder
     from llm_datadist.options import Options
 
 T = TypeVar("T")
@@ -59,13 +63,15 @@ _MAYBE_STALE = (LLMStatusCode.LLM_PARAM_INVALID, LLMStatusCode.LLM_KV_CACHE_NOT_
 
 
 class Engine:
-    """One cluster at work. Thread-safe, but for `start` and `stop`."""
+    """One cluster at work. Thread-safe, but for `start` and `stop`. See observed.make_engine."""
 
-    def __init__(self, cluster_id: int, options: Options) -> None:
+    def __init__(self, cluster_id: int, options: Options, recorder: Recorder | None = None) -> None:
         self.cluster_id = cluster_id
         self.options = options
+        #: counts what links and peers do; None when metrics are off
+        self.recorder = recorder
         self._pools = open_pools(options)
-        self.links = Links(cluster_id)
+        self.links = Links(cluster_id, recorder)
         self.groups = Groups(cluster_id, self.links)
         self._shields = Shields(options.link_security)
         if options.verify_transfers:
@@ -102,6 +108,8 @@ class Engine:
             options.verify_transfers,
             options.sync_timeout_s,
             options.transfer_backend is not None,
+            recorder,
+            time.monotonic(),
         )
         self._linker = Linker(self._context)
         self._rank_listeners: list[Listener] = []
@@ -247,9 +255,17 @@ class Engine:
         with session.gate:
             requests.send(session.streams, segments, src, None, deadline)
 
+    def transfer(self, send: Callable[[], Sequence[LLMStatusCode]]) -> Sequence[LLMStatusCode]:
+        """A layer-wise transfer: `send` pushes the layers; a result for each destination."""
+        return send()
+
     def copy(self, segments: Segments) -> None:
         """Copies within this process."""
         copy(segments, self._movers)
+
+    def stats(self) -> ClusterStats:
+        """What there is, and what was counted so far."""
+        return snapshot(self._context)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
+
+if TYPE_CHECKING:
+    from llm_datadist.observe.recorder import Recorder
 
 
 class Gate:
     """Counts the transfers on a link: each runs under `with gate`. Thread-safe; shut at first."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder
         #: taken as itself by transfers: a Condition's own `with` costs three times as much
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
@@ -42,4 +48,11 @@ class Gate:
         """Shuts and waits for the transfers inside; False when some are still there."""
         with self._lock:
             self._shut_because = "the link is being unlinked"
-            return self._empty.wait_for(lambda: not self._inside, timeout_s)
+            if not self._inside:
+                return True
+            with self._recorder.waiting("gate") if self._recorder else nullcontext():
+                return self._empty.wait_for(lambda: not self._inside, timeout_s)
+
+    @property
+    def num_inside(self) -> int:
+        return self._inside

@@ -157,6 +157,7 @@ class Groups:
         if len(group.sessions) == len(group.plan.members):
             for member in group.sessions.values():
                 self._links.add(member)
+                member.report()
             self._settle(group, RegisterMemStatus.OK)
 
     def leave(self, session: Session) -> None:

@@ -10,6 +10,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.session import Session
+    from llm_datadist.observe.recorder import Recorder
 
 
 class Links:
@@ -19,10 +20,13 @@ class Links:
     and address, and an operation that names only the id uses the newest.
     """
 
-    def __init__(self, cluster_id: int) -> None:
+    def __init__(self, cluster_id: int, recorder: Recorder | None = None) -> None:
         self._cluster_id = cluster_id
+        self._recorder = recorder
         self._lock = threading.Lock()
         self._sessions: dict[int, list[Session]] = {}
+        #: of the links that operations use; may be read without the lock
+        self.paths: dict[int, str] = {}
         #: why the last link to a cluster ended, for the error of whoever still uses it
         self._endings: dict[int, str] = {}
 
@@ -32,16 +36,27 @@ class Links:
             others = self._sessions.setdefault(session.cluster_id, [])
             replaced = [other for other in others if session.supersedes(other)]
             others[:] = [session, *(other for other in others if other not in replaced)]
+            self.paths[session.cluster_id] = session.path
             self._endings.pop(session.cluster_id, None)
+        if self._recorder is not None:
+            self._recorder.link_made(session.path)
+            for other in replaced:
+                self._recorder.link_ended(other.path)
         return replaced
 
     def remove(self, session: Session, ending: str) -> None:
         with self._lock:
             others = self._sessions.get(session.cluster_id, [])
-            if session in others:
+            was_filed = session in others
+            if was_filed:
                 others.remove(session)
-            if not others and self._sessions.pop(session.cluster_id, None) is not None:
+            if others:
+                self.paths[session.cluster_id] = others[0].path
+            elif self._sessions.pop(session.cluster_id, None) is not None:
+                del self.paths[session.cluster_id]
                 self._endings[session.cluster_id] = ending
+        if was_filed and self._recorder is not None:
+            self._recorder.link_ended(session.path)
 
     def find(self, cluster_id: int) -> Session:
         """Raises LLMException(LLM_NOT_YET_LINK)."""

@@ -12,6 +12,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
 from llm_datadist.engine.control import ConnectionEnded, Control, Unwelcome
 from llm_datadist.engine.session import Session
+from llm_datadist.engine.snapshot import snapshot
 from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
@@ -148,12 +149,21 @@ class Listener:
                 await session.cut("the peer unlinked")
             await control.send(m.ByeDone())
             return False
+        if isinstance(first, m.AskStats):
+            await asyncio.wait_for(self._tell_stats(control), _GREETING_S)
+            return False
         await control.send(
             m.Refused(
                 LLMStatusCode.LLM_FAILED, f"a connection cannot begin with {type(first).__name__}"
             )
         )
         return False
+
+    async def _tell_stats(self, control: Control) -> None:
+        """Made in a thread: with hundreds of peers it takes milliseconds."""
+        context = self._context
+        stats = await context.loop.run_in_executor(context.waiters, snapshot, context)
+        await control.send(m.Stats(stats.told(to_stranger=not context.shields.is_secure)))
 
     async def _open_session(self, control: Control, hello: m.Hello) -> bool:
         link = ListenerLink(self._context.me, token=secrets.token_bytes(16))

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
+from llm_datadist.engine.catalog import PROBE_ID
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.checksum import digest_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from llm_datadist.core.geometry import U64
     from llm_datadist.engine.context import Context
     from llm_datadist.engine.control import Control
 
@@ -44,7 +46,9 @@ class StreamService:
         context: Context,
         fetch: Callable[[m.Fetch], None],
         when_closed: Callable[[StreamService], None],
+        count: Callable[[U64], None] | None,
     ) -> None:
+        """`count` is told the lengths of what peers are sent, where that is counted."""
         self._socket = control.socket
         self._shield = control.shield
         self._frames = control.frames
@@ -53,6 +57,7 @@ class StreamService:
         self._loop = context.loop
         self._fetch = fetch
         self._when_closed = when_closed
+        self._count = count
         self._is_busy = False
         self._is_closed = False
         #: runs while the peer takes no more of an answer
@@ -126,6 +131,8 @@ class StreamService:
         try:
             if isinstance(request, m.Read):
                 entry, addrs, nbytes = catalog.readable(request)
+                if self._count is not None and request.cache_id != PROBE_ID:
+                    self._count(nbytes)
                 timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
                 return Sender(sock, addrs, nbytes, entry.word_addr), timeout_s
             if isinstance(request, m.ListExports):

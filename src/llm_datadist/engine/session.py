@@ -24,6 +24,8 @@ from llm_datadist.engine.service import MAX_ANSWER_S, StreamService
 from llm_datadist.engine.streams import MAX_STREAMS, StreamPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
+from llm_datadist.observe.recorder import NEVER
+from llm_datadist.observe.watch import Watch
 from llm_datadist.transport.base import Channel, PathUnavailable, verify
 from llm_datadist.transport.deadline import Deadline
 from llm_datadist.transport.sealed import open_stream
@@ -31,8 +33,10 @@ from llm_datadist.transport.sealed import open_stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
+    from llm_datadist.core.geometry import U64
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.context import Context
+    from llm_datadist.observe.recorder import Recorder
     from llm_datadist.transport.stream import Stream
 
 _DIAL_BACK_S = 10.0
@@ -61,8 +65,8 @@ class Session:
         self.group = group
         self._host, self._port = control.address[:2]
         #: transfers on this link, in any thread
-        self.gate = Gate()
-        self.streams = StreamPool(self._open_stream)
+        self.gate = Gate(context.recorder)
+        self.streams = StreamPool(self._open_stream, context.recorder)
         self.lookup = Lookup(self.streams, is_tabled=context.me.is_remote_accessible)
         self._channels: dict[str, Channel] = {}
         self._services: set[StreamService] = set()
@@ -95,6 +99,11 @@ class Session:
     def path_reason(self) -> str:
         """Why better paths are not used; empty when there is no better one."""
         return "; ".join(f"{path}: {reason}" for path, reason, _ in self._link.rejected)
+
+    @property
+    def state(self) -> str:
+        """Of the link's machine: "linked" or "leaving" for a link that is filed."""
+        return self._link.state.value
 
     @property
     def is_closed(self) -> bool:
@@ -145,6 +154,16 @@ class Session:
         ):
             deadline.require("a push by the peer")
             self.read(Segments(src, dst, nbytes), guard, deadline)
+
+    def _fetch_counted(self, recorder: Recorder, request: m.Fetch) -> None:
+        with Watch(recorder.series("fetch", self.cluster_id, self.path)) as watch:
+            watch.moves(Segments(*m.columns_of(request.columns, 3)))
+            self.fetch(request)
+
+    def _count_served(self, recorder: Recorder, nbytes: U64) -> None:
+        """What a peer reads from us by asking."""
+        series = recorder.series("serve", self.cluster_id, self.path)
+        series.add((NEVER, NEVER, NEVER, NEVER, 1, int(nbytes.sum()), len(nbytes)))
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
         """Reads over the link's path, and verifies what came where the options say so."""
@@ -219,7 +238,11 @@ class Session:
     def serve(self, control: Control) -> None:
         """Answers the peer's requests on a connection of its."""
         context = self._context
-        service = StreamService(control, context, self.fetch, self._services.discard)
+        fetch, count = self.fetch, None
+        if context.recorder is not None:
+            fetch = partial(self._fetch_counted, context.recorder)
+            count = partial(self._count_served, context.recorder)
+        service = StreamService(control, context, fetch, self._services.discard, count)
         self._services.add(service)
         service.start()
 
@@ -294,9 +317,10 @@ class Session:
         if not is_echo:  # the answering end of a link to ourselves is not one to use
             for stale in links.add(self):
                 await stale.cut(f"cluster {self.cluster_id} linked anew")
-        self._report()
+        self.report()
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """That the link is made, and why not by a better path."""
         logger = get_logger()
         logger.info(
             "cluster %d is linked to cluster %d by %s", self._context.me.cluster_id,

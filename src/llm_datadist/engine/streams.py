@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
@@ -12,6 +13,7 @@ from llm_datadist.transport.stream import RequestRefused, Stream
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llm_datadist.observe.recorder import Recorder
     from llm_datadist.transport.deadline import Deadline
 
 #: more threads than this on one link wait for each other's streams
@@ -41,8 +43,11 @@ class StreamPool:
     stream then comes by `add`.
     """
 
-    def __init__(self, open_one: Callable[[Deadline], Stream | None]) -> None:
+    def __init__(
+        self, open_one: Callable[[Deadline], Stream | None], recorder: Recorder | None = None
+    ) -> None:
         self._open_one = open_one
+        self._recorder = recorder
         self._changed = threading.Condition()
         self._idle: list[Stream] = []
         self._lent: set[Stream] = set()
@@ -139,7 +144,9 @@ class StreamPool:
             self._changed.notify()
 
     def _wait(self, deadline: Deadline) -> None:
-        self._changed.wait(deadline.require("waiting for a stream to the peer"))
+        left_s = deadline.require("waiting for a stream to the peer")
+        with self._recorder.waiting("stream") if self._recorder else nullcontext():
+            self._changed.wait(left_s)
 
     def _require_open(self) -> None:
         if self._closed_because is not None:

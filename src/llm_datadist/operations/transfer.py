@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -67,7 +68,10 @@ def transfer_cache_async(
     layers = [_check_config(config, cache, has_blocks=bool(src)) for config in configs]
     task = CacheTask(len(configs), _unfinished_status(engine))
     job = _Job(cache, synchronizer, configs, layers, src, dst, nbytes)
-    threading.Thread(target=_run, args=(engine, job, task), name="llm-datadist-transfer").start()
+    run = contextvars.copy_context().run  # spans belong to the caller's
+    threading.Thread(
+        target=run, args=(_run, engine, job, task), name="llm-datadist-transfer"
+    ).start()
     return task
 
 
@@ -127,8 +131,13 @@ def _check_config(config: Config, cache: Cache, *, has_blocks: bool) -> range:
 def _run(engine: Engine, job: _Job, task: CacheTask) -> None:
     """The transfer's thread: whatever happens, the task gets its results."""
     results: list[LLMStatusCode | None] = [None] * len(job.configs)
-    try:
+
+    def send_layers() -> Sequence[LLMStatusCode]:
         _send_layers(engine, job, results)
+        return [status for status in results if status is not None]
+
+    try:
+        engine.transfer(send_layers)
     except BaseException:  # the synchronizer's, or a bug: never success
         get_logger().exception("the transfer of cache %d failed", job.cache.cache_id)
         results = [LLMStatusCode.LLM_FAILED if each is None else each for each in results]
