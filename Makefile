@@ -21,8 +21,8 @@ check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/conformance/report.py --check
@@ -31,8 +31,8 @@ conformance: $(VENV)/.dev
 	$(BIN)/python tests/conformance/report.py
 
 format: $(VENV)/.dev
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests examples
+	$(BIN)/ruff check --fix src tests examples
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
