@@ -100,6 +100,7 @@ def test_memory_that_is_gone_is_refused(node: Node, array: Bytes) -> None:
         (np.zeros((2, 1, 64), np.uint8), [8], r"no blocks \[8\]: the array has 2 tensors of 8"),
         ([np.zeros((8, 64)), np.zeros((8, 32))], None, r"sizes?: \[\(8, 64\), \(8, 32\)\]"),
         ([], None, "one array per tensor"),
+        (np.zeros(8), None, "one array per tensor, whose dim 0 counts the blocks"),
     ],
 )
 def test_what_cannot_be_compared(

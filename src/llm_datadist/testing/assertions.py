@@ -36,12 +36,13 @@ def bytes_of(tensors: Tensors) -> Bytes:
     """
     if isinstance(tensors, Cache):
         return _memory_of(tensors)
-    rows = [np.ascontiguousarray(tensor) for tensor in tensors]
-    if not rows or any(row.ndim == 0 or not row.size for row in rows):
+    arrays = [np.asarray(tensor) for tensor in tensors]
+    if not arrays or any(array.ndim == 0 or not array.size for array in arrays):
         raise ValueError("there must be one array per tensor, whose dim 0 counts the blocks")
-    if len({(len(row), row.nbytes) for row in rows}) > 1:
-        raise ValueError(f"the tensors differ in size: {[row.shape for row in rows]}")
-    return np.stack([row.view(np.uint8).reshape(len(row), -1) for row in rows])
+    if len({(len(array), array.nbytes) for array in arrays}) > 1:
+        raise ValueError(f"the tensors differ in size: {[array.shape for array in arrays]}")
+    rows = [np.ascontiguousarray(array).reshape(len(array), -1) for array in arrays]
+    return np.stack([row.view(np.uint8) for row in rows])
 
 
 def assert_cache_equal(
