@@ -7,39 +7,21 @@ of the environment: the package is imported when a test asks for one of the fixt
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
-    from llm_datadist import LLMRole
     from llm_datadist.testing.cluster import Node
-    from llm_datadist.testing.faults import FaultProxy
+    from llm_datadist.testing.fixtures import Spawn, StartClusters, StartProxy
     from llm_datadist.testing.linked import ClusterProcess
     from llm_datadist.testing.process import ObjectProcess
 
-    Held = TypeVar("Held")
-
-    class StartClusters(Protocol):
-        """The arguments of `linked_clusters`."""
-
-        def __call__(
-            self,
-            num_clusters: int = 2,
-            *,
-            roles: Sequence[LLMRole] | None = None,
-            proxied: bool = False,
-            **settings: object,
-        ) -> list[ClusterProcess]: ...
-
-    class Spawn(Protocol):
-        """The arguments of `ObjectProcess`."""
-
-        def __call__(
-            self, make: Callable[..., Held], *args: object, **kwargs: object
-        ) -> ObjectProcess[Held]: ...
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -49,9 +31,7 @@ def llm_datadist_spawn() -> Iterator[Spawn]:
 
     with ExitStack() as stack:
 
-        def spawn(
-            make: Callable[..., Held], *args: object, **kwargs: object
-        ) -> ObjectProcess[Held]:
+        def spawn(make: Callable[..., T], *args: object, **kwargs: object) -> ObjectProcess[T]:
             return stack.enter_context(ObjectProcess(make, *args, **kwargs)).ready()
 
         yield spawn
@@ -63,19 +43,7 @@ def llm_datadist_clusters() -> Iterator[StartClusters]:
     from llm_datadist.testing.linked import linked_clusters
 
     with ExitStack() as stack:
-
-        def clusters(
-            num_clusters: int = 2,
-            *,
-            roles: Sequence[LLMRole] | None = None,
-            proxied: bool = False,
-            **settings: object,
-        ) -> list[ClusterProcess]:
-            return stack.enter_context(
-                linked_clusters(num_clusters, roles=roles, proxied=proxied, **settings)
-            )
-
-        yield clusters
+        yield _entering(stack, linked_clusters)
 
 
 @pytest.fixture
@@ -98,12 +66,12 @@ def llm_datadist_node() -> Iterator[Node]:
 
 
 @pytest.fixture
-def llm_datadist_proxy() -> Iterator[Callable[[int], FaultProxy]]:
-    """`proxy(port)`: a FaultProxy before a listener of 127.0.0.1; closed after the test."""
+def llm_datadist_proxy() -> Iterator[StartProxy]:
+    """`proxy(port)`: a FaultProxy before a listener; closed after the test."""
     from llm_datadist.testing.faults import FaultProxy
 
     with ExitStack() as stack:
-        yield lambda port: stack.enter_context(FaultProxy(port))
+        yield _entering(stack, FaultProxy)
 
 
 @pytest.fixture
@@ -122,3 +90,12 @@ def llm_datadist_clean() -> Iterator[None]:
 
     if LLMDataDist.llm_engine_instance is not None:
         LLMDataDist.llm_engine_instance.finalize()
+
+
+def _entering(stack: ExitStack, manager: Callable[P, AbstractContextManager[T]]) -> Callable[P, T]:
+    """`manager`, as a function that enters what it makes; the stack leaves it."""
+
+    def enter(*args: P.args, **kwargs: P.kwargs) -> T:
+        return stack.enter_context(manager(*args, **kwargs))
+
+    return enter

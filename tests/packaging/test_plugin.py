@@ -23,7 +23,7 @@ def pytest_configure(config):
 KIT_WITHOUT_PYTEST = """
 import sys
 sys.modules["pytest"] = None
-from llm_datadist.testing import assertions, cluster, faults, linked, process, timing
+from llm_datadist.testing import assertions, cluster, faults, fixtures, linked, process, timing
 """
 
 

@@ -8,6 +8,7 @@
 | `faults` | FaultProxy: a network that cuts, stalls, slows and corrupts |
 | `assertions` | assert_cache_equal, assert_untouched: which tensor, block and byte differ |
 | `timing` | takes_at_most, eventually |
+| `fixtures` | the types of the pytest fixtures |
 
-None of them needs pytest; installing the package gives pytest their fixtures (docs/testing.md).
+None of them needs pytest, which finds the fixtures when the package is installed: docs/testing.md.
 """

@@ -1,9 +1,11 @@
 """Clusters in processes of their own, linked to each other.
 
-with linked_clusters(2) as (prefill, decode):
-    prefill.call(Node.add_blocks, seed=1, key=BlocksCacheKey(prefill.cluster_id))
-    cache_id = decode.call(Node.add_blocks)
-    decode.call(Node.pull_blocks, BlocksCacheKey(prefill.cluster_id), cache_id, [3, 7], [0, 5])
+    with linked_clusters(2) as (prefill, decode):
+        prefill.call(Node.add_blocks, seed=1, key=BlocksCacheKey(1))
+        cache_id = decode.call(Node.add_blocks)
+        decode.call(Node.pull_blocks, BlocksCacheKey(1), cache_id, [3, 7], [0, 5])
+
+In pytest they are the fixtures `llm_datadist_pair` and `llm_datadist_clusters`.
 """
 
 from __future__ import annotations
