@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llm_datadist import LLMException
+from llm_datadist import CacheKeyByIdAndIndex, LLMException
+from llm_datadist.testing.assertions import assert_cache_equal
 from llm_datadist.testing.cluster import Node, free_port
 from llm_datadist.testing.linked import linked_clusters
 from llm_datadist.testing.process import ObjectProcess
@@ -75,8 +76,13 @@ def test_three_clusters_are_linked_and_end_with_the_block() -> None:
     with linked_clusters(3, enable_remote_cache_accessible=True) as clusters:
         linked = {cluster.cluster_id: cluster.call(linked_ids) for cluster in clusters}
         pids = [cluster.pid for cluster in clusters]
+        owner, _, puller = clusters
+        source, target = owner.call(Node.add_rows, seed=1), puller.call(Node.add_rows)
+        puller.call(Node.pull_cache, CacheKeyByIdAndIndex(1, source, 3), target, 0)
+        sent, came = owner.call(Node.array_of, source), puller.call(Node.array_of, target)
         with pytest.raises(RuntimeError, match="cluster 1 has no proxy"):
             _ = clusters[0].proxy
+    assert_cache_equal(came, sent[:, [3]], blocks=[0])
     assert linked == {1: [2, 3], 2: [1, 3], 3: [1, 2]}
     for pid in pids:
         with pytest.raises(ProcessLookupError):
