@@ -70,8 +70,11 @@ class ObjectProcess(Generic[Held]):
         return result
 
     def begin(self, function: Callable[..., object], *args: object, **kwargs: object) -> None:
-        """Starts a call whose outcome `result` waits for."""
-        self._pipe.send((function, args, kwargs))
+        """Starts a call whose outcome `result` waits for. Raises EOFError as that does."""
+        try:
+            self._pipe.send((function, args, kwargs))
+        except BrokenPipeError:
+            raise self._ended() from None
 
     def result(self, timeout_s: float = _CALL_S) -> object:
         """What the call that was begun returned.
@@ -102,15 +105,18 @@ class ObjectProcess(Generic[Held]):
         try:
             result, error, trace = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join()
-            raise EOFError(
-                f"process {self.pid} ended before it answered, with exit code "
-                f"{self._process.exitcode}; what it printed last says more"
-            ) from None
+            raise self._ended() from None
         if error is not None:
             error.add_note(trace) if hasattr(error, "add_note") else None
             raise error
         return result
+
+    def _ended(self) -> EOFError:
+        self._process.join()
+        return EOFError(
+            f"process {self.pid} ended with exit code {self._process.exitcode} before it answered; "
+            "what it printed last says more"
+        )
 
 
 def _serve(
