@@ -73,7 +73,7 @@ def install(wheel: Path, environment: Path) -> Path:
     outside.run([sys.executable, "-m", "venv", "--without-pip", environment], wheel.parent)
     python = environment / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet"]
-    outside.run([*pip, "install", f"{wheel}[testing]"], wheel.parent, timeout_s=300)
+    outside.run([*pip, "install", "--no-compile", f"{wheel}[testing]"], wheel.parent, timeout_s=300)
     return python
 
 
