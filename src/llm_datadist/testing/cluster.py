@@ -1,23 +1,17 @@
 """Clusters in processes of their own, driven from a test.
 
 A `Node` is one cluster with memory that a test can fill and look at. It lives in the test's own
-process, or in a `NodeProcess`, which runs plain functions on its node:
-
-    def register(node: Node) -> int:
-        return node.blocks_cache(num_tensors=2, num_blocks=8, block_nbytes=64, seed=1).cache_id
+process, or in a `NodeProcess`, which runs its methods, and plain functions, on its node:
 
     with NodeProcess() as prefill:
         prefill.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0")
-        cache_id = prefill.call(register)
+        cache_id = prefill.call(Node.add_blocks, num_blocks=8, block_nbytes=64, seed=1)
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
-import signal
-import traceback
-from typing import TYPE_CHECKING, TypeVar
+import socket
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,27 +19,26 @@ import numpy.typing as npt
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.config import LLMConfig
 from llm_datadist.datadist import LLMDataDist
+from llm_datadist.testing.process import ObjectProcess
 from llm_datadist.types import CacheDesc, DataType, LLMRole, Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from multiprocessing.connection import Connection
-
-    from typing_extensions import Self
+    from collections.abc import Sequence
 
     from llm_datadist.cache import Cache
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.errors import LLMStatusCode
-    from llm_datadist.keys import BlocksCacheKey, CacheKey
+    from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 
-T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
-
-_CALL_S = 60.0
 
 
 class Node:
-    """A cluster and its caches' memory, as numpy arrays of bytes by cache id."""
+    """A cluster and its caches' memory, as numpy arrays of bytes by cache id.
+
+    Caches stay in their process: `add_blocks`, `add_rows`, `array_of`, `pull_blocks` and
+    `pull_cache` name them by id, for a test that drives the node from another process.
+    """
 
     def __init__(self) -> None:
         self._datadist: LLMDataDist | None = None
@@ -54,11 +47,13 @@ class Node:
 
     @property
     def datadist(self) -> LLMDataDist:
+        """The cluster. `start` comes first."""
         assert self._datadist is not None, "call start first"
         return self._datadist
 
     @property
     def manager(self) -> CacheManager:
+        """Its cache manager."""
         return self.datadist.cache_manager
 
     def start(self, role: LLMRole, cluster_id: int, **settings: object) -> int:
@@ -112,14 +107,58 @@ class Node:
         cache = self.manager.register_cache(desc, addrs_of(array), keys, remote_accessible)
         return self._keep(cache, array)
 
+    def add_blocks(
+        self,
+        num_tensors: int = 2,
+        num_blocks: int = 8,
+        block_nbytes: int = 64,
+        seed: int | None = None,
+        key: BlocksCacheKey | None = None,
+    ) -> int:
+        """As `blocks_cache`; the cache id."""
+        return self.blocks_cache(num_tensors, num_blocks, block_nbytes, seed, key).cache_id
+
+    def add_rows(
+        self,
+        num_tensors: int = 2,
+        num_rows: int = 4,
+        row_nbytes: int = 256,
+        seed: int | None = None,
+        keys: Sequence[CacheKey] = (),
+    ) -> int:
+        """As `rows_cache`; the cache id."""
+        return self.rows_cache(num_tensors, num_rows, row_nbytes, seed, keys).cache_id
+
+    def array_of(self, cache_id: int) -> Bytes:
+        """The memory of a cache that this node registered: [tensors, blocks or rows, bytes]."""
+        return self.arrays[cache_id]
+
+    def pull_blocks(
+        self,
+        src_cache_key: CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey,
+        cache_id: int,
+        src_blocks: Sequence[int] = (),
+        dst_blocks: Sequence[int] = (),
+    ) -> None:
+        """`CacheManager.pull_blocks` into a cache of this node. Raises as that does."""
+        self.manager.pull_blocks(src_cache_key, self.caches[cache_id], src_blocks, dst_blocks)
+
+    def pull_cache(
+        self, cache_key: CacheKey | CacheKeyByIdAndIndex, cache_id: int, batch_index: int = 0
+    ) -> None:
+        """`CacheManager.pull_cache` into a cache of this node. Raises as that does."""
+        self.manager.pull_cache(cache_key, self.caches[cache_id], batch_index)
+
     def link(
         self, port: int, cluster_id: int | None = None, timeout: int = 3000, host: str = "127.0.0.1"
     ) -> LLMStatusCode:
+        """Links to the node that listens on `port`; the status, LLM_SUCCESS when it is linked."""
         return self.datadist.link_clusters([cluster_info(port, cluster_id, host)], timeout)[1][0]
 
     def unlink(
         self, port: int, cluster_id: int, timeout: int = 3000, *, force: bool = False
     ) -> LLMStatusCode:
+        """Ends the link to a node; the status."""
         infos = [cluster_info(port, cluster_id)]
         return self.datadist.unlink_clusters(infos, timeout, force)[1][0]
 
@@ -129,59 +168,11 @@ class Node:
         return cache
 
 
-class NodeProcess:
+class NodeProcess(ObjectProcess[Node]):
     """A process with a node. A context manager; leaving it ends the process, whatever its state."""
 
     def __init__(self) -> None:
-        context = mp.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.kill()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def call(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
-        """Runs `function(node, *args)` there; its result, or the exception it raised."""
-        self.begin(function, *args, **kwargs)
-        result: T = self.result()  # type: ignore[assignment]  # what the function returned
-        return result
-
-    def begin(self, function: Callable[..., object], *args: object, **kwargs: object) -> None:
-        """Starts a call whose outcome `result` waits for."""
-        self._pipe.send((function, args, kwargs))
-
-    def result(self, timeout_s: float = _CALL_S) -> object:
-        if not self._pipe.poll(timeout_s):
-            raise TimeoutError(f"node process {self.pid} did not answer within {timeout_s} s")
-        result, error, trace = self._pipe.recv()
-        if error is not None:
-            error.add_note(trace) if hasattr(error, "add_note") else None
-            raise error
-        return result
-
-    def pause(self) -> None:
-        """SIGSTOP, waited for: the process stands still, its connections stay open."""
-        os.kill(self.pid, signal.SIGSTOP)
-        os.waitpid(self.pid, os.WUNTRACED)
-
-    def resume(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
-
-    def kill(self) -> None:
-        """SIGKILL, waited for. May be called again."""
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
+        super().__init__(Node)
 
 
 def cluster_info(
@@ -196,6 +187,16 @@ def cluster_info(
     return info
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has: for programs that do not take 0.
+
+    Somebody else may take it before the caller does; the system hands out others first.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 def make_array(shape: tuple[int, ...], seed: int | None) -> Bytes:
     """Random bytes of a seed, the same in every process; zeros without one."""
     if seed is None:
@@ -206,16 +207,3 @@ def make_array(shape: tuple[int, ...], seed: int | None) -> Bytes:
 def addrs_of(array: Bytes) -> list[int]:
     """The address of each tensor of an array whose first dimension counts them."""
     return [int(tensor.ctypes.data) for tensor in array]
-
-
-def _serve(pipe: Connection) -> None:
-    node = Node()
-    while True:
-        try:
-            function, args, kwargs = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send((function(node, *args, **kwargs), None, ""))
-        except BaseException as error:  # the test gets it
-            pipe.send((None, error, traceback.format_exc()))
