@@ -18,6 +18,8 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory.arena import Arena, MemoryPool
 from llm_datadist.memory.host import unmapped
 from llm_datadist.pool_config import BufPoolConfig, PoolConfig, SizeClass
+from llm_datadist.transport.host import HostMemory
+from llm_datadist.transport.movers import Movers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +29,7 @@ MIB = 1024 * KIB
 #: the size in the documents
 LARGE = 18737418240
 PAGE = 65536
+HOST_MEMORY = HostMemory(Movers(1))
 
 
 def resident_nbytes() -> int:
@@ -36,7 +39,7 @@ def resident_nbytes() -> int:
 @pytest.fixture
 def pool() -> Iterator[MemoryPool]:
     """A pool of four pages of 64 KiB."""
-    pool = MemoryPool.of_pages(PoolConfig(4 * PAGE))
+    pool = MemoryPool.of_pages(PoolConfig(4 * PAGE), HOST_MEMORY)
     yield pool
     pool.close()
 
@@ -108,7 +111,7 @@ def test_a_pool_of_256_kib_serves_exactly_four_tensors_of_64_kib(pool: MemoryPoo
 
 
 def test_a_pool_of_one_page_does_not_hold_two_small_tensors() -> None:
-    pool = MemoryPool.of_pages(PoolConfig(65536))
+    pool = MemoryPool.of_pages(PoolConfig(65536), HOST_MEMORY)
     with pytest.raises(LLMException) as caught:
         pool.allocate_many(2, 2048)
     assert caught.value.status_code is LLMStatusCode.LLM_OUT_OF_MEMORY
@@ -159,7 +162,7 @@ def test_an_address_that_is_not_the_pools_cannot_be_freed(pool: MemoryPool) -> N
 @pytest.mark.shows("buf_pool.classes")
 def test_a_pool_with_classes_serves_from_them_then_in_general_then_from_the_memory_pool() -> None:
     config = BufPoolConfig((SizeClass(2097152, 256, 8192),), 2097152 + PAGE)
-    pool = MemoryPool.of_slots(config, PoolConfig(PAGE))
+    pool = MemoryPool.of_slots(config, PoolConfig(PAGE), HOST_MEMORY)
     pool.allocate(100)
     addrs = pool.allocate_many(2, PAGE)
     assert [each.used_nbytes for each in pool.usage()] == [256, PAGE, PAGE]
@@ -171,7 +174,7 @@ def test_a_pool_with_classes_serves_from_them_then_in_general_then_from_the_memo
 
 
 def test_a_tiny_pool_without_classes_opens_and_has_no_room() -> None:
-    pool = MemoryPool.of_slots(BufPoolConfig((), 1024))
+    pool = MemoryPool.of_slots(BufPoolConfig((), 1024), None, HOST_MEMORY)
     with pytest.raises(LLMException) as caught:
         pool.allocate(1)
     assert caught.value.status_code is LLMStatusCode.LLM_OUT_OF_MEMORY
@@ -181,12 +184,12 @@ def test_a_tiny_pool_without_classes_opens_and_has_no_room() -> None:
 @pytest.mark.shows("error.9")
 def test_a_pool_that_the_system_cannot_hold_is_out_of_memory() -> None:
     with pytest.raises(LLMException) as caught:
-        MemoryPool.of_pages(PoolConfig(2**60, 30))
+        MemoryPool.of_pages(PoolConfig(2**60, 30), HOST_MEMORY)
     assert caught.value.status_code is LLMStatusCode.LLM_OUT_OF_MEMORY
 
 
 def test_a_closed_pool_gives_its_memory_back() -> None:
-    pool = MemoryPool.of_pages(PoolConfig(LARGE))
+    pool = MemoryPool.of_pages(PoolConfig(LARGE), HOST_MEMORY)
     addr = pool.allocate(MIB)
     assert unmapped([addr], MIB) == []
     pool.close()
@@ -194,7 +197,7 @@ def test_a_closed_pool_gives_its_memory_back() -> None:
 
 
 def test_a_closed_pool_allocates_nothing_and_takes_back_what_is_still_out() -> None:
-    pool = MemoryPool.of_pages(PoolConfig(PAGE))
+    pool = MemoryPool.of_pages(PoolConfig(PAGE), HOST_MEMORY)
     addr = pool.allocate(1)
     pool.close()
     pool.close()
@@ -216,7 +219,7 @@ def eager_switches() -> Iterator[None]:
 
 @pytest.mark.usefixtures("eager_switches")
 def test_eight_threads_never_get_the_same_memory() -> None:
-    pool = MemoryPool.of_pages(PoolConfig(64 * KIB, 10))
+    pool = MemoryPool.of_pages(PoolConfig(64 * KIB, 10), HOST_MEMORY)
     everyone = threading.Barrier(8)
 
     def work(worker: int) -> int:

@@ -35,6 +35,8 @@ class Entry:
     generation: int
     #: what keeps registered memory, one per tensor, None where the program does; empty is all None
     held: Sequence[object | None] = ()
+    #: what kind of memory it lies in, see memory/device.py
+    space: str = "host"
     #: the memory is the library's: keys and the id hold references to it
     is_owned: bool = False
     #: the user has not deallocated it

@@ -19,6 +19,7 @@ from llm_datadist.core.remote import describe
 from llm_datadist.core.stats import HeldKey
 from llm_datadist.engine.exposure import Exposure
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.memory.device import HOST
 from llm_datadist.memory.views import held_bytes
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
@@ -93,12 +94,14 @@ class Catalog:
         *,
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
+        space: str = HOST,
     ) -> Entry:
-        region = self._exposure.expose(layout, is_remote_accessible=is_remote_accessible)
+        region = self._exposure.expose(layout, space, is_remote_accessible=is_remote_accessible)
         with self._lock:
             entry = self._registry.register(
                 layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
             )
+            entry.space = space
             self._exposure.file(entry.cache_id, region)
         return entry
 
@@ -143,10 +146,10 @@ class Catalog:
         region = None
         try:
             layout = Layout.at(geometry, addrs)
-            region = self._exposure.expose(layout, is_remote_accessible=True)
+            region = self._exposure.expose(layout, pool.space, is_remote_accessible=True)
             with self._lock:
                 entry = self._registry.allocate(layout, placement, keys)
-                entry.allocated_at = time.monotonic()
+                entry.allocated_at, entry.space = time.monotonic(), pool.space
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
             if region is not None:
@@ -251,19 +254,21 @@ class Catalog:
                         LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
                     )
         _check_reach(entry, read.generation, addrs, nbytes)
+        if entry.space != HOST:
+            raise invalid(f"cache {entry.cache_id} lies in {entry.space}: no stream sends that")
         return entry, addrs, nbytes
 
     @contextmanager
     def writable(
         self, cache_id: int | None, generation: int, addrs: U64, nbytes: U64
-    ) -> Iterator[None]:
-        """Memory that a peer asks us to fill, checked and kept meanwhile."""
+    ) -> Iterator[Entry]:
+        """The cache of memory that a peer asks us to fill, checked and kept meanwhile."""
         if cache_id is None:
             entry = self._find_by_addrs(addrs, nbytes)
             cache_id, generation = entry.cache_id, entry.generation
         with self.use(cache_id) as entry:
             _check_reach(entry, generation, addrs, nbytes)
-            yield
+            yield entry
 
     def _begin_use(self, entry: Entry) -> None:
         self._in_use[entry.cache_id] = self._in_use.get(entry.cache_id, 0) + 1

@@ -26,12 +26,13 @@ from llm_datadist.engine.rendezvous import Rendezvous
 from llm_datadist.engine.snapshot import snapshot
 from llm_datadist.engine.tasks import cancel_all
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import StaleCache
 from llm_datadist.transport.checksum import require_checksums
 from llm_datadist.transport.deadline import Deadline
+from llm_datadist.transport.host import HostMemory
 from llm_datadist.transport.installed import transports_for
-from llm_datadist.transport.local import copy
 from llm_datadist.transport.movers import Movers
 from llm_datadist.transport.shield import Shields
 from llm_datadist.transport.threads import Threads
@@ -40,12 +41,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from llm_datadist.core.plan import Planner
+    from llm_datadist.core.registry import Entry
     from llm_datadist.core.remote import Guard, RemoteCache, RemoteRow
     from llm_datadist.core.segments import Segments
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.engine.groups import GroupPlan
     from llm_datadist.engine.linker import Outcome, Target
     from llm_datadist.engine.session import Session
+    from llm_datadist.memory.device import Device
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.options import Options
 
@@ -70,13 +73,16 @@ class Engine:
         self.options = options
         #: counts what links and peers do; None when metrics are off
         self.recorder = recorder
-        self._pools = open_pools(options)
+        self._movers = Movers(options.transfer_threads)
+        host = HostMemory(self._movers)
+        #: by space; a GPU's would be another
+        self._devices: dict[str, Device] = {host.space: host}
+        self._pools = open_pools(options, host)
         self.links = Links(cluster_id, recorder)
         self.groups = Groups(cluster_id, self.links)
         self._shields = Shields(options.link_security)
         if options.verify_transfers:
             require_checksums()
-        self._movers = Movers(options.transfer_threads)
         self._workers = Threads(_WORKERS, "llm-datadist-worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         self._fetchers = Threads(_FETCHERS, "llm-datadist-fetcher")
@@ -223,14 +229,15 @@ class Engine:
         me = self._context.me.instance
         return all(session.instance == me for session in self.links.of(cluster_id))
 
-    def pull(self, source: RemoteRow, plan: Planner) -> None:
-        """Reads from a peer's cache what `plan` makes of its description.
+    def pull(self, source: RemoteRow, plan: Planner, dst: Entry) -> None:
+        """Reads from a peer's cache into `dst` what `plan` makes of its description.
 
         Returns only when all bytes have been moved from a cache that existed throughout. Raises
         LLMException; nothing arrives after it was raised.
         """
 
         def move(session: Session, remote: RemoteCache, row: int, deadline: Deadline) -> None:
+            session.require_reach(dst)
             session.read(plan(remote, row), remote.guard, deadline)
             if not self.options.remote_accessible and remote.has_key_at(row):
                 requests.use_up(session.streams, remote, row, source.tensors, deadline)
@@ -259,9 +266,9 @@ class Engine:
         """A layer-wise transfer: `send` pushes the layers; a result for each destination."""
         return send()
 
-    def copy(self, segments: Segments) -> None:
-        """Copies within this process."""
-        copy(segments, self._movers)
+    def copy(self, segments: Segments, src_space: str, dst_space: str) -> None:
+        """Copies within this process; the spaces say in what kinds of memory the ends lie."""
+        self._devices[src_space if dst_space == HOST else dst_space].copy(segments)
 
     def stats(self) -> ClusterStats:
         """What there is, and what was counted so far."""

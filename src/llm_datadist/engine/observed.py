@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llm_datadist.core.plan import Planner
+    from llm_datadist.core.registry import Entry
     from llm_datadist.core.remote import Guard, RemoteRow
     from llm_datadist.core.segments import Segments
     from llm_datadist.engine.linker import Outcome, Target
@@ -41,9 +42,9 @@ class ObservedEngine(Engine):
         self._tracer = Tracer(cluster_id) if options.tracing else None
         super().__init__(cluster_id, options, recorder)
 
-    def pull(self, source: RemoteRow, plan: Planner) -> None:
+    def pull(self, source: RemoteRow, plan: Planner, dst: Entry) -> None:
         with self._watch("pull", source.cluster_id) as watch:
-            super().pull(source, watch.timed(plan))
+            super().pull(source, watch.timed(plan), dst)
 
     def push(self, target: RemoteRow, src: Guard, plan: Planner) -> None:
         with self._watch("push", target.cluster_id) as watch:
@@ -60,10 +61,10 @@ class ObservedEngine(Engine):
             watch.ended(statuses)
             return statuses
 
-    def copy(self, segments: Segments) -> None:
+    def copy(self, segments: Segments, src_space: str, dst_space: str) -> None:
         with self._watch("copy") as watch:
             watch.moves(segments)
-            super().copy(segments)
+            super().copy(segments, src_space, dst_space)
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         with self._watch("link") as watch:

@@ -22,7 +22,7 @@ from llm_datadist.engine.lookup import Lookup
 from llm_datadist.engine.requests import verify as verify_moved
 from llm_datadist.engine.service import MAX_ANSWER_S, StreamService
 from llm_datadist.engine.streams import MAX_STREAMS, StreamPool
-from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.observe.recorder import NEVER
 from llm_datadist.observe.watch import Watch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from llm_datadist.core.geometry import U64
+    from llm_datadist.core.registry import Entry
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.engine.context import Context
     from llm_datadist.observe.recorder import Recorder
@@ -138,6 +139,14 @@ class Session:
         same_way = self.is_caller == other.is_caller and self.instance == other.instance
         return same_way or (self.endpoint is not None and self.endpoint == other.endpoint)
 
+    def require_reach(self, entry: Entry) -> None:
+        """Raises LLMException unless the link's path moves memory such as this cache's."""
+        if entry.space not in self._context.transports[self.path].reaches:
+            raise invalid(
+                f"our cache {entry.cache_id} lies in {entry.space}, which the path {self.path} of "
+                f"the link to cluster {self.cluster_id} does not reach"
+            )
+
     def fetch(self, request: m.Fetch) -> None:
         """Does what the peer's `send` asks. In a thread of the fetchers."""
         timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
@@ -150,8 +159,9 @@ class Session:
         catalog = self._context.catalog
         with (
             self.gate,
-            catalog.writable(request.cache_id, request.generation, dst, nbytes),
+            catalog.writable(request.cache_id, request.generation, dst, nbytes) as target,
         ):
+            self.require_reach(target)
             deadline.require("a push by the peer")
             self.read(Segments(src, dst, nbytes), guard, deadline)
 

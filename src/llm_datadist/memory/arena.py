@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from llm_datadist.core.pages import Pool, PoolUsage
+    from llm_datadist.memory.device import Device
     from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 
 #: modules before Python 3.13 lack it; this is the number on x86-64 and Arm
@@ -75,26 +76,30 @@ class MemoryPool:
     until `close`.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, device: Device) -> None:
         """Reserves what `pool` hands out. Raises LLMException(LLM_OUT_OF_MEMORY)."""
         self._pool = pool
-        self._arena = Arena(pool.capacity_nbytes)
+        #: what kind of memory it is
+        self.space = device.space
+        self._arena = device.reserve(pool.capacity_nbytes)
         self._is_closed = False
         #: guards the pool and `_is_closed`
         self._lock = threading.Lock()
 
     @classmethod
-    def of_pages(cls, config: PoolConfig) -> MemoryPool:
+    def of_pages(cls, config: PoolConfig, device: Device) -> MemoryPool:
         """A pool of pages. Spec 8.1. Raises LLMException(LLM_OUT_OF_MEMORY)."""
-        return cls(PagePool(config.memory_nbytes, config.page_nbytes))
+        return cls(PagePool(config.memory_nbytes, config.page_nbytes), device)
 
     @classmethod
-    def of_slots(cls, config: BufPoolConfig, mem_pool: PoolConfig | None = None) -> MemoryPool:
+    def of_slots(
+        cls, config: BufPoolConfig, mem_pool: PoolConfig | None, device: Device
+    ) -> MemoryPool:
         """A pool with size classes, and `mem_pool` for what they have no room for. Spec 8.2.
 
         Raises LLMException(LLM_OUT_OF_MEMORY).
         """
-        return cls(SlotPool(config, mem_pool))
+        return cls(SlotPool(config, mem_pool), device)
 
     def allocate(self, nbytes: int) -> int:
         """The address of `nbytes` that nobody else has. Raises as `allocate_many` does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.cache import Cache
 from llm_datadist.checks import (
@@ -18,6 +18,7 @@ from llm_datadist.checks import (
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.errors import invalid
+from llm_datadist.memory.device import HOST
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
@@ -53,9 +54,10 @@ def copy_row(
 ) -> None:
     """A part of a row into the same part of another one. As CacheManager.copy_cache."""
     with engine.catalog.use(src_id) as source, engine.catalog.use(dst_id) as target:
-        engine.copy(
-            plan.row_part_to_row(source.layout, src_row, target.layout, dst_row, offset, size)
+        segments = plan.row_part_to_row(
+            source.layout, src_row, target.layout, dst_row, offset, size
         )
+        engine.copy(segments, source.space, target.space)
 
 
 def copy_blocks(engine: Engine, cache: object, copy_block_info: object) -> None:
@@ -76,7 +78,8 @@ def copy_blocks(engine: Engine, cache: object, copy_block_info: object) -> None:
     with engine.catalog.use(target.cache_id) as entry:
         plan.check_blocks(entry.layout.geometry, src, "cache")
         plan.check_blocks(entry.layout.geometry, dst, "cache")
-        engine.copy(plan.blocks_to_blocks(entry.layout, src, entry.layout, dst))
+        segments = plan.blocks_to_blocks(entry.layout, src, entry.layout, dst)
+        engine.copy(segments, entry.space, entry.space)
 
 
 def copy_blocks_between(
@@ -106,7 +109,8 @@ def copy_blocks_between(
         plan.check_blocks(src.geometry, src_blocks, "source")
         plan.check_blocks(dst.geometry, targets, "destination")
         sources = list(src_blocks) * len(copies)
-        engine.copy(plan.blocks_to_blocks(src, sources, dst, targets))
+        segments = plan.blocks_to_blocks(src, sources, dst, targets)
+        engine.copy(segments, source.space, target.space)
 
 
 def swap_blocks(engine: Engine, src_cache: object, dst_cache: object, src_to_dst: object) -> None:
@@ -119,7 +123,8 @@ def swap_blocks(engine: Engine, src_cache: object, dst_cache: object, src_to_dst
     placements = {src.cache_desc.placement, dst.cache_desc.placement}
     if placements != {Placement.HOST, Placement.DEVICE}:
         raise invalid("swap_blocks works between a HOST and a DEVICE cache")
-    with _layout_of(engine, src) as src_layout, _layout_of(engine, dst) as dst_layout:
+    with _place_of(engine, src) as source, _place_of(engine, dst) as target:
+        src_layout, dst_layout = source.layout, target.layout
         if src_layout.geometry.num_tensors != dst_layout.geometry.num_tensors:
             raise invalid(
                 f"{src_layout.geometry.num_tensors} source tensors for "
@@ -134,16 +139,24 @@ def swap_blocks(engine: Engine, src_cache: object, dst_cache: object, src_to_dst
             blocks = list(pairs), list(pairs.values())
             plan.check_blocks(src_layout.geometry, blocks[0], "source")
             plan.check_blocks(dst_layout.geometry, blocks[1], "destination")
-            engine.copy(plan.blocks_to_blocks(src_layout, blocks[0], dst_layout, blocks[1]))
+            segments = plan.blocks_to_blocks(src_layout, blocks[0], dst_layout, blocks[1])
+            engine.copy(segments, source.space, target.space)
+
+
+class Place(NamedTuple):
+    """Where a cache of this process lies."""
+
+    layout: Layout
+    space: str
 
 
 @contextmanager
-def _layout_of(engine: Engine, cache: Cache) -> Iterator[Layout]:
+def _place_of(engine: Engine, cache: Cache) -> Iterator[Place]:
     """Where a cache lies, held meanwhile; a CPU cache is in no table, its own addresses say it."""
     if cache.cache_id > 0:
         with engine.catalog.use(cache.cache_id) as entry:
-            yield entry.layout
+            yield Place(entry.layout, entry.space)
     else:
         desc = cache.cache_desc
         geometry = Geometry.of(CacheKind.BLOCKS, desc.num_tensors, desc.shape, desc.size)
-        yield Layout.at(geometry, cache.tensor_addrs)
+        yield Place(Layout.at(geometry, cache.tensor_addrs), HOST)

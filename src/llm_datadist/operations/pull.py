@@ -95,7 +95,7 @@ def pull_row(
                 src, row, dst, dst_row, nbytes, src_offset=src_offset, dst_offset=dst_offset
             )
 
-        engine.pull(remote_row(key, tensors.src), segments)
+        engine.pull(remote_row(key, tensors.src), segments, entry)
 
 
 def pull_blocks(
@@ -151,7 +151,7 @@ def pull_into_blocks(
             plan.check_batch_rows(src.geometry, 0, "source")
             return plan.row_to_blocks(src, row, dst, dst_blocks)
 
-        engine.pull(remote_row(key, tensors.src), segments)
+        engine.pull(remote_row(key, tensors.src), segments, entry)
 
 
 class PulledTensors:

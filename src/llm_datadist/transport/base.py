@@ -15,6 +15,7 @@ import numpy as np
 from llm_datadist.core.remote import Guard
 from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.memory.device import HOST
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -54,6 +55,8 @@ class Region:
     nbytes: int
     #: peers may read it; else it is only read into
     is_remote_accessible: bool
+    #: what kind of memory it is, see memory/device.py
+    space: str = HOST
 
 
 class Streams(Protocol):
@@ -89,6 +92,8 @@ class Transport(Protocol):
     asks_owner: bool
     #: opening a channel and verifying it may wait for the peer
     may_wait: bool
+    #: the spaces whose memory it moves: it is told of no other
+    reaches: frozenset[str]
 
     def offer(self) -> bytes | None:
         """What a peer needs to know to reach us; None when this machine cannot do it at all."""
@@ -115,6 +120,8 @@ class Transport(Protocol):
 
 class AllMemory:
     """The part of a transport that reaches any memory of a process by its address alone."""
+
+    reaches = frozenset({HOST})
 
     def expose(self, region: Region) -> None:
         pass

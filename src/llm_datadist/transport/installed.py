@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.observe.log import get_logger
 from llm_datadist.options import TRANSPORT_GROUP
 from llm_datadist.transport.cma import CmaTransport
 from llm_datadist.transport.tcp import TcpTransport
@@ -33,6 +34,11 @@ def transports_for(options: Options, movers: Movers) -> dict[str, Transport]:
     if options.path == "nixl" or (options.path == "auto" and _nixl_is_better(options)):
         from llm_datadist.transport.nixl import NixlTransport  # imports what may not be installed
 
+        if _wants_tls(options):
+            get_logger().warning(
+                "the path nixl was asked for by name: what it moves is not encrypted, whatever "
+                "link_security says"
+            )
         transports.append(NixlTransport(movers))
     transports += [_load(point, movers) for point in _others(options.path)]
     return {transport.name: transport for transport in transports}
@@ -41,9 +47,12 @@ def transports_for(options: Options, movers: Movers) -> dict[str, Transport]:
 def _nixl_is_better(options: Options) -> bool:
     from llm_datadist.transport.nixl import is_worthwhile
 
+    return not _wants_tls(options) and is_worthwhile()
+
+
+def _wants_tls(options: Options) -> bool:
     security = options.link_security
-    has_tls = security is not None and security.secret is None
-    return not has_tls and is_worthwhile()
+    return security is not None and security.secret is None
 
 
 def _others(path: str) -> list[EntryPoint]:

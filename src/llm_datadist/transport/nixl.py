@@ -20,6 +20,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.generations import WORD_NBYTES
 from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.memory.device import HOST
 from llm_datadist.transport.base import Channel, Region, StaleCache, Streams
 from llm_datadist.transport.nixl_agent import Agent, package
 
@@ -48,6 +49,7 @@ class NixlTransport:
     name = "nixl"
     asks_owner = False
     may_wait = True
+    reaches = frozenset({HOST})
 
     def __init__(self, movers: Movers) -> None:
         """Raises LLMException: LLM_PARAM_INVALID where NIXL is not installed, LLM_FAILED."""

@@ -7,7 +7,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -21,6 +21,7 @@ from llm_datadist.cli.bench.workload import SHAPES, Workload
 
 if TYPE_CHECKING:
     from llm_datadist.cli.bench.report import Report
+    from llm_datadist.cli.bench.scenarios import Figure
 
 
 app = typer.Typer(invoke_without_command=True)
@@ -156,11 +157,26 @@ def layers(rounds: Rounds = 5, threads: Threads = 0) -> None:
     _show_figures("layers", rounds, threads or usual_threads())
 
 
+@app.command()
+def many_links(
+    count: Annotated[int, typer.Option(min=2, max=4096, help="How many clusters.")] = 512,
+    path: Annotated[LinkPath, typer.Option(help="The path of the links.")] = LinkPath.CMA,
+) -> None:
+    """What many links cost one process: time, memory, threads, and each pull among them."""
+    from llm_datadist.cli.bench import many
+
+    _show("many_links", lambda: many.many_links(count, path.value))
+
+
 def _show_figures(scenario: str, *arguments: int) -> None:
+    from llm_datadist.cli.bench import scenarios
+
+    _show(scenario, lambda: getattr(scenarios, scenario)(*arguments))
+
+
+def _show(scenario: str, figures: Callable[[], "Iterator[Figure]"]) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from llm_datadist.cli.bench import scenarios
 
     table = Table(show_header=False)
     table.add_column()
@@ -168,7 +184,7 @@ def _show_figures(scenario: str, *arguments: int) -> None:
     table.add_column()
     console = Console()
     with _explained(), console.status(scenario):
-        for figure in getattr(scenarios, scenario)(*arguments):
+        for figure in figures():
             table.add_row(figure.name, f"{figure.value:.3f}", figure.unit)
     console.print(table)
 

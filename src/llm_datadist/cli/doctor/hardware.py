@@ -27,7 +27,7 @@ def nixl(_: Case) -> Iterator[Finding]:
     """Whether NIXL can be imported: in another process, which it may take down with it."""
     module = next((name for name in _NIXLS if find_spec(name) is not None), None)
     if module is None:
-        remedy = "for RDMA between hosts: pip install nixl"
+        remedy = "for RDMA between hosts: pip install --no-deps nixl-cu12"
         yield Finding("NIXL", State.UNAVAILABLE, "not installed", remedy)
         return
     package = f"{_NIXLS[module]} {_version_of(_NIXLS[module])}"
@@ -36,9 +36,6 @@ def nixl(_: Case) -> Iterator[Finding]:
     if failure:
         found = f"{package} cannot be imported: {failure}"
         yield Finding("NIXL", State.NOTE, found, f"python -c 'import {module}' shows it all", data)
-    elif find_spec("llm_datadist.transport.nixl") is None:
-        found = f"{package} can be imported; this release of llm-datadist does not use it"
-        yield Finding("NIXL", State.NOTE, found, data=data)
     else:
         yield Finding("NIXL", State.OK, f"{package} can be imported", data=data)
 
