@@ -47,7 +47,15 @@ class TestNixlOverSharedMemory(OverNixl):
 
     ucx = "posix,sysv,cma,self,tcp"
 
+    @pytest.fixture
+    def is_accessible(self) -> bool:
+        return False
+
 
 @needs_nixl
 class TestNixlOverTcp(OverNixl):
     ucx = "tcp,self"
+
+    @pytest.fixture
+    def is_accessible(self) -> bool:
+        return True

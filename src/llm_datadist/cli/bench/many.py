@@ -1,4 +1,4 @@
-"""What many links cost one process: time, memory, threads, descriptors, and each pull among them."""
+"""What many links cost one process: time, memory, threads, and each pull among them."""
 
 from __future__ import annotations
 
