@@ -1,10 +1,10 @@
-"""A hook of mkdocs: links out of `docs/`, to tests and sources, are no links on the site."""
+"""A hook of mkdocs: links out of `docs/`, to tests, sources and examples, are no links on the site."""
 
 from __future__ import annotations
 
 import re
 
-_LINK_OUT = re.compile(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+(?:tests|src)/[^)]*\)")
+_LINK_OUT = re.compile(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+(?:tests|src|examples)/[^)]*\)")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

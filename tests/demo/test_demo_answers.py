@@ -68,9 +68,12 @@ def test_the_answers_are_about_the_prompts(answered: dict[str, Any]) -> None:
     assert "lighthouse" in answered["requests"][1]["text"]
 
 
-def test_without_permission_to_read_memory_it_works_over_tcp_and_says_why(tmp_path: Path) -> None:
+def test_without_permission_to_read_memory_it_works_over_tcp_and_says_why(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "figures.json"
-    done = _run_without_foreign_memory("--max-new-tokens", "2", "--json", str(file))
+    options = ("--model", str(tiny_model), "--max-new-tokens", "8", "--json", str(file))
+    done = _run_without_foreign_memory(*options)
     assert done.returncode == 0
     assert "demo: 5/5 identical" in done.stdout
     assert "not the fastest path: cma" in done.stdout

@@ -25,7 +25,7 @@ PAGE = DOCS / "troubleshooting.md"
 NOT_PROVOKED = [
     "cannot accept a connection: …",
     "cluster … speaks protocol …, its peer …: install the same release of llm-datadist on both",
-    "no connection to … in … s",
+    "no connection to … within … s",
     "not all members appeared within … s: …",
     "the link to cluster … uses …, because … is not available: …",
     "the peer is in another PID namespace: let the containers share one (--pid)",

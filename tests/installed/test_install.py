@@ -79,9 +79,9 @@ def install(wheel: Path, environment: Path) -> Path:
 
 def readme_example(folder: Path) -> Path:
     """A pull between two processes, as the README prints it."""
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (outside.ROOT / "README.md").read_text(), re.DOTALL
-    )
+    code = re.findall(r"```python\n(.*?)```", (outside.ROOT / "README.md").read_text(), re.DOTALL)[
+        0
+    ]
     script = folder / "pull.py"
     script.write_text(code)
     return script

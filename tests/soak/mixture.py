@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: start, the final checks and the end of the program
 AROUND_S = 60.0
 COMPLAINTS = ("ResourceWarning", "never awaited", "Exception ignored", "Fatal", "Traceback")
+#: the rare operations, such as linking, may not get far in less
+ALL_SUCCEED_S = 20
 
 
 def mixture(rounds: int, tally: Tally) -> None:
@@ -42,7 +44,7 @@ def mixture(rounds: int, tally: Tally) -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     for what in report["wrong"]:
         tally.failure(what)
-    for operation in report["operations"]:
+    for operation in report["operations"] if rounds >= ALL_SUCCEED_S else ["peers pull"]:
         if not report["counts"].get(f"{operation} LLM_SUCCESS"):
             tally.failure(f"{operation} never succeeded: {report['counts']}")
     for _ in range(rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -207,11 +208,13 @@ def steps_of(call: Callable[[], object]) -> int:
         return trace
 
     former = sys.gettrace()
+    gc.disable()  # hypothesis has a callback in Python for each collection
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(former)
+        gc.enable()
     return steps
 
 
