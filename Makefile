@@ -10,8 +10,9 @@ FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
 
+# Two at a time: most tests wait more than they compute.
 test: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Hours of faults in about twenty minutes; ARGS="--only NAME --scale 0.1" for less.
 soak: $(VENV)/.dev

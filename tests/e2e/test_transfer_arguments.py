@@ -76,7 +76,7 @@ def refused(node: Node, **arguments: Any) -> tuple[type[Exception], object]:
         ({"dst_block_memory_size": -1}, ValueError),
         ({"dst_block_memory_size": 2**64}, ValueError),
         ({"layer_synchronizer": None}, TypeError),
-        ({"layer_synchronizer": lambda layer, timeout: True}, TypeError),
+        ({"layer_synchronizer": print}, TypeError),
         ({"transfer_configs": None}, TypeError),
         ({"transfer_configs": to_addresses()}, TypeError),
         ({"transfer_configs": [1]}, TypeError),

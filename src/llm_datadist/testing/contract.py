@@ -39,7 +39,7 @@ LOST = (
     LLMStatusCode.LLM_LINK_BUSY,
 )
 OWNER, READER = 1, 2
-SYNC_TIMEOUT_MS = 2_000
+SYNC_TIMEOUT_MS = 1_500
 #: a fifth over the timeout, and what a busy machine needs to schedule a few processes
 BUDGET_S = 1.2 * SYNC_TIMEOUT_MS / 1000 + 0.3
 LINK_TIMEOUT_MS = 10_000
