@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links out of `docs/`, to tests, sources and examples, are no links on the site."""
+"""A hook of mkdocs: links out of `docs/`, to sources, tests and examples, are none on the site."""
 
 from __future__ import annotations
 
