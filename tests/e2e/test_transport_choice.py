@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import trustme
 from linked_pair import SUCCESS, add_blocks, array_of
 
 from llm_datadist import BlocksCacheKey, LLMConfig, LLMException, LLMRole, LLMStatusCode
@@ -114,10 +117,7 @@ def test_nixl_by_its_name_and_as_a_backend() -> None:
 def test_nixl_under_tls_is_a_warning(
     node: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import json
-
-    import trustme
-
+    caplog.set_level(logging.WARNING, "LLM_DATADIST")
     authority = trustme.CA()
     mine = authority.issue_cert("kv")
     files = {name: str(tmp_path / name) for name in ("ca", "certificate", "key")}
