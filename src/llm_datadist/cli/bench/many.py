@@ -11,33 +11,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from llm_datadist import (
-    CacheDesc,
-    CacheKeyByIdAndIndex,
-    DataType,
-    LLMClusterInfo,
-    LLMRole,
-    LLMStatusCode,
-)
 from llm_datadist import cpp as c
-from llm_datadist.cli.bench import ours
 from llm_datadist.cli.bench.ceiling import wait_for_end
-from llm_datadist.cli.bench.contestant import Job, Owner
+from llm_datadist.cli.bench.contestant import Owner
 from llm_datadist.cli.bench.failure import BenchError
 from llm_datadist.cli.bench.scenarios import Figure
-from llm_datadist.cli.bench.workload import SHAPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
 
-    from llm_datadist import Cache, LLMDataDist
+    from numpy.typing import NDArray
 
 _TIMEOUT_MS = 120_000
 #: clusters of one process; each has a loop's thread, an epoll and a port
 _CLUSTERS = 128
-_PULLS = 200
+_PULLS = 2000
 _BLOCKS, _BLOCK_NBYTES = 8, 4096
+_DESC = c.CacheDesc(num_tensors=1, data_type=c.DataType.DT_UINT8, shape=[_BLOCKS, _BLOCK_NBYTES])
 
 
 class Peer(NamedTuple):
@@ -59,7 +50,6 @@ class Usage(NamedTuple):
 def many_links(count: int, path: str) -> Iterator[Figure]:
     """One process that links to `count` clusters in other processes, and pulls from each."""
     _raise_descriptors()
-    job = Job(SHAPES["one-block"], path=path, threads=1)
     with ExitStack() as stack:
         peers: list[Peer] = []
         while len(peers) < count:
@@ -68,28 +58,24 @@ def many_links(count: int, path: str) -> Iterator[Figure]:
             owner = Owner(_own_clusters, range(begin, begin + size), path)
             stack.callback(owner.close)
             peers += (Peer(*fields) for fields in owner.greeting)
-        hub = ours.start(LLMRole.DECODER, count + 1, job)
-        stack.callback(hub.finalize)
-        yield from _figures(hub, peers)
+        hub, alone = (_Reader(count + number, path) for number in (1, 2))
+        for reader in (hub, alone):
+            stack.callback(reader.cluster.Finalize)
+        alone.link(peers[:1])
+        yield from _figures(hub, alone, peers)
 
 
-def _figures(hub: LLMDataDist, peers: list[Peer]) -> Iterator[Figure]:
+def _figures(hub: _Reader, alone: _Reader, peers: list[Peer]) -> Iterator[Figure]:
     count = len(peers)
-    cache = _destination(hub)
-    _link(hub, peers[:1])
-    alone = [_pull_us(hub, cache, peers[:1])]
+    hub.link(peers[:1])
     before = _usage()
-    begun = time.perf_counter()
-    _link(hub, peers[1:])
-    linked_s = time.perf_counter() - begun
+    linked_s = hub.link(peers[1:])
     idle = _usage()
-    _pull_us(hub, cache, peers, len(peers))  # once over each: streams and tables are there then
-    among = _pull_us(hub, cache, peers)
+    for peer in peers:  # streams and tables are there then
+        hub.pull_s(peer)
     used = _usage()
-    begun = time.perf_counter()
-    _unlink(hub, peers[1:])
-    unlinked_s = time.perf_counter() - begun
-    alone.append(_pull_us(hub, cache, peers[:1]))
+    one, among, in_turn = _medians_us(hub, alone, peers)
+    unlinked_s = hub.unlink(peers[1:])
     others = count - 1
     yield Figure(f"link {others:,} clusters in one call", linked_s, "s")
     yield Figure("each", linked_s / others * 1e3, "ms")
@@ -100,45 +86,78 @@ def _figures(hub: LLMDataDist, peers: list[Peer]) -> Iterator[Figure]:
         more = usage.descriptors - before.descriptors
         yield Figure(f"descriptors of a link, {when}", more / others, "")
         yield Figure(f"threads for all of them, {when}", usage.threads - before.threads, "")
-    yield Figure("one pull with one link", statistics.mean(alone), "us")
+    yield Figure("one pull with one link", one, "us")
     yield Figure(f"one pull among {count:,} links", among, "us")
-    yield Figure("of one with one link", among / statistics.mean(alone), "x")
+    yield Figure("of one with one link", among / one, "x")
+    yield Figure("one pull, each from another peer", in_turn, "us")
+    yield Figure("of one with one link", in_turn / one, "x")
 
 
-def _pull_us(hub: LLMDataDist, cache: Cache, peers: list[Peer], pulls: int = _PULLS) -> float:
-    """The median of pulls, each from another peer in turn."""
-    manager, seconds = hub.cache_manager, []
-    for number in range(pulls):
-        peer = peers[number * 7919 % len(peers)]
-        key = CacheKeyByIdAndIndex(peer.cluster_id, peer.cache_id, 0)
+def _medians_us(hub: _Reader, alone: _Reader, peers: list[Peer]) -> list[float]:
+    """A pull by who has one link, by the hub from the same peer, from another peer each time."""
+    seconds: tuple[list[float], ...] = ([], [], [])
+    for number in range(_PULLS):
+        seconds[0].append(alone.pull_s(peers[0]))
+        seconds[1].append(hub.pull_s(peers[0]))
+        seconds[2].append(hub.pull_s(peers[number * 7919 % len(peers)]))
+    return [statistics.median(each) * 1e6 for each in seconds]
+
+
+class _Reader:
+    """A cluster of this process that links to others."""
+
+    def __init__(self, cluster_id: int, path: str) -> None:
+        self.cluster, self._array = _make_cluster(cluster_id, path)
+        addr = self._array.ctypes.data
+        _, cache_id = self.cluster.RegisterKvCache(_DESC, [addr])
+        self._cache = c.Cache(cache_id, [addr], _DESC)
+
+    def link(self, peers: list[Peer]) -> float:
+        """The seconds that it took."""
         begun = time.perf_counter()
-        manager.pull_blocks(key, cache, [1, 5], [2, 0])
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds) * 1e6
+        status, _ = self.cluster.LinkLlmClusters([_info(peer) for peer in peers], _TIMEOUT_MS)
+        seconds = time.perf_counter() - begun
+        if status != c.LLM_SUCCESS:
+            raise BenchError(f"linking {len(peers)} clusters ended with {status}")
+        return seconds
+
+    def unlink(self, peers: list[Peer]) -> float:
+        begun = time.perf_counter()
+        self.cluster.UnlinkLlmClusters([_info(peer) for peer in peers], _TIMEOUT_MS, False)
+        return time.perf_counter() - begun
+
+    def pull_s(self, peer: Peer) -> float:
+        index = c.CacheIndex(peer.cluster_id, peer.cache_id)
+        begun = time.perf_counter()
+        status = self.cluster.PullKvBlocks(index, self._cache, [1, 5], [2, 0])
+        seconds = time.perf_counter() - begun
+        if status != c.LLM_SUCCESS:
+            raise BenchError(f"a pull ended with {status}")
+        return seconds
 
 
-def _destination(hub: LLMDataDist) -> Cache:
-    array = np.zeros((1, _BLOCKS, _BLOCK_NBYTES), np.uint8)
-    desc = CacheDesc(1, [_BLOCKS, _BLOCK_NBYTES], DataType.DT_INT8)
-    return hub.cache_manager.register_blocks_cache(desc, [array])
+def _info(peer: Peer) -> c.ClusterInfo:
+    return c.ClusterInfo(
+        remote_cluster_id=peer.cluster_id,
+        local_ip_infos=[c.IpInfo("127.0.0.1", 0)],
+        remote_ip_infos=[c.IpInfo("127.0.0.1", peer.port)],
+    )
 
 
-def _link(hub: LLMDataDist, peers: list[Peer]) -> None:
-    status, _ = hub.link_clusters([_info(peer) for peer in peers], _TIMEOUT_MS)
-    if status is not LLMStatusCode.LLM_SUCCESS:
-        raise BenchError(f"linking {len(peers)} clusters ended with {status}")
-
-
-def _unlink(hub: LLMDataDist, peers: list[Peer]) -> None:
-    hub.unlink_clusters([_info(peer) for peer in peers], _TIMEOUT_MS)
-
-
-def _info(peer: Peer) -> LLMClusterInfo:
-    info = LLMClusterInfo()
-    info.remote_cluster_id = peer.cluster_id
-    info.append_local_ip_info("127.0.0.1", 0)
-    info.append_remote_ip_info("127.0.0.1", peer.port)
-    return info
+def _make_cluster(
+    cluster_id: int, path: str, listen: str = ""
+) -> tuple[c.LlmDataDist, NDArray[np.uint8]]:
+    options = {
+        c.OPTION_DEVICE_ID: "0",
+        "llm.EnableRemoteCacheAccessible": "1",
+        "llm_datadist.Path": path,
+    }
+    if listen:
+        options[c.OPTION_LISTEN_IP_INFO] = listen
+    cluster = c.LlmDataDist(cluster_id, c.LlmRole.kMix)
+    if cluster.Initialize(options) != c.LLM_SUCCESS:
+        raise BenchError(f"cluster {cluster_id} could not be started")
+    return cluster, np.zeros((_BLOCKS, _BLOCK_NBYTES), np.uint8)
 
 
 def _usage() -> Usage:
@@ -159,20 +178,11 @@ def _raise_descriptors() -> None:
 def _own_clusters(pipe: Connection, ids: range, path: str) -> None:
     """Clusters that listen, with a small cache each, in one process."""
     _raise_descriptors()
-    options = {
-        c.OPTION_DEVICE_ID: "0",
-        c.OPTION_LISTEN_IP_INFO: "127.0.0.1:0",
-        "llm.EnableRemoteCacheAccessible": "1",
-        "llm_datadist.Path": path,
-    }
-    array = np.zeros((_BLOCKS, _BLOCK_NBYTES), np.uint8)
-    desc = c.CacheDesc(num_tensors=1, data_type=c.DataType.DT_INT8, shape=list(array.shape))
-    clusters, peers = [], []
+    kept, peers = [], []
     for cluster_id in ids:
-        cluster = c.LlmDataDist(cluster_id, c.LlmRole.kPrompt)
-        cluster.Initialize(options)
-        _, cache_id = cluster.RegisterKvCache(desc, [array.ctypes.data])
-        clusters.append(cluster)
+        cluster, array = _make_cluster(cluster_id, path, "127.0.0.1:0")
+        _, cache_id = cluster.RegisterKvCache(_DESC, [array.ctypes.data])
+        kept.append((cluster, array))
         endpoint = cluster.listen_endpoint
         assert endpoint is not None
         peers.append((cluster_id, endpoint.port, cache_id))
