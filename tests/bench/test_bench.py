@@ -66,6 +66,12 @@ def test_other_shapes(contiguous: tuple[str, ...]) -> None:
     assert "memcpy" in table
 
 
+def test_many_links() -> None:
+    said = bench("many-links", "--count", "5", "--path", "tcp")
+    assert "link 4 clusters in one call" in said
+    assert "one pull among 5 links" in said
+
+
 @pytest.mark.parametrize("scenario", ["plan", "startup"])
 def test_scenarios_that_need_little_memory(scenario: str) -> None:
     assert "ms" in bench(scenario, "--rounds", "1")
