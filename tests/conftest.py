@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,8 @@ MODES = [
     pytest.param(False, id="two-sided"),
     pytest.param(True, id="remote-accessible"),
 ]
-PATHS = ["cma", "tcp"]
+#: TEST_PATHS=nixl runs the same tests over another path, by hand: most build a pair for each
+PATHS = os.environ.get("TEST_PATHS", "cma tcp").split()
 
 
 class SharedProcess:

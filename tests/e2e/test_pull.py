@@ -251,7 +251,8 @@ def test_pull_cache_moves_a_row_from_its_beginning(pair: Pair, size: int, moved:
     "key", [CacheKey(1, 77), CacheKey(1, NO_ID, prefix_id=5), CacheKey(1, 77, 3)], ids=str
 )
 def test_a_key_names_its_row(node: Node, peer: NodeProcess, path: str, key: CacheKey) -> None:
-    port = peer.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0")
+    settings = {"listen_ip_info": "127.0.0.1:0", "transfer_path": path}
+    port = peer.call(Node.start, LLMRole.PROMPT, 1, **settings)
     node.start(LLMRole.DECODER, 2, transfer_path=path)
     assert node.link(port, 1) == SUCCESS
     placeholder = CacheKey(1, NO_ID)

@@ -17,7 +17,16 @@ from llm_datadist import (
     LLMRole,
     LLMStatusCode,
 )
-from soak.churning import BY_ID, BY_KEY, NUM_KEYS, Known, change, open_memories, words_of
+from soak.churning import (
+    BY_ID,
+    BY_KEY,
+    NUM_KEYS,
+    Known,
+    change,
+    is_torn,
+    open_memories,
+    words_of,
+)
 from soak.ends import SMALL, Framed, Setting, start, start_owner
 from soak.stage import Doing, Stage
 from soak.tally import SCHEDULING_S
@@ -107,12 +116,6 @@ def _round(
         for wrong in puller.what_was_wrong(keys_of):
             tally.failure(f"{wrong} ({puller.setting})")
     return after
-
-
-def is_torn(word: int, pushed: int, owner: int) -> bool:
-    """Whether the word's bytes are partly what was pushed and partly what was there before."""
-    each = zip(*(value.to_bytes(8, "little") for value in (word, pushed, owner)), strict=True)
-    return word != owner and all(byte in (new, old) for byte, new, old in each)
 
 
 class Puller:

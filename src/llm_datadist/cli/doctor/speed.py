@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from contextlib import closing
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from llm_datadist.cli.bench import ours
 from llm_datadist.cli.bench.ceiling import Memcpy
 from llm_datadist.cli.bench.command import usual_threads
-from llm_datadist.cli.bench.contestant import Job, Owner
+from llm_datadist.cli.bench.contestant import Job, Owner, Pair
 from llm_datadist.cli.bench.failure import BenchError
 from llm_datadist.cli.bench.memory import CacheMemory
 from llm_datadist.cli.bench.workload import Workload
@@ -19,6 +20,7 @@ from llm_datadist.cli.doctor.finding import Case, Finding, State
 from llm_datadist.cli.doctor.limits import free_nbytes
 from llm_datadist.cli.doctor.log_book import log_book, log_to_stderr
 from llm_datadist.errors import LLMException
+from llm_datadist.transport.nixl_agent import package
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ def paths(_: Case) -> Iterator[Finding]:
     except BenchError as error:
         remedy = "what else is marked here says why"
         yield Finding("speed", State.PROBLEM, f"no path works: {error}", remedy)
+    if package() is not None:
+        yield _measure_nixl(replace(job, path="nixl"), ceiling)
 
 
 def _own(pipe: Connection, job: Job) -> None:
@@ -87,9 +91,30 @@ def _measure(job: Job, owner: Owner, memory: CacheMemory, ceiling: float) -> Fin
     return Finding(job.path, State.OK, found, data={"gb_per_s": speed})
 
 
+def _measure_nixl(job: Job, ceiling: float) -> Finding:
+    """Both ends in other processes, which UCX may take down with it."""
+    try:
+        with Pair("nixl", _pulls, job, {}) as pair:
+            is_honest = pair.is_honest()
+            seconds = statistics.median(pair.measure(_LEAST_MOVES))
+    except BenchError as error:
+        return Finding("nixl", State.NOTE, f"does not work: {error}", _REMEDIES["nixl"])
+    if not is_honest:
+        return Finding("nixl", State.PROBLEM, "moved other bytes than it was asked to")
+    speed = _WORKLOAD.moved_nbytes / seconds / 1e9
+    found = f"{speed:.2f} GB/s, {speed / ceiling:.2f} of memcpy; every byte verified"
+    return Finding("nixl", State.OK, found, data={"gb_per_s": speed})
+
+
+def _pulls(job: Job) -> ours.Ours:
+    os.dup2(2, 1)  # UCX prints too, here and in the owner, which inherits that
+    return ours.Ours(job)
+
+
 _REMEDIES = {
     "cma": "see seccomp and ptrace scope; until then links on this host use tcp, which is slower",
     "tcp": "a firewall on loopback? without tcp there are no links at all",
+    "nixl": "links do without it; UCX_LOG_LEVEL=info says more",
 }
 
 
