@@ -97,12 +97,16 @@ class Catalog:
         space: str = HOST,
     ) -> Entry:
         region = self._exposure.expose(layout, space, is_remote_accessible=is_remote_accessible)
-        with self._lock:
-            entry = self._registry.register(
-                layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
-            )
-            entry.space = space
-            self._exposure.file(entry.cache_id, region)
+        try:
+            with self._lock:
+                entry = self._registry.register(
+                    layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
+                )
+                entry.space = space
+                self._exposure.file(entry.cache_id, region)
+        except BaseException:
+            self._exposure.conceal_region(region)
+            raise
         return entry
 
     def unregister(self, cache_id: int, timeout_s: float) -> Entry | None:
@@ -179,12 +183,16 @@ class Catalog:
                 None if entry is None else _held(entry),
             )
 
-    def close(self) -> None:
-        """Makes all that peers know of this process stale."""
+    def close(self) -> list[Entry]:
+        """Makes all that peers know of this process stale.
+
+        Returns what was there: the tensors that it holds may go when no transport can reach them.
+        """
         with self._lock:
-            entries = list(self._registry.entries())  # which go when the lock is free
+            entries = list(self._registry.entries())
             for entry in entries:
                 self._registry.unregister(entry.cache_id)
+        return entries
 
     def use(self, cache_id: int) -> Use:
         """A cache of ours whose memory stays it meanwhile. Raises LLM_KV_CACHE_NOT_EXIST."""

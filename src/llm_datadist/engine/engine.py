@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: how long a transfer may take to notice that its link was cut
+_LAST_TRANSFERS_S = 2.0
 _WORKERS = 16
 #: more than the streams of several peers: one that stalls in a push holds its streams' threads
 _FETCHERS = 256
@@ -139,11 +141,15 @@ class Engine:
     def stop(self) -> None:
         """Ends all links, lets running transfers end first, and gives everything back."""
         deadline = Deadline.after(self.options.sync_timeout_s)
-        for session in self.links.all():
+        sessions = self.links.all()
+        for session in sessions:
             session.gate.drain(max(0.0, deadline.remaining_s()))
-        self.catalog.close()
+        entries = self.catalog.close()
         self._run(self._close_links())
+        for session in sessions:  # a transfer that outlasted the timeout sees that its link is gone
+            session.gate.drain(_LAST_TRANSFERS_S)
         self._shut_down()
+        entries.clear()  # not before: transports reached the memory until now
 
     def listen_on(self, endpoint: Endpoint | None) -> None:
         """Opens, moves or closes the listener. Not while other calls run. Spec 5.7.

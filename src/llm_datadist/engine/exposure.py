@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_datadist.memory.device import HOST
+from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.base import Region
 
 if TYPE_CHECKING:
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Exposure:
-    """Tells transports of memory in their reach as it comes and goes. Under the catalog's lock."""
+    """Tells transports of memory in their reach as it comes and goes.
+
+    Thread-safe but for `file` and `conceal`, which the catalog's lock guards.
+    """
 
     def __init__(self, transports: Sequence[Transport]) -> None:
         self._transports = transports
@@ -26,21 +29,12 @@ class Exposure:
         """A cache's memory, to all transports that reach it; or to none, and LLMException."""
         addrs = tuple(layout.addrs.tolist())
         region = Region(addrs, layout.geometry.tensor_nbytes, is_remote_accessible, space)
-        told: list[Transport] = []
-        try:
-            for transport in self._in_reach(space):
-                transport.expose(region)
-                told.append(transport)
-        except BaseException:
-            for transport in told:
-                transport.conceal(region)
-            raise
+        self._tell(region)
         return region
 
     def expose_words(self, addr: int, nbytes: int) -> None:
         """Generation words, which stay for good."""
-        for transport in self._in_reach(HOST):
-            transport.expose(Region((addr,), nbytes, is_remote_accessible=True))
+        self._tell(Region((addr,), nbytes, is_remote_accessible=True))
 
     def file(self, cache_id: int, region: Region) -> None:
         """The region is that of this cache."""
@@ -51,7 +45,26 @@ class Exposure:
 
     def conceal_region(self, region: Region) -> None:
         for transport in self._in_reach(region.space):
-            transport.conceal(region)
+            _conceal(transport, region)
+
+    def _tell(self, region: Region) -> None:
+        told: list[Transport] = []
+        try:
+            for transport in self._in_reach(region.space):
+                transport.expose(region)
+                told.append(transport)
+        except BaseException:
+            for transport in told:
+                _conceal(transport, region)
+            raise
 
     def _in_reach(self, space: str) -> list[Transport]:
         return [transport for transport in self._transports if space in transport.reaches]
+
+
+def _conceal(transport: Transport, region: Region) -> None:
+    """What a transport keeps of memory that is gone must not keep the memory from its pool."""
+    try:
+        transport.conceal(region)
+    except Exception:
+        get_logger().exception("the transport %s did not let go of memory", transport.name)

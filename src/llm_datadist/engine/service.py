@@ -115,6 +115,10 @@ class StreamService:
             self._pause()
             self._context.fetchers.submit(self._work_and_answer, partial(self._fetched, request))
             return
+        if isinstance(request, m.ListExports):
+            self._pause()
+            self._context.workers.submit(self._work_and_answer, partial(self._exports, request))
+            return
         if isinstance(request, m.Digest):
             self._pause()
             self._context.workers.submit(self._work_and_answer, partial(self._digested, request))
@@ -135,15 +139,14 @@ class StreamService:
                     self._count(nbytes)
                 timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
                 return Sender(sock, addrs, nbytes, entry.word_addr), timeout_s
-            if isinstance(request, m.ListExports):
-                return FrameSender(sock, self._exports(request.path)), MAX_ANSWER_S
             return FrameSender(sock, catalog.answer(request)), MAX_ANSWER_S
         except LLMException as error:
             return FrameSender(sock, _refusal(error)), MAX_ANSWER_S
         except ValueError as error:  # an answer beyond the cap of a frame
             return FrameSender(sock, m.Refused(LLMStatusCode.LLM_FAILED, str(error))), MAX_ANSWER_S
 
-    def _exports(self, path: str) -> m.Exports:
+    def _exports(self, request: m.ListExports) -> m.Message:
+        path = request.path
         transport = self._context.transports.get(path)
         if transport is None:
             raise invalid(f"cluster {self._context.me.cluster_id} does not have the path {path!r}")

@@ -291,29 +291,45 @@ class Session:
         context = self._context
         try:
             if context.transports[path].may_wait:
-                await context.loop.run_in_executor(context.waiters, self._open_and_verify, path)
+                opening = context.loop.run_in_executor(context.waiters, self._open_and_verify, path)
+                channel = await opening
             else:
-                self._open_and_verify(path)
+                channel = self._open_and_verify(path)
         except PathUnavailable as error:
             if self._deadline.remaining_s() <= 0:
                 return self._link.timed_out(f"{path} could not be verified: {error.reason}")
             return self._link.probed(path, error.reason, is_remarkable=error.is_remarkable)
+        self._channels[path] = channel
+        if self.is_closed:  # it ended meanwhile
+            self._close_channels()
         return self._link.probed(path, None, is_remarkable=False)
 
-    def _open_and_verify(self, path: str) -> None:
+    def _open_and_verify(self, path: str) -> Channel:
         """In a thread of the waiters, unless it cannot wait. Raises PathUnavailable."""
         peer = self._peer
         transport = self._context.transports[path]
-        channel = transport.open(peer.offers[path], self.streams)
+        try:
+            channel = transport.open(peer.offers[path], self.streams)
+        except LLMException as error:
+            raise PathUnavailable(str(error)) from error
         try:
             verify(transport, channel, peer.probe, self._deadline)
-        except PathUnavailable:
+        except BaseException:
             channel.close()
             raise
-        self._channels[path] = channel
+        return channel
+
+    def _close_channels(self, keep: str = "") -> None:
+        """Closes the channels, but that of one path."""
+        for path in self._channels.keys() - {keep}:
+            try:
+                self._channels.pop(path).close()
+            except Exception:  # a transport's mistake must not keep the link from ending
+                get_logger().exception("closing the path %s failed", path)
 
     async def _publish(self) -> None:
         self._control.trust()
+        self._close_channels(keep=self.path)
         self.gate.open()
         if self.group:
             await self._context.groups.join(self)
@@ -421,8 +437,7 @@ class Session:
                 self._context.me.cluster_id, self.cluster_id, action.reason,
             )  # fmt: skip
         self.streams.close(ending)
-        for channel in self._channels.values():
-            channel.close()
+        self._close_channels()
         for service in list(self._services):
             service.close()
         self._control.end()

@@ -59,7 +59,7 @@ class TransportContract:
 
     #: the name of the transport
     path: ClassVar[str]
-    #: the least share of one CPU that an idle end may take; ours take none
+    #: the largest share of one CPU that an idle end may take; ours take none
     most_idle_cpu: ClassVar[float] = 0.005
 
     @pytest.fixture(params=[True, False], ids=["remote-accessible", "two-sided"])
@@ -163,7 +163,7 @@ class TransportContract:
         own_pair.owner.call(own, HUGE)
         assert own_pair.reader.call(pull_status, OWNER, HUGE) is SUCCESS
         own_pair.owner.pause()
-        with takes_at_most(2 * BUDGET_S):
+        with takes_at_most(BUDGET_S + 0.5):  # which the check of the bytes may take
             status = own_pair.reader.call(pull_and_keep, OWNER, HUGE)
         assert status in (SUCCESS, *LOST)
         own_pair.owner.resume()

@@ -70,6 +70,8 @@ def linked(owner: NodeProcess, reader: NodeProcess, path: str, *, is_accessible:
 
 _settings: dict[str, object] = {}
 _kept: list[Bytes] = []
+#: kept, so that nothing is ended only because an error was forgotten
+_errors: list[LLMException] = []
 
 
 def remember(node: Node, settings: dict[str, object]) -> None:
@@ -169,6 +171,7 @@ def pull_and_keep(node: Node, cluster_id: int, shape: Shape) -> LLMStatusCode:
     try:
         node.manager.pull_blocks(BlocksCacheKey(cluster_id, 0), cache, blocks, blocks)
     except LLMException as error:
+        _errors.append(error)
         return error.status_code
     np.testing.assert_array_equal(array, _expected(shape, cluster_id))
     return SUCCESS

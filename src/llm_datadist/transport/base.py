@@ -108,7 +108,7 @@ class Transport(Protocol):
         ...
 
     def conceal(self, region: Region) -> None:
-        """The end of `expose`. What the region's guard protects is stale already."""
+        """The end of `expose`: nobody asks for this memory any more. Does not raise."""
         ...
 
     def exports(self) -> bytes:

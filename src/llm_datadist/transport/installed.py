@@ -8,7 +8,8 @@ The object is called with the engine's Movers and returns a Transport of that na
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
@@ -17,37 +18,56 @@ from llm_datadist.transport.cma import CmaTransport
 from llm_datadist.transport.tcp import TcpTransport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from importlib.metadata import EntryPoint
 
     from llm_datadist.options import Options
     from llm_datadist.transport.base import Transport
     from llm_datadist.transport.movers import Movers
 
+_OURS: Final = ("cma", "tcp", "nixl")
+
 
 def transports_for(options: Options, movers: Movers) -> dict[str, Transport]:
     """The transports to offer to peers, by name. Raises LLMException.
 
     NIXL takes threads and time to start: it is there where it is asked for, or where it has a
-    network that TCP cannot use, and nobody asks for TLS, which it does not know.
+    network that TCP cannot use. Where TLS is asked for, what does not know it is there by its name
+    only.
     """
     transports: list[Transport] = [CmaTransport(movers), TcpTransport(movers)]
-    if options.path == "nixl" or (options.path == "auto" and _nixl_is_better(options)):
-        from llm_datadist.transport.nixl import NixlTransport  # imports what may not be installed
-
-        if _wants_tls(options):
-            get_logger().warning(
-                "the path nixl was asked for by name: what it moves is not encrypted, whatever "
-                "link_security says"
-            )
-        transports.append(NixlTransport(movers))
-    transports += [_load(point, movers) for point in _others(options.path)]
+    if options.path not in ("auto", *_OURS):
+        transports += [_load(point, movers) for point in _others(options.path)]
+    elif options.path == "nixl":
+        transports.append(_nixl(movers))
+    elif options.path == "auto" and not _wants_tls(options):
+        transports += _those_that_can_be_made(movers)
+    if len(transports) > 2 and _wants_tls(options):
+        get_logger().warning(
+            "the path %s was asked for by name: what it moves is not encrypted, whatever "
+            "link_security says", options.path,
+        )  # fmt: skip
     return {transport.name: transport for transport in transports}
 
 
-def _nixl_is_better(options: Options) -> bool:
+def _those_that_can_be_made(movers: Movers) -> Iterator[Transport]:
+    """What may be better than ours; what cannot be made is left out, with a warning."""
     from llm_datadist.transport.nixl import is_worthwhile
 
-    return not _wants_tls(options) and is_worthwhile()
+    made: list[Callable[[], Transport]] = [partial(_load, each, movers) for each in _others()]
+    if is_worthwhile():
+        made.append(partial(_nixl, movers))
+    for make in made:
+        try:
+            yield make()
+        except LLMException as error:
+            get_logger().warning("links do without a transport: %s", error)
+
+
+def _nixl(movers: Movers) -> Transport:
+    from llm_datadist.transport.nixl import NixlTransport  # imports numpy
+
+    return NixlTransport(movers)
 
 
 def _wants_tls(options: Options) -> bool:
@@ -55,14 +75,12 @@ def _wants_tls(options: Options) -> bool:
     return security is not None and security.secret is None
 
 
-def _others(path: str) -> list[EntryPoint]:
-    """Those that may be used: all, or the one that is asked for."""
-    if path in ("cma", "tcp", "nixl"):
-        return []
+def _others(name: str | None = None) -> list[EntryPoint]:
+    """Those of other packages: all, or the one of that name."""
     from importlib.metadata import entry_points  # slow to import
 
     points = entry_points(group=TRANSPORT_GROUP)
-    return [point for point in points if path in ("auto", point.name)]
+    return [point for point in points if name in (None, point.name)]
 
 
 def _load(point: EntryPoint, movers: Movers) -> Transport:
@@ -75,4 +93,10 @@ def _load(point: EntryPoint, movers: Movers) -> Transport:
             f"the transport {point.name} ({point.value}) cannot be made: {error!r}",
             LLMStatusCode.LLM_FAILED,
         ) from error
+    if transport.name != point.name or point.name in _OURS:
+        raise LLMException(
+            f"the transport {point.name} ({point.value}) calls itself {transport.name}: its name "
+            f"must be that of its entry point, and none of {', '.join(_OURS)}",
+            LLMStatusCode.LLM_FAILED,
+        )
     return transport

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.generations import WORD_NBYTES
+from llm_datadist.core.generations import STALE, WORD_NBYTES
 from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
@@ -27,6 +27,7 @@ from llm_datadist.transport.nixl_agent import Agent, package
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from llm_datadist.core.geometry import U64
     from llm_datadist.core.remote import Guard
     from llm_datadist.transport.deadline import Deadline
     from llm_datadist.transport.movers import Movers
@@ -40,7 +41,15 @@ _MOST_KNOWN = 65536
 
 def is_worthwhile() -> bool:
     """Whether NIXL is installed and has a network here that our own TCP cannot use."""
-    return package() is not None and _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())
+    return package() is not None and any(map(_is_active, _RDMA_DEVICES.glob("*/ports/*/state")))
+
+
+def _is_active(state: Path) -> bool:
+    """Whether a port of an RDMA device is up: "4: ACTIVE"."""
+    try:
+        return "ACTIVE" in state.read_text()
+    except OSError:  # it was unplugged
+        return False
 
 
 class NixlTransport:
@@ -70,22 +79,21 @@ class NixlTransport:
         return NixlChannel(self, offer, streams)
 
     def expose(self, region: Region) -> None:
+        # outside the lock, which nobody shall wait for: registering may take long
+        registered = None
+        if region.is_remote_accessible:
+            registered = self._owner.register(region.addrs, region.nbytes)
         with self._lock:
-            self._regions[region] = (
-                self._owner.register(region.addrs, region.nbytes)
-                if region.is_remote_accessible
-                else None
-            )
+            self._regions[region] = registered
 
     def conceal(self, region: Region) -> None:
         with self._lock:
-            registered = self._regions.pop(region)
-            if registered is not None:
-                self._owner.deregister(registered)
+            registered = self._regions.pop(region, None)
+        if registered is not None:
+            self._owner.deregister(registered)
 
     def exports(self) -> bytes:
-        with self._lock:
-            return self._owner.metadata()
+        return self._owner.metadata()
 
     def regions(self) -> set[Region]:
         """All that is exposed now, the caches that peers may not read included."""
@@ -123,8 +131,10 @@ class NixlChannel:
             self._require_open()
 
         try:
-            with self._reading() as reader:
-                reader.learn(guard, self._streams, deadline)
+            reader = self._ready()
+            reader.register(segments.dst, go_on)
+            reader.learn(guard, self._streams, deadline)
+            with self._dropped_on_failure():
                 reader.require(guard, go_on)
                 for window in _windows(segments):
                     reader.read(window, go_on)
@@ -144,14 +154,17 @@ class NixlChannel:
         if self._is_closed:
             raise LLMException("the link has ended", LLMStatusCode.LLM_NOT_YET_LINK)
 
-    @contextmanager
-    def _reading(self) -> Iterator[Reader]:
-        """The reader; one that failed is ended, for what it began could still arrive."""
+    def _ready(self) -> Reader:
         self._require_open()
         if self._reader is None:
             self._reader = Reader(self._transport, self._offer)
+        return self._reader
+
+    @contextmanager
+    def _dropped_on_failure(self) -> Iterator[None]:
+        """A reader that failed is ended: what it began could still arrive."""
         try:
-            yield self._reader
+            yield
         except StaleCache:
             raise
         except BaseException:
@@ -176,13 +189,19 @@ class Reader:
         self._registered: dict[Region, object] = {}
         self._known: set[tuple[int, int]] = set()
 
-    def learn(self, guard: Guard, streams: Streams, deadline: Deadline) -> None:
-        """Registers what this process exposes now, and asks where the peer's cache is, if new."""
+    def register(self, dst: U64, go_on: Callable[[], None]) -> None:
+        """Registers the memory of this process that is read into, and lets go of what is gone."""
         current = self._transport.regions()
         for region in self._registered.keys() - current:
             self._agent.deregister(self._registered.pop(region))
+        addrs = np.sort(dst)
         for region in current - self._registered.keys():
-            self._registered[region] = self._agent.register(region.addrs, region.nbytes)
+            if _has_any(region, addrs):
+                go_on()
+                self._registered[region] = self._agent.register(region.addrs, region.nbytes)
+
+    def learn(self, guard: Guard, streams: Streams, deadline: Deadline) -> None:
+        """Asks where the peer's cache is, if it is new."""
         cache = (guard.cache_id, guard.generation)
         if cache in self._known:
             return
@@ -200,6 +219,7 @@ class Reader:
         word = np.array([guard.word_addr], dtype=np.uint64)
         landing = np.array([self._word.ctypes.data], dtype=np.uint64)
         nbytes = np.array([WORD_NBYTES], dtype=np.uint64)
+        self._word[0] = STALE
         self.read(Segments(word, landing, nbytes), go_on)
         if self._word[0] != guard.generation:
             raise StaleCache(guard)
@@ -209,6 +229,15 @@ class Reader:
 
     def close(self) -> None:
         self._agent.close()
+
+
+def _has_any(region: Region, addrs: U64) -> bool:
+    """Whether one of the addresses, which are sorted, lies in the region."""
+    starts = np.array(region.addrs, dtype=np.uint64)
+    first, behind = (
+        np.searchsorted(addrs, edges) for edges in (starts, starts + np.uint64(region.nbytes))
+    )
+    return bool((first < behind).any())
 
 
 def _windows(segments: Segments) -> Iterator[Segments]:

@@ -37,6 +37,16 @@ def package() -> str | None:
     return next((name for name in _PACKAGES if importlib.util.find_spec(name)), None)
 
 
+def _bindings() -> Any:  # noqa: ANN401  # NIXL has no types
+    """Raises LLMException where the installed package cannot be used."""
+    try:
+        return importlib.import_module(f"{package()}._bindings")
+    except ImportError as error:
+        raise LLMException(
+            f"NIXL is installed and cannot be imported: {error}", LLMStatusCode.LLM_FAILED
+        ) from error
+
+
 class Agent:
     """One agent with UCX. For one thread at a time, where `serves` is false."""
 
@@ -46,8 +56,7 @@ class Agent:
         `threads` help with large transfers that this agent makes.
         """
         self.name = name
-        self._nixl: Any = importlib.import_module(f"{package()}._bindings")
-        nixl = self._nixl
+        nixl = self._nixl = _bindings()
         config = nixl.nixlAgentConfig()
         config.useProgThread, config.pthrDelay = serves, _PROGRESS_US
         config.useListenThread = False
@@ -93,13 +102,14 @@ class Agent:
     def read(self, peer: str, segments: Segments, go_on: Callable[[], object]) -> None:
         """Copies the peer's `src` to our `dst`; `go_on` raises when nobody waits any more.
 
-        After any error the read may still be under way: only `close` ends it for good.
+        After any error the read may still be under way: only `close` ends it for good. So nothing
+        here but `self._agent` may name the agent: a traceback would keep it alive.
         """
-        nixl, agent = self._nixl, self._agent
+        nixl = self._nixl
         nbytes = segments.nbytes
         local, remote = _descriptors(segments.dst, nbytes), _descriptors(segments.src, nbytes)
         with self._errors("a read"):
-            handle = agent.createXferReq(
+            handle = self._agent.createXferReq(
                 nixl.NIXL_READ,
                 nixl.nixlXferDList(nixl.DRAM_SEG, local),
                 nixl.nixlXferDList(nixl.DRAM_SEG, remote),
@@ -108,16 +118,16 @@ class Agent:
                 [],
             )
             try:
-                state = agent.postXferReq(handle, "")
+                state = self._agent.postXferReq(handle, "")
                 polls = 0
                 while state == nixl.NIXL_IN_PROG:
                     go_on()
                     time.sleep(0.0 if polls < _EAGER_POLLS else _POLL_S)
                     polls += 1
-                    state = agent.getXferStatus(handle)
+                    state = self._agent.getXferStatus(handle)
             finally:
                 with suppress(Exception):  # one that cannot be ended ends with the agent
-                    agent.releaseXferReq(handle)
+                    self._agent.releaseXferReq(handle)
         if state != nixl.NIXL_SUCCESS:
             raise LLMException(f"NIXL: a read ended as {state}", LLMStatusCode.LLM_FAILED)
 

@@ -58,9 +58,10 @@ def many_links(count: int, path: str) -> Iterator[Figure]:
             owner = Owner(_own_clusters, range(begin, begin + size), path)
             stack.callback(owner.close)
             peers += (Peer(*fields) for fields in owner.greeting)
-        hub, alone = (_Reader(count + number, path) for number in (1, 2))
-        for reader in (hub, alone):
-            stack.callback(reader.cluster.Finalize)
+        hub = _Reader(count + 1, path)
+        stack.callback(hub.cluster.Finalize)
+        alone = _Reader(count + 2, path)
+        stack.callback(alone.cluster.Finalize)
         alone.link(peers[:1])
         yield from _figures(hub, alone, peers)
 
@@ -88,9 +89,9 @@ def _figures(hub: _Reader, alone: _Reader, peers: list[Peer]) -> Iterator[Figure
         yield Figure(f"threads for all of them, {when}", usage.threads - before.threads, "")
     yield Figure("one pull with one link", one, "us")
     yield Figure(f"one pull among {count:,} links", among, "us")
-    yield Figure("of one with one link", among / one, "x")
+    yield Figure("… of one with one link", among / one, "x")
     yield Figure("one pull, each from another peer", in_turn, "us")
-    yield Figure("of one with one link", in_turn / one, "x")
+    yield Figure("… from another peer, of one with one link", in_turn / one, "x")
 
 
 def _medians_us(hub: _Reader, alone: _Reader, peers: list[Peer]) -> list[float]:
@@ -122,9 +123,15 @@ class _Reader:
         return seconds
 
     def unlink(self, peers: list[Peer]) -> float:
+        """The seconds that it took."""
         begun = time.perf_counter()
-        self.cluster.UnlinkLlmClusters([_info(peer) for peer in peers], _TIMEOUT_MS, False)
-        return time.perf_counter() - begun
+        status, _ = self.cluster.UnlinkLlmClusters(
+            [_info(peer) for peer in peers], _TIMEOUT_MS, False
+        )
+        seconds = time.perf_counter() - begun
+        if status != c.LLM_SUCCESS:
+            raise BenchError(f"unlinking {len(peers)} clusters ended with {status}")
+        return seconds
 
     def pull_s(self, peer: Peer) -> float:
         index = c.CacheIndex(peer.cluster_id, peer.cache_id)
