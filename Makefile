@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 
 # Two at a time: most tests wait more than they compute.
 test: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Hours of faults in about twenty minutes; ARGS="--only NAME --scale 0.1" for less.
 soak: $(VENV)/.dev

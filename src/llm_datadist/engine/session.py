@@ -320,10 +320,11 @@ class Session:
         return channel
 
     def _close_channels(self, keep: str = "") -> None:
-        """Closes the channels, but that of one path."""
-        for path in self._channels.keys() - {keep}:
+        """Closes the channels, but that of one path. They stay known: a transfer may have one."""
+        for path, channel in list(self._channels.items()):
             try:
-                self._channels.pop(path).close()
+                if path != keep:
+                    channel.close()
             except Exception:  # a transport's mistake must not keep the link from ending
                 get_logger().exception("closing the path %s failed", path)
 
