@@ -203,6 +203,7 @@ class Session:
                 self._control.close()
             elif self.is_closed:
                 await asyncio.wait([self._listening])
+                self._control.close()  # a task that is cancelled before it began closes nothing
 
     async def join(self) -> None:
         """Waits for what a closed session still has running."""
