@@ -77,8 +77,7 @@ def status_of(error: pytest.ExceptionInfo[LLMException]) -> LLMStatusCode:
 # -- run by the peer --
 
 
-def array_of(node: Node, cache_id: int) -> Bytes:
-    return node.arrays[cache_id]
+array_of = Node.array_of
 
 
 def add_blocks(node: Node, *args: object, **kwargs: object) -> int:

@@ -28,7 +28,6 @@ from llm_datadist.testing.contract_steps import (
     SUCCESS,
     Pair,
     Shape,
-    array_of,
     cpu_share_of_doing_nothing,
     disown,
     hand_over,
@@ -129,7 +128,7 @@ class TransportContract:
             process.call(push_blocks, number, src, dst)
             expected = np.zeros(SHAPE, np.uint8)
             expected[:, dst] = make_array(SHAPE, OWNER + READER - number)[:, src]
-            np.testing.assert_array_equal(other.call(array_of, landing), expected)
+            np.testing.assert_array_equal(other.call(Node.array_of, landing), expected)
 
     def test_threads_share_a_link(self, pair: Pair) -> None:
         pair.owner.call(own, SHAPE)

@@ -120,10 +120,6 @@ def hand_over(node: Node, cache_id: int, seed: int) -> None:
     node.manager.register_blocks_cache(desc, addrs_of(array), BlocksCacheKey(0, seed))
 
 
-def array_of(node: Node, cache_id: int) -> Bytes:
-    return node.arrays[cache_id]
-
-
 def pull_blocks(
     node: Node,
     cluster_id: int,

@@ -36,18 +36,25 @@ def transports_for(options: Options, movers: Movers) -> dict[str, Transport]:
     only.
     """
     transports: list[Transport] = [CmaTransport(movers), TcpTransport(movers)]
-    if options.path not in ("auto", *_OURS):
-        transports += [_load(point, movers) for point in _others(options.path)]
-    elif options.path == "nixl":
-        transports.append(_nixl(movers))
-    elif options.path == "auto" and not _wants_tls(options):
-        transports += _those_that_can_be_made(movers)
-    if len(transports) > 2 and _wants_tls(options):
-        get_logger().warning(
-            "the path %s was asked for by name: what it moves is not encrypted, whatever "
-            "link_security says", options.path,
-        )  # fmt: skip
+    security = options.link_security
+    wants_tls = security is not None and security.secret is None
+    if options.path == "auto":
+        if not wants_tls:
+            transports += _those_that_can_be_made(movers)
+    elif options.path not in ("cma", "tcp"):
+        transports += _by_name(options.path, movers)
+        if wants_tls:
+            get_logger().warning(
+                "the path %s was asked for by name: what it moves is not encrypted, whatever "
+                "link_security says", options.path,
+            )  # fmt: skip
     return {transport.name: transport for transport in transports}
+
+
+def _by_name(name: str, movers: Movers) -> list[Transport]:
+    if name == "nixl":
+        return [_nixl(movers)]
+    return [_load(point, movers) for point in _others(name)]
 
 
 def _those_that_can_be_made(movers: Movers) -> Iterator[Transport]:
@@ -68,11 +75,6 @@ def _nixl(movers: Movers) -> Transport:
     from llm_datadist.transport.nixl import NixlTransport  # imports numpy
 
     return NixlTransport(movers)
-
-
-def _wants_tls(options: Options) -> bool:
-    security = options.link_security
-    return security is not None and security.secret is None
 
 
 def _others(name: str | None = None) -> list[EntryPoint]:

@@ -6,18 +6,16 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_datadist.cli.doctor.finding import Case, Finding, State
 from llm_datadist.cli.doctor.proc import field_of, text_of
+from llm_datadist.transport import nixl_agent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: the package of each CUDA release, and the one that chooses between them
-_NIXLS = {"nixl_cu12": "nixl-cu12", "nixl_cu13": "nixl-cu13", "nixl": "nixl"}
 _RDMA = Path("/sys/class/infiniband")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _WAIT_S = 10.0
@@ -25,13 +23,14 @@ _WAIT_S = 10.0
 
 def nixl(_: Case) -> Iterator[Finding]:
     """Whether NIXL can be imported: in another process, which it may take down with it."""
-    module = next((name for name in _NIXLS if find_spec(name) is not None), None)
+    module = nixl_agent.package()
     if module is None:
         remedy = "for RDMA between hosts: pip install --no-deps nixl-cu12"
         yield Finding("NIXL", State.UNAVAILABLE, "not installed", remedy)
         return
-    package = f"{_NIXLS[module]} {_version_of(_NIXLS[module])}"
-    data = {"module": module, "version": _version_of(_NIXLS[module])}
+    name = module.replace("_", "-")
+    data = {"module": module, "version": _version_of(name)}
+    package = f"{name} {data['version']}"
     failure = _import_failure(module)
     if failure:
         found = f"{package} cannot be imported: {failure}"
