@@ -31,7 +31,7 @@ TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
 SEED = 5
 SHAPE = (2, 8, 64)
-#: takes long enough over tcp to be met in its middle
+#: more than sockets hold: an owner that stands still keeps back a part of it
 LARGE = (4, 64, 1 << 20)
 LARGE_FILL = 7
 

@@ -33,6 +33,7 @@ from llm_datadist import (
     TransferWithCacheKeyConfig,
 )
 from llm_datadist.testing.cluster import Node, NodeProcess, addrs_of, make_array
+from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
@@ -302,10 +303,11 @@ def test_finalize_waits_for_a_running_pull(node: Node, peer: NodeProcess) -> Non
     shape = (4, 64, 1 << 20)
     peer.call(large_source, shape)
     node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=20_000)
-    assert node.link(port, 1) == SUCCESS
     cache = node.blocks_cache(*shape)
     array, blocks = node.arrays[cache.cache_id], list(range(shape[1]))
-    with ThreadPoolExecutor(1) as pool:
+    with FaultProxy(port) as proxy, ThreadPoolExecutor(1) as pool:
+        assert node.link(proxy.port, 1) == SUCCESS
+        proxy.slow(array.nbytes)
         pull = pool.submit(node.manager.pull_blocks, BlocksCacheKey(1, 1), cache, blocks, blocks)
         assert eventually(lambda: bool(array[0, 0, 0] == 7))
         assert array[-1, -1, -1] == 0, "the pull must be in its middle"

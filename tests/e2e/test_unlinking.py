@@ -31,6 +31,7 @@ from llm_datadist import (
     LLMRole,
 )
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info
+from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import eventually, takes_at_most
 
 silent_port = linking.silent_port
@@ -166,18 +167,19 @@ def test_unlink_waits_for_a_running_pull(node: Node, victim: NodeProcess) -> Non
     port = listen(victim, transfer_path="tcp")
     victim.call(publish_large)
     node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=20000)
-    assert node.link(port, 1) == SUCCESS
     cache = node.blocks_cache(*LARGE)
     array, blocks = node.arrays[cache.cache_id], list(range(LARGE[1]))
-    with ThreadPoolExecutor(32) as pool:
+    with FaultProxy(port) as proxy, ThreadPoolExecutor(32) as pool:
+        assert node.link(proxy.port, 1) == SUCCESS
+        proxy.slow(array.nbytes)
         pull = pool.submit(node.manager.pull_blocks, BlocksCacheKey(1, 1), cache, blocks, blocks)
         assert eventually(lambda: bool(array[0, 0, 0] == LARGE_FILL))
         victim.pause()
         assert array[-1, -1, -1] == 0, "the pull must be in its middle"
         with takes_at_most(budget_s(500)):
-            assert node.unlink(port, 1, 500) == TIMEOUT
+            assert node.unlink(proxy.port, 1, 500) == TIMEOUT
         assert linked_ids(node) == [1]
-        unlink = pool.submit(node.unlink, port, 1, 20000)
+        unlink = pool.submit(node.unlink, proxy.port, 1, 20000)
         assert eventually(lambda: is_refused_at_once(pool, node))
         assert not unlink.done()
         victim.resume()
@@ -202,10 +204,11 @@ def test_a_peer_that_unlinks_waits_for_our_running_pull(node: Node, victim: Node
     port = listen(victim, transfer_path="tcp")
     victim.call(publish_large)
     node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=20000)
-    assert node.link(port, 1) == SUCCESS
     cache = node.blocks_cache(*LARGE)
     array, blocks = node.arrays[cache.cache_id], list(range(LARGE[1]))
-    with ThreadPoolExecutor(1) as pool:
+    with FaultProxy(port) as proxy, ThreadPoolExecutor(1) as pool:
+        assert node.link(proxy.port, 1) == SUCCESS
+        proxy.slow(array.nbytes)
         pull = pool.submit(node.manager.pull_blocks, BlocksCacheKey(1, 1), cache, blocks, blocks)
         assert eventually(lambda: bool(array[0, 0, 0] == LARGE_FILL))
         assert array[-1, -1, -1] == 0, "the pull must be in its middle"

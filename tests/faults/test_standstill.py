@@ -20,6 +20,7 @@ from llm_datadist import (
     TransferWithCacheKeyConfig,
 )
 from llm_datadist.testing.cluster import Node, NodeProcess, addrs_of
+from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
@@ -156,10 +157,11 @@ def test_an_unlink_that_timed_out_may_end_the_link_later_but_at_both_ends(
 def test_nothing_arrives_after_a_pull_has_timed_out(node: Node, victim: NodeProcess) -> None:
     port = start(victim, 1, HUGE, transfer_path="tcp")
     node.start(LLMRole.DECODER, 2, transfer_path="tcp", sync_kv_timeout=1000)
-    assert node.link(port, 1) == SUCCESS
     cache = node.blocks_cache(*HUGE)
     array, blocks = node.arrays[cache.cache_id], list(range(HUGE[1]))
-    with ThreadPoolExecutor(1) as pool:
+    with FaultProxy(port) as proxy, ThreadPoolExecutor(1) as pool:
+        assert node.link(proxy.port, 1) == SUCCESS
+        proxy.slow(array.nbytes / 2)  # a pull takes longer than the timeout
         pulling = pool.submit(node.manager.pull_blocks, BlocksCacheKey(1, 0), cache, blocks, blocks)
         begun = time.monotonic()
         assert eventually(lambda: bool(array[0, 0, 0] == 1))
@@ -168,11 +170,12 @@ def test_nothing_arrives_after_a_pull_has_timed_out(node: Node, victim: NodeProc
         with pytest.raises(LLMException) as error:
             pulling.result(10)
         assert time.monotonic() - begun <= 1.2 + 0.1
-    assert error.value.status_code == TIMEOUT
-    array[:] = 0xEE
-    victim.resume()
-    assert pull(node, 1, HUGE) == SUCCESS
-    assert (array == 0xEE).all()
+        assert error.value.status_code == TIMEOUT
+        array[:] = 0xEE
+        victim.resume()
+        proxy.restore()
+        assert pull(node, 1, HUGE) == SUCCESS
+        assert (array == 0xEE).all()
 
 
 def test_a_large_question_does_not_take_longer_than_the_timeout(

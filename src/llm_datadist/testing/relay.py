@@ -40,9 +40,8 @@ class Faults:
     def can_read(self) -> bool:
         return not self.is_stalled
 
-    @property
-    def can_write(self) -> bool:
-        return not self.is_stalled and self.next_at <= time.monotonic()
+    def can_write(self, now: float) -> bool:
+        return not self.is_stalled and self.next_at <= now
 
 
 class Relay:
@@ -107,8 +106,9 @@ class Relay:
     def _run(self) -> None:
         try:
             while not self._is_closing:
-                self._rearm()
-                pause_s = self.faults.next_at - time.monotonic()
+                now = time.monotonic()  # one for both: what is not watched now is waited for
+                self._rearm(now)
+                pause_s = self.faults.next_at - now
                 for key, events in self._selector.select(pause_s if pause_s > 0 else None):
                     self._handle(key, events)
         finally:
@@ -118,9 +118,9 @@ class Relay:
             self._server.close()
             self._woken.close()
 
-    def _rearm(self) -> None:
+    def _rearm(self, now: float) -> None:
         """Watches for what can go on now."""
-        can_read, can_write = self.faults.can_read, self.faults.can_write
+        can_read, can_write = self.faults.can_read, self.faults.can_write(now)
         self._watch(self._server, selectors.EVENT_READ if can_read else 0)
         for connection in self.connections:
             interests = connection.interests(can_read=can_read, can_write=can_write)
@@ -174,7 +174,7 @@ class Relay:
                     pipe.take(self._flip)
             if pipe.is_end_due and ready is pipe.target and events & selectors.EVENT_WRITE:
                 pipe.tell_end()
-            elif pipe.chunk and self.faults.can_write:
+            elif pipe.chunk and self.faults.can_write(time.monotonic()):
                 with suppress(BlockingIOError):
                     self._pass_on(pipe)
             if connection not in self.connections:
