@@ -120,12 +120,18 @@ def _interrupts_kept_for_later() -> Iterator[None]:
     """Start workers that Ctrl-C does not reach: the parent, which it does reach, ends them.
 
     A blocked signal stays blocked in the processes that are started meanwhile, from their first
-    moment on. Here it waits until the end of the `with`.
+    moment on. Here it waits until the end of the `with`, also one that another thread has taken,
+    such as the one that draws: a worker that is started by half would die of it.
     """
     # Its own start would unblock the signal.
     resource_tracker.ensure_running()
+    interrupts: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        for number in interrupts[:1]:
+            signal.raise_signal(number)
