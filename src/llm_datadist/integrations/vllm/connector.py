@@ -1,0 +1,204 @@
+"""The class that vLLM loads: its calls, and whom they go to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from llm_datadist.integrations.vllm.consumer import ConsumerScheduler
+from llm_datadist.integrations.vllm.facts import facts_of
+from llm_datadist.integrations.vllm.producer import ProducerScheduler
+from llm_datadist.integrations.vllm.settings import settings_of
+from llm_datadist.integrations.vllm.stats import TransferMetrics, TransferStats
+from llm_datadist.integrations.vllm.step import Step
+from llm_datadist.integrations.vllm.worker import Worker
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not there to be checked
+    """A step on its way to the workers."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+
+class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Hands KV blocks of finished prefill requests to decode engines. See docs/vllm.md.
+
+    vLLM makes two: one in its scheduler, one in each worker. Raises ValueError at the start for
+    what it does not do: several KV cache groups, pipeline and context parallelism, memory that is
+    not the CPU's.
+    """
+
+    _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _refuse_unsupported(vllm_config, kv_cache_config)
+        parallel = vllm_config.parallel_config
+        tp_size = parallel.tensor_parallel_size
+        self._settings = settings_of(
+            self._kv_transfer_config, parallel.data_parallel_index * tp_size
+        )
+        self._producer: ProducerScheduler | None = None
+        self._consumer_scheduler: ConsumerScheduler | None = None
+        self._registered: Worker | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            if self._settings.is_producer:
+                self._producer = ProducerScheduler(self._settings, tp_size)
+            self._consumer_scheduler = ConsumerScheduler(
+                vllm_config.cache_config.block_size, self._settings.extra.kv_lease_duration
+            )
+
+    # -- the scheduler's -------------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        self._consumer.arrived(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        count = self._consumer.num_matched_tokens(request, num_computed_tokens)
+        return count, count > 0
+
+    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
+        ids: tuple[int, ...] = self._kv_cache_config.transfer_group_ids
+        return ids
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        (block_ids,) = blocks.get_block_ids()
+        self._consumer.allocated(request, block_ids, num_external_tokens)
+        if self._producer:
+            self._producer.scheduled(request)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
+        step = Step()
+        self._consumer.fill(step)
+        if self._producer:
+            self._producer.fill(step)
+        return StepMetadata(step)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._consumer.received(connector_output.finished_recving or ())
+        if self._producer:
+            self._producer.sent(connector_output.finished_sending or ())
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._consumer.finished(request)
+        params = self._producer.finished(request, block_ids) if self._producer else None
+        return params is not None, params
+
+    # -- the workers' ----------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        config = self._vllm_config
+        backends = sorted(each.get_name() for each in get_current_attn_backends(config))
+        self._registered = Worker(
+            self._settings,
+            get_tensor_model_parallel_rank(),
+            facts_of(config, backends),
+            kv_caches,
+            self._kv_cache_config.num_blocks,
+        )
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        self._worker.apply(metadata.step)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request runs when all of its blocks are there."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: object,
+    ) -> None:
+        """Nothing: readers come for the blocks."""
+
+    def wait_for_save(self) -> None:
+        """Nothing, as above."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        return self._worker.take_sent(), self._worker.take_received()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks()
+
+    def get_kv_connector_stats(self) -> TransferStats | None:
+        if self._registered is None:
+            return None
+        stats = TransferStats(self._worker.take_counts())
+        return None if stats.is_empty() else stats
+
+    def shutdown(self) -> None:
+        if self._registered is not None:
+            self._registered.close()
+
+    # -- the class's -----------------------------------------------------------------------------
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TransferStats:
+        return TransferStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetric]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> TransferMetrics:
+        return TransferMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # --------------------------------------------------------------------------------------------
+
+    @property
+    def _consumer(self) -> ConsumerScheduler:
+        assert self._consumer_scheduler is not None, "called in a worker"
+        return self._consumer_scheduler
+
+    @property
+    def _worker(self) -> Worker:
+        assert self._registered is not None, "called before register_kv_caches"
+        return self._registered
+
+
+def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    parallel = vllm_config.parallel_config
+    reasons = {
+        "several KV cache groups, or none": len(kv_cache_config.kv_cache_groups) != 1,
+        "state of Mamba layers": kv_cache_config.has_mamba_layers,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+    }
+    if found := [reason for reason, is_there in reasons.items() if is_there]:
+        raise ValueError(f"LLMDataDistConnector does not move {'; '.join(found)}")

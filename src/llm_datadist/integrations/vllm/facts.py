@@ -1,0 +1,52 @@
+"""What two engines must have in common to exchange KV blocks, compared field by field."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+#: rises with every change of what the two ends say to each other
+CONNECTOR_VERSION = 1
+
+
+def facts_of(vllm_config: VllmConfig, attention_backends: list[str]) -> dict[str, Any]:
+    """What the configuration of an engine says. The worker adds the layout of its memory.
+
+    vLLM's version is among it, since the layout of a block may change with it.
+    """
+    from vllm import __version__ as vllm_version
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    speculative = vllm_config.speculative_config
+    return {
+        "connector version": CONNECTOR_VERSION,
+        "vLLM version": vllm_version,
+        "model": model.model,
+        "model dtype": str(model.dtype),
+        "KV cache dtype": str(cache.cache_dtype),
+        "block size": cache.block_size,
+        "number of layers": model.get_total_num_hidden_layers(),
+        "number of KV heads": model.get_total_num_kv_heads(),
+        "head size": model.get_head_size(),
+        "attention backends": attention_backends,
+        "tensor parallel size": vllm_config.parallel_config.tensor_parallel_size,
+        "speculative method": speculative and speculative.method,
+    }
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The fields that are not equal, with both values, in words."""
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    return [
+        f"{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,141 @@
+"""The prefill side: which blocks are lent to whom, and until when."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llm_datadist.integrations.vllm.handover import Handover, Lease
+from llm_datadist.integrations.vllm.request import wants_remote_decode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from llm_datadist.integrations.vllm.board import Board
+    from llm_datadist.integrations.vllm.request import Request
+    from llm_datadist.integrations.vllm.settings import Settings
+    from llm_datadist.integrations.vllm.step import Step
+
+logger = logging.getLogger(__name__)
+
+#: states of a request whose prompt was computed to its end
+_COMPUTED = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
+
+
+class ProducerScheduler:
+    """In the scheduler: gives each request that another engine will decode a lease.
+
+    The lease begins before the request is computed, so that it stands on every worker's board when
+    the answer tells of it.
+    """
+
+    def __init__(self, settings: Settings, tp_size: int) -> None:
+        self._settings, self._tp_size = settings, tp_size
+        self._free_slots = list(range(settings.extra.max_leases))
+        # an engine that starts again under its old name must not repeat itself
+        self._generations = itertools.count(1 + secrets.randbits(46))
+        self._leases: dict[str, Lease] = {}
+        self._grants: list[Lease] = []
+        self._drops: list[Lease] = []
+        self._holds: dict[str, Lease] = {}
+
+    def scheduled(self, request: Request) -> None:
+        """A request has got blocks. May be called again for the same one."""
+        if not wants_remote_decode(request) or request.request_id in self._leases:
+            return
+        if not self._free_slots:
+            logger.warning("%s will not be handed over: too many are waiting", request.request_id)
+            return
+        lease = Lease(self._free_slots.pop(), next(self._generations))
+        self._leases[request.request_id] = lease
+        self._grants.append(lease)
+
+    def finished(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
+        """What the decode request is to carry; the blocks are to be kept then. None: free them."""
+        lease = self._leases.get(request.request_id)
+        if lease is None:
+            return None
+        if request.status.name not in _COMPUTED or not block_ids:
+            self._drops.append(lease)
+            self._end(request.request_id)
+            return None
+        self._holds[request.request_id] = lease
+        return Handover(
+            remote_engine_id=self._settings.engine_id,
+            remote_request_id=request.request_id,
+            remote_host=self._settings.extra.host,
+            remote_port=self._settings.port,
+            remote_block_ids=[block_ids],
+            remote_num_tokens=request.num_computed_tokens,
+            remote_lease=lease,
+            tp_size=self._tp_size,
+        ).to_params()
+
+    def sent(self, request_ids: Iterable[str]) -> None:
+        """The blocks of these are needed no longer, on any worker."""
+        for request_id in request_ids:
+            self._end(request_id)
+
+    def fill(self, step: Step) -> None:
+        """Adds what has come up since the last step."""
+        step.drops, step.grants, step.holds = self._drops, self._grants, self._holds
+        self._drops, self._grants, self._holds = [], [], {}
+
+    def _end(self, request_id: str) -> None:
+        if lease := self._leases.pop(request_id, None):
+            self._free_slots.append(lease.slot)
+
+
+@dataclass
+class _Hold:
+    lease: Lease
+    last_answer: int
+    ends_at: float
+
+
+class ProducerWorker:
+    """In a worker: writes leases on its board, and looks there for what readers answer."""
+
+    def __init__(self, board: Board, lease_s: float) -> None:
+        self._board, self._lease_s = board, lease_s
+        self._holds: dict[str, _Hold] = {}
+        self._num_expired = 0
+
+    def apply(self, step: Step) -> None:
+        """Does what the scheduler says."""
+        for lease in step.drops:
+            self._board.end(lease)
+        for lease in step.grants:
+            self._board.grant(lease)
+        for request_id, lease in step.holds.items():
+            self._holds[request_id] = _Hold(lease, 0, time.monotonic() + self._lease_s)
+
+    def take_sent(self) -> set[str]:
+        """Requests whose blocks may be freed: read by their reader, or not asked for in time.
+
+        Their leases are off the board when this returns: who reads the blocks later sees it.
+        """
+        now = time.monotonic()
+        ended = {request_id for request_id, hold in self._holds.items() if self._is_over(hold, now)}
+        for request_id in ended:
+            hold = self._holds.pop(request_id)
+            self._board.end(hold.lease)
+            if not self._board.is_released(hold.lease):
+                self._num_expired += 1
+                logger.warning("%s was not read within its lease: blocks freed", request_id)
+        return ended
+
+    def take_num_expired(self) -> int:
+        """How many leases have ended unread since the last call."""
+        num_expired, self._num_expired = self._num_expired, 0
+        return num_expired
+
+    def _is_over(self, hold: _Hold, now: float) -> bool:
+        answer = self._board.answer_to(hold.lease)
+        if answer != hold.last_answer:
+            hold.last_answer, hold.ends_at = answer, now + self._lease_s
+        return self._board.is_released(hold.lease) or now > hold.ends_at

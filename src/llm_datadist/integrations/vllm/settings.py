@@ -1,0 +1,60 @@
+"""What `--kv-transfer-config` says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from llm_datadist import LLMConfig
+
+if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig
+
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`kv_connector_extra_config`: what may stand there, and what holds without."""
+
+    #: where a producer listens, and what decode engines are told to dial
+    host: str = "127.0.0.1"
+    #: how long a producer keeps blocks without a word from their reader
+    kv_lease_duration: _Seconds = 30.0
+    pull_timeout_s: _Seconds = 30.0
+    link_timeout_s: _Seconds = 10.0
+    #: how many requests of a producer may be under way or waiting to be read
+    max_leases: Annotated[int, msgspec.Meta(gt=0)] = 16_384
+    #: options of LLMConfig by name: transfer_path, link_security, verify_transfers, ...
+    llm_config: dict[str, Any] = {}
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of one engine. Worker `rank` listens at `port + rank`."""
+
+    engine_id: str
+    role: str
+    port: int
+    extra: Extra = Extra()
+
+    @property
+    def is_producer(self) -> bool:
+        """Whether others may read from here."""
+        return self.role in ("kv_producer", "kv_both")
+
+
+def settings_of(kv_transfer_config: KVTransferConfig, first_rank: int = 0) -> Settings:
+    """Reads vLLM's configuration. Raises ValueError that names the entry which is wrong."""
+    try:
+        extra = msgspec.convert(kv_transfer_config.kv_connector_extra_config, Extra)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"kv_connector_extra_config: {error}") from None
+    known = {name for name in vars(LLMConfig) if not name.startswith("_")}
+    if unknown := sorted(set(extra.llm_config) - known):
+        raise ValueError(f"kv_connector_extra_config: LLMConfig has no {', '.join(unknown)}")
+    return Settings(
+        engine_id=kv_transfer_config.engine_id,
+        role=kv_transfer_config.kv_role,
+        port=kv_transfer_config.kv_port + first_rank,
+        extra=extra,
+    )

@@ -1,0 +1,111 @@
+"""One worker: its cluster, its memory, and both sides of a hand-over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llm_datadist import BlocksCacheKey, LLMConfig, LLMDataDist, LLMRole
+from llm_datadist.integrations.vllm.board import Board
+from llm_datadist.integrations.vllm.consumer import ConsumerWorker
+from llm_datadist.integrations.vllm.handover import cluster_id_of
+from llm_datadist.integrations.vllm.producer import ProducerWorker
+from llm_datadist.integrations.vllm.producers import Producers
+from llm_datadist.integrations.vllm.regions import regions_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from llm_datadist.integrations.vllm.settings import Settings
+    from llm_datadist.integrations.vllm.step import Step
+
+#: caches of a worker by model id; the regions of its KV come after
+_BOARD, _FACTS, _FIRST_REGION = range(3)
+
+_ROLES = {
+    "kv_producer": LLMRole.PROMPT,
+    "kv_consumer": LLMRole.DECODER,
+    "kv_both": LLMRole.MIX,
+}
+
+
+class Worker:
+    """Owns a cluster from construction to `close`. `Worker` raises as `LLMDataDist.init` does."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        rank: int,
+        facts: dict[str, Any],
+        kv_caches: Mapping[str, torch.Tensor],
+        num_blocks: int,
+    ) -> None:
+        extra = settings.extra
+        regions = regions_of(kv_caches, num_blocks)
+        cluster_id = cluster_id_of(settings.engine_id, rank)
+        self._kv_caches = kv_caches  # the memory must outlive the cluster
+        self._datadist = LLMDataDist(_ROLES[settings.role], cluster_id)
+        config = LLMConfig()
+        config.enable_cache_manager = True
+        config.enable_remote_cache_accessible = True
+        config.sync_kv_timeout = int(extra.pull_timeout_s * 1000)
+        if settings.is_producer:
+            config.listen_ip_info = f"{extra.host}:{settings.port + rank}"
+        for name, value in extra.llm_config.items():
+            setattr(config, name, value)
+        self._datadist.init(config.generate_options())
+        try:
+            manager = self._datadist.cache_manager
+            caches = {
+                model_id: region.register(manager, BlocksCacheKey(cluster_id, model_id))
+                for model_id, region in enumerate(regions, _FIRST_REGION)
+            }
+            layout = [(region.block_nbytes, region.layers) for region in regions]
+            board = Board(manager, cluster_id, _BOARD, extra.max_leases)
+            self._producers = Producers(
+                self._datadist,
+                _FACTS,
+                rank,
+                {**facts, "layout of KV blocks": layout},
+                extra.link_timeout_s,
+            )
+        except BaseException:
+            self._datadist.finalize()
+            raise
+        self._producer = ProducerWorker(board, extra.kv_lease_duration)
+        self._consumer = ConsumerWorker(manager, caches, board, self._producers)
+        self._block_nbytes = sum(region.block_nbytes * len(region.addrs) for region in regions)
+
+    def apply(self, step: Step) -> None:
+        """Does what the scheduler says; nothing of it blocks."""
+        self._producer.apply(step)
+        self._consumer.apply(step)
+
+    def take_sent(self) -> set[str]:
+        """Requests whose blocks may be freed here."""
+        return self._producer.take_sent()
+
+    def take_received(self) -> set[str]:
+        """Requests whose blocks are here, or could not be had."""
+        return self._consumer.take_received()
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that were to be received and hold nothing of use."""
+        return self._consumer.take_failed_blocks()
+
+    def take_counts(self) -> dict[str, Any]:
+        """What happened since the last call."""
+        pulls, num_failed = self._consumer.take_counts()
+        return {
+            "pull_s": [seconds for seconds, _ in pulls],
+            "pull_nbytes": [num_blocks * self._block_nbytes for _, num_blocks in pulls],
+            "failed_pulls": num_failed,
+            "expired_leases": self._producer.take_num_expired(),
+        }
+
+    def close(self) -> None:
+        """Ends all links, and waits for what runs. The KV memory is the engine's again."""
+        self._producers.close()
+        self._consumer.close()
+        self._datadist.finalize()
