@@ -1,13 +1,14 @@
 """Leases as words in memory that the other end reads and writes with plain pulls and pushes.
 
-A producer's board has two words for each slot. It writes the first: which request's blocks are
+A producer's board has three words for each slot. It writes the first: which request's blocks are
 still where they were. A reader that finds it unchanged *after* its data has read nothing else, as
-with a seqlock, and no clock of two machines is compared. Readers write the second: that they are
-still waiting, or are done.
+with a seqlock, and no clocks of two machines are compared. Readers write the others: that they
+still wait, and that they are done.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from typing import TYPE_CHECKING
@@ -22,11 +23,10 @@ if TYPE_CHECKING:
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.integrations.vllm.handover import Lease
 
-_BEAT_BITS = 16
-#: the last beat: there is nothing more to read
-_RELEASED = (1 << _BEAT_BITS) - 1
+_GRANT, _BEAT, _RELEASE, _WORDS_PER_SLOT = range(4)
 _NUM_READ_WORDS = 16
 _NUM_ANSWER_WORDS = 64
+_BEAT_BITS = 16
 
 
 class Board:
@@ -35,7 +35,8 @@ class Board:
     def __init__(
         self, manager: CacheManager, cluster_id: int, model_id: int, num_slots: int
     ) -> None:
-        num_words = 2 * num_slots + _NUM_READ_WORDS + _NUM_ANSWER_WORDS
+        first_free = _WORDS_PER_SLOT * num_slots
+        num_words = first_free + _NUM_READ_WORDS + _NUM_ANSWER_WORDS
         self._words = np.zeros(num_words, np.uint64)
         self._manager, self._model_id = manager, model_id
         self._cache = manager.register_blocks_cache(
@@ -43,32 +44,33 @@ class Board:
             [self._words.ctypes.data],
             BlocksCacheKey(cluster_id, model_id),
         )
+        # words of our own, for what is read from others' boards, and what is written there
         self._read_words: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for word in range(2 * num_slots, 2 * num_slots + _NUM_READ_WORDS):
+        for word in range(first_free, first_free + _NUM_READ_WORDS):
             self._read_words.put(word)
         self._answer_words = range(num_words - _NUM_ANSWER_WORDS, num_words)
         self._answering = threading.Lock()
-        self._beat = 0
+        self._beats = itertools.cycle(range(1, 1 << _BEAT_BITS))
 
     # -- the producer's own ----------------------------------------------------------------------
 
     def grant(self, lease: Lease) -> None:
         """The lease holds from now on."""
-        self._words[2 * lease.slot] = lease.generation
+        self._words[_word_of(lease, _GRANT)] = lease.generation
 
     def end(self, lease: Lease) -> None:
         """The lease holds no longer. Comes before its blocks are given to anyone else."""
-        if self._words[2 * lease.slot] == lease.generation:
-            self._words[2 * lease.slot] = 0
+        if self._words[_word_of(lease, _GRANT)] == lease.generation:
+            self._words[_word_of(lease, _GRANT)] = 0
 
-    def answer_to(self, lease: Lease) -> int:
-        """What its reader has last said: a number that changes with each beat, 0 for nothing."""
-        generation, beat = divmod(int(self._words[2 * lease.slot + 1]), 1 << _BEAT_BITS)
+    def beat_of(self, lease: Lease) -> int:
+        """A number that changes as long as its reader waits, 0 before it was heard of."""
+        generation, beat = divmod(int(self._words[_word_of(lease, _BEAT)]), 1 << _BEAT_BITS)
         return beat if generation == lease.generation else 0
 
     def is_released(self, lease: Lease) -> bool:
         """Whether its reader is done."""
-        return self.answer_to(lease) == _RELEASED
+        return int(self._words[_word_of(lease, _RELEASE)]) == lease.generation
 
     # -- a reader's, of another's board ------------------------------------------------------------
 
@@ -79,7 +81,7 @@ class Board:
             self._manager.pull_blocks(
                 BlocksCacheKey(cluster_id, self._model_id),
                 self._cache,
-                [2 * lease.slot],
+                [_word_of(lease, _GRANT)],
                 [word],
                 tensor_num_per_layer=1,
             )
@@ -90,24 +92,29 @@ class Board:
     def renew(self, cluster_id: int, leases: Sequence[Lease]) -> None:
         """Says that these are waited for. Raises LLMException as `push_blocks` does."""
         with self._answering:
-            self._beat = self._beat % (_RELEASED - 1) + 1
-            self._answer(cluster_id, leases, self._beat)
+            beat = next(self._beats)
+            values = [(lease.generation << _BEAT_BITS) | beat for lease in leases]
+            self._answer(cluster_id, [_word_of(lease, _BEAT) for lease in leases], values)
 
     def release(self, cluster_id: int, leases: Sequence[Lease]) -> None:
-        """Says that these are read. Raises LLMException as `push_blocks` does."""
+        """Says that these are needed no longer. Raises LLMException as `push_blocks` does."""
         with self._answering:
-            self._answer(cluster_id, leases, _RELEASED)
+            values = [lease.generation for lease in leases]
+            self._answer(cluster_id, [_word_of(lease, _RELEASE) for lease in leases], values)
 
-    def _answer(self, cluster_id: int, leases: Sequence[Lease], beat: int) -> None:
-        for begin in range(0, len(leases), _NUM_ANSWER_WORDS):
-            some = leases[begin : begin + _NUM_ANSWER_WORDS]
-            words = self._answer_words[: len(some)]
-            for word, lease in zip(words, some, strict=True):
-                self._words[word] = (lease.generation << _BEAT_BITS) | beat
+    def _answer(self, cluster_id: int, words: list[int], values: list[int]) -> None:
+        for begin in range(0, len(words), _NUM_ANSWER_WORDS):
+            some = slice(begin, begin + _NUM_ANSWER_WORDS)
+            sources = self._answer_words[: len(words[some])]
+            self._words[sources.start : sources.stop] = values[some]
             self._manager.push_blocks(
                 BlocksCacheKey(cluster_id, self._model_id),
                 self._cache,
-                list(words),
-                [2 * lease.slot + 1 for lease in some],
+                list(sources),
+                words[some],
                 tensor_num_per_layer=1,
             )
+
+
+def _word_of(lease: Lease, which: int) -> int:
+    return _WORDS_PER_SLOT * lease.slot + which

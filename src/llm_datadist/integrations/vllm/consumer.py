@@ -106,9 +106,11 @@ class ConsumerScheduler:
         step.expected, step.pulls, step.releases = self._expected, self._pulls, self._releases
         self._expected, self._pulls, self._releases = [], [], []
         now = time.monotonic()
-        if self._sources and now >= self._next_beat:
-            self._next_beat = now + self._beat_s
-            step.renewals = list(self._sources.values())
+        if now >= self._next_beat:
+            served = {pull.request_id for pull in step.pulls}
+            waiting = [source for each, source in self._sources.items() if each not in served]
+            step.renewals = waiting
+            self._next_beat = now + self._beat_s if waiting else 0.0
 
     def _release(self, request_id: str) -> None:
         if source := self._sources.pop(request_id, None):

@@ -93,7 +93,7 @@ class ProducerScheduler:
 @dataclass
 class _Hold:
     lease: Lease
-    last_answer: int
+    last_beat: int
     ends_at: float
 
 
@@ -135,7 +135,7 @@ class ProducerWorker:
         return num_expired
 
     def _is_over(self, hold: _Hold, now: float) -> bool:
-        answer = self._board.answer_to(hold.lease)
-        if answer != hold.last_answer:
-            hold.last_answer, hold.ends_at = answer, now + self._lease_s
+        beat = self._board.beat_of(hold.lease)
+        if beat != hold.last_beat:
+            hold.last_beat, hold.ends_at = beat, now + self._lease_s
         return self._board.is_released(hold.lease) or now > hold.ends_at

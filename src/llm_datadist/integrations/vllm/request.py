@@ -15,9 +15,12 @@ class Request(Protocol):
 
     request_id: str
     kv_transfer_params: dict[str, Any] | None
-    num_prompt_tokens: int
     num_computed_tokens: int
-    status: _Status
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def status(self) -> _Status: ...
 
 
 def wants_remote_decode(request: Request) -> bool:

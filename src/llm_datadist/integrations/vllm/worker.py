@@ -104,6 +104,10 @@ class Worker:
             "expired_leases": self._producer.take_num_expired(),
         }
 
+    def paths(self) -> list[str]:
+        """By which path each linked engine's memory is read."""
+        return [link.path for link in self._datadist.links()]
+
     def close(self) -> None:
         """Ends all links, and waits for what runs. The KV memory is the engine's again."""
         self._producers.close()

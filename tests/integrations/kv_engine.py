@@ -1,0 +1,202 @@
+"""An engine with vLLM's part of the connector's calls, and without its model.
+
+The KV of a token is a number made of the token and the layer, so that every block can be checked.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_datadist.integrations.vllm.consumer import ConsumerScheduler
+from llm_datadist.integrations.vllm.producer import ProducerScheduler
+from llm_datadist.integrations.vllm.settings import Extra, Settings
+from llm_datadist.integrations.vllm.step import Step
+from llm_datadist.integrations.vllm.worker import Worker
+from llm_datadist.testing.timing import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 32
+NUM_LAYERS = 3
+UNTOUCHED = -1.0
+
+
+class Status(Enum):
+    RUNNING = 1
+    FINISHED_LENGTH_CAPPED = 2
+    FINISHED_ABORTED = 3
+
+
+@dataclass
+class Request:
+    request_id: str
+    tokens: list[int]
+    kv_transfer_params: dict[str, Any] | None
+    num_computed_tokens: int = 0
+    status: Status = Status.RUNNING
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.tokens)
+
+
+class Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += f"{record.getMessage()}\n"
+
+
+class Engine:
+    """One process's scheduler and worker. What an engine does in a step, a test asks for."""
+
+    worker: Worker
+    producer: ProducerScheduler | None
+    consumer: ConsumerScheduler
+
+    def open(
+        self,
+        engine_id: str,
+        role: str,
+        port: int = 1,
+        facts: dict[str, Any] | None = None,
+        **extra: Any,
+    ) -> None:
+        """Starts anew, with empty memory."""
+        settings = Settings(engine_id=engine_id, role=role, port=port, extra=Extra(**extra))
+        self.kv = {
+            f"layers.{layer}": torch.full((NUM_BLOCKS, 2, BLOCK_SIZE, 8), UNTOUCHED)
+            for layer in range(NUM_LAYERS)
+        }
+        self.worker = Worker(settings, 0, facts or {"model": "numbers"}, self.kv, NUM_BLOCKS)
+        self.producer = ProducerScheduler(settings, 1) if settings.is_producer else None
+        self.consumer = ConsumerScheduler(BLOCK_SIZE, settings.extra.kv_lease_duration)
+        self.requests: dict[str, Request] = {}
+        self.sent: set[str] = set()
+        self.received: set[str] = set()
+        self.failed_blocks: set[int] = set()
+        self.log = Log()
+        logging.getLogger("llm_datadist.integrations").addHandler(self.log)
+
+    def close(self) -> None:
+        self.worker.close()
+        logging.getLogger("llm_datadist.integrations").removeHandler(self.log)
+
+    def log_text(self) -> str:
+        return self.log.text
+
+    def step(self) -> None:
+        step = Step()
+        self.consumer.fill(step)
+        if self.producer:
+            self.producer.fill(step)
+        self.worker.apply(step)
+        sent, received = self.worker.take_sent(), self.worker.take_received()
+        self.failed_blocks |= self.worker.take_failed_blocks()
+        self.consumer.received(received)
+        if self.producer:
+            self.producer.sent(sent)
+        self.sent |= sent
+        self.received |= received
+
+    def step_until_sent(self, request_id: str, within_s: float = 10.0) -> bool:
+        def is_sent() -> bool:
+            self.step()
+            return request_id in self.sent
+
+        return eventually(is_sent, within_s)
+
+    def step_until_received(self, request_id: str, within_s: float = 10.0) -> bool:
+        def is_received() -> bool:
+            self.step()
+            return request_id in self.received
+
+        return eventually(is_received, within_s)
+
+    # -- prefill -----------------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        request_id: str,
+        tokens: list[int],
+        blocks: list[int],
+        status: Status = Status.FINISHED_LENGTH_CAPPED,
+    ) -> dict[str, Any] | None:
+        """Computes a prompt in these blocks; what the decode request carries."""
+        assert self.producer
+        request = Request(request_id, tokens, {"do_remote_decode": True})
+        self.requests[request_id] = request
+        self.consumer.arrived(request)
+        self.producer.scheduled(request)
+        self.step()
+        for position, token in enumerate(tokens):
+            for layer, memory in enumerate(self.kv.values()):
+                block = blocks[position // BLOCK_SIZE]
+                memory[block, :, position % BLOCK_SIZE] = number_of(token, layer)
+        request.num_computed_tokens, request.status = len(tokens), status
+        return self.producer.finished(request, blocks)
+
+    # -- decode ------------------------------------------------------------------------------------
+
+    def arrive(self, request_id: str, tokens: list[int], params: dict[str, Any] | None) -> None:
+        self.requests[request_id] = Request(request_id, tokens, params)
+        self.consumer.arrived(self.requests[request_id])
+
+    def schedule(self, request_id: str, blocks: list[int], num_computed_tokens: int = 0) -> int:
+        """Gives the request its blocks; how many tokens are to be read."""
+        request = self.requests[request_id]
+        count = self.consumer.num_matched_tokens(request, num_computed_tokens)
+        self.consumer.allocated(request, blocks, count)
+        return count
+
+    def abort(self, request_id: str) -> None:
+        request = self.requests[request_id]
+        request.status = Status.FINISHED_ABORTED
+        self.consumer.finished(request)
+
+    def read(
+        self, request_id: str, tokens: list[int], params: dict[str, Any], blocks: list[int]
+    ) -> str:
+        """From arrival to the end of the load: "right", "wrong" bytes, or "failed"."""
+        self.arrive(request_id, tokens, params)
+        assert self.schedule(request_id, blocks) == len(tokens)
+        assert self.step_until_received(request_id)
+        if self.failed_blocks:
+            return "failed"
+        return "right" if self.has(tokens, blocks) else "wrong"
+
+    def has(self, tokens: Sequence[int], blocks: Sequence[int]) -> bool:
+        """Whether these blocks hold the KV of these tokens, in all layers."""
+        return all(
+            bool((memory[blocks[position // BLOCK_SIZE], :, position % BLOCK_SIZE] == number).all())
+            for position, token in enumerate(tokens)
+            for layer, memory in enumerate(self.kv.values())
+            for number in [number_of(token, layer)]
+        )
+
+    def touched_blocks(self) -> set[int]:
+        """Blocks into which anything was written."""
+        return {
+            block
+            for block in range(NUM_BLOCKS)
+            if any(bool((memory[block] != UNTOUCHED).any()) for memory in self.kv.values())
+        }
+
+    def paths(self) -> list[str]:
+        return self.worker.paths()
+
+    def counts(self) -> dict[str, Any]:
+        return self.worker.take_counts()
+
+
+def number_of(token: int, layer: int) -> float:
+    return float(token * NUM_LAYERS + layer)

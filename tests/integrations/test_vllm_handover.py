@@ -1,0 +1,266 @@
+"""The vLLM connector between two processes, without vLLM: leases, blocks, failures."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pytest
+from kv_engine import Engine, Status
+
+from llm_datadist.testing.process import ObjectProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROMPT = list(range(100, 118))  # five blocks, the last half full
+THEIRS, OURS = [9, 3, 20, 4, 17], [1, 2, 30, 5, 0]
+SHORT_S = 0.5
+
+EngineProcess: TypeAlias = "ObjectProcess[Engine]"
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[tuple[EngineProcess, EngineProcess]]:
+    """For all tests that do not harm them."""
+    with ObjectProcess(Engine) as one, ObjectProcess(Engine) as other:
+        yield one.ready(), other.ready()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def another_port(port: int) -> int:
+    return free_port()
+
+
+@contextmanager
+def opened(process: EngineProcess, *args: object, **settings: object) -> Iterator[EngineProcess]:
+    process.call(Engine.open, *args, **settings)
+    yield process
+    process.call(Engine.close)
+
+
+@pytest.fixture
+def prefill(processes: tuple[EngineProcess, EngineProcess], port: int) -> Iterator[EngineProcess]:
+    with opened(processes[0], "prefill", "kv_producer", port) as engine:
+        yield engine
+
+
+@pytest.fixture
+def hasty(processes: tuple[EngineProcess, EngineProcess], port: int) -> Iterator[EngineProcess]:
+    """A prefill engine that does not wait long for readers."""
+    lease = {"kv_lease_duration": SHORT_S}
+    with opened(processes[0], "prefill", "kv_producer", port, **lease) as engine:
+        yield engine
+
+
+@pytest.fixture
+def decode(processes: tuple[EngineProcess, EngineProcess]) -> Iterator[EngineProcess]:
+    with opened(processes[1], "decode", "kv_consumer", kv_lease_duration=SHORT_S) as engine:
+        yield engine
+
+
+def hand_over(prefill: EngineProcess, request_id: str = "r") -> dict[str, Any]:
+    params = prefill.call(Engine.prefill, request_id, PROMPT, THEIRS)
+    assert params is not None
+    return params
+
+
+@pytest.mark.parametrize("path", ["cma", "tcp"])
+def test_blocks_of_a_request_are_read_and_then_freed(
+    prefill: EngineProcess, processes: tuple[EngineProcess, EngineProcess], path: str
+) -> None:
+    by_path = {"llm_config": {"transfer_path": path}}
+    with opened(processes[1], "decode", "kv_consumer", **by_path) as decode:
+        params = hand_over(prefill)
+        assert params["do_remote_prefill"] is True
+        assert params["do_remote_decode"] is False
+        assert params["remote_block_ids"] == [THEIRS]
+        prefill.call(Engine.step)
+        assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "right"
+        assert decode.call(Engine.paths) == [path]
+        assert decode.call(Engine.touched_blocks) == set(OURS)
+        assert prefill.call(Engine.step_until_sent, "r")
+        counts = decode.call(Engine.counts)
+        assert (len(counts["pull_s"]), counts["failed_pulls"]) == (1, 0)
+        assert counts["pull_nbytes"] == [5 * 3 * 2 * 4 * 8 * 4]
+
+
+def test_only_what_is_not_here_already_is_read(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    params = hand_over(prefill)
+    decode.call(Engine.arrive, "d", PROMPT, params)
+    assert decode.call(Engine.schedule, "d", OURS, 8) == len(PROMPT) - 8
+    assert decode.call(Engine.step_until_received, "d")
+    assert decode.call(Engine.touched_blocks) == set(OURS[2:])
+    assert prefill.call(Engine.step_until_sent, "r")
+
+
+def test_a_prompt_that_is_here_already_lets_go_of_its_blocks(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    params = hand_over(prefill)
+    decode.call(Engine.arrive, "d", PROMPT, params)
+    assert decode.call(Engine.schedule, "d", OURS, len(PROMPT)) == 0
+    decode.call(Engine.step)
+    assert prefill.call(Engine.step_until_sent, "r")
+    assert decode.call(Engine.touched_blocks) == set()
+
+
+def test_a_request_that_is_given_up_lets_go_of_its_blocks(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    params = hand_over(prefill)
+    decode.call(Engine.arrive, "d", PROMPT, params)
+    decode.call(Engine.abort, "d")
+    decode.call(Engine.step)
+    assert prefill.call(Engine.step_until_sent, "r")
+
+
+def test_blocks_that_nobody_reads_are_freed_and_cannot_be_read_any_more(
+    hasty: EngineProcess, decode: EngineProcess
+) -> None:
+    params = hand_over(hasty)
+    assert hasty.call(Engine.step_until_sent, "r")
+    assert hasty.call(Engine.counts)["expired_leases"] == 1
+    assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+    assert decode.call(Engine.counts)["failed_pulls"] == 1
+
+
+def test_blocks_that_were_given_to_another_request_are_never_taken_for_the_first_ones(
+    hasty: EngineProcess, decode: EngineProcess
+) -> None:
+    """The other request has the same blocks, and the same slot."""
+    params = hand_over(hasty)
+    assert hasty.call(Engine.step_until_sent, "r")
+    others = [token + 1000 for token in PROMPT]
+    again = hasty.call(Engine.prefill, "another", others, THEIRS)
+    assert again is not None
+    assert again["remote_lease"][0] == params["remote_lease"][0]
+    assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+
+
+def test_blocks_are_kept_as_long_as_their_reader_waits(
+    hasty: EngineProcess, decode: EngineProcess
+) -> None:
+    params = hand_over(hasty)
+    hasty.call(Engine.step)
+    decode.call(Engine.arrive, "d", PROMPT, params)
+    decode.begin(Engine.step_until_received, "d", 4 * SHORT_S)  # it has got no blocks yet
+    assert not hasty.call(Engine.step_until_sent, "r", 3 * SHORT_S)
+    assert decode.result() is False
+    decode.call(Engine.schedule, "d", OURS)
+    assert decode.call(Engine.step_until_received, "d")
+    assert decode.call(Engine.has, PROMPT, OURS)
+
+
+def test_a_request_that_was_not_computed_to_its_end_is_not_handed_over(
+    prefill: EngineProcess,
+) -> None:
+    prefill.ready()
+    aborted = Status.FINISHED_ABORTED
+    assert prefill.call(Engine.prefill, "r", PROMPT, THEIRS, aborted) is None
+    assert prefill.call(Engine.prefill, "s", PROMPT, THEIRS) is not None
+
+
+def test_prefill_that_dies_is_a_failed_load_and_its_successor_is_read_from(
+    processes: tuple[EngineProcess, EngineProcess], port: int, decode: EngineProcess
+) -> None:
+    with ObjectProcess(Engine) as first:
+        first.call(Engine.open, "first", "kv_producer", port)
+        params = hand_over(first)
+        assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "right"
+        params = hand_over(first, "s")
+    assert decode.call(Engine.read, "e", PROMPT, params, OURS) == "failed"
+    with opened(processes[0], "second", "kv_producer", port) as second:
+        assert decode.call(Engine.read, "f", PROMPT, params, OURS) == "failed"
+        params = hand_over(second)
+        decode.call(clear)
+        assert decode.call(Engine.read, "g", PROMPT, params, OURS) == "right"
+
+
+def clear(engine: Engine) -> None:
+    engine.failed_blocks.clear()
+
+
+@pytest.mark.parametrize("field", ["model", "block size"])
+def test_engines_that_do_not_fit_are_refused_by_the_field(
+    processes: tuple[EngineProcess, EngineProcess],
+    port: int,
+    field: str,
+) -> None:
+    ours = {"model": "numbers", "block size": 4}
+    theirs = {**ours, field: "other"}
+    with (
+        opened(processes[0], "prefill", "kv_producer", port, theirs) as prefill,
+        opened(processes[1], "decode", "kv_consumer", 1, ours) as decode,
+    ):
+        params = hand_over(prefill)
+        assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+        assert decode.call(Engine.touched_blocks) == set()
+        assert f'it does not fit: {field}: "other" there, ' in decode.call(Engine.log_text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"remote_port": "x"}, "remote_port"),
+        ({"remote_lease": None}, "remote_lease"),
+        ({"remote_block_ids": [[1]]}, "1 blocks were handed over for 18 tokens"),
+    ],
+)
+def test_a_hand_over_that_cannot_be_read_is_computed_here(
+    prefill: EngineProcess,
+    decode: EngineProcess,
+    change: dict[str, object],
+    said: str,
+) -> None:
+    params = {**hand_over(prefill), **change}
+    decode.call(Engine.arrive, "d", PROMPT, params)
+    assert decode.call(Engine.schedule, "d", OURS) == 0
+    assert said in decode.call(Engine.log_text)
+
+
+def test_blocks_that_do_not_exist_are_a_failed_load(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    params = {**hand_over(prefill), "remote_block_ids": [[9, 3, 20, 4, 10_000]]}
+    assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+
+
+def test_one_engine_may_be_both(
+    processes: tuple[EngineProcess, EngineProcess], port: int, another_port: int
+) -> None:
+    with (
+        opened(processes[0], "a", "kv_both", port) as one,
+        opened(processes[1], "b", "kv_both", another_port) as other,
+    ):
+        there, back = hand_over(one), hand_over(other)
+        assert other.call(Engine.read, "d", PROMPT, there, OURS) == "right"
+        assert one.call(Engine.read, "d", PROMPT, back, OURS) == "right"
+        assert one.call(Engine.step_until_sent, "r")
+        assert other.call(Engine.step_until_sent, "r")
+
+
+def test_with_link_security_only_those_who_know_the_secret_read(
+    processes: tuple[EngineProcess, EngineProcess], port: int
+) -> None:
+    security = {"link_security": '{"secret": "between us, and long enough to be one"}'}
+    with opened(processes[0], "p", "kv_producer", port, llm_config=security) as prefill:
+        params = hand_over(prefill)
+        with opened(processes[1], "stranger", "kv_consumer") as stranger:
+            assert stranger.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+        with opened(processes[1], "friend", "kv_consumer", llm_config=security) as friend:
+            assert friend.call(Engine.read, "d", PROMPT, params, OURS) == "right"
