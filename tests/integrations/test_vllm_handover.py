@@ -10,6 +10,7 @@ import pytest
 from kv_engine import Engine, Status
 
 from llm_datadist.testing.process import ObjectProcess
+from llm_datadist.testing.timing import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -189,6 +190,17 @@ def test_prefill_that_dies_is_a_failed_load_and_its_successor_is_read_from(
         params = hand_over(second)
         decode.call(clear)
         assert decode.call(Engine.read, "g", PROMPT, params, OURS) == "right"
+
+
+def test_prefill_that_starts_again_under_its_old_name_is_linked_anew(
+    port: int, decode: EngineProcess
+) -> None:
+    for round_ in range(2):
+        with ObjectProcess(Engine) as prefill:
+            prefill.call(Engine.open, "prefill", "kv_producer", port)
+            params = hand_over(prefill)
+            assert decode.call(Engine.read, f"d{round_}", PROMPT, params, OURS) == "right"
+        assert eventually(lambda: decode.call(Engine.paths) == [])
 
 
 def clear(engine: Engine) -> None:

@@ -195,14 +195,14 @@ class ConsumerWorker:
             if not self._board.holds(cluster_id, pull.source.remote_lease):
                 raise LookupError("the producer has freed the blocks: the lease had ended")
         except Exception as error:  # whatever it is, the request must not wait
-            self._fail(link, pull, error)
+            self._fail(pull, error)
             return
         with self._lock:
             self._pulls.append((time.monotonic() - begun, len(pull.dst_blocks)))
         self._received.put(pull.request_id)
         self._release(link, pull.source)
 
-    def _fail(self, link: Future[int], pull: Pull, error: Exception) -> None:
+    def _fail(self, pull: Pull, error: Exception) -> None:
         source = pull.source
         logger.error(
             "%s: its KV cannot be read from %s at %s:%d: %s",
@@ -216,7 +216,6 @@ class ConsumerWorker:
             self._failed_blocks.update(pull.dst_blocks)
             self._num_failed += 1
         self._received.put(pull.request_id)
-        self._producers.check(source, link)
 
     def _release(self, link: Future[int], source: Handover) -> None:
         try:

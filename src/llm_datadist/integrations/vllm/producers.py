@@ -64,30 +64,26 @@ class Producers:
     def reach(self, source: Handover) -> Future[int]:
         """The cluster id of that engine's worker, as soon as it is linked and fits ours.
 
-        The future's error says why not: ConnectionError, or ValueError that names what differs.
+        The future's error says why not: ConnectionError, which the next call tries to mend, or
+        ValueError that names what differs, which lasts.
         """
         with self._lock:
             link = self._links.get(source.remote_engine_id)
-            if link is None:
+            if link is None or self._is_lost(link):
                 link = self._threads.submit(self._link, source)
                 self._links[source.remote_engine_id] = link
             return link
-
-    def check(self, source: Handover, link: Future[int]) -> None:
-        """Something failed over this link: the next request tries anew, if it is lost."""
-        is_refused = isinstance(link.exception(), ValueError)
-        if is_refused or (link.exception() is None and self._is_linked(link.result())):
-            return
-        with self._lock:
-            if self._links.get(source.remote_engine_id) is link:
-                del self._links[source.remote_engine_id]
 
     def close(self) -> None:
         """Waits for the links that are being made."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _is_linked(self, cluster_id: int) -> bool:
-        return any(link.cluster_id == cluster_id for link in self._datadist.links())
+    def _is_lost(self, link: Future[int]) -> bool:
+        if not link.done():
+            return False
+        if error := link.exception():
+            return not isinstance(error, ValueError)
+        return all(each.cluster_id != link.result() for each in self._datadist.links())
 
     def _link(self, source: Handover) -> int:
         cluster_id = cluster_id_of(source.remote_engine_id, self._rank)

@@ -63,10 +63,16 @@ def _blocks_of(layer: str, tensor: torch.Tensor, num_blocks: int) -> tuple[int, 
             f"KV cache of {layer} has shape {tuple(tensor.shape)}: its first dimension should "
             f"count {num_blocks} blocks, or a multiple"
         )
-    stride_nbytes = tensor.stride(0) * tensor.itemsize
-    if not tensor[0].is_contiguous() or tensor[0].nbytes > stride_nbytes:
+    stride_nbytes, nbytes = tensor.stride(0) * tensor.itemsize, tensor[0].nbytes
+    if not tensor[0].is_contiguous() or nbytes > stride_nbytes:
         raise ValueError(f"KV cache of {layer} has blocks that are not contiguous")
     addr = tensor.data_ptr()
-    if tensor[0].nbytes < stride_nbytes:  # others' blocks lie between its own
-        addr = tensor.untyped_storage().data_ptr()
+    if nbytes < stride_nbytes:  # others' blocks lie between its own, from the memory's begin on
+        begin = tensor.untyped_storage().data_ptr()
+        if addr + nbytes > begin + stride_nbytes:
+            raise ValueError(
+                f"KV cache of {layer} has blocks of {stride_nbytes} bytes, which do "
+                "not begin where its memory begins"
+            )
+        addr = begin
     return addr, per_block * stride_nbytes
