@@ -14,22 +14,20 @@
 | `pool` | KVPool: new_cache, publish, fetch, release |
 """
 
+# ruff: noqa: E402  (what is missing is said first)
+
 from __future__ import annotations
 
-try:
-    import torch as _torch  # noqa: F401
-    import transformers as _transformers
-except ModuleNotFoundError as _error:
+from importlib.metadata import version as _version
+from importlib.util import find_spec as _find_spec
+
+_missing = [name for name in ("torch", "transformers") if _find_spec(name) is None]
+if not _missing and int(_version("transformers").partition(".")[0]) < 5:
+    _missing = [f"transformers 5 or newer in place of {_version('transformers')}"]
+if _missing:
     raise ImportError(
-        f"llm_datadist.integrations.transformers needs {_error.name}: "
-        "pip install 'llm-datadist[transformers]'",
-        name=_error.name,
-    ) from _error
-if int(_transformers.__version__.split(".")[0]) < 5:
-    raise ImportError(
-        "llm_datadist.integrations.transformers needs transformers 5 or newer, "
-        f"{_transformers.__version__} is installed: pip install 'llm-datadist[transformers]'",
-        name="transformers",
+        f"llm_datadist.integrations.transformers needs {' and '.join(_missing)}: "
+        "pip install 'llm-datadist[transformers]'"
     )
 
 from llm_datadist.integrations.transformers.blocks import OutOfBlocks
