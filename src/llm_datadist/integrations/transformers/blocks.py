@@ -40,10 +40,11 @@ class BlockStore:
 
     @property
     def num_free(self) -> int:
+        """How many blocks nobody has."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Raises OutOfBlocks, and takes none, when fewer than `count` are free."""
+        """The numbers of `count` blocks. Raises OutOfBlocks, and takes none, if fewer are free."""
         with self._lock:
             if count > len(self._free):
                 raise OutOfBlocks(
@@ -55,6 +56,7 @@ class BlockStore:
             return [self._free.popleft() for _ in range(count)]
 
     def give_back(self, blocks: Sequence[int]) -> None:
+        """Erases blocks, and lets others take them."""
         self.memory[:, list(blocks)] = torch.nan
         with self._lock:
             self._free.extend(blocks)

@@ -50,7 +50,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # mypy does not follow transform
 
     @property
     def blocks(self) -> list[int]:
-        """The numbers of its blocks, in the order of its tokens. Raises when released."""
+        """The numbers of its blocks, in the order of its tokens; those in reserve come last."""
         return list(self._table.blocks)
 
     def reserve(self, num_tokens: int) -> None:
@@ -82,8 +82,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # mypy does not follow transform
         """
         self._keep(0)
 
-    def note_fetched(self, num_tokens: int) -> None:
-        """For KVPool: that many tokens are in the blocks now."""
+    def note_length(self, num_tokens: int) -> None:
+        """For KVPool: every layer has that many tokens in the blocks now."""
         for layer in self.layers:
             layer.num_tokens = num_tokens
 
@@ -98,7 +98,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # mypy does not follow transform
                 f"{self._num_published} tokens of this PagedCache are published, and only "
                 f"{num_tokens} would be left: release it, and make a new one (KVPool.new_cache)"
             )
-        self.note_fetched(num_tokens)
+        self.note_length(num_tokens)
         self._table.truncate(num_tokens)
 
 
@@ -136,7 +136,7 @@ class _PagedLayer(DynamicLayer):  # type: ignore[misc]  # mypy does not follow t
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
     def _append(self, tensor: int, begin: int, states: torch.Tensor) -> torch.Tensor:
-        self._table.write(tensor, begin, states[0].transpose(0, 1))
+        self._table.write(tensor, begin, states[0].detach().transpose(0, 1))
         return self._table.read(tensor, self.num_tokens).transpose(0, 1).unsqueeze(0)
 
     def _check(self, states: torch.Tensor) -> None:

@@ -86,8 +86,8 @@ class KVPool:
     def fetch(self, handle: KVHandle) -> PagedCache:
         """A cache of this pool with the tokens that prefill published: `generate` goes on from it.
 
-        Blocks for the transfer are pulled from the cluster that the handle names, which must be
-        linked. Returns when they are here; prefill may then release its own.
+        Pulls the blocks from the cluster that the handle names, which must be linked. Returns when
+        they are here; prefill may then release its own.
 
         Raises LLMException: LLM_PARAM_INVALID when the models or pools do not fit, with the fields
         that differ; LLM_KV_CACHE_NOT_EXIST when prefill has released them; OutOfBlocks; and as
@@ -102,7 +102,7 @@ class KVPool:
         except BaseException:
             cache.release()
             raise
-        cache.note_fetched(handle.num_tokens)
+        cache.note_length(handle.num_tokens)
         return cache
 
     def release(self, handle: KVHandle) -> None:
