@@ -57,7 +57,8 @@ class BlockStore:
 
     def give_back(self, blocks: Sequence[int]) -> None:
         """Erases blocks, and lets others take them."""
-        self.memory[:, list(blocks)] = torch.nan
+        for block in blocks:
+            self.memory[:, block] = torch.nan
         with self._lock:
             self._free.extend(blocks)
 
