@@ -14,6 +14,7 @@ IMPORTED = "; import sys; print(*{name.partition('.')[0] for name in sys.modules
     ("module", "absent"),
     [
         ("llm_datadist", {"typer", "click", "rich", "torch", "transformers"}),
+        ("llm_datadist.integrations", {"torch", "transformers", "numpy"}),
         ("llm_datadist.cli", {"torch", "transformers", "gguf"}),
         ("llm_datadist.cli.demo.proxy", {"torch", "transformers", "gguf"}),
         ("llm_datadist.cli.demo.process", {"torch", "transformers", "gguf"}),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
+from llm_datadist import LLMRole
 from llm_datadist.cli.demo.model_source import find_model
 from llm_datadist.cli.demo.prompts import PROMPTS, Prompt
 from llm_datadist.cli.demo.settings import LinkPath, Settings
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from llm_datadist.cli.demo.model import LanguageModel  # noqa: E402  (imports torch)
-from llm_datadist.cli.demo.paged import PagedCache  # noqa: E402
+from llm_datadist.integrations.transformers import KVPool  # noqa: E402
+
+if TYPE_CHECKING:
+    from llm_datadist.testing.cluster import Node
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -47,16 +53,15 @@ def test_text_that_is_no_chat_is_taken_as_it_stands(model: LanguageModel) -> Non
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_going_on_from_blocks_is_generation_in_one_go(model: LanguageModel, number: int) -> None:
+def test_token_by_token_over_blocks_is_generation_in_one_go(
+    model: LanguageModel, node: Node, number: int
+) -> None:
     tokens = model.encode(PROMPTS[number])
-    cache = transformers.DynamicCache()
+    node.start(LLMRole.MIX, 1)
+    cache = KVPool(node.datadist, model.kv_shape(16), num_blocks=12).new_cache()
     answer = [model.next_token(tokens, cache)]
-    pages = PagedCache.for_requests(model.page_shape(16))
-    blocks = list(range(pages.num_blocks))[::-7][: pages.shape.num_blocks(len(tokens))]
-    pages.scatter(cache, blocks)
-    gathered = pages.gather(blocks, len(tokens))
     while len(answer) < 8:
-        answer.append(model.next_token(answer[-1:], gathered))
+        answer.append(model.next_token(answer[-1:], cache))
     assert answer == model.generate(tokens, 8)
 
 

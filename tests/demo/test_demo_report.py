@@ -19,7 +19,9 @@ SETTINGS = Settings(ModelSource(Path("/models/tiny")), 4, 16, 0, LinkPath.AUTO)
 def answered(tokens: list[int], plain_tokens: list[int]) -> Request:
     """A request that decode answered with `tokens`, and one process alone with `plain_tokens`."""
     request = Request(0, Prompt("Why?"), submitted_s=100.0)
-    request.note_hand_over(HandOver(0, num_tokens=20, blocks=(7, 3), first_token=tokens[0]))
+    request.note_hand_over(
+        HandOver(0, num_tokens=20, num_blocks=2, handle="{}", first_token=tokens[0])
+    )
     request.note_pulled(Pulled(0, nbytes=2**20, duration_s=0.002))
     for delay_s, token in enumerate(tokens, start=1):
         request.note_token(token, f"<{token}>", 100.0 + delay_s)

@@ -1,1 +1,1 @@
-"""The library inside the engines that people use. None is imported before it is asked for."""
+"""Other libraries' models and engines on top of llm_datadist. None is imported unasked."""

@@ -32,7 +32,10 @@ def register(
     `held` keeps it until the cache is unregistered, one object per tensor or none.
     """
     layout = Layout.at(geometry, addrs)
-    strays = unmapped(addrs, geometry.tensor_nbytes)
+    # What is kept is there, and to look takes milliseconds in a process that has torch.
+    keepers = held or [None] * len(addrs)
+    loose = [addr for addr, keeper in zip(addrs, keepers, strict=True) if keeper is None]
+    strays = unmapped(loose, geometry.tensor_nbytes) if loose else []
     if strays:
         get_logger().warning(
             "register: no memory is mapped at %d of %d addresses, the first is %#x (+%d bytes); "

@@ -1,38 +1,37 @@
-"""All that the workers do with llm_datadist, except for the pull itself (see `decode`)."""
+"""The workers' clusters, their link, and their pools of blocks."""
 
 from __future__ import annotations
 
+import random
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from llm_datadist import (
-    BlocksCacheKey,
-    CacheDesc,
-    DataType,
     LLMClusterInfo,
     LLMConfig,
     LLMDataDist,
     LLMException,
     LLMRole,
     LLMStatusCode,
-    Placement,
 )
 from llm_datadist.cli.demo.failure import DemoError, SetupError
 from llm_datadist.cli.demo.messages import Linked
 from llm_datadist.cli.demo.settings import LinkPath
+from llm_datadist.integrations.transformers import KVPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llm_datadist import Cache
-    from llm_datadist.cli.demo.paged import PagedCache
     from llm_datadist.cli.demo.settings import Settings
+    from llm_datadist.integrations.transformers import KVShape
 
 PREFILL_CLUSTER: Final = 1
 DECODE_CLUSTER: Final = 2
 
 _HOST = "127.0.0.1"
 _TIMEOUT_MS = 10_000
+#: room for the demo's longest prompt, and for shorter ones beside it
+_NUM_PROMPT_TOKENS = 4096
 
 
 @contextmanager
@@ -72,16 +71,23 @@ def decode_cluster(settings: Settings) -> Iterator[LLMDataDist]:
         cluster.finalize()
 
 
-def register(cluster: LLMDataDist, pages: PagedCache) -> Cache:
-    """Make `pages` known under their cluster's id. They have to outlive the cluster."""
-    desc = CacheDesc(
-        pages.shape.num_tensors,
-        [pages.num_blocks, *pages.shape.block],
-        DataType.DT_FLOAT,
-        Placement.DEVICE,
-    )
-    key = BlocksCacheKey(cluster.cluster_id, 0)
-    return cluster.cache_manager.register_blocks_cache(desc, pages.addresses, key)
+def make_pool(
+    cluster: LLMDataDist, shape: KVShape, seed: int, num_answer_tokens: int = 0
+) -> KVPool:
+    """A pool that holds a few of the demo's prompts at a time, and as long an answer to one.
+
+    A pool that has served requests for a while hands out numbers all over the place. This one does
+    so from the start, so that every transfer of the demo is the scattered one of real life.
+    """
+    num_blocks = shape.num_blocks(_NUM_PROMPT_TOKENS) + shape.num_blocks(num_answer_tokens)
+    pool = KVPool(cluster, shape, num_blocks)
+    caches = [pool.new_cache() for _ in range(num_blocks)]
+    for cache in caches:
+        cache.reserve(1)
+    random.Random(seed).shuffle(caches)
+    for cache in caches:
+        cache.release()
+    return pool
 
 
 @contextmanager

@@ -1,21 +1,15 @@
-"""The decode worker: pulls a request's blocks and goes on where prefill stopped.
+"""The decode worker: fetches a request's blocks and goes on where prefill stopped.
 
-It never sees a prompt. What it knows of a request is a `HandOver`, and the blocks that it pulls.
+It never sees a prompt. What it knows of a request is a `HandOver`, and the blocks that it fetches.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
-from llm_datadist import BlocksCacheKey
-from llm_datadist.cli.demo.blocks import BlockPool
-from llm_datadist.cli.demo.cluster import (
-    PREFILL_CLUSTER,
-    decode_cluster,
-    linked_to_prefill,
-    register,
-)
+from llm_datadist.cli.demo.cluster import decode_cluster, linked_to_prefill, make_pool
 from llm_datadist.cli.demo.messages import (
     Finished,
     HandOver,
@@ -26,17 +20,15 @@ from llm_datadist.cli.demo.messages import (
     Token,
 )
 from llm_datadist.cli.demo.model import LanguageModel
-from llm_datadist.cli.demo.paged import PagedCache
+from llm_datadist.integrations.transformers import KVHandle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import DynamicCache
-
-    from llm_datadist import Cache, LLMDataDist
     from llm_datadist.cli.demo.messages import ToParent
     from llm_datadist.cli.demo.settings import Settings
     from llm_datadist.cli.demo.worker import ToProxy
+    from llm_datadist.integrations.transformers import KVPool, PagedCache
 
 #: not prefill's, so that a request's block numbers differ on the two sides
 _SEED = 2
@@ -48,9 +40,9 @@ def serve(parent: ToProxy, settings: Settings) -> None:
         model = LanguageModel.load(
             settings, lambda fraction, doing: parent.send(Loading("decode", fraction, doing))
         )
-        pages = PagedCache.for_requests(model.page_shape(settings.block_tokens))
-        puller = Puller(cluster, register(cluster, pages), pages)
-        decode = Decode(model, puller, settings.max_new_tokens, parent.send)
+        shape = model.kv_shape(settings.block_tokens)
+        pool = make_pool(cluster, shape, _SEED, settings.max_new_tokens)
+        decode = Decode(model, pool, settings.max_new_tokens, parent.send)
         parent.send(Ready("decode", port=0))
         order = parent.recv()
         assert isinstance(order, Link)
@@ -69,34 +61,10 @@ def _decode_until_hang_up(parent: ToProxy, decode: Decode) -> None:
         decode.step()
 
 
-class Puller:
-    """Fetches requests out of prefill's memory into caches of this process."""
-
-    def __init__(self, cluster: LLMDataDist, cache: Cache, pages: PagedCache) -> None:
-        self._manager = cluster.cache_manager
-        self._cache = cache
-        self._pages = pages
-        self._pool = BlockPool(pages.num_blocks, _SEED)
-
-    def pull(self, request: HandOver) -> tuple[DynamicCache, Pulled]:
-        """The request's KV cache, and what it took to get it here."""
-        blocks = self._pool.allocate(len(request.blocks))
-        key = BlocksCacheKey(PREFILL_CLUSTER, 0)
-        begin_s = time.perf_counter()
-        self._manager.pull_blocks(key, self._cache, request.blocks, blocks)
-        duration_s = time.perf_counter() - begin_s
-        cache = self._pages.gather(blocks, request.num_tokens)
-        # transformers goes on with its own copy, so the blocks are free for the next request
-        self._pages.erase(blocks)
-        self._pool.free(blocks)
-        nbytes = len(blocks) * self._pages.shape.block_nbytes
-        return cache, Pulled(request.request_id, nbytes, duration_s)
-
-
 class Answer:
     """One request's tokens so far, and their text."""
 
-    def __init__(self, request_id: int, cache: DynamicCache) -> None:
+    def __init__(self, request_id: int, cache: PagedCache) -> None:
         self.request_id = request_id
         self.cache = cache
         self.tokens: list[int] = []
@@ -111,20 +79,21 @@ class Answer:
 
 
 class Decode:
-    """The answers under way, one token each in turn."""
+    """The answers under way, one token each in turn, and the requests that wait for blocks."""
 
     def __init__(
         self,
         model: LanguageModel,
-        puller: Puller,
+        pool: KVPool,
         max_new_tokens: int,
         send: Callable[[ToParent], None],
     ) -> None:
         self._model = model
-        self._puller = puller
+        self._pool = pool
         self._max_new_tokens = max_new_tokens
         self._send = send
         self._answers: list[Answer] = []
+        self._waiting: deque[HandOver] = deque()
 
     @property
     def is_busy(self) -> bool:
@@ -132,17 +101,37 @@ class Decode:
         return bool(self._answers)
 
     def admit(self, request: HandOver) -> None:
-        """Pull the request and stream its first token, which prefill has computed."""
-        cache, pulled = self._puller.pull(request)
-        self._send(pulled)
-        answer = Answer(request.request_id, cache)
-        self._answers.append(answer)
-        self._add(answer, request.first_token)
+        """Fetch the request, as soon as there are blocks for the whole of its answer."""
+        self._waiting.append(request)
+        self._fetch_waiting()
 
     def step(self) -> None:
         """Compute and stream one more token of every answer."""
         for answer in tuple(self._answers):
             self._add(answer, self._model.next_token(answer.tokens[-1:], answer.cache))
+        self._fetch_waiting()
+
+    def _fetch_waiting(self) -> None:
+        while self._waiting:
+            request = self._waiting[0]
+            most_tokens = request.num_tokens + self._max_new_tokens
+            if self._pool.shape.num_blocks(most_tokens) > self._pool.num_free_blocks:
+                return
+            self._waiting.popleft()
+            cache = self._fetch(request)
+            cache.reserve(most_tokens)
+            answer = Answer(request.request_id, cache)
+            self._answers.append(answer)
+            self._add(answer, request.first_token)
+
+    def _fetch(self, request: HandOver) -> PagedCache:
+        handle = KVHandle.from_json(request.handle)
+        begin_s = time.perf_counter()
+        cache = self._pool.fetch(handle)
+        duration_s = time.perf_counter() - begin_s
+        nbytes = len(handle.blocks) * handle.shape.block_nbytes
+        self._send(Pulled(request.request_id, nbytes, duration_s))
+        return cache
 
     def _add(self, answer: Answer, token: int) -> None:
         answer.tokens.append(token)
@@ -150,4 +139,5 @@ class Decode:
         self._send(Token(answer.request_id, token, piece))
         if token in self._model.end_tokens or len(answer.tokens) == self._max_new_tokens:
             self._answers.remove(answer)
+            answer.cache.release()
             self._send(Finished(answer.request_id))

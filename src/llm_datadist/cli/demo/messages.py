@@ -66,7 +66,9 @@ class HandOver:
 
     request_id: int
     num_tokens: int
-    blocks: tuple[int, ...]
+    num_blocks: int
+    #: a KVHandle as JSON: the parent passes it on, and needs no torch for that
+    handle: str
     first_token: int
 
 

@@ -15,12 +15,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llm_datadist.cli.demo.gguf_file import load_llama
-from llm_datadist.cli.demo.paged import PageShape
+from llm_datadist.integrations.transformers import KVShape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
     from llm_datadist.cli.demo.model_source import ModelSource
     from llm_datadist.cli.demo.prompts import Prompt
@@ -54,16 +54,9 @@ class LanguageModel:
         report(0.8, "reading the tokenizer")
         return cls(model.eval(), _load_tokenizer(settings.model))
 
-    def page_shape(self, block_tokens: int) -> PageShape:
+    def kv_shape(self, block_tokens: int) -> KVShape:
         """The shape of this model's KV cache in blocks of `block_tokens`."""
-        config = self._model.config
-        heads = config.num_attention_heads
-        return PageShape(
-            num_layers=config.num_hidden_layers,
-            block_tokens=block_tokens,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        )
+        return KVShape.of(self._model, block_tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens, in the model's chat form if it has one."""
@@ -80,7 +73,7 @@ class LanguageModel:
         """The text of `tokens`, without the special ones."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def next_token(self, tokens: Sequence[int], cache: DynamicCache) -> int:
+    def next_token(self, tokens: Sequence[int], cache: Cache) -> int:
         """The likeliest token after `cache` and `tokens`; `tokens` are added to `cache`."""
         with torch.inference_mode():
             output = self._model(

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from transformers import DynamicCache
-
-from llm_datadist.cli.demo.blocks import BlockPool
-from llm_datadist.cli.demo.cluster import listening_port, prefill_cluster, register
+from llm_datadist.cli.demo.cluster import listening_port, make_pool, prefill_cluster
 from llm_datadist.cli.demo.failure import DemoError
 from llm_datadist.cli.demo.messages import (
     Compute,
@@ -20,7 +17,6 @@ from llm_datadist.cli.demo.messages import (
     Ready,
 )
 from llm_datadist.cli.demo.model import LanguageModel
-from llm_datadist.cli.demo.paged import PagedCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +24,7 @@ if TYPE_CHECKING:
     from llm_datadist.cli.demo.messages import ToParent, ToWorker
     from llm_datadist.cli.demo.settings import Settings
     from llm_datadist.cli.demo.worker import ToProxy
+    from llm_datadist.integrations.transformers import KVHandle, KVPool
 
 _SEED = 1
 
@@ -39,9 +36,8 @@ def serve(parent: ToProxy, settings: Settings) -> None:
         model = LanguageModel.load(
             settings, lambda fraction, doing: parent.send(Loading("prefill", fraction, doing))
         )
-        pages = PagedCache.for_requests(model.page_shape(settings.block_tokens))
-        register(cluster, pages)
-        prefill = Prefill(model, pages, settings.max_new_tokens, parent.send)
+        pool = make_pool(cluster, model.kv_shape(settings.block_tokens), _SEED)
+        prefill = Prefill(model, pool, settings.max_new_tokens, parent.send)
         parent.send(Ready("prefill", listening_port(cluster)))
         while True:
             prefill.handle(parent.recv())
@@ -53,17 +49,16 @@ class Prefill:
     def __init__(
         self,
         model: LanguageModel,
-        pages: PagedCache,
+        pool: KVPool,
         max_new_tokens: int,
         send: Callable[[ToParent], None],
     ) -> None:
         self._model = model
-        self._pages = pages
+        self._pool = pool
         self._max_new_tokens = max_new_tokens
         self._send = send
-        self._pool = BlockPool(pages.num_blocks, _SEED)
         self._tokens: dict[int, list[int]] = {}
-        self._blocks: dict[int, list[int]] = {}
+        self._handles: dict[int, KVHandle] = {}
         self._waiting: deque[int] = deque()
 
     def handle(self, message: ToWorker) -> None:
@@ -72,7 +67,7 @@ class Prefill:
             self._tokens[message.request_id] = self._model.encode(message.prompt)
             self._waiting.append(message.request_id)
         elif isinstance(message, Free):
-            self._free(message.request_id)
+            self._pool.release(self._handles.pop(message.request_id))
         elif isinstance(message, Generate):
             tokens = self._model.generate(self._tokens[message.request_id], self._max_new_tokens)
             self._send(Generated(message.request_id, tuple(tokens)))
@@ -81,26 +76,23 @@ class Prefill:
 
     def _has_room_for(self, request_id: int) -> bool:
         num_blocks = self._num_blocks(request_id)
-        if num_blocks > self._pages.num_blocks:
+        if num_blocks > self._pool.num_blocks:
             raise DemoError(
                 f"prompt {request_id} needs {num_blocks} blocks, and prefill has "
-                f"{self._pages.num_blocks}: this model's tokenizer makes too many tokens of it."
+                f"{self._pool.num_blocks}: this model's tokenizer makes too many tokens of it."
             )
-        return self._pool.can_allocate(num_blocks)
+        return num_blocks <= self._pool.num_free_blocks
 
     def _compute(self, request_id: int) -> None:
         tokens = self._tokens[request_id]
-        blocks = self._pool.allocate(self._num_blocks(request_id))
-        cache = DynamicCache()
+        cache = self._pool.new_cache()
         first_token = self._model.next_token(tokens, cache)
-        self._pages.scatter(cache, blocks)
-        self._blocks[request_id] = blocks
-        self._send(HandOver(request_id, len(tokens), tuple(blocks), first_token))
-
-    def _free(self, request_id: int) -> None:
-        blocks = self._blocks.pop(request_id)
-        self._pages.erase(blocks)
-        self._pool.free(blocks)
+        handle = self._handles[request_id] = self._pool.publish(cache)
+        self._send(
+            HandOver(
+                request_id, handle.num_tokens, len(handle.blocks), handle.to_json(), first_token
+            )
+        )
 
     def _num_blocks(self, request_id: int) -> int:
-        return self._pages.shape.num_blocks(len(self._tokens[request_id]))
+        return self._pool.shape.num_blocks(len(self._tokens[request_id]))

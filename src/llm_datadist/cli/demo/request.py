@@ -33,7 +33,7 @@ class Request:
     def note_hand_over(self, message: HandOver) -> None:
         """Prefill is done."""
         self.num_tokens = message.num_tokens
-        self.num_blocks = len(message.blocks)
+        self.num_blocks = message.num_blocks
 
     def note_pulled(self, message: Pulled) -> None:
         """The blocks are at decode."""
