@@ -37,14 +37,16 @@ class Status(Enum):
 @dataclass
 class Request:
     request_id: str
-    tokens: list[int]
+    prompt_token_ids: list[int] | None
     kv_transfer_params: dict[str, Any] | None
     num_computed_tokens: int = 0
     status: Status = Status.RUNNING
+    lora_request: None = None
+    mm_features: tuple[()] = ()
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.tokens)
+        return len(self.prompt_token_ids or [])
 
 
 class Log(logging.Handler):
@@ -79,7 +81,7 @@ class Engine:
         }
         self.worker = Worker(settings, 0, facts or {"model": "numbers"}, self.kv, NUM_BLOCKS)
         self.producer = ProducerScheduler(settings, 1) if settings.is_producer else None
-        self.consumer = ConsumerScheduler(BLOCK_SIZE, settings.extra.kv_lease_duration)
+        self.consumer = ConsumerScheduler(BLOCK_SIZE)
         self.requests: dict[str, Request] = {}
         self.sent: set[str] = set()
         self.received: set[str] = set()
@@ -120,7 +122,10 @@ class Engine:
             self.step()
             return request_id in self.received
 
-        return eventually(is_received, within_s)
+        if not eventually(is_received, within_s):
+            return False
+        self.step()  # the request runs, or ends
+        return True
 
     # -- prefill -----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 from kv_engine import Engine, Status
 
 from llm_datadist.testing.process import ObjectProcess
-from llm_datadist.testing.timing import eventually
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +48,10 @@ def another_port(port: int) -> int:
 @contextmanager
 def opened(process: EngineProcess, *args: object, **settings: object) -> Iterator[EngineProcess]:
     process.call(Engine.open, *args, **settings)
-    yield process
-    process.call(Engine.close)
+    try:
+        yield process
+    finally:
+        process.call(Engine.close)
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def prefill(processes: tuple[EngineProcess, EngineProcess], port: int) -> Iterat
 @pytest.fixture
 def hasty(processes: tuple[EngineProcess, EngineProcess], port: int) -> Iterator[EngineProcess]:
     """A prefill engine that does not wait long for readers."""
-    lease = {"kv_lease_duration": SHORT_S}
+    lease = {"kv_lease_duration": SHORT_S, "max_leases": 1}
     with opened(processes[0], "prefill", "kv_producer", port, **lease) as engine:
         yield engine
 
@@ -223,6 +225,11 @@ def test_engines_that_do_not_fit_are_refused_by_the_field(
         assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
         assert decode.call(Engine.touched_blocks) == set()
         assert f'it does not fit: {field}: "other" there, ' in decode.call(Engine.log_text)
+        prefill.call(Engine.close)
+        prefill.call(Engine.open, "prefill", "kv_producer", port, ours)  # upgraded meanwhile
+        assert eventually(lambda: decode.call(Engine.paths) == [])
+        decode.call(clear)
+        assert decode.call(Engine.read, "e", PROMPT, hand_over(prefill), OURS) == "right"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +237,8 @@ def test_engines_that_do_not_fit_are_refused_by_the_field(
     [
         ({"remote_port": "x"}, "remote_port"),
         ({"remote_lease": None}, "remote_lease"),
-        ({"remote_block_ids": [[1]]}, "1 blocks were handed over for 18 tokens"),
+        ({"remote_digest": "another prompt's"}, "read as other tokens"),
+        ({"remote_num_tokens": 19}, "read as other tokens"),
     ],
 )
 def test_a_hand_over_that_cannot_be_read_is_computed_here(
@@ -245,11 +253,51 @@ def test_a_hand_over_that_cannot_be_read_is_computed_here(
     assert said in decode.call(Engine.log_text)
 
 
-def test_blocks_that_do_not_exist_are_a_failed_load(
+@pytest.mark.parametrize("blocks", [[9, 3, 20, 4, 10_000], [9, 3], []])
+def test_blocks_that_do_not_exist_are_a_failed_load_and_let_go(
+    prefill: EngineProcess, decode: EngineProcess, blocks: list[int]
+) -> None:
+    params = {**hand_over(prefill), "remote_block_ids": [blocks]}
+    assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+    assert prefill.call(Engine.step_until_sent, "r")
+
+
+def test_answers_to_one_prompt_share_its_blocks(
     prefill: EngineProcess, decode: EngineProcess
 ) -> None:
-    params = {**hand_over(prefill), "remote_block_ids": [[9, 3, 20, 4, 10_000]]}
-    assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+    params = hand_over(prefill)
+    for request_id in ("0_r", "1_r"):
+        decode.call(Engine.arrive, request_id, PROMPT, dict(params))
+    decode.call(Engine.schedule, "0_r", OURS)
+    assert decode.call(Engine.step_until_received, "0_r")
+    assert not prefill.call(Engine.step_until_sent, "r", 0.3)
+    decode.call(Engine.schedule, "1_r", [11, 12, 13, 14, 15])
+    assert decode.call(Engine.step_until_received, "1_r")
+    assert decode.call(Engine.has, PROMPT, [11, 12, 13, 14, 15])
+    assert prefill.call(Engine.step_until_sent, "r")
+
+
+def test_a_producer_that_hangs_does_not_keep_others_waiting(
+    processes: tuple[EngineProcess, EngineProcess], port: int, another_port: int
+) -> None:
+    settings = {"pull_timeout_s": 3.0, "llm_config": {"transfer_path": "tcp"}}
+    with (
+        ObjectProcess(Engine) as hanging,
+        opened(processes[0], "healthy", "kv_producer", port) as healthy,
+        opened(processes[1], "decode", "kv_consumer", **settings) as decode,
+    ):
+        hanging.call(Engine.open, "hanging", "kv_producer", another_port)
+        all_params = [hand_over(hanging, f"r{i}") for i in range(8)]
+        assert decode.call(Engine.read, "d", PROMPT, all_params[0], OURS) == "right"
+        hanging.pause()
+        for i, params in enumerate(all_params[1:]):
+            decode.call(Engine.arrive, f"d{i}", PROMPT, params)
+            decode.call(Engine.schedule, f"d{i}", OURS)
+        decode.call(Engine.step)
+        params = hand_over(healthy)
+        with takes_at_most(2.0):
+            assert decode.call(Engine.read, "e", PROMPT, params, [11, 12, 13, 14, 15]) == "right"
+        hanging.resume()
 
 
 def test_one_engine_may_be_both(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,15 +18,17 @@ import numpy as np
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.integrations.vllm.handover import Lease
 
 _GRANT, _BEAT, _RELEASE, _WORDS_PER_SLOT = range(4)
-_NUM_READ_WORDS = 16
-_NUM_ANSWER_WORDS = 64
 _BEAT_BITS = 16
+#: words of our own, for what is read from others' boards, and what is written there
+_WORDS_PER_PAGE = 32
+#: how many threads may do so at once, also while peers that hang keep some
+_NUM_PAGES = 1024
 
 
 class Board:
@@ -36,7 +38,7 @@ class Board:
         self, manager: CacheManager, cluster_id: int, model_id: int, num_slots: int
     ) -> None:
         first_free = _WORDS_PER_SLOT * num_slots
-        num_words = first_free + _NUM_READ_WORDS + _NUM_ANSWER_WORDS
+        num_words = first_free + _NUM_PAGES * _WORDS_PER_PAGE
         self._words = np.zeros(num_words, np.uint64)
         self._manager, self._model_id = manager, model_id
         self._cache = manager.register_blocks_cache(
@@ -44,12 +46,9 @@ class Board:
             [self._words.ctypes.data],
             BlocksCacheKey(cluster_id, model_id),
         )
-        # words of our own, for what is read from others' boards, and what is written there
-        self._read_words: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for word in range(first_free, first_free + _NUM_READ_WORDS):
-            self._read_words.put(word)
-        self._answer_words = range(num_words - _NUM_ANSWER_WORDS, num_words)
-        self._answering = threading.Lock()
+        self._pages: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for page in range(first_free, num_words, _WORDS_PER_PAGE):
+            self._pages.put(page)
         self._beats = itertools.cycle(range(1, 1 << _BEAT_BITS))
 
     # -- the producer's own ----------------------------------------------------------------------
@@ -76,44 +75,48 @@ class Board:
 
     def holds(self, cluster_id: int, lease: Lease) -> bool:
         """Whether the lease stands there now. Raises LLMException as `pull_blocks` does."""
-        word = self._read_words.get()
-        try:
+        with self._page() as page:
             self._manager.pull_blocks(
                 BlocksCacheKey(cluster_id, self._model_id),
                 self._cache,
                 [_word_of(lease, _GRANT)],
-                [word],
+                [page],
                 tensor_num_per_layer=1,
             )
-            return int(self._words[word]) == lease.generation
-        finally:
-            self._read_words.put(word)
+            return int(self._words[page]) == lease.generation
 
     def renew(self, cluster_id: int, leases: Sequence[Lease]) -> None:
         """Says that these are waited for. Raises LLMException as `push_blocks` does."""
-        with self._answering:
-            beat = next(self._beats)
-            values = [(lease.generation << _BEAT_BITS) | beat for lease in leases]
-            self._answer(cluster_id, [_word_of(lease, _BEAT) for lease in leases], values)
+        beat = next(self._beats)
+        values = [(lease.generation << _BEAT_BITS) | beat for lease in leases]
+        self._answer(cluster_id, [_word_of(lease, _BEAT) for lease in leases], values)
 
     def release(self, cluster_id: int, leases: Sequence[Lease]) -> None:
         """Says that these are needed no longer. Raises LLMException as `push_blocks` does."""
-        with self._answering:
-            values = [lease.generation for lease in leases]
-            self._answer(cluster_id, [_word_of(lease, _RELEASE) for lease in leases], values)
+        values = [lease.generation for lease in leases]
+        self._answer(cluster_id, [_word_of(lease, _RELEASE) for lease in leases], values)
 
     def _answer(self, cluster_id: int, words: list[int], values: list[int]) -> None:
-        for begin in range(0, len(words), _NUM_ANSWER_WORDS):
-            some = slice(begin, begin + _NUM_ANSWER_WORDS)
-            sources = self._answer_words[: len(words[some])]
-            self._words[sources.start : sources.stop] = values[some]
-            self._manager.push_blocks(
-                BlocksCacheKey(cluster_id, self._model_id),
-                self._cache,
-                list(sources),
-                words[some],
-                tensor_num_per_layer=1,
-            )
+        with self._page() as page:
+            for begin in range(0, len(words), _WORDS_PER_PAGE):
+                some = slice(begin, begin + _WORDS_PER_PAGE)
+                end = page + len(words[some])
+                self._words[page:end] = values[some]
+                self._manager.push_blocks(
+                    BlocksCacheKey(cluster_id, self._model_id),
+                    self._cache,
+                    list(range(page, end)),
+                    words[some],
+                    tensor_num_per_layer=1,
+                )
+
+    @contextmanager
+    def _page(self) -> Iterator[int]:
+        page = self._pages.get()
+        try:
+            yield page
+        finally:
+            self._pages.put(page)
 
 
 def _word_of(lease: Lease, which: int) -> int:

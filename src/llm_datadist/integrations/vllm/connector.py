@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from llm_datadist.integrations.vllm.consumer import ConsumerScheduler
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+
+#: blocks of others may be freed before their request ends
+_KEEP_ALL = {FullAttentionSpec, MLAAttentionSpec}
 
 
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not there to be checked
@@ -62,23 +67,25 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._kv_transfer_config, parallel.data_parallel_index * tp_size
         )
         self._producer: ProducerScheduler | None = None
-        self._consumer_scheduler: ConsumerScheduler | None = None
+        self._consumer: ConsumerScheduler | None = None
         self._registered: Worker | None = None
         if role is KVConnectorRole.SCHEDULER:
             if self._settings.is_producer:
                 self._producer = ProducerScheduler(self._settings, tp_size)
-            self._consumer_scheduler = ConsumerScheduler(
-                vllm_config.cache_config.block_size, self._settings.extra.kv_lease_duration
-            )
+            if self._settings.is_consumer:
+                self._consumer = ConsumerScheduler(vllm_config.cache_config.block_size)
 
     # -- the scheduler's -------------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
-        self._consumer.arrived(request)
+        if self._consumer:
+            self._consumer.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int, bool]:
+        if self._consumer is None:
+            return 0, False
         count = self._consumer.num_matched_tokens(request, num_computed_tokens)
         return count, count > 0
 
@@ -90,26 +97,30 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         (block_ids,) = blocks.get_block_ids()
-        self._consumer.allocated(request, block_ids, num_external_tokens)
+        if self._consumer:
+            self._consumer.allocated(request, block_ids, num_external_tokens)
         if self._producer:
             self._producer.scheduled(request)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         step = Step()
-        self._consumer.fill(step)
+        if self._consumer:
+            self._consumer.fill(step)
         if self._producer:
             self._producer.fill(step)
         return StepMetadata(step)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self._consumer.received(connector_output.finished_recving or ())
+        if self._consumer:
+            self._consumer.received(connector_output.finished_recving or ())
         if self._producer:
             self._producer.sent(connector_output.finished_sending or ())
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._consumer.finished(request)
+        if self._consumer:
+            self._consumer.finished(request)
         params = self._producer.finished(request, block_ids) if self._producer else None
         return params is not None, params
 
@@ -181,11 +192,6 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # --------------------------------------------------------------------------------------------
 
     @property
-    def _consumer(self) -> ConsumerScheduler:
-        assert self._consumer_scheduler is not None, "called in a worker"
-        return self._consumer_scheduler
-
-    @property
     def _worker(self) -> Worker:
         assert self._registered is not None, "called before register_kv_caches"
         return self._registered
@@ -193,8 +199,11 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     parallel = vllm_config.parallel_config
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    specs = [each for spec in specs for each in getattr(spec, "kv_cache_specs", {0: spec}).values()]
     reasons = {
         "several KV cache groups, or none": len(kv_cache_config.kv_cache_groups) != 1,
+        "layers that do not keep all tokens": not {type(spec) for spec in specs} <= _KEEP_ALL,
         "state of Mamba layers": kv_cache_config.has_mamba_layers,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,

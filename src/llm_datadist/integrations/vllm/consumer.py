@@ -6,16 +6,19 @@ import logging
 import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from llm_datadist import BlocksCacheKey
 from llm_datadist.integrations.vllm.handover import Handover, handover_of
-from llm_datadist.integrations.vllm.request import do_no_remote_prefill, wants_remote_prefill
+from llm_datadist.integrations.vllm.request import (
+    digest_of,
+    do_no_remote_prefill,
+    wants_remote_prefill,
+)
 from llm_datadist.integrations.vllm.step import Pull
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
     from concurrent.futures import Future
 
     from llm_datadist.cache import Cache
@@ -27,9 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_NUM_PULL_THREADS = 4
 #: how often a waiting request is mentioned to its producer in the time of a lease
 _BEATS_PER_LEASE = 6
 
@@ -37,9 +37,8 @@ _BEATS_PER_LEASE = 6
 class ConsumerScheduler:
     """In the scheduler: turns the blocks that a request has got into pulls."""
 
-    def __init__(self, block_size: int, lease_s: float) -> None:
+    def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._beat_s = lease_s / _BEATS_PER_LEASE
         self._next_beat = 0.0
         #: of the requests whose blocks are still kept for us
         self._sources: dict[str, Handover] = {}
@@ -48,11 +47,15 @@ class ConsumerScheduler:
         self._releases: list[Handover] = []
 
     def arrived(self, request: Request) -> None:
-        """A new request. One whose hand-over cannot be read is computed here, and it is said."""
+        """A new request. One that was not handed over as it is here is computed, and it is said."""
         if not wants_remote_prefill(request):
             return
         try:
             source = handover_of(request.kv_transfer_params or {})
+            num_tokens = source.remote_num_tokens
+            is_same = digest_of(request, num_tokens) == source.remote_digest
+            if num_tokens > request.num_prompt_tokens or not is_same:
+                raise ValueError("its prompt was read as other tokens there")
         except ValueError as error:
             logger.warning("%s is computed here: %s", request.request_id, error)
             return
@@ -64,17 +67,7 @@ class ConsumerScheduler:
         source = self._sources.get(request.request_id)
         if source is None or not wants_remote_prefill(request):
             return 0
-        num_tokens = min(source.remote_num_tokens, request.num_prompt_tokens)
-        num_blocks = -(-num_tokens // self._block_size)
-        if len(source.block_ids) < num_blocks:
-            logger.warning(
-                "%s is computed here: %d blocks were handed over for %d tokens",
-                request.request_id,
-                len(source.block_ids),
-                num_tokens,
-            )
-            return 0
-        return max(0, num_tokens - num_computed_tokens)
+        return max(0, source.remote_num_tokens - num_computed_tokens)
 
     def allocated(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
         """The request has got its blocks, of which the last before its end are to be read."""
@@ -85,7 +78,7 @@ class ConsumerScheduler:
         if not num_external_tokens:
             self._release(request.request_id)
             return
-        end = min(source.remote_num_tokens, request.num_prompt_tokens)
+        end = source.remote_num_tokens
         blocks = slice((end - num_external_tokens) // self._block_size, -(-end // self._block_size))
         self._pulls.append(
             Pull(request.request_id, source, source.block_ids[blocks], block_ids[blocks])
@@ -97,9 +90,9 @@ class ConsumerScheduler:
             self._release(request.request_id)
 
     def received(self, request_ids: Iterable[str]) -> None:
-        """These have been read, or could not be."""
+        """These have been read, or could not be, by all workers."""
         for request_id in request_ids:
-            self._sources.pop(request_id, None)
+            self._release(request_id)
 
     def fill(self, step: Step) -> None:
         """Adds what has come up since the last step."""
@@ -110,10 +103,13 @@ class ConsumerScheduler:
             served = {pull.request_id for pull in step.pulls}
             waiting = [source for each, source in self._sources.items() if each not in served]
             step.renewals = waiting
-            self._next_beat = now + self._beat_s if waiting else 0.0
+            lease_s = min((source.remote_lease_s for source in waiting), default=0.0)
+            self._next_beat = now + lease_s / _BEATS_PER_LEASE
 
     def _release(self, request_id: str) -> None:
-        if source := self._sources.pop(request_id, None):
+        """Lets go, unless another of the `n` answers to the same prompt still waits."""
+        source = self._sources.pop(request_id, None)
+        if source and source not in self._sources.values():
             self._releases.append(source)
 
 
@@ -129,7 +125,6 @@ class ConsumerWorker:
     ) -> None:
         self._manager, self._caches, self._board = manager, caches, board
         self._producers = producers
-        self._threads = ThreadPoolExecutor(_NUM_PULL_THREADS, "kv-pull")
         self._received: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._failed_blocks: set[int] = set()
@@ -140,13 +135,14 @@ class ConsumerWorker:
         """Starts what the scheduler says."""
         for source in step.expected:
             self._producers.reach(source)
+        now = time.monotonic()
         for pull in step.pulls:
-            self._when_linked(pull.source, self._pull, pull)
+            self._producers.when_linked(pull.source, self._pull, (pull, now))
         for source in step.releases:
-            self._when_linked(source, self._release, source)
+            self._producers.when_linked(source, self._release, source)
         for engine in {source.remote_engine_id for source in step.renewals}:
             some = [each for each in step.renewals if each.remote_engine_id == engine]
-            self._when_linked(some[0], self._renew, some)
+            self._producers.when_linked(some[0], self._renew, some)
 
     def take_received(self) -> set[str]:
         """Requests whose pull is over since the last call; failed ones are among them."""
@@ -168,20 +164,8 @@ class ConsumerWorker:
             num_failed, self._num_failed = self._num_failed, 0
         return pulls, num_failed
 
-    def close(self) -> None:
-        """Waits for the pulls that run; others do not begin."""
-        self._threads.shutdown(cancel_futures=True)
-
-    def _when_linked(self, source: Handover, do: Callable[[Future[int], T], None], what: T) -> None:
-        """Does it in a thread as soon as the link is there, or has failed: nothing waits for it."""
-
-        def go_on(link: Future[int]) -> None:
-            self._threads.submit(do, link, what)
-
-        self._producers.reach(source).add_done_callback(go_on)
-
-    def _pull(self, link: Future[int], pull: Pull) -> None:
-        begun = time.monotonic()
+    def _pull(self, link: Future[int], pull_since: tuple[Pull, float]) -> None:
+        pull, begun = pull_since
         try:
             cluster_id = link.result()
             for model_id, cache in self._caches.items():
@@ -200,7 +184,6 @@ class ConsumerWorker:
         with self._lock:
             self._pulls.append((time.monotonic() - begun, len(pull.dst_blocks)))
         self._received.put(pull.request_id)
-        self._release(link, pull.source)
 
     def _fail(self, pull: Pull, error: Exception) -> None:
         source = pull.source

@@ -29,7 +29,11 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     #: by KV cache group, of which there is one
     remote_block_ids: list[list[_Count]]
     remote_num_tokens: _Count
+    #: of these tokens, and what else their KV depends on
+    remote_digest: str
     remote_lease: Lease
+    #: how long the lease lasts without a word
+    remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
     tp_size: int = 1
 
     @property

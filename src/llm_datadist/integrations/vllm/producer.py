@@ -6,11 +6,12 @@ import itertools
 import logging
 import secrets
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.integrations.vllm.handover import Handover, Lease
-from llm_datadist.integrations.vllm.request import wants_remote_decode
+from llm_datadist.integrations.vllm.request import digest_of, wants_remote_decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +36,8 @@ class ProducerScheduler:
 
     def __init__(self, settings: Settings, tp_size: int) -> None:
         self._settings, self._tp_size = settings, tp_size
-        self._free_slots = list(range(settings.extra.max_leases))
+        # the one that was given back first is used first: its last reader may still be writing
+        self._free_slots = deque(range(settings.extra.max_leases))
         # an engine that starts again under its old name must not repeat itself
         self._generations = itertools.count(1 + secrets.randbits(46))
         self._leases: dict[str, Lease] = {}
@@ -47,10 +49,13 @@ class ProducerScheduler:
         """A request has got blocks. May be called again for the same one."""
         if not wants_remote_decode(request) or request.request_id in self._leases:
             return
+        if request.prompt_token_ids is None:
+            logger.warning("%s will not be handed over: it has no tokens", request.request_id)
+            return
         if not self._free_slots:
             logger.warning("%s will not be handed over: too many are waiting", request.request_id)
             return
-        lease = Lease(self._free_slots.pop(), next(self._generations))
+        lease = Lease(self._free_slots.popleft(), next(self._generations))
         self._leases[request.request_id] = lease
         self._grants.append(lease)
 
@@ -64,14 +69,17 @@ class ProducerScheduler:
             self._end(request.request_id)
             return None
         self._holds[request.request_id] = lease
+        num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         return Handover(
             remote_engine_id=self._settings.engine_id,
             remote_request_id=request.request_id,
             remote_host=self._settings.extra.host,
             remote_port=self._settings.port,
             remote_block_ids=[block_ids],
-            remote_num_tokens=request.num_computed_tokens,
+            remote_num_tokens=num_tokens,
+            remote_digest=digest_of(request, num_tokens),
             remote_lease=lease,
+            remote_lease_s=self._settings.extra.kv_lease_duration,
             tp_size=self._tp_size,
         ).to_params()
 
@@ -136,6 +144,6 @@ class ProducerWorker:
 
     def _is_over(self, hold: _Hold, now: float) -> bool:
         beat = self._board.beat_of(hold.lease)
-        if beat != hold.last_beat:
+        if beat and beat != hold.last_beat:
             hold.last_beat, hold.ends_at = beat, now + self._lease_s
         return self._board.is_released(hold.lease) or now > hold.ends_at

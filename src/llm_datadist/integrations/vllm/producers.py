@@ -6,7 +6,8 @@ import json
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,12 +23,28 @@ from llm_datadist.integrations.vllm.facts import differences
 from llm_datadist.integrations.vllm.handover import Handover, cluster_id_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist import LLMDataDist
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _FACTS_NBYTES = 256 * 1024
-_NUM_LINK_THREADS = 4
+#: of each producer: one that hangs has only its own waiting
+_NUM_THREADS = 4
+
+
+class Misfit(Exception):
+    """The engine differs from ours in what must be equal. It lasts as long as the link."""
+
+
+class _Producer:
+    def __init__(self, link: Callable[[Handover], int], source: Handover) -> None:
+        self.threads = ThreadPoolExecutor(_NUM_THREADS, "kv-producer")
+        #: the cluster id of its worker, or why there is none
+        self.link = self.threads.submit(link, source)
 
 
 class Producers:
@@ -58,34 +75,64 @@ class Producers:
         )
         self._lock = threading.Lock()
         self._reading = threading.Lock()
-        self._links: dict[str, Future[int]] = {}
-        self._threads = ThreadPoolExecutor(_NUM_LINK_THREADS, "kv-link")
+        self._producers: dict[str, _Producer] = {}
 
-    def reach(self, source: Handover) -> Future[int]:
-        """The cluster id of that engine's worker, as soon as it is linked and fits ours.
+    def reach(self, source: Handover) -> None:
+        """Begins to link to that engine, if it is not linked."""
+        self._producer(source)
 
-        The future's error says why not: ConnectionError, which the next call tries to mend, or
-        ValueError that names what differs, which lasts.
+    def when_linked(self, source: Handover, do: Callable[[Future[int], T], None], what: T) -> None:
+        """Does it in a thread, with the worker's cluster id, as soon as that is linked and fits.
+
+        The future's error says why it is not: ConnectionError, or Misfit that names what differs.
         """
-        with self._lock:
-            link = self._links.get(source.remote_engine_id)
-            if link is None or self._is_lost(link):
-                link = self._threads.submit(self._link, source)
-                self._links[source.remote_engine_id] = link
-            return link
+        producer = self._producer(source)
+
+        def go_on(link: Future[int]) -> None:
+            with suppress(RuntimeError):  # closed meanwhile
+                producer.threads.submit(do, link, what)
+
+        producer.link.add_done_callback(go_on)
 
     def close(self) -> None:
-        """Waits for the links that are being made."""
-        self._threads.shutdown(cancel_futures=True)
+        """Waits for what runs; what was to follow does not begin."""
+        with self._lock:
+            for producer in self._producers.values():
+                producer.threads.shutdown(cancel_futures=True)
 
-    def _is_lost(self, link: Future[int]) -> bool:
+    def _producer(self, source: Handover) -> _Producer:
+        engine_id = source.remote_engine_id
+        with self._lock:
+            producer = self._producers.get(engine_id)
+            if producer is None or self._is_lost(engine_id, producer.link):
+                self._forget_lost()
+                producer = self._producers[engine_id] = _Producer(self._link, source)
+            return producer
+
+    def _forget_lost(self) -> None:
+        for engine_id, producer in list(self._producers.items()):
+            if self._is_lost(engine_id, producer.link):
+                producer.threads.shutdown(wait=False)
+                del self._producers[engine_id]
+
+    def _is_lost(self, engine_id: str, link: Future[int]) -> bool:
         if not link.done():
             return False
-        if error := link.exception():
-            return not isinstance(error, ValueError)
-        return all(each.cluster_id != link.result() for each in self._datadist.links())
+        cluster_id = cluster_id_of(engine_id, self._rank)
+        is_linked = any(each.cluster_id == cluster_id for each in self._datadist.links())
+        return not is_linked or not isinstance(link.exception(), Misfit | None)
 
     def _link(self, source: Handover) -> int:
+        where = f"{source.remote_engine_id} at {source.remote_host}:{source.remote_port}"
+        try:
+            cluster_id = self._link_to(source)
+        except Exception as error:
+            logger.error("cannot read from %s: %s", where, error)
+            raise
+        logger.info("linked to %s", where)
+        return cluster_id
+
+    def _link_to(self, source: Handover) -> int:
         cluster_id = cluster_id_of(source.remote_engine_id, self._rank)
         info = LLMClusterInfo()
         info.remote_cluster_id = cluster_id
@@ -95,8 +142,7 @@ class Producers:
         if status not in (LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_ALREADY_LINK):
             raise ConnectionError(f"cannot link to it: {status.name} (the log says more)")
         if different := differences(self._facts, self._read_facts(cluster_id)):
-            raise ValueError(f"it does not fit: {'; '.join(different)}")
-        logger.info("linked to %s", source.remote_engine_id)
+            raise Misfit(f"it does not fit: {'; '.join(different)}")
         return cluster_id
 
     def _read_facts(self, cluster_id: int) -> dict[str, Any]:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import hashlib
+from array import array
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class _Status(Protocol):
     @property
     def name(self) -> str: ...
+
+
+class _Lora(Protocol):
+    @property
+    def lora_name(self) -> str: ...
+
+
+class _Feature(Protocol):
+    @property
+    def identifier(self) -> str: ...
 
 
 class Request(Protocol):
@@ -17,8 +32,14 @@ class Request(Protocol):
     kv_transfer_params: dict[str, Any] | None
     num_computed_tokens: int
 
+    prompt_token_ids: list[int] | None
+
     @property
     def num_prompt_tokens(self) -> int: ...
+    @property
+    def lora_request(self) -> _Lora | None: ...
+    @property
+    def mm_features(self) -> Sequence[_Feature]: ...
     @property
     def status(self) -> _Status: ...
 
@@ -31,6 +52,19 @@ def wants_remote_decode(request: Request) -> bool:
 def wants_remote_prefill(request: Request) -> bool:
     """Whether another engine has computed the prompt, and its blocks were not asked for yet."""
     return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+
+
+def digest_of(request: Request, num_tokens: int) -> str:
+    """Of the first tokens of the prompt, and of what their KV depends on besides the model.
+
+    Two engines may read one text as other tokens: by another chat template, or another tokenizer.
+    """
+    lora = request.lora_request.lora_name if request.lora_request else ""
+    features = [feature.identifier for feature in request.mm_features]
+    tokens = array("q", (request.prompt_token_ids or [])[:num_tokens])
+    digest = hashlib.blake2b(repr((num_tokens, lora, features)).encode(), digest_size=16)
+    digest.update(tokens.tobytes())
+    return digest.hexdigest()
 
 
 def do_no_remote_prefill(request: Request) -> None:

@@ -21,7 +21,7 @@ class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     #: how long a producer keeps blocks without a word from their reader
     kv_lease_duration: _Seconds = 30.0
-    pull_timeout_s: _Seconds = 30.0
+    pull_timeout_s: _Seconds = 10.0
     link_timeout_s: _Seconds = 10.0
     #: how many requests of a producer may be under way or waiting to be read
     max_leases: Annotated[int, msgspec.Meta(gt=0)] = 16_384
@@ -41,6 +41,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def is_producer(self) -> bool:
         """Whether others may read from here."""
         return self.role in ("kv_producer", "kv_both")
+
+    @property
+    def is_consumer(self) -> bool:
+        """Whether others are read from here."""
+        return self.role in ("kv_consumer", "kv_both")
 
 
 def settings_of(kv_transfer_config: KVTransferConfig, first_rank: int = 0) -> Settings:

@@ -76,10 +76,16 @@ class TransferMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._metrics = {
-            "pull_s": self._histogram("pull_seconds", "Duration of a request's pull.", _SECONDS),
-            "pull_nbytes": self._histogram("pull_bytes", "Bytes of a request's pull.", _NBYTES),
-            "failed_pulls": self._counter("failed_pulls", "Requests that could not be read."),
-            "expired_leases": self._counter("expired_leases", "Requests that nobody read in time."),
+            "pull_s": self._histogram(
+                "pull_seconds",
+                "From a pull's order to its end.",
+                _SECONDS,
+            ),
+            "pull_nbytes": self._histogram("pull_bytes", "Bytes of one worker's pull.", _NBYTES),
+            "failed_pulls": self._counter("failed_pulls", "Pulls that failed, by worker."),
+            "expired_leases": self._counter(
+                "expired_leases", "Leases that ended unread, by worker."
+            ),
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

@@ -111,5 +111,4 @@ class Worker:
     def close(self) -> None:
         """Ends all links, and waits for what runs. The KV memory is the engine's again."""
         self._producers.close()
-        self._consumer.close()
         self._datadist.finalize()
