@@ -36,7 +36,7 @@ SETS_UP = {"pip", "make", "git", "sudo", "docker", "kubectl", "openssl"}
 NOT_RUN = "# not run by the tests: "
 
 _FENCE = re.compile(r"^( *)```(\w*)([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-_PAGE_S = 60.0
+_PAGE_S = 180.0
 
 
 @dataclass(frozen=True)
