@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 #: a peer that takes nothing of an answer for so long is waited for without a thread
 _PATIENCE_S = 0.05
+#: how much the kernel takes beyond what the network does: what lies in a socket for long has left
+#: the processor's cache by the time it is sent, which cost a fifth of the throughput here
+_UNSENT_NBYTES = 32 * 1024
 
 #: larger segments are cut, so that streams share them evenly: a quarter of the smallest part
 _PIECE_NBYTES = MIN_PART_NBYTES // 4
@@ -187,6 +190,7 @@ class Sender(FrameSender):
         """As above; the kernel waits, which saves a call for each bit of room in the socket."""
         os.set_blocking(self._socket.fileno(), True)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_PATIENCE_S))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_NBYTES)
         try:
             while self.nbytes:
                 deadline.require("an answer to the peer")
