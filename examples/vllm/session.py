@@ -34,20 +34,20 @@ class Session:
         self._report = report
         self._texts = Prompts(settings.model)
         self._prompts = self._texts.with_shared_beginnings()
-        self._expected: Sequence[Tokens] = ()
+        #: by the prompt's index
+        self._expected: dict[int, Tokens] = {}
 
     def parity(self) -> Parity:
         """All prompts by way of prefill and decode."""
-        expected = self._plain_answers()
+        expected = self._plain_answers(range(len(self._prompts)))
         self._report(f"prefill and decode start with {self._connector.vllm_name}")
         with server_pair(self._settings, self._connector, "fail") as pair:
             return check(pair, self._prompts, expected, self._report)
 
     def failures(self) -> Failures:
         """Prefill killed at each moment, under each policy."""
-        expected = self._plain_answers()
+        answers = self._plain_answers(_FOR_FAILURES)
         prompts = [self._prompts[index] for index in _FOR_FAILURES]
-        answers = [expected[index] for index in _FOR_FAILURES]
         cases = []
         for policy in POLICIES:
             self._report(f"prefill and decode start, policy {policy}")
@@ -75,10 +75,12 @@ class Session:
                     result.measure(pair, connector, self._texts, num_samples, self._report)
         return result
 
-    def _plain_answers(self) -> Sequence[Tokens]:
-        if not self._expected:
+    def _plain_answers(self, indices: Sequence[int]) -> list[Tokens]:
+        missing = [index for index in indices if index not in self._expected]
+        if missing:
             self._report("a plain server starts")
             with plain_server(self._settings) as server:
-                self._report("the plain server answers all prompts")
-                self._expected = plain_answers(server, self._prompts)
-        return self._expected
+                self._report(f"the plain server answers {len(missing)} prompts")
+                answers = plain_answers(server, [self._prompts[index] for index in missing])
+                self._expected.update(zip(missing, answers, strict=True))
+        return [self._expected[index] for index in indices]
