@@ -76,15 +76,15 @@ def first_token_s(server: Process, request: dict[str, Any]) -> float:
             "POST", server.completions_url, json=request | {"stream": True}
         ) as response:
             response.raise_for_status()
-            for event in _events(response):
-                if any(choice.get("token_ids") for choice in event.get("choices", ())):
-                    first_s = time.perf_counter()
-                    break
-            else:
-                raise httpx.RemoteProtocolError("the answer ended before its first token")
+            first_s = None
             # To the end: an answer that nobody reads is an abort, which the next would meet.
-            for _ in _events(response):
-                pass
+            for event in _events(response):
+                if first_s is None and any(
+                    choice.get("token_ids") for choice in event.get("choices", ())
+                ):
+                    first_s = time.perf_counter()
+    if first_s is None:
+        raise httpx.RemoteProtocolError("the answer ended before its first token")
     return first_s - start_s
 
 
