@@ -65,7 +65,7 @@ def main(
     ] = 2,
     samples: Annotated[
         int, typer.Option(min=1, help="ttft: prompts of each length in a round.")
-    ] = 7,
+    ] = 4,
     build: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the model and the logs go.")
     ] = _BUILD,

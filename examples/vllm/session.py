@@ -73,6 +73,8 @@ class Session:
                 )
                 with server_pair(self._settings, connector, "fail") as pair:
                     result.measure(pair, connector, self._texts, num_samples, self._report)
+                # A run may be ended early: what is measured by then can be read.
+                self._report(f"{connector.vllm_name}: {result.medians(connector)}")
         return result
 
     def _plain_answers(self, indices: Sequence[int]) -> list[Tokens]:

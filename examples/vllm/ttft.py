@@ -56,10 +56,15 @@ class TimeToFirstToken:
         ratios = [ratio for tokens in PROMPT_TOKENS if (ratio := self.ratio(tokens)) is not None]
         if ratios:
             return f"ttft {max(ratios):.2f} of NixlConnector"
-        return "ttft " + ", ".join(
-            f"{median(samples.decode_s) * 1e3:.0f} ms"
-            for lengths in self.samples.values()
-            for samples in lengths.values()
+        return "; ".join(
+            f"ttft with {each.vllm_name} {self.medians(each)}" for each in self.samples
+        )
+
+    def medians(self, connector: Connector) -> str:
+        """Decode's medians so far."""
+        return ", ".join(
+            f"{num_tokens} tokens {median(samples.decode_s) * 1e3:.0f} ms"
+            for num_tokens, samples in self.samples[connector].items()
         )
 
     def measure(
