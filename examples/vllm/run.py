@@ -1,0 +1,145 @@
+"""Runs vLLM with a KV connector between prefill and decode, and proves what it changes: the time.
+
+Exit code 0: all is as it should be. 1: something is not. 2: something is to be set up.
+"""
+
+# No `from __future__ import annotations`: typer reads the types when it runs.
+
+import json as json_format
+import signal
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import httpx
+import typer
+from connector import Connector
+from model import huggingface_directory
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from servers import Settings
+from session import Session
+
+from llm_datadist.cli.demo.failure import DemoError, SetupError
+
+_BUILD = Path(__file__).resolve().parent.parent.parent / "build" / "vllm"
+
+
+class Part(str, Enum):
+    """What can be run alone."""
+
+    PARITY = "parity"
+    FAILURES = "failures"
+    TTFT = "ttft"
+
+
+class Result(Protocol):
+    """What a part found."""
+
+    @property
+    def verdict(self) -> str:
+        """A few words for the closing line."""
+        ...
+
+    def table(self) -> Table:
+        """All of it, for the eye."""
+        ...
+
+    def figures(self) -> dict[str, object]:
+        """All of it, for JSON."""
+        ...
+
+
+def main(
+    parts: Annotated[
+        list[Part] | None, typer.Argument(help="What to run; everything without.")
+    ] = None,
+    connector: Annotated[
+        Connector, typer.Option(help="Who moves the KV cache. ttft compares it with nixl.")
+    ] = Connector.LLM_DATADIST,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="ttft: how often each connector has its turn.")
+    ] = 2,
+    samples: Annotated[
+        int, typer.Option(min=1, help="ttft: prompts of each length in a round.")
+    ] = 4,
+    build: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the model and the logs go.")
+    ] = _BUILD,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Run vLLM servers on this machine's CPU and look at their answers.
+
+    parity: the tokens are those of one server. failures: prefill is killed, and no answer is ever
+    wrong. ttft: the time to the first token, beside NixlConnector.
+    """
+    # A SIGTERM ends the servers as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    console = Console(highlight=False)
+    try:
+        if json is not None and not json.absolute().parent.is_dir():
+            raise SetupError(f"--json {json}: there is no such folder.")
+        results = _run(console, parts or list(Part), connector, rounds, samples, build)
+        if json is not None:
+            _write(json, connector, results)
+    except DemoError as error:
+        typer.secho(f"vllm-demo: {error}", fg="red", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except httpx.HTTPError as error:
+        typer.secho(
+            f"vllm-demo: a server does not answer as it should: {error!r}. "
+            f"The logs are under {build / 'logs'}.",
+            fg="red",
+            err=True,
+        )
+        raise typer.Exit(1) from None
+    is_good = all(getattr(result, "is_good", True) for result in results.values())
+    verdicts = ", ".join(result.verdict for result in results.values())
+    console.print(Text(f"vllm-demo: {verdicts}", "bold"), soft_wrap=True)
+    raise typer.Exit(0 if is_good else 1)
+
+
+def _run(
+    console: Console,
+    parts: list[Part],
+    connector: Connector,
+    rounds: int,
+    samples: int,
+    build: Path,
+) -> dict[str, Result]:
+    start_s = time.monotonic()
+
+    def report(doing: str) -> None:
+        elapsed = f"{time.monotonic() - start_s:6.0f} s  {doing}"
+        console.print(Text(elapsed, "dim"), soft_wrap=True)
+
+    logs = build / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    logs.mkdir(parents=True)
+    report(f"logs of all servers: {logs}")
+    session = Session(Settings(huggingface_directory(build), logs), connector, report)
+    results: dict[str, Result] = {}
+    for part in dict.fromkeys(parts):
+        results[part.value] = result = (
+            session.parity()
+            if part is Part.PARITY
+            else session.failures()
+            if part is Part.FAILURES
+            else session.ttft(rounds, samples)
+        )
+        console.print(result.table())
+    return results
+
+
+def _write(file: Path, connector: Connector, results: dict[str, Result]) -> None:
+    figures: dict[str, object] = {"connector": connector.vllm_name}
+    figures |= {part: result.figures() for part, result in results.items()}
+    file.write_text(json_format.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,192 @@
+"""Starts and stops vLLM servers, and the proxy before them. Every wait has a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from llm_datadist.cli.demo.failure import DemoError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from connector import Connector
+
+MODEL_NAME = "smollm2"
+MAX_MODEL_TOKENS = 2048
+#: a server takes 40 s to start on two idle cores, and minutes when they are busy
+_START_S = 600.0
+#: how long one may take to end by itself
+_ENDING_S = 20.0
+_POLL_S = 0.2
+_HERE = Path(__file__).parent
+
+_ENVIRONMENT = {
+    # Two servers share these cores. Threads that are bound to cores wait for each other by
+    # spinning, which makes both slower by an order of magnitude; one thread each does not.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # The model is a local directory, and nobody needs to hear of it.
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What all servers of a run have in common."""
+
+    model: Path
+    logs: Path
+
+
+@dataclass(slots=True)
+class Process:
+    """A program that answers on an HTTP port. It can be started again at the same one."""
+
+    name: str
+    command: list[str]
+    log: Path
+    port: int
+    environment: dict[str, str] = field(default_factory=dict)
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def base_url(self) -> str:
+        """Without a slash at the end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def completions_url(self) -> str:
+        """Where it takes prompts."""
+        return f"{self.base_url}/v1/completions"
+
+    def start(self) -> None:
+        """Start it, in a process group of its own, which is how all of it can be ended."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environment,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return when it answers. Raises DemoError when it has ended, or takes too long."""
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            if self._process is None or self._process.poll() is not None:
+                raise DemoError(f"{self.name} has ended while it started: see {self.log}")
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{self.base_url}/health", timeout=5.0).is_success:
+                    return
+            time.sleep(_POLL_S)
+        raise DemoError(f"{self.name} is not ready after {_START_S:.0f} s: see {self.log}")
+
+    def kill(self) -> None:
+        """End it and its children at once, as a crash would."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(_ENDING_S)
+            self._process = None
+
+    def stop(self) -> None:
+        """End it, in peace if it can."""
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_ENDING_S)
+            self.kill()
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Prefill, decode and the proxy."""
+
+    prefill: Process
+    decode: Process
+    proxy: Process
+
+
+@contextmanager
+def plain_server(settings: Settings) -> Iterator[Process]:
+    """One server that does everything itself."""
+    server = _server(settings, "plain")
+    with _running(server):
+        yield server
+
+
+@contextmanager
+def server_pair(settings: Settings, connector: Connector, policy: str) -> Iterator[Pair]:
+    """Prefill and decode by `connector`, and the proxy before them."""
+    prefill, decode = (
+        _server(
+            settings,
+            f"{connector.value}-{name}",
+            connector.transfer_config(f"kv_{role}", policy, kv_port),
+            connector.environment(kv_port),
+        )
+        for name, role, kv_port in (
+            ("prefill", "producer", free_port()),
+            ("decode", "consumer", free_port()),
+        )
+    )
+    command = [sys.executable, str(_HERE / "proxy.py"), "--port", str(port := free_port())]
+    command += ["--prefill", prefill.completions_url, "--decode", decode.completions_url]
+    proxy = Process("proxy", command, settings.logs / "proxy.log", port)
+    with _running(prefill, decode, proxy):
+        yield Pair(prefill, decode, proxy)
+
+
+@contextmanager
+def _running(*processes: Process) -> Iterator[None]:
+    with ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.stop)
+            process.start()
+        for process in processes:
+            process.wait_until_ready()
+        yield
+
+
+def _server(
+    settings: Settings,
+    name: str,
+    transfer_config: dict[str, object] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Process:
+    port = free_port()
+    # Not the script `vllm`: it looks for a distribution of that name, and this one is vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(settings.model), "--served-model-name", MODEL_NAME]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", str(MAX_MODEL_TOKENS), "--enforce-eager"]
+    if transfer_config is not None:
+        command += ["--kv-transfer-config", json.dumps(transfer_config)]
+    return Process(
+        name, command, settings.logs / f"{name}.log", port, _ENVIRONMENT | (environment or {})
+    )
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
