@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
-from kv_engine import Engine, Status
 
-from llm_datadist.testing.process import ObjectProcess
-from llm_datadist.testing.timing import eventually, takes_at_most
+pytest.importorskip("torch")
+
+from kv_engine import Engine, Status  # noqa: E402  (imports torch)
+
+from llm_datadist.testing.process import ObjectProcess  # noqa: E402
+from llm_datadist.testing.timing import eventually, takes_at_most  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from llm_datadist.integrations.vllm.facts import differences
 from llm_datadist.integrations.vllm.regions import regions_of
 from llm_datadist.integrations.vllm.settings import settings_of
+
+torch = pytest.importorskip("torch")
 
 NUM_BLOCKS = 6
 
@@ -60,7 +61,7 @@ def test_layers_whose_blocks_lie_between_each_other_are_moved_as_whole_blocks() 
         (torch.zeros(NUM_BLOCKS, 8, device="meta"), "a is on meta"),
     ],
 )
-def test_what_cannot_be_moved_is_refused_by_name(tensor: torch.Tensor, said: str) -> None:
+def test_what_cannot_be_moved_is_refused_by_name(tensor: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         regions_of({"a": tensor}, NUM_BLOCKS)
 
