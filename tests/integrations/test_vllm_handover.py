@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from kv_engine import Engine, Status  # noqa: E402  (imports torch)
+from kv_engine import Engine, Status
 
-from llm_datadist.testing.process import ObjectProcess  # noqa: E402
-from llm_datadist.testing.timing import eventually, takes_at_most  # noqa: E402
+from llm_datadist.testing.process import ObjectProcess
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
