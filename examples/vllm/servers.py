@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from llm_datadist.cli.demo.failure import DemoError
+from llm_datadist.testing.cluster import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,11 +182,3 @@ def _server(
     return Process(
         name, command, settings.logs / f"{name}.log", port, _ENVIRONMENT | (environment or {})
     )
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -82,12 +81,6 @@ def info_of(cluster_id: int, port: int) -> c.ClusterInfo:
         local_ip_infos=[LOCAL],
         remote_ip_infos=[c.IpInfo("127.0.0.1", port)],
     )
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def pool_class(total: int = 1 << 21, block: int = 256, largest: int = 8192) -> dict[str, int]:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import cpp_cluster
 import numpy as np
 import pytest
-from cpp_cluster import LISTEN, SHAPE, Cluster, describe, free_port, info_of
+from cpp_cluster import LISTEN, SHAPE, Cluster, describe, info_of
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist import cpp as c
-from llm_datadist.testing.cluster import Node, NodeProcess, make_array
+from llm_datadist.testing.cluster import Node, NodeProcess, free_port, make_array
 
 if TYPE_CHECKING:
     from cpp_cluster import MakeCluster

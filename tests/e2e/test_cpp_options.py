@@ -13,7 +13,6 @@ from cpp_cluster import (
     SHAPE,
     Cluster,
     add_there,
-    free_port,
     info_of,
     pool_cfg,
     pool_class,
@@ -21,7 +20,7 @@ from cpp_cluster import (
 )
 
 from llm_datadist import cpp as c
-from llm_datadist.testing.cluster import NodeProcess, make_array
+from llm_datadist.testing.cluster import NodeProcess, free_port, make_array
 from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,6 +11,7 @@ pytest.importorskip("torch")
 
 from kv_engine import Engine, Status
 
+from llm_datadist.testing.cluster import free_port
 from llm_datadist.testing.process import ObjectProcess
 from llm_datadist.testing.timing import eventually, takes_at_most
 
@@ -30,12 +30,6 @@ def processes() -> Iterator[tuple[EngineProcess, EngineProcess]]:
     """For all tests that do not harm them."""
     with ObjectProcess(Engine) as one, ObjectProcess(Engine) as other:
         yield one.ready(), other.ready()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @pytest.fixture
