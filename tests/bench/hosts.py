@@ -1,11 +1,12 @@
-"""Throughput between two hosts: this library, iperf3 with as many streams, and NIXL over TCP.
+"""Throughput between two hosts: this library, iperf3 and sockets with as many streams, and NIXL.
 
     python tests/bench/hosts.py --streams 1 --streams 2 --rounds 9
 
 The hosts are network namespaces on this machine, joined by a pair of virtual interfaces. In each
-round each contestant moves as many bytes; the ratios are medians over the rounds. This library and
-NIXL pull scattered blocks of a paged cache, of which every byte is verified at first; iperf3 sends
-one small buffer over and over. Needs root and iperf3; NIXL takes part where nixl_cu12 is installed.
+round each contestant moves bytes for a second; the ratios are medians over the rounds. iperf3 sends
+one small buffer over and over; the others move scattered blocks of a paged cache, of which every
+byte is verified at first. Needs root and iperf3; NIXL takes part where nixl_cu12 is installed. How
+TCP paces itself decides much: `--congestion cubic` (or bbr, ...) sets it for all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,13 +32,14 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
+from llm_datadist.cli.bench.ceiling import answer, ask, in_threads
 from llm_datadist.cli.bench.memory import CacheMemory
 from llm_datadist.cli.bench.ours import register
 from llm_datadist.cli.bench.workload import SHAPES
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-from two_hosts import CABLE, HOSTS, enter_host, lay_cable, leave_host, unshare
+from two_hosts import CABLE, HOSTS, enter_host, ip, lay_cable, leave_host, unshare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +47,10 @@ if TYPE_CHECKING:
 #: half as much of the shared workload: 256 MiB in scattered blocks of 32 KiB
 WORKLOAD = replace(SHAPES["llama3-8b"], num_blocks=256, num_moved=128)
 IPERF_PORT = 5201
+#: how long each moves bytes in its turn: what happens in a tenth of that says little here
+TURN_S = 1.0
 CLONE_NEWNS = 0x20000
+CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 #: what a process of a contestant has
 held: dict[str, Any] = {}
 
@@ -52,7 +58,8 @@ held: dict[str, Any] = {}
 class Contestant(Protocol):
     name: str
 
-    def seconds_of_a_move(self) -> float: ...
+    def bytes_per_s(self) -> float:
+        """Over one turn."""
 
 
 class Iperf:
@@ -71,13 +78,12 @@ class Iperf:
         threading.Thread(target=process.stdout.read, daemon=True).start()  # what else it says
         self._client = [
             *("nsenter", *reader, "--client", HOSTS[0], "--port", str(IPERF_PORT), "--reverse"),
-            *("--parallel", str(streams), "--bytes", str(WORKLOAD.moved_nbytes), "--json"),
+            *("--parallel", str(streams), "--time", f"{TURN_S:.0f}", "--json"),
         ]
 
-    def seconds_of_a_move(self) -> float:
+    def bytes_per_s(self) -> float:
         done = subprocess.run(self._client, check=True, capture_output=True, text=True)
-        received = json.loads(done.stdout)["end"]["sum_received"]
-        return float(WORKLOAD.moved_nbytes * 8 / received["bits_per_second"])
+        return float(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"]) / 8
 
 
 class Pullers:
@@ -95,15 +101,18 @@ class Pullers:
             raise SystemExit(f"{type(self).__name__} did not move the bytes that it was asked to")
         self._pause()
 
-    def seconds_of_a_move(self) -> float:
+    def bytes_per_s(self) -> float:
         for process in (self.owner, self.reader):
             process.resume()
         self.move()  # the caches are cold
-        seconds = self.move()
+        seconds: list[float] = []
+        while sum(seconds) < TURN_S:
+            seconds.append(self.move())
         self._pause()
-        return seconds
+        return WORKLOAD.moved_nbytes * len(seconds) / sum(seconds)
 
     def move(self) -> float:
+        """The seconds that it took."""
         raise NotImplementedError
 
     def _pause(self) -> None:
@@ -128,6 +137,22 @@ class Ours(Pullers):
         return self.reader.call(pull)
 
 
+class Sockets(Pullers):
+    """The same memory by bare connections."""
+
+    name = "plain sockets"
+
+    def __init__(self, pids: Sequence[int], streams: int, stack: ExitStack) -> None:
+        super().__init__(pids, stack)
+        address, base = self.owner.call(listen_for_sockets)
+        self.reader.call(open_sockets, address, base, streams)
+        self.owner.call(accept_sockets, streams)
+        self.verify()
+
+    def move(self) -> float:
+        return self.reader.call(read_by_sockets)
+
+
 class Nixl(Pullers):
     """NIXL reads by UCX over TCP."""
 
@@ -144,6 +169,12 @@ class Nixl(Pullers):
 
 
 # -- run by the contestants ------------------------------------------------------------------------
+
+
+def control_congestion(node: Node, address: str, algorithm: str) -> None:
+    """What TCP does on this host's only network, for all who send there."""
+    route = ["198.18.0.0/30", "dev", CABLE, "src", address, "proto", "kernel", "scope", "link"]
+    ip(node, "route", "change", *route, "congctl", algorithm)
 
 
 def take_part(node: Node, pid: int) -> None:
@@ -174,6 +205,32 @@ def start(node: Node, role: LLMRole, cluster_id: int, streams: int, listen: str)
 def pull(node: Node) -> float:
     begun = time.perf_counter()
     node.manager.pull_blocks(BlocksCacheKey(1, 0), held["cache"], *held["blocks"])
+    return time.perf_counter() - begun
+
+
+def listen_for_sockets(node: Node) -> tuple[tuple[str, int], int]:
+    held["server"] = socket.create_server((HOSTS[0], 0), backlog=16)
+    return held["server"].getsockname(), held["memory"].addr
+
+
+def accept_sockets(node: Node, streams: int) -> None:
+    for _ in range(streams):
+        answer(held["server"])
+
+
+def open_sockets(node: Node, address: tuple[str, int], base: int, streams: int) -> None:
+    held["sockets"] = [socket.create_connection(address) for _ in range(streams)]
+    src, dst = WORKLOAD.blocks()
+    held["segments"] = WORKLOAD.vectors(base, src), WORKLOAD.vectors(held["memory"].addr, dst)
+
+
+def read_by_sockets(node: Node) -> float:
+    src, dst = held["segments"]
+    begun = time.perf_counter()
+    in_threads(
+        len(held["sockets"]), len(src),
+        lambda index, *part: ask(held["sockets"][index], src[slice(*part)], dst[slice(*part)]),
+    )  # fmt: skip
     return time.perf_counter() - begun
 
 
@@ -219,29 +276,29 @@ def compete(pids: Sequence[int], streams: int, rounds: int, table: Table) -> Non
     """Ours first, all of them in turn."""
     with ExitStack() as stack:
         contestants: list[Contestant] = [
-            Ours(pids, streams, stack), Iperf(pids, streams, stack)
+            Ours(pids, streams, stack), Iperf(pids, streams, stack), Sockets(pids, streams, stack)
         ]  # fmt: skip
         if find_spec("nixl_cu12") is not None:
             contestants += [Nixl(pids, threads, stack) for threads in (0, streams)]
-        taken = [[each.seconds_of_a_move() for each in contestants] for _ in range(rounds)]
+        turns = [[each.bytes_per_s() for each in contestants] for _ in range(rounds)]
     table.add_section()
     for index, contestant in enumerate(contestants):
-        median_s = statistics.median(seconds[index] for seconds in taken)
-        ratio = statistics.median(seconds[index] / seconds[0] for seconds in taken)
+        rate = statistics.median(rates[index] for rates in turns)
+        ratio = statistics.median(rates[0] / rates[index] for rates in turns)
         table.add_row(
-            str(streams), contestant.name, f"{WORKLOAD.moved_nbytes / median_s / 1e9:.2f}",
-            f"{ratio:.2f} x" if index else "",
-        )  # fmt: skip
+            str(streams), contestant.name, f"{rate / 1e9:.2f}", f"{ratio:.2f} x" if index else ""
+        )
 
 
 def main(
     streams: Annotated[list[int], typer.Option(help="may be given several times")] = [1, 2, 4],  # noqa: B006
     rounds: int = 7,
+    congestion: Annotated[str, typer.Option(help="TCP's congestion control; this host's")] = "",
 ) -> None:
     if shutil.which("iperf3") is None:
         raise SystemExit("iperf3 is missing: apt-get install iperf3")
-    table = Table(title=f"{WORKLOAD.moved_nbytes >> 20} MiB by TCP between two hosts, one round "
-                  "each in turn", title_justify="left")  # fmt: skip
+    congestion = congestion or CONGESTION.read_text().strip()
+    table = Table(title=f"By TCP ({congestion}) between two hosts", title_justify="left")
     for heading in ("streams", "", "GB/s", "ours is"):
         table.add_column(heading, justify="right")
     with ExitStack() as stack:
@@ -249,6 +306,8 @@ def main(
         for host in hosts:
             host.call(leave_host)
         lay_cable(hosts)
+        for host, address in zip(hosts, HOSTS, strict=True):
+            host.call(control_congestion, address, congestion)
         for count in streams:
             compete([host.pid for host in hosts], count, rounds, table)
     Console().print(table)

@@ -114,14 +114,25 @@ class RawSockets(Puller):
         in_threads(len(self._sockets), len(self._dst), self._move_part)
 
     def _move_part(self, index: int, start: int, stop: int) -> None:
-        sock = self._sockets[index]
-        sock.sendall((stop - start).to_bytes(8, "little") + self._src[start:stop].tobytes())
-        vectors = self._dst[start:stop].copy()
-        while len(vectors):
-            got = native.recvmsg(sock.fileno(), vectors, native.MSG_WAITALL)
-            if not got:
-                raise BenchError("the owner of the source hung up")
-            vectors = skip_bytes(vectors, got, native.IOV_MAX)
+        ask(self._sockets[index], self._src[start:stop], self._dst[start:stop])
+
+
+def ask(sock: socket.socket, src: Blocks, dst: Blocks) -> None:
+    """Has whoever answers at the other end send its `src`, to lie at `dst`."""
+    sock.sendall(len(src).to_bytes(8, "little") + src.tobytes())
+    vectors = dst.copy()
+    while len(vectors):
+        got = native.recvmsg(sock.fileno(), vectors, native.MSG_WAITALL)
+        if not got:
+            raise BenchError("the owner of the source hung up")
+        vectors = skip_bytes(vectors, got, native.IOV_MAX)
+
+
+def answer(server: socket.socket) -> None:
+    """Answers the next connection, in a thread of its own, until it is closed."""
+    sock, _address = server.accept()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    threading.Thread(target=_answer, args=(sock,), daemon=True).start()
 
 
 def merged(vectors: Blocks, count: int) -> Blocks:
@@ -179,9 +190,7 @@ def _own_sockets(pipe: Connection, job: Job) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         pipe.send((server.getsockname()[1], memory.addr))
         for _ in range(job.threads):
-            sock, _address = server.accept()
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=_answer, args=(sock,), daemon=True).start()
+            answer(server)
         wait_for_end(pipe)
 
 
