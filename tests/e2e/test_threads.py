@@ -242,25 +242,51 @@ def test_threads_that_fail_do_not_hold_up_others(
     assert time.monotonic() - begun < 10
 
 
+@pytest.mark.parametrize(("threads", "count"), [(4, 60), (32, 30)])
+def test_no_thread_waits_in_vain_for_a_stream_that_another_one_took(
+    node: Node, peer: NodeProcess, threads: int, count: int
+) -> None:
+    """The end that was called has to ask for its streams, and each of these pulls costs one."""
+    settings = settings_of(False, "tcp")
+    port = peer.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
+    node.start(LLMRole.DECODER, 2, **settings)
+    publish(node)
+    assert node.link(port, 1) == SUCCESS
+    assert peer.call(fail_often, 2, threads, count) == {PARAM_INVALID}
+
+
+def fail_often(node: Node, cluster_id: int, threads: int, count: int) -> set[LLMStatusCode]:
+    nowhere = register_nowhere(node)
+    with ThreadPoolExecutor(threads) as pool:
+        calls = [pool.submit(fail, node, cluster_id, nowhere, count) for _ in range(threads)]
+        return set().union(*(call.result(STUCK_S) for call in calls))
+
+
 def pull_and_fail(node: Node, cluster_id: int) -> tuple[list[int], set[LLMStatusCode]]:
     """What 16 threads that pull achieve, and what 16 others get that cannot."""
-    desc = CacheDesc(SMALL[0], [*SMALL[1:]], DataType.DT_INT8)
-    nowhere = node.manager.register_blocks_cache(desc, [0x1000, 0x2000])
-
-    def fail(_: int) -> set[LLMStatusCode]:
-        statuses = set()
-        for _ in range(10):
-            try:
-                node.manager.pull_blocks(BlocksCacheKey(cluster_id, 1), nowhere, [0], [0])
-            except LLMException as error:
-                statuses.add(error.status_code)
-        return statuses
-
+    nowhere = register_nowhere(node)
     with ThreadPoolExecutor(32) as pool:
-        failing = [pool.submit(fail, thread) for thread in range(16)]
+        failing = [pool.submit(fail, node, cluster_id, nowhere, 10) for _ in range(16)]
         pulling = [pool.submit(pull_often, node, cluster_id, thread, 10) for thread in range(16)]
         failures = [call.result(STUCK_S) for call in failing]
         return [call.result(STUCK_S) for call in pulling], set().union(*failures)
+
+
+def register_nowhere(node: Node) -> Cache:
+    """A cache at addresses where there is no memory."""
+    desc = CacheDesc(SMALL[0], [*SMALL[1:]], DataType.DT_INT8)
+    return node.manager.register_blocks_cache(desc, [0x1000, 0x2000])
+
+
+def fail(node: Node, cluster_id: int, nowhere: Cache, count: int) -> set[LLMStatusCode]:
+    """What a thread gets whose pulls cannot arrive."""
+    statuses = set()
+    for _ in range(count):
+        try:
+            node.manager.pull_blocks(BlocksCacheKey(cluster_id, 1), nowhere, [0], [0])
+        except LLMException as error:
+            statuses.add(error.status_code)
+    return statuses
 
 
 @pytest.mark.usefixtures("port")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from llm_datadist.transport.stream import Stream
 
 _DIAL_BACK_S = 10.0
-#: a peer that drops a stream may ask for the next one before we have noticed
+#: a peer that drops a stream asks for the next one before we have noticed
 _MAX_SERVICES = 2 * MAX_STREAMS
 
 
@@ -71,7 +71,8 @@ class Session:
         self.lookup = Lookup(self.streams, is_tabled=context.me.is_remote_accessible)
         self._channels: dict[str, Channel] = {}
         self._services: set[StreamService] = set()
-        self._dialing = 0
+        #: streams for the peer: under way, and to be dialled when there is room
+        self._dialing = self._owed = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._deadline = Deadline.after(0)
         self.status = LLMStatusCode.LLM_SUCCESS
@@ -253,9 +254,13 @@ class Session:
         if context.recorder is not None:
             fetch = partial(self._fetch_counted, context.recorder)
             count = partial(self._count_served, context.recorder)
-        service = StreamService(control, context, fetch, self._services.discard, count)
+        service = StreamService(control, context, fetch, self._end_service, count)
         self._services.add(service)
         service.start()
+
+    def _end_service(self, service: StreamService) -> None:
+        self._services.discard(service)
+        self._dial_back(0)
 
     async def _shake_hands(self, actions: Sequence[lk.Action]) -> None:
         await self.perform(actions)
@@ -368,11 +373,10 @@ class Session:
         await self.perform(self._link.drained())
 
     def _dial_back(self, count: int) -> None:
-        """Opens streams for the peer, but no more than an honest one would use."""
-        room = max(0, _MAX_SERVICES - len(self._services) - self._dialing)
-        if count > room:
-            get_logger().warning("cluster %d asks for too many streams", self.cluster_id)
-        for _ in range(min(count, room)):
+        """Opens streams for the peer: at once, or when it has no more than an honest one uses."""
+        self._owed = min(self._owed + count, MAX_STREAMS)
+        while self._owed and len(self._services) + self._dialing < _MAX_SERVICES:
+            self._owed -= 1
             self._dialing += 1
             self._spawn(self._dial())
 
@@ -385,6 +389,7 @@ class Session:
             )
         finally:
             self._dialing -= 1
+            self._dial_back(0)
 
     async def _add_service(self) -> None:
         shield = self._context.shields.make(is_caller=True)
@@ -439,6 +444,7 @@ class Session:
                 self._context.me.cluster_id, self.cluster_id, action.reason,
             )  # fmt: skip
         self.streams.close(ending)
+        self._owed = 0
         self._close_channels()
         for service in list(self._services):
             service.close()

@@ -51,6 +51,9 @@ class StreamPool:
         self._changed = threading.Condition()
         self._idle: list[Stream] = []
         self._lent: set[Stream] = set()
+        #: threads that have no stream yet
+        self._wanting = 0
+        #: streams that are under way for them
         self._opening = 0
         self._closed_because: str | None = None
 
@@ -88,39 +91,53 @@ class StreamPool:
 
     def _take(self, deadline: Deadline) -> Stream:
         with self._changed:
-            while not self._idle:
-                self._require_open()
-                if len(self._lent) + self._opening < MAX_STREAMS:
-                    self._opening += 1
-                    break
-                self._wait(deadline)
-            else:
+            if self._idle:
                 return self._lend(self._idle.pop())
-        return self._open(deadline)
-
-    def _open(self, deadline: Deadline) -> Stream:
+            self._wanting += 1
         try:
-            stream = self._open_one(deadline)
-        except BaseException:
-            self._opening_failed()
-            raise
+            while True:
+                stream = self._next_idle(deadline) or self._open(deadline)
+                if stream is not None:
+                    return stream
+        finally:
+            with self._changed:
+                self._wanting -= 1
+
+    def _next_idle(self, deadline: Deadline) -> Stream | None:
+        """Waits for an idle stream; None when this thread is to open one, which is counted.
+
+        Whoever wakes may find that another thread took what came, even the stream that it asked the
+        peer for: so any thread opens, for all that wait, as many as are not under way.
+        """
         with self._changed:
-            if stream is not None:
-                self._opening -= 1
-                return self._lend(stream)
             while not self._idle:
                 self._require_open()
+                has_room = len(self._lent) + self._opening < MAX_STREAMS
+                if has_room and self._opening < self._wanting:
+                    self._opening += 1
+                    return None
                 try:
                     self._wait(deadline)
                 except LLMException:
-                    self._opening = max(0, self._opening - 1)
+                    self._opening = min(self._opening, self._wanting - 1)  # one may never come
+                    self._changed.notify()  # this thread may have been woken in another's place
                     raise
             return self._lend(self._idle.pop())
 
-    def _opening_failed(self) -> None:
+    def _open(self, deadline: Deadline) -> Stream | None:
+        """A new stream; None when the peer was asked for one."""
+        try:
+            stream = self._open_one(deadline)
+        except BaseException:
+            with self._changed:
+                self._opening -= 1
+                self._changed.notify()
+            raise
+        if stream is None:
+            return None
         with self._changed:
             self._opening -= 1
-            self._changed.notify()
+            return self._lend(stream)
 
     def _lend(self, stream: Stream) -> Stream:
         self._lent.add(stream)
