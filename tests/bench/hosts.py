@@ -39,7 +39,7 @@ from llm_datadist.cli.bench.workload import SHAPES
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-from two_hosts import CABLE, HOSTS, enter_host, ip, lay_cable, leave_host, unshare
+from two_hosts import CABLE, HOSTS, control_congestion, enter_host, lay_cable, leave_host, unshare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,12 +169,6 @@ class Nixl(Pullers):
 
 
 # -- run by the contestants ------------------------------------------------------------------------
-
-
-def control_congestion(node: Node, address: str, algorithm: str) -> None:
-    """What TCP does on this host's only network, for all who send there."""
-    route = ["198.18.0.0/30", "dev", CABLE, "src", address, "proto", "kernel", "scope", "link"]
-    ip(node, "route", "change", *route, "congctl", algorithm)
 
 
 def take_part(node: Node, pid: int) -> None:

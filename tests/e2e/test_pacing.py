@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import two_hosts
 from slow_cable import SlowCable
-from two_hosts import CABLE, HOSTS, Hosts, ip, lay_cable, set_up
+from two_hosts import CABLE, HOSTS, Hosts, control_congestion, lay_cable, set_up
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import Node
@@ -33,8 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 def start(node: Node, cluster_id: int, host: str, congestion: list[str]) -> int:
     """A cluster on that host, for which the system has a way of congestion control; the port."""
-    subnet = ["198.18.0.0/30", "dev", CABLE, "src", host, "proto", "kernel", "scope", "link"]
-    ip(node, "route", "change", *subnet, "congctl", *congestion)
+    control_congestion(node, host, *congestion)
     port = node.start(
         LLMRole.PROMPT if cluster_id == 1 else LLMRole.DECODER, cluster_id,
         listen_ip_info=f"{host}:0", transfer_threads=2, sync_kv_timeout=60_000,

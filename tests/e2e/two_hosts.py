@@ -11,6 +11,7 @@ import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from ipaddress import ip_network
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,15 @@ def set_up(hosts: Hosts) -> None:
         process.call(ip, "address", "add", f"{host_6}/64", "dev", CABLE, "nodad")
         for device in (CABLE, "lo"):
             process.call(ip, "link", "set", device, "up")
+
+
+def control_congestion(node: Node, host: str, *algorithm: str) -> None:
+    """By which algorithm ("lock" in front: by no other) TCP sends from this host, at that address.
+
+    Raises CalledProcessError.
+    """
+    route = [str(ip_network(f"{host}/30", strict=False)), "dev", CABLE, "src", host]
+    ip(node, "route", "change", *route, "proto", "kernel", "scope", "link", "congctl", *algorithm)
 
 
 def let_in(process: NodeProcess, side: str, port: int) -> None:
