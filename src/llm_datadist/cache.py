@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from llm_datadist.checks import check_int64, check_object
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from llm_datadist.cache_manager import CacheManager
     from llm_datadist.cache_tensor import CacheTensor
     from llm_datadist.memory.dlpack import SupportsDLPack
 
 T = TypeVar("T", bound="int | SupportsDLPack")
+
+
+class TensorFinder(Protocol):
+    """Who knows where the tensors of a cache lie: its cache manager."""
+
+    def _find_bytes(self, cache_id: int, index: int) -> npt.NDArray[np.uint8]:
+        """The memory of a tensor; the array holds it."""
+        ...
 
 
 @final
@@ -39,7 +46,7 @@ class Cache:
         cache_id: int,
         cache_desc: CacheDesc,
         tensor_addrs: list[int],
-        cache_manager: CacheManager | None,
+        cache_manager: TensorFinder | None,
         is_registered: bool,
         is_blocks_cache: bool,
     ) -> None:

@@ -183,7 +183,7 @@ class LLMConfig:
     )
     sync_kv_timeout = Option[int | str | None](
         """Milliseconds that a pull, a push or a transferred layer may take; an int32 greater than
-        0, or its digits. The engine's default is 1000. Spec 4.2, 6.15.""",
+        0, or its digits. The default is 1000. Spec 4.2, 6.15.""",
         _milliseconds,
         _as_is(key.SYNC_KV_TIMEOUT),
         unset=None,

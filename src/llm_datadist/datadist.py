@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llm_datadist.cache_manager import CacheManager
+    from llm_datadist.cluster import Cluster
     from llm_datadist.core.pages import PoolUsage
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.engine.engine import Engine
-    from llm_datadist.engine.linker import Outcome, Target
     from llm_datadist.kv_cache_manager import KvCacheManager
-    from llm_datadist.operations.linking import LinkInfo
+    from llm_datadist.links.linker import Outcome, Target
+    from llm_datadist.links.ranks import RankLinks
+    from llm_datadist.links.table import LinkInfo
     from llm_datadist.types import Placement, RegisterMemStatus
 
 
@@ -50,7 +51,7 @@ class LLMDataDist:
     def __init__(self, role: LLMRole, cluster_id: int) -> None:
         self._role = check_optional("role", role, LLMRole)
         self._cluster_id = check_uint64("cluster_id", cluster_id)
-        self._engine: Engine | None = None
+        self._cluster: Cluster | None = None
         self._cache_manager: CacheManager | None = None
         self._kv_cache_manager: KvCacheManager | None = None
 
@@ -70,7 +71,7 @@ class LLMDataDist:
         have run out, or another instance of this process is initialised. After a failure `init` may
         be called again.
         """
-        if self._engine is not None:
+        if self._cluster is not None:
             return
         if LLMDataDist.llm_engine_instance is not None:
             raise LLMException(
@@ -80,19 +81,19 @@ class LLMDataDist:
         parsed = Options.parse(self._role, options)  # type: ignore[arg-type]  # None is refused there
         # numpy, asyncio: not when the package is imported
         from llm_datadist.cache_manager import CacheManager
-        from llm_datadist.engine.observed import make_engine
+        from llm_datadist.cluster import Cluster
         from llm_datadist.kv_cache_manager import KvCacheManager
 
         try:
-            engine = make_engine(self._cluster_id, parsed)
-            engine.start()
+            cluster = Cluster(self._cluster_id, parsed)
+            cluster.start()
         except OSError as error:
             raise LLMException(f"cannot start: {error}", LLMStatusCode.LLM_FAILED) from error
-        self._engine = engine
+        self._cluster = cluster
         if parsed.cache_manager:
-            self._cache_manager = CacheManager(engine)
+            self._cache_manager = CacheManager(cluster)
         else:
-            self._kv_cache_manager = KvCacheManager(engine, parsed.role)
+            self._kv_cache_manager = KvCacheManager(cluster, parsed.role)
         LLMDataDist.llm_engine_instance = self
         atexit.register(_shutdown_handler)
 
@@ -101,14 +102,14 @@ class LLMDataDist:
 
         Peers notice at once. Memory that was registered stays the caller's.
         """
-        engine, manager = self._engine, self._cache_manager or self._kv_cache_manager
-        self._engine = self._cache_manager = self._kv_cache_manager = None
+        cluster, manager = self._cluster, self._cache_manager or self._kv_cache_manager
+        self._cluster = self._cache_manager = self._kv_cache_manager = None
         if LLMDataDist.llm_engine_instance is self:
             LLMDataDist.llm_engine_instance = None
         if manager is not None:
             manager._detach()
-        if engine is not None:
-            engine.stop()
+        if cluster is not None:
+            cluster.stop()
 
     @property
     def cache_manager(self) -> CacheManager:
@@ -130,9 +131,7 @@ class LLMDataDist:
         Raises RuntimeError before `init`, TypeError, ValueError; LLMException with
         LLM_PARAM_INVALID, LLM_LINK_FAILED (no rank table), LLM_FEATURE_NOT_ENABLED.
         """
-        from llm_datadist.operations import ranks
-
-        return ranks.link(self._require_ranks(), comm_name, cluster_rank_info, rank_table)
+        return self._require_ranks().link(comm_name, cluster_rank_info, rank_table)
 
     def unlink(self, comm_id: int) -> None:
         """Ends a rank-table link, or its preparation, once its transfers have ended. Spec 5.8.
@@ -140,14 +139,14 @@ class LLMDataDist:
         Raises RuntimeError before `init`, TypeError, ValueError; LLMException with
         LLM_NOT_YET_LINK for an unknown id, LLM_FEATURE_NOT_ENABLED.
         """
-        self._require_ranks().unlink_ranks(check_uint64("comm_id", comm_id))
+        self._require_ranks().unlink(check_uint64("comm_id", comm_id))
 
     def query_register_mem_status(self, comm_id: int) -> RegisterMemStatus:
         """How far a rank-table link has come: PREPARING, then OK or FAILED for good. Spec 5.8.
 
         Never blocks. Raises as `unlink`.
         """
-        return self._require_ranks().groups.status_of(check_uint64("comm_id", comm_id))
+        return self._require_ranks().status_of(check_uint64("comm_id", comm_id))
 
     @property
     def kv_cache_manager(self) -> KvCacheManager:
@@ -155,7 +154,7 @@ class LLMDataDist:
 
         Raises RuntimeError before `init`, LLMException when the options enable the cache manager.
         """
-        self._require_engine()
+        self._require_cluster()
         if self._kv_cache_manager is None:
             raise invalid("kv_cache_manager belongs to the v1 mode: use cache_manager")
         return self._kv_cache_manager
@@ -171,9 +170,7 @@ class LLMDataDist:
         LLMException with LLM_EXIST_LINK while clusters are linked, LLM_PARAM_INVALID, LLM_FAILED
         when the address cannot be had, LLM_FEATURE_NOT_ENABLED where the options forbid it.
         """
-        from llm_datadist.operations.linking import move_listener
-
-        engine = self._require_engine()
+        cluster = self._require_cluster()
         if role is None:
             raise KeyError("role is None: pass an LLMRole")
         check_type("role", role, LLMRole)
@@ -181,9 +178,9 @@ class LLMDataDist:
             "switch_options", {} if switch_options is None else switch_options, str, str
         )
         listen = parse_listen(options)
-        if not engine.options.cache_manager:
-            self._check_v1_switch(engine, role, listen)
-        move_listener(engine, listen)
+        if not cluster.options.cache_manager:
+            self._check_v1_switch(cluster, role, listen)
+        cluster.listening.switch(listen, cluster.options)
         self._role = role
         if self._kv_cache_manager is not None:
             self._kv_cache_manager._switch_role(role)
@@ -194,10 +191,10 @@ class LLMDataDist:
         Raises TypeError, ValueError; LLMException with LLM_NOT_YET_LINK, or LLM_PARAM_INVALID
         outside of the v1 mode.
         """
-        engine = self._require_engine()
-        if engine.options.cache_manager:
+        cluster = self._require_cluster()
+        if cluster.options.cache_manager:
             raise invalid("check_link_status belongs to the v1 mode: links() shows the live links")
-        engine.links.find(check_uint64("remote_cluster_id", remote_cluster_id))
+        cluster.links.find(check_uint64("remote_cluster_id", remote_cluster_id))
 
     @property
     def listen_endpoint(self) -> Endpoint | None:
@@ -205,13 +202,11 @@ class LLMDataDist:
 
         An addition to the reference.
         """
-        return self._require_engine().listen_endpoint
+        return self._require_cluster().listen_endpoint
 
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
-        from llm_datadist.operations.linking import live_links
-
-        return live_links(self._require_engine())
+        return self._require_cluster().links.infos()
 
     def pools(self) -> dict[Placement, tuple[PoolUsage, ...]]:
         """How full each configured memory pool is: free and used bytes, the largest free span.
@@ -220,7 +215,7 @@ class LLMDataDist:
         class and one for its general part. An addition to the reference. Raises RuntimeError before
         `init`.
         """
-        return self._require_engine().catalog.usage()
+        return self._require_cluster().catalog.usage()
 
     def stats(self) -> ClusterStats:
         """This cluster at the moment: links, pools, caches, keys; immutable. Cheap, at any time.
@@ -229,7 +224,7 @@ class LLMDataDist:
         failures, waits. An addition to the reference; docs/observability.md. Raises RuntimeError
         before `init`.
         """
-        return self._require_engine().stats()
+        return self._require_cluster().stats()
 
     def link_clusters(
         self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000
@@ -246,12 +241,12 @@ class LLMDataDist:
 
         Raises RuntimeError before `init`, TypeError, ValueError, LLMException for bad arguments.
         """
-        engine = self._require_engine()
+        cluster = self._require_cluster()
         infos = _check_clusters(clusters, timeout)
         for info in infos:
-            if not engine.options.local_comm_res and not info.local_ip_info_list:
+            if not cluster.options.local_comm_res and not info.local_ip_info_list:
                 raise invalid(f"local_ip_info_list is empty for {info}: call append_local_ip_info")
-        outcomes = engine.link([_target(info) for info in infos], timeout / 1000)
+        outcomes = cluster.link([_target(info) for info in infos], timeout / 1000)
         return self._report("link", infos, outcomes)
 
     def unlink_clusters(
@@ -266,16 +261,16 @@ class LLMDataDist:
 
         Raises RuntimeError before `init`, TypeError, ValueError, LLMException for bad arguments.
         """
-        engine = self._require_engine()
+        cluster = self._require_cluster()
         infos = _check_clusters(clusters, timeout)
         check_type("force", force, bool)
         for info in infos:
             check_uint64("remote_cluster_id", info.remote_cluster_id)
         targets = [_target(info) for info in infos]
-        return self._report("unlink", infos, engine.unlink(targets, timeout / 1000, force=force))
+        return self._report("unlink", infos, cluster.unlink(targets, timeout / 1000, force=force))
 
-    def _check_v1_switch(self, engine: Engine, role: LLMRole, listen: Endpoint | None) -> None:
-        if not engine.options.enable_switch_role:
+    def _check_v1_switch(self, cluster: Cluster, role: LLMRole, listen: Endpoint | None) -> None:
+        if not cluster.options.enable_switch_role:
             raise LLMException(
                 "switching roles is off: set LLMConfig.enable_switch_role",
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
@@ -285,25 +280,25 @@ class LLMDataDist:
         if role == LLMRole.PROMPT and listen is None:
             raise invalid("switching to PROMPT needs llm.listenIpInfo in switch_options")
 
-    def _require_manager(self) -> tuple[Engine, CacheManager]:
-        engine = self._require_engine()
+    def _require_manager(self) -> tuple[Cluster, CacheManager]:
+        cluster = self._require_cluster()
         if self._cache_manager is None:
             raise invalid("the cache manager is off: set LLMConfig.enable_cache_manager")
-        return engine, self._cache_manager
+        return cluster, self._cache_manager
 
-    def _require_ranks(self) -> Engine:
-        engine = self._require_manager()[0]
-        if engine.options.transfer_backend is not None:
+    def _require_ranks(self) -> RankLinks:
+        cluster = self._require_manager()[0]
+        if cluster.options.transfer_backend is not None:
             raise LLMException(
                 "rank-table links are not for a transfer_backend: use link_clusters",
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             )
-        return engine
+        return cluster.ranks
 
-    def _require_engine(self) -> Engine:
-        if self._engine is None:
+    def _require_cluster(self) -> Cluster:
+        if self._cluster is None:
             raise RuntimeError("llm datadist is not initialized")
-        return self._engine
+        return self._cluster
 
     def _report(
         self, verb: str, infos: Sequence[LLMClusterInfo], outcomes: Sequence[Outcome]
@@ -329,7 +324,7 @@ def _check_clusters(clusters: object, timeout: object) -> Sequence[LLMClusterInf
 
 
 def _target(info: LLMClusterInfo) -> Target:
-    from llm_datadist.engine.linker import Target
+    from llm_datadist.links.linker import Target
 
     return Target(info.remote_cluster_id, tuple(info.remote_endpoints))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, cast, final, overload
+from typing import TYPE_CHECKING, Final, TypeAlias, cast, final, overload
 
 from llm_datadist.checks import check_int64, check_optional, check_type, check_uint32, check_uint64
 from llm_datadist.errors import invalid
@@ -164,6 +164,15 @@ class CacheKeyByIdAndIndex:
     def batch_index(self) -> int:
         """The batch row; 0 for a blocks cache. Spec 3.9."""
         return self._batch_index
+
+
+AnyKey: TypeAlias = CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey
+
+
+def check_one_id(key: AnyKey) -> None:
+    """A CacheKey to be pulled names either a request or a prefix. Raises LLMException. Spec 6.9."""
+    if isinstance(key, CacheKey) and is_valid_id(key.req_id) == is_valid_id(key.prefix_id):
+        raise invalid(f"{key} must have exactly one of req_id and prefix_id")
 
 
 def _bind(

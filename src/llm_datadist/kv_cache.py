@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final
 
 from llm_datadist.cache import Cache
 from llm_datadist.checks import check_type
 from llm_datadist.errors import invalid
 
 if TYPE_CHECKING:
-    from llm_datadist.kv_cache_manager import KvCacheManager
     from llm_datadist.types import CacheDesc
+
+
+class Collector(Protocol):
+    """Who frees caches that nobody holds any more: their KvCacheManager."""
+
+    def _collect(self, cache_id: int) -> None:
+        """Nobody holds the cache any more. Takes no lock."""
+        ...
 
 
 @final
@@ -24,7 +31,7 @@ class KvCache:
     identity.
     """
 
-    def __init__(self, cache: Cache, manager: KvCacheManager | None) -> None:
+    def __init__(self, cache: Cache, manager: Collector | None) -> None:
         self._cache = cache
         self._manager = manager
         #: as it was allocated: `CacheDesc.update_dim` may change the description since

@@ -24,7 +24,6 @@ from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.kv_cache import KvCache
 from llm_datadist.memory.views import held_bytes, storage_type
-from llm_datadist.operations import pull
 from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.types import CacheDesc, LLMRole, Placement
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.cache import Cache
     from llm_datadist.cache_task import CacheTask
-    from llm_datadist.engine.engine import Engine
+    from llm_datadist.cluster import Cluster
     from llm_datadist.layerwise import LayerSynchronizer, TransferConfig
 
 
@@ -50,10 +49,10 @@ class KvCacheManager:
     Otherwise the methods are those of CacheManager in two-sided mode, for threads and failures too.
     """
 
-    def __init__(self, engine: Engine, role: LLMRole) -> None:
-        self._engine: Engine | None = engine
+    def __init__(self, cluster: Cluster, role: LLMRole) -> None:
+        self._cluster: Cluster | None = cluster
         self._role = role
-        self._caches = CacheManager(engine)
+        self._caches = CacheManager(cluster)
         #: ids of caches that nobody holds any more and that are still to be freed
         self._collected: deque[int] = deque()
         #: held while they are freed, so that an allocation can wait for that
@@ -134,16 +133,8 @@ class KvCacheManager:
         target = self._inner(check_object("cache", cache, KvCache))
         src_offset = _check_offset("src_cache_offset", kwargs)
         dst_offset = _check_offset("dst_cache_offset", kwargs)
-        pull.pull_cache(
-            self._require_engine(),
-            cache_key,
-            target,
-            batch_index,
-            size,
-            kwargs,
-            src_offset=src_offset,
-            dst_offset=dst_offset,
-        )
+        self._require_cluster()
+        self._caches._pull_row(cache_key, target, batch_index, size, kwargs, src_offset, dst_offset)
 
     def pull_blocks(
         self,
@@ -248,8 +239,8 @@ class KvCacheManager:
     # -- parts of the above --
 
     def _detach(self) -> None:
-        """For LLMDataDist: the engine was finalized."""
-        self._engine = None
+        """For LLMDataDist: the cluster was finalized."""
+        self._cluster = None
         self._caches._detach()
 
     def _switch_role(self, role: LLMRole) -> None:
@@ -262,16 +253,16 @@ class KvCacheManager:
         Called where the garbage collector strikes, perhaps in a thread that holds the locks which
         freeing needs: so it leaves that to another one.
         """
-        engine = self._engine
-        if engine is not None:
+        cluster = self._cluster
+        if cluster is not None:
             self._collected.append(cache_id)
-            engine.call_soon(self._free_collected)
+            cluster.call_soon(self._free_collected)
 
     def _free_collected(self) -> None:
-        engine = self._engine
+        cluster = self._cluster
         with self._freeing:
-            while self._collected and engine is not None:
-                engine.catalog.deallocate(self._collected.popleft())
+            while self._collected and cluster is not None:
+                cluster.catalog.deallocate(self._collected.popleft())
 
     def _inner(self, cache: KvCache) -> Cache:
         """What the operations work on. Raises LLMException(LLM_KV_CACHE_NOT_EXIST).
@@ -283,13 +274,13 @@ class KvCacheManager:
         return cache._cache
 
     def _memory_of(self, cache: Cache, index: int) -> npt.NDArray[np.uint8]:
-        memory = self._require_engine().catalog.view(cache.cache_id, index)
+        memory = self._require_cluster().catalog.view(cache.cache_id, index)
         return held_bytes(memory.ctypes.data, memory.nbytes, memory, cache)
 
-    def _require_engine(self) -> Engine:
-        if self._engine is None:
+    def _require_cluster(self) -> Cluster:
+        if self._cluster is None:
             raise invalid("this KvCacheManager's LLMDataDist was finalized")
-        return self._engine
+        return self._cluster
 
     def _require_role(self, what: str, *roles: LLMRole) -> None:
         if self._role not in roles:

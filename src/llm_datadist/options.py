@@ -48,7 +48,7 @@ _V1_POOL_NBYTES: Final = 16 * 2**30
 @final
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What an engine is started with. Spec 4, 5.1."""
+    """What a cluster is started with. Spec 4, 5.1."""
 
     role: LLMRole
     device_id: int = 0
@@ -56,7 +56,7 @@ class Options:
     cache_manager: bool = True  #: False is the v1 mode of the reference
     remote_accessible: bool = False  #: one-sided reads and writes; otherwise the owner is asked
     sync_timeout_s: float = 1.0  #: bounds each pull, push and transferred layer
-    link_total_time_s: int = 0  #: bounds a rank-table link; 0 is the engine's default
+    link_total_time_s: int = 0  #: bounds a rank-table link; 0 is 120
     link_retry_count: int = 1
     device_pool: PoolConfig | None = None
     host_pool: PoolConfig | None = None

@@ -13,9 +13,9 @@ from llm_datadist import CacheDesc, CacheKey, DataType, LLMException, LLMRole, L
 from llm_datadist.core import messages as m
 from llm_datadist.core.frames import FrameReader
 from llm_datadist.endpoint import Endpoint
-from llm_datadist.engine.asking import ask_stats
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.options import read_link_security
+from llm_datadist.peer.asking import ask_stats
 from llm_datadist.testing.cluster import Node, NodeProcess
 from llm_datadist.testing.timing import takes_at_most
 

@@ -20,10 +20,7 @@ from llm_datadist import (
     Placement,
     TransferWithCacheKeyConfig,
 )
-from llm_datadist.engine.engine import Engine
-from llm_datadist.engine.observed import ObservedEngine, make_engine
-from llm_datadist.engine.streams import MAX_STREAMS
-from llm_datadist.options import Options
+from llm_datadist.peer.streams import MAX_STREAMS
 from llm_datadist.testing.cluster import Node
 from llm_datadist.testing.timing import eventually
 
@@ -115,28 +112,6 @@ def test_the_oldest_key_is_the_one_that_holds_pool_memory_longest(node: Node) ->
 
 
 # -- counting --
-
-
-@pytest.mark.parametrize(
-    ("options", "kind"),
-    [
-        ({}, Engine),
-        ({"metrics": True}, ObservedEngine),
-        ({"tracing": True}, ObservedEngine),
-    ],
-    ids=["off", "metrics", "tracing"],
-)
-def test_an_engine_that_nobody_looks_into_is_the_plain_one(
-    options: dict[str, bool], kind: type[Engine]
-) -> None:
-    """So what is off costs nothing: no call of a transfer has anything to do with it."""
-    engine = make_engine(1, Options(LLMRole.DECODER, **options))  # type: ignore[arg-type]
-    engine.start()
-    try:
-        assert type(engine) is kind
-        assert (engine.recorder is not None) == options.get("metrics", False)
-    finally:
-        engine.stop()
 
 
 def test_a_pull_is_counted_by_peer_path_and_status(

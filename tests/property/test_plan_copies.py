@@ -20,6 +20,8 @@ from memory_model import (
 
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry
+from llm_datadist.core.layers import PulledLayers
+from llm_datadist.core.transfer import CopyRow
 from llm_datadist.errors import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
@@ -302,8 +304,8 @@ def test_a_part_of_a_row_goes_to_the_same_place_of_another_or_is_refused(
         expected.row(tensor, dst_row)[offset:end] = moved
 
     def move() -> None:
-        layouts = (source.layout, src_row, destination.layout, dst_row)
-        execute(plan.row_part_to_row(*layouts, offset, nbytes), source, destination)
+        asked = CopyRow(src_row, dst_row, offset, nbytes)
+        execute(asked.segments(source.layout, destination.layout), source, destination)
 
     assert is_accepted(move) == fits
     np.testing.assert_array_equal(destination.cells, expected.cells)
@@ -356,12 +358,9 @@ def test_layer_ranges_move_the_tensors_they_name_or_are_refused(
     destination = data.draw(memories(geometry, is_destination=True))
 
     def move() -> None:
-        tensors_from = plan.tensors_of_layers(src, per_layer)
-        tensors_to = plan.tensors_of_layers(dst, per_layer)
-        plan.check_pulled_tensors(geometry, tensors_from, tensors_to, per_layer)
-        layouts = plan.select_pulled_tensors(
-            source.layout, destination.layout, tensors_from, tensors_to
-        )
+        layers = PulledLayers.of(src, dst, per_layer)
+        layers.check(geometry)
+        layouts = layers.select(source.layout, destination.layout)
         execute(plan.row_to_row(layouts[0], 1, layouts[1], 0, 3), source, destination)
 
     is_valid = are_layers_valid(range(num_remote), range(num_local), src, dst, per_layer)

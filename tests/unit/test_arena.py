@@ -17,9 +17,9 @@ import pytest
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory.arena import Arena, MemoryPool
 from llm_datadist.memory.host import unmapped
+from llm_datadist.memory.process import ProcessMemory
 from llm_datadist.pool_config import BufPoolConfig, PoolConfig, SizeClass
-from llm_datadist.transport.host import HostMemory
-from llm_datadist.transport.movers import Movers
+from llm_datadist.running.movers import Movers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,7 @@ MIB = 1024 * KIB
 #: the size in the documents
 LARGE = 18737418240
 PAGE = 65536
-HOST_MEMORY = HostMemory(Movers(1))
+HOST_MEMORY = ProcessMemory(Movers(1))
 
 
 def resident_nbytes() -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.core.layers import PulledLayers
 from llm_datadist.errors import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
@@ -103,11 +104,11 @@ def test_block_indices_beyond_32_bits_of_bytes_are_exact() -> None:
 
 
 def test_a_range_without_layers_is_no_range() -> None:
-    assert plan.tensors_of_layers(range(0), 2) is None
+    assert PulledLayers.of(range(0), range(0), 2) == PulledLayers(None, None, 2)
 
 
 def test_layers_are_that_many_tensors_each() -> None:
-    assert plan.tensors_of_layers(range(2, 4), 3) == range(6, 12)
+    assert PulledLayers.of(range(2, 4), None, 3).src == range(6, 12)
 
 
 # -- refusals --
@@ -166,8 +167,7 @@ def test_layer_ranges_that_do_not_fit_the_pullers_cache_are_refused(
     src: range | None, dst: range | None, per_layer: int, match: str
 ) -> None:
     local = Geometry(CacheKind.CONTINUOUS, 8, 1, 16)
-    tensors = [plan.tensors_of_layers(layers, per_layer) for layers in (src, dst)]
-    assert_refused(match, plan.check_pulled_tensors, local, *tensors, per_layer)
+    assert_refused(match, PulledLayers.of(src, dst, per_layer).check, local)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,15 @@ def test_layer_ranges_that_do_not_fit_the_owners_cache_are_refused(
     src: range | None, dst: range | None, match: str
 ) -> None:
     remote, local = make_layout(SRC, 1, 16, tensors=8), make_layout(DST, 1, 16, tensors=6)
-    assert_refused(match, plan.select_pulled_tensors, remote, local, src, dst)
+    assert_refused(match, PulledLayers(src, dst).select, remote, local)
 
 
 def test_a_number_of_tensors_per_layer_does_not_matter_without_ranges() -> None:
     local = Geometry(CacheKind.CONTINUOUS, 7, 1, 16)
-    plan.check_pulled_tensors(local, None, None, 100)
+    layers = PulledLayers(None, None, 100)
+    layers.check(local)
     remote = make_layout(SRC, 1, 16, tensors=7)
-    layouts = plan.select_pulled_tensors(remote, make_layout(DST, 1, 16, tensors=7), None, None)
+    layouts = layers.select(remote, make_layout(DST, 1, 16, tensors=7))
     assert [len(layout.addrs) for layout in layouts] == [7, 7]
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.segments import Segments
-from llm_datadist.engine.exposure import Exposure
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory.device import HOST
-from llm_datadist.transport.host import HostMemory
-from llm_datadist.transport.movers import Movers
+from llm_datadist.memory.process import ProcessMemory
+from llm_datadist.owner.exposure import Exposure
+from llm_datadist.running.movers import Movers
 
 if TYPE_CHECKING:
     from llm_datadist.transport.base import Channel, Region, Streams
@@ -78,7 +78,7 @@ def test_memory_that_one_transport_cannot_take_is_known_to_none() -> None:
 
 
 def test_process_memory_is_reserved_copied_and_opened_by_its_address() -> None:
-    host = HostMemory(Movers(1))
+    host = ProcessMemory(Movers(1))
     memory = host.reserve(8192)
     src, dst = (memory.view(memory.addr + at, 4096) for at in (0, 4096))
     src[:] = np.arange(4096, dtype=np.uint64).astype(np.uint8)

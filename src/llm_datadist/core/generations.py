@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llm_datadist.core.geometry import U64
+    from llm_datadist.core.segments import U64
 
 STALE = 0
 WORD_NBYTES = 8

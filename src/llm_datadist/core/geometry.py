@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from llm_datadist.core.segments import FEW
+from llm_datadist.core.segments import FEW, U64
 from llm_datadist.errors import invalid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-U64 = npt.NDArray[np.uint64]
 
 MAX_RANK = 31
 

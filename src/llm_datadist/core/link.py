@@ -14,7 +14,7 @@
 A listener that cannot use the path answers Unusable, and the caller proposes its next one. A link
 is published only after both ends have moved bytes over the path; whatever fails before that closes
 the connection, which the other end sees, so that neither keeps half a link. Each side's state
-changes in one thread only, the engine's loop.
+changes in one thread only, the cluster's loop.
 """
 
 from __future__ import annotations
@@ -314,7 +314,7 @@ class ListenerLink(Link):
     token: bytes = b""
 
     def turn_away(self, status: LLMStatusCode, reason: str) -> list[Action]:
-        """Does not admit a Hello, for a reason of the engine's."""
+        """Does not admit a Hello, for a reason that is not the machine's."""
         return self._refuse(status, reason)
 
     def admit(self, hello: m.Hello, *, is_known: bool) -> list[Action]:

@@ -1,4 +1,4 @@
-"""What two engines say to each other: message types, their encoding, their caps.
+"""What two clusters say to each other: message types, their encoding, their caps.
 
 A frame is a magic word, a length and a msgpack body that msgspec decodes into one of the types of
 this file; nothing else is accepted, and a length is checked before anything is allocated.
@@ -16,7 +16,7 @@ from msgspec import Meta
 from llm_datadist.core.stats import ClusterStats  # noqa: TC001  (msgspec reads it)
 
 if TYPE_CHECKING:
-    from llm_datadist.core.geometry import U64
+    from llm_datadist.core.segments import U64
 
 PROTOCOL_VERSION = 1
 

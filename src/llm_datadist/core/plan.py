@@ -1,4 +1,4 @@
-"""Plans: what a call asks for and both layouts -> Segments, or a refusal with its status.
+"""Plans: two layouts and which parts of them are meant -> Segments, or a refusal with its status.
 
 Everything here is arithmetic on numpy columns; no step loops over blocks. The rules are those of
 spec 6.9-6.11 with the decisions of section 11: unequal block sizes are refused (O12), and a row is
@@ -7,68 +7,20 @@ cut into blocks by its own length, not by the tensor's (O11).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from llm_datadist.core.segments import FEW, Segments
+from llm_datadist.core.segments import FEW, U64, Segments
 from llm_datadist.errors import invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from llm_datadist.core.geometry import U64, Geometry, Layout
-    from llm_datadist.core.remote import RemoteCache
-
-
-#: what a transfer asks for, given the peer's cache and the row that is meant
-Planner: TypeAlias = "Callable[[RemoteCache, int], Segments]"
+    from llm_datadist.core.geometry import Geometry, Layout
 
 
-def tensors_of_layers(layers: range | None, tensors_per_layer: int) -> range | None:
-    """Layer i is tensors [i*n, (i+1)*n). An empty range is the same as none given. Spec 6.9."""
-    if not layers:
-        return None
-    return range(layers.start * tensors_per_layer, layers.stop * tensors_per_layer)
-
-
-def check_pulled_tensors(
-    local: Geometry, src: range | None, dst: range | None, tensors_per_layer: int
-) -> None:
-    """The rules on layer ranges that need only the puller's cache. Spec 6.9, local checks."""
-    if src is None and dst is None:
-        return
-    if local.num_tensors % tensors_per_layer:
-        raise invalid(
-            f"the local cache has {local.num_tensors} tensors, which are no whole layers of "
-            f"{tensors_per_layer}: set tensor_num_per_layer"
-        )
-    if dst is not None and dst.stop > local.num_tensors:
-        raise invalid(
-            f"dst_layer_range reaches tensor {dst.stop - 1}, "
-            f"the local cache has {local.num_tensors}"
-        )
-    wanted = local.num_tensors if dst is None else len(dst)
-    if src is not None and len(src) != wanted:
-        raise invalid(f"src_layer_range has {len(src)} tensors, the destination {wanted}")
-
-
-def select_pulled_tensors(
-    remote: Layout, local: Layout, src: range | None, dst: range | None
-) -> tuple[Layout, Layout]:
-    """Both layouts cut to the tensors asked for; they must be as many. Spec 6.9, remote checks."""
-    if src is not None and src.stop > remote.geometry.num_tensors:
-        raise invalid(
-            f"src_layer_range reaches tensor {src.stop - 1}, "
-            f"the remote cache has {remote.geometry.num_tensors}"
-        )
-    remote, local = remote.tensors(src), local.tensors(dst)
-    if remote.geometry.num_tensors != local.geometry.num_tensors:
-        raise invalid(
-            f"{remote.geometry.num_tensors} remote tensors for {local.geometry.num_tensors} local "
-            "ones: give layer ranges of equal length"
-        )
-    return remote, local
+NOTHING: Final = Segments.few([], [], [])
 
 
 def check_batch_rows(geometry: Geometry, nbytes: int, whose: str, offset: int = 0) -> None:
@@ -102,30 +54,6 @@ def row_to_row(
     # not merged where tensors touch: peers check that each segment lies within one tensor
     lengths = np.full(len(src.addrs), nbytes, dtype=np.uint64)
     return Segments(src.addrs + src_start, dst.addrs + dst_start, lengths)
-
-
-def row_part_to_row(
-    src: Layout, src_row: int, dst: Layout, dst_row: int, offset: int, nbytes: int
-) -> Segments:
-    """`nbytes` (-1: the rest) behind `offset` of a row, to that offset of another. Spec 6.8."""
-    if src.geometry.num_tensors != dst.geometry.num_tensors:
-        raise invalid(
-            f"{src.geometry.num_tensors} source tensors for {dst.geometry.num_tensors} "
-            "destination tensors"
-        )
-    room = min(src.geometry.row_nbytes, dst.geometry.row_nbytes) - offset
-    wanted = src.geometry.row_nbytes - offset if nbytes == -1 else nbytes
-    for row, side, whose in ((src_row, src, "source"), (dst_row, dst, "destination")):
-        if row >= side.geometry.num_rows:
-            raise invalid(
-                f"batch index {row} is out of range: the {whose} has {side.geometry.num_rows} rows"
-            )
-    if room <= 0 or wanted > room:
-        raise invalid(
-            f"{wanted} bytes from offset {offset} on do not fit rows of "
-            f"{src.geometry.row_nbytes} and {dst.geometry.row_nbytes} bytes"
-        )
-    return row_to_row(src, src_row, dst, dst_row, wanted, src_offset=offset, dst_offset=offset)
 
 
 def check_blocks(geometry: Geometry, blocks: Sequence[int], whose: str) -> None:

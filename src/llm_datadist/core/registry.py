@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.keys import NO_ID, BlocksCacheKey, is_valid_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from llm_datadist.core.generations import Generations
     from llm_datadist.core.geometry import Layout
+    from llm_datadist.keys import CacheKey
     from llm_datadist.types import Placement
 
 
@@ -21,6 +23,15 @@ class KeyName(NamedTuple):
     id: int  #: a request id, or a prefix id when `is_prefix`; 2**64-1 for a blocks cache
     model_id: int
     is_prefix: bool = False
+
+    @classmethod
+    def of(cls, key: CacheKey | BlocksCacheKey) -> KeyName | None:
+        """Of a key of the interface; None for a placeholder. Spec 6.2."""
+        if isinstance(key, BlocksCacheKey):
+            return cls(NO_ID, key.model_id)
+        if is_valid_id(key.prefix_id):
+            return cls(key.prefix_id, key.model_id, is_prefix=True)
+        return cls(key.req_id, key.model_id) if is_valid_id(key.req_id) else None
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +65,7 @@ class Entry:
 
 
 class Registry:
-    """Finds caches. Not thread-safe: the engine's lock guards it.
+    """Finds caches. Not thread-safe: the catalog's lock guards it.
 
     Ids count up from `first_id` and are never used again; whatever made an id or a
     key mean something else gives the caches concerned another generation.
@@ -86,10 +97,9 @@ class Registry:
         """The oldest allocated cache that a key still holds; a blocks cache's key holds nothing."""
         return next(iter(self._held.values()), None)
 
-    def is_owned(self, cache_id: int) -> bool:
-        """Whether the id names an allocated cache."""
-        entry = self._entries.get(cache_id)
-        return entry is not None and entry.is_owned
+    def get(self, cache_id: int) -> Entry | None:
+        """As `find`; None for an id that is none."""
+        return self._entries.get(cache_id)
 
     def register(
         self,

@@ -11,9 +11,13 @@ from llm_datadist.core.generations import STALE
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.messages import CacheInfo, ProtocolError
 from llm_datadist.core.registry import Entry, KeyName
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.keys import CacheKeyByIdAndIndex
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from llm_datadist.keys import AnyKey
 
 
 class Claim(NamedTuple):
@@ -33,6 +37,11 @@ class Guard(NamedTuple):
     generation: int
     word_addr: int
     claim: Claim | None = None
+
+    @classmethod
+    def of(cls, entry: Entry) -> Guard:
+        """What whoever reads our cache must find unchanged."""
+        return cls(entry.cache_id, entry.generation, entry.word_addr)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +71,18 @@ class RemoteRow(NamedTuple):
     cluster_id: int
     name: int | KeyName  #: its id, or one of its keys
     row: int | None = None  #: None: the row that the key names
-    tensors: range | None = None  #: those that are moved; None: all
+
+    @classmethod
+    def of(cls, key: AnyKey) -> RemoteRow:
+        """What a key leads to at its cluster. Raises LLMException for one that names nothing."""
+        if isinstance(key, CacheKeyByIdAndIndex):
+            return cls(key.cluster_id, key.cache_id, key.batch_index)
+        name = KeyName.of(key)
+        if name is None:
+            raise invalid(f"{key} has neither a req_id nor a prefix_id")
+        if not 0 <= name.model_id < 2**64:
+            raise LLMException(f"no cache can have {key}", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+        return cls(key.cluster_id, name)
 
 
 def describe(entry: Entry) -> CacheInfo:

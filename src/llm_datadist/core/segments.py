@@ -6,11 +6,13 @@ import itertools
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llm_datadist.core.geometry import U64
+#: a column of addresses or lengths
+U64 = npt.NDArray[np.uint64]
 
 #: so many segments or fewer are planned and moved as lists
 FEW: Final = 16
@@ -21,65 +23,55 @@ Lists: TypeAlias = tuple[list[int], list[int], list[int]]
 class Segments:
     """Byte ranges to copy: `nbytes[i]` from address `src[i]` to address `dst[i]`.
 
-    Which of the two addresses lies in another process is up to the operation:
-    a read's `src` is remote, a write's `dst` is. Immutable. A few segments are cheaper as lists of
-    Python's ints than as columns: each form is made from the other when it is asked for.
+    Which of the two addresses lies in another process is up to the operation: a read's `src` is
+    remote, a write's `dst` is. Immutable. A few segments are cheaper as `lists` of Python's ints
+    than as columns: each form is made from the other when it is first asked for.
     """
 
-    __slots__ = ("_columns", "_lists")
+    __slots__ = ("_count", "dst", "lists", "nbytes", "src", "total_nbytes")
+
+    src: U64
+    dst: U64
+    nbytes: U64
+    #: sources, destinations, lengths
+    lists: Lists
+    total_nbytes: int
 
     def __init__(self, src: U64, dst: U64, nbytes: U64) -> None:
-        self._columns: tuple[U64, U64, U64] | None = (src, dst, nbytes)
-        self._lists: Lists | None = None
+        self.src, self.dst, self.nbytes = src, dst, nbytes
+        self._count = len(nbytes)
 
     @classmethod
     def few(cls, src: list[int], dst: list[int], nbytes: list[int]) -> Segments:
         """The same from lists."""
         segments = cls.__new__(cls)
-        segments._columns, segments._lists = None, (src, dst, nbytes)
+        segments.lists = (src, dst, nbytes)
+        segments._count, segments.total_nbytes = len(nbytes), sum(nbytes)
         return segments
 
-    @property
-    def src(self) -> U64:
-        return self.columns[0]
-
-    @property
-    def dst(self) -> U64:
-        return self.columns[1]
-
-    @property
-    def nbytes(self) -> U64:
-        return self.columns[2]
-
-    @property
-    def columns(self) -> tuple[U64, U64, U64]:
-        """Sources, destinations, lengths."""
-        if self._columns is None:
+    def __getattr__(self, name: str) -> object:
+        """The form that was not there yet; a form that is costs no call."""
+        if name == "lists":
+            self.lists = (self.src.tolist(), self.dst.tolist(), self.nbytes.tolist())
+        elif name == "total_nbytes":
+            self.total_nbytes = int(self.nbytes.sum())
+        elif name in ("src", "dst", "nbytes"):
             src, dst, nbytes = (np.array(each, dtype=np.uint64) for each in self.lists)
-            self._columns = (src, dst, nbytes)
-        return self._columns
-
-    @property
-    def lists(self) -> Lists:
-        """Sources, destinations, lengths."""
-        if self._lists is None:
-            src, dst, nbytes = self.columns
-            self._lists = (src.tolist(), dst.tolist(), nbytes.tolist())
-        return self._lists
+            self.src, self.dst, self.nbytes = src, dst, nbytes
+        return object.__getattribute__(self, name)
 
     def __len__(self) -> int:
-        return len((self._lists or self.columns)[2])
-
-    @property
-    def total_nbytes(self) -> int:
-        return int(self.nbytes.sum()) if self._lists is None else sum(self._lists[2])
+        return self._count
 
     def slice(self, start: int, stop: int) -> Segments:
         return Segments(self.src[start:stop], self.dst[start:stop], self.nbytes[start:stop])
 
     def windows(self, count: int) -> Iterator[Segments]:
         """So many segments after the other; one empty window where there are none."""
-        for start in range(0, max(1, len(self)), count):
+        if self._count <= count:
+            yield self
+            return
+        for start in range(0, self._count, count):
             yield self.slice(start, start + count)
 
     def coalesced(self) -> Segments:
@@ -96,7 +88,7 @@ class Segments:
 
     def bounded(self, max_nbytes: int) -> Segments:
         """The same bytes in pieces of at most `max_nbytes`, so that deadlines are kept."""
-        if not len(self) or int(self.nbytes.max()) <= max_nbytes:
+        if not self._count or int(self.nbytes.max()) <= max_nbytes:
             return self
         limit = np.uint64(max_nbytes)
         pieces = (self.nbytes + limit - np.uint64(1)) // limit
@@ -108,8 +100,8 @@ class Segments:
 
     def split(self, parts: int) -> list[Segments]:
         """Consecutive parts of about equal bytes, at most `parts` of them, none empty."""
-        if parts <= 1 or len(self) <= 1:
-            return [self] if len(self) else []
+        if parts <= 1 or self._count <= 1:
+            return [self] if self._count else []
         ends = np.cumsum(self.nbytes)
         goals = ends[-1] / parts * np.arange(1, parts)
         cut = np.searchsorted(ends, goals)

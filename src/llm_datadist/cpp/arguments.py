@@ -1,4 +1,4 @@
-"""Arguments of the C++ interface: checked, and as operations and the engine take them. Spec 7.4.
+"""Arguments of the C++ interface: checked, and as a cluster takes them. Spec 7.4.
 
 Wrong types raise TypeError; all else that cannot be, ValueError or LLMException, whose status is
 LLM_PARAM_INVALID.
@@ -29,9 +29,9 @@ from llm_datadist.cpp.types import (
     IpInfo,
 )
 from llm_datadist.endpoint import Endpoint, is_ip_literal
-from llm_datadist.engine.linker import Target
 from llm_datadist.errors import invalid
 from llm_datadist.keys import CacheKeyByIdAndIndex
+from llm_datadist.links.linker import Target
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:

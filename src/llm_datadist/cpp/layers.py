@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llm_datadist.checks import check_int32, check_sequence, check_type, check_uint8
+from llm_datadist.core.layers import PulledLayers, PushedLayers
 from llm_datadist.cpp.types import KvCacheExtParam
 from llm_datadist.errors import invalid
-from llm_datadist.operations.pull import PulledTensors
-from llm_datadist.operations.push import PushedLayers
 
 _PAIR = 2
 
@@ -35,11 +34,11 @@ class Layers(NamedTuple):
         src = _inclusive("src_layer_range", ext.src_layer_range)
         return cls(src, _inclusive("dst_layer_range", ext.dst_layer_range), per_layer)
 
-    def for_pull(self) -> PulledTensors:
+    def for_pull(self) -> PulledLayers:
         """The tensors of a pull. Both ranges count, or neither does."""
         if self.src.start < 0 or self.dst.start < 0:
-            return PulledTensors(None, None, self.per_layer)
-        return PulledTensors(self.src, self.dst, self.per_layer)
+            return PulledLayers(None, None, self.per_layer)
+        return PulledLayers.of(self.src, self.dst, self.per_layer)
 
     def for_push(self, num_tensors: int) -> PushedLayers:
         """The layers of a push out of a cache with so many tensors. Raises LLMException.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from itertools import chain
 from typing import TYPE_CHECKING, Final, final
 
 from llm_datadist.checks import (
@@ -16,6 +17,15 @@ from llm_datadist.checks import (
     check_uint64,
     check_uint64_sequence,
 )
+from llm_datadist.core.remote import RemoteRow
+from llm_datadist.core.transfer import (
+    CopyBlocks,
+    CopyRow,
+    PullBlocks,
+    PullRow,
+    PushBlocks,
+    PushRow,
+)
 from llm_datadist.cpp.arguments import (
     parse_blocks,
     parse_cache,
@@ -27,26 +37,25 @@ from llm_datadist.cpp.arguments import (
 )
 from llm_datadist.cpp.call import Call
 from llm_datadist.cpp.layers import Layers
-from llm_datadist.cpp.options import open_engine, parse_options, parse_role
+from llm_datadist.cpp.options import open_cluster, parse_options, parse_role
 from llm_datadist.cpp.types import Cache, LlmRole, RegisterCfg
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.operations import copying, pull, push
-from llm_datadist.operations.linking import LinkInfo, live_links, move_listener
-from llm_datadist.operations.registering import register
 from llm_datadist.options import parse_listen
+from llm_datadist.transfers.arguments import check_whole_row
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llm_datadist.cluster import Cluster
     from llm_datadist.cpp.status import Status
     from llm_datadist.cpp.types import CacheDesc, CacheIndex, ClusterInfo, KvCacheExtParam
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.engine.engine import Engine
-    from llm_datadist.engine.linker import Outcome, Target
+    from llm_datadist.links.linker import Outcome, Target
+    from llm_datadist.links.table import LinkInfo
 
 _OK = LLMStatusCode.LLM_SUCCESS
-#: what the names of an engine's threads begin with
+#: what the names of an cluster's threads begin with
 _OUR_THREADS: Final = "llm-datadist"
 
 
@@ -72,8 +81,8 @@ class LlmDataDist:
         self._cluster_id = check_type("cluster_id", cluster_id, int)
         self._role = check_type("role", role, LlmRole)
         self._lifecycle = threading.Lock()
-        self._engine: Engine | None = None
-        self._end: weakref.finalize[[Engine], LlmDataDist] | None = None
+        self._cluster: Cluster | None = None
+        self._end: weakref.finalize[[Cluster], LlmDataDist] | None = None
 
     # -- life --
 
@@ -87,12 +96,12 @@ class LlmDataDist:
         to listen on cannot be had, LLM_OUT_OF_MEMORY when a configured pool cannot.
         """
         with self._lifecycle, self._call("Initialize") as call:
-            if self._engine is None:
+            if self._cluster is None:
                 cluster_id = check_uint64("cluster_id", self._cluster_id)
-                engine = open_engine(cluster_id, parse_options(self._role, options))
-                engine.start()
-                self._engine = engine
-                self._end = weakref.finalize(self, _stop, engine)
+                cluster = open_cluster(cluster_id, parse_options(self._role, options))
+                cluster.start()
+                self._cluster = cluster
+                self._end = weakref.finalize(self, _stop, cluster)
         return call.status
 
     def Finalize(self) -> None:
@@ -101,7 +110,7 @@ class LlmDataDist:
         Does nothing when not initialised. Initialize may be called again; ids then start anew.
         """
         with self._lifecycle:
-            self._engine = None
+            self._cluster = None
             if self._end is not None:
                 self._end()
 
@@ -116,15 +125,15 @@ class LlmDataDist:
         address cannot be had.
         """
         with self._lifecycle, self._call("SetRole") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             parse_role(role)
             listen = parse_listen(check_dict("options", options or {}, str, str))
-            if not engine.options.enable_switch_role:
+            if not cluster.options.enable_switch_role:
                 raise LLMException(
                     "setting the role is off: initialise with OPTION_ENABLE_SET_ROLE 1",
                     LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
                 )
-            move_listener(engine, listen)
+            cluster.listening.switch(listen, cluster.options)
             self._role = role
         return call.status
 
@@ -134,11 +143,11 @@ class LlmDataDist:
 
         An addition to the reference.
         """
-        return None if self._engine is None else self._engine.listen_endpoint
+        return None if self._cluster is None else self._cluster.listen_endpoint
 
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
-        return [] if self._engine is None else live_links(self._engine)
+        return [] if self._cluster is None else self._cluster.links.infos()
 
     # -- links --
 
@@ -156,9 +165,9 @@ class LlmDataDist:
         """
         rets: list[Status] = []
         with self._call("LinkLlmClusters") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             targets, timeout_s = parse_targets(clusters), parse_timeout_s(timeout_in_millis)
-            rets = _report(call, targets, engine.link(targets, timeout_s))
+            rets = _report(call, targets, cluster.link(targets, timeout_s))
         return call.status, rets
 
     def UnlinkLlmClusters(
@@ -175,10 +184,10 @@ class LlmDataDist:
         """
         rets: list[Status] = []
         with self._call("UnlinkLlmClusters") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             targets, timeout_s = parse_targets(clusters), parse_timeout_s(timeout_in_millis)
             force = check_type("force_flag", force_flag, bool)
-            rets = _report(call, targets, engine.unlink(targets, timeout_s, force=force))
+            rets = _report(call, targets, cluster.unlink(targets, timeout_s, force=force))
         return call.status, rets
 
     # -- caches --
@@ -193,14 +202,14 @@ class LlmDataDist:
         """
         cache_id = -1
         with self._call("RegisterKvCache") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             placement, geometry = parse_desc(cache_desc)
             check_type("cfg", RegisterCfg() if cfg is None else cfg, RegisterCfg)
             if not check_list("addrs", addrs, int):
                 raise invalid("addrs is empty: give one address per tensor")
             if 0 in addrs:
                 raise invalid(f"addrs[{addrs.index(0)}] is 0: every tensor needs an address")
-            entry = register(engine, geometry, addrs, placement, is_remote_accessible=True)
+            entry = cluster.catalog.register(geometry, addrs, placement, is_remote_accessible=True)
             cache_id = entry.cache_id
         return call.status, cache_id
 
@@ -211,9 +220,9 @@ class LlmDataDist:
         not end within OPTION_SYNC_CACHE_WAIT_TIME; the cache then stays registered.
         """
         with self._call("UnregisterKvCache") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             known = check_int64("cache_id", cache_id)
-            engine.catalog.unregister(known, engine.options.sync_timeout_s)
+            cluster.catalog.unregister(known, cluster.options.sync_timeout_s)
         return call.status
 
     def AllocateCache(self, cache_desc: CacheDesc) -> tuple[Status, Cache]:
@@ -226,10 +235,10 @@ class LlmDataDist:
         """
         cache = Cache()
         with self._call("AllocateCache") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             placement, geometry = parse_desc(cache_desc)
-            _require_pool(engine, placement)
-            entry = engine.catalog.allocate(geometry, placement, ())
+            _require_pool(cluster, placement)
+            entry = cluster.catalog.allocate(geometry, placement, ())
             cache = Cache(entry.cache_id, entry.layout.addrs.tolist(), cache_desc)
         return call.status, cache
 
@@ -239,8 +248,8 @@ class LlmDataDist:
         Nothing happens to a registered, unknown or deallocated cache (D28).
         """
         with self._call("DeallocateCache") as call:
-            engine = self._require_engine()
-            engine.catalog.deallocate(check_int64("cache_id", cache_id))
+            cluster = self._require_cluster()
+            cluster.catalog.deallocate(check_int64("cache_id", cache_id))
         return call.status
 
     # -- transfers --
@@ -262,12 +271,13 @@ class LlmDataDist:
         row, here or there), LLM_NOT_YET_LINK, LLM_TIMEOUT.
         """
         with self._call("PullKvCache") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             key = parse_index("src_cache_index", src_cache_index)
             cache_id = parse_cache("dst_cache", dst_cache)
             row, nbytes = check_uint32("batch_index", batch_index), check_size(size)
-            tensors = Layers.parse(ext_param).for_pull()
-            pull.pull_row(engine, key, cache_id, row, nbytes, tensors)
+            layers = Layers.parse(ext_param).for_pull()
+            named = (key, RemoteRow.of(key), cache_id, layers, True)
+            cluster.transfers.run(PullRow(*named, row, nbytes))
         return call.status
 
     def PullKvBlocks(
@@ -284,12 +294,13 @@ class LlmDataDist:
         sides, and the `batch_index` of the source is 0. Returns as PullKvCache. Spec 6.10, 7.4.
         """
         with self._call("PullKvBlocks") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             key = parse_index("src_cache_index", src_cache_index)
             cache_id = parse_cache("dst_cache", dst_cache)
             blocks = parse_blocks(key, src_blocks, dst_blocks)
-            tensors = Layers.parse(ext_param).for_pull()
-            pull.pull_into_blocks(engine, key, cache_id, *blocks, tensors)
+            layers = Layers.parse(ext_param).for_pull()
+            named = (key, RemoteRow.of(key), cache_id, layers, True)
+            cluster.transfers.run(PullBlocks(*named, *blocks))
         return call.status
 
     def PushKvCache(
@@ -307,13 +318,13 @@ class LlmDataDist:
         equal length is needed. Returns as PullKvCache.
         """
         with self._call("PushKvCache") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             cache_id = parse_source(src_cache)
             key = parse_index("dst_cache_index", dst_cache_index)
             row = check_uint32("src_batch_index", src_batch_index)
-            push.check_whole_row(size)
-            layers = Layers.parse(ext_param).for_push(_num_tensors(engine, cache_id))
-            push.push_row(engine, key, cache_id, row, layers)
+            check_whole_row(size)
+            layers = Layers.parse(ext_param).for_push(_num_tensors(cluster, cache_id))
+            cluster.transfers.run(PushRow(key, RemoteRow.of(key), cache_id, layers, row))
         return call.status
 
     def PushKvBlocks(
@@ -329,12 +340,12 @@ class LlmDataDist:
         Layers as PushKvCache; the `batch_index` of the destination is 0. Spec 6.11, 7.4.
         """
         with self._call("PushKvBlocks") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             cache_id = parse_source(src_cache)
             key = parse_index("dst_cache_index", dst_cache_index)
             blocks = parse_blocks(key, src_blocks, dst_blocks)
-            layers = Layers.parse(ext_param).for_push(_num_tensors(engine, cache_id))
-            push.push_into_blocks(engine, key, cache_id, *blocks, layers)
+            layers = Layers.parse(ext_param).for_push(_num_tensors(cluster, cache_id))
+            cluster.transfers.run(PushBlocks(key, RemoteRow.of(key), cache_id, layers, *blocks))
         return call.status
 
     # -- copies within this cluster --
@@ -354,12 +365,12 @@ class LlmDataDist:
         LLM_KV_CACHE_NOT_EXIST for a cache that is none or was freed. Seed 002.
         """
         with self._call("CopyKvCache") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             src, dst = parse_cache("src_cache", src_cache), parse_cache("dst_cache", dst_cache)
             src_row = check_uint32("src_batch_index", src_batch_index)
             dst_row = check_uint32("dst_batch_index", dst_batch_index)
             begin, nbytes = check_uint64("offset", offset), check_size(size)
-            copying.copy_row(engine, src, src_row, dst, dst_row, begin, nbytes)
+            cluster.transfers.copy(CopyRow(src_row, dst_row, begin, nbytes), src, dst)
         return call.status
 
     def CopyKvBlocks(
@@ -375,12 +386,16 @@ class LlmDataDist:
         order among each other. Returns as CopyKvCache. Seed 002.
         """
         with self._call("CopyKvBlocks") as call:
-            engine = self._require_engine()
+            cluster = self._require_cluster()
             src, dst = parse_cache("src_cache", src_cache), parse_cache("dst_cache", dst_cache)
             blocks = check_uint64_sequence("src_blocks", src_blocks)
             copies = check_type("dst_blocks_list", dst_blocks_list, list, tuple)
             lists = [check_uint64_sequence("a list of dst_blocks_list", each) for each in copies]
-            copying.copy_blocks_between(engine, src, dst, blocks, lists)
+            for each in lists:
+                if len(each) != len(blocks):
+                    raise invalid(f"{len(blocks)} src_blocks do not pair with {len(each)} copies")
+            asked = CopyBlocks(list(blocks) * len(lists), list(chain.from_iterable(lists)))
+            cluster.transfers.copy(asked, src, dst)
         return call.status
 
     # -- parts of the above --
@@ -388,19 +403,19 @@ class LlmDataDist:
     def _call(self, name: str) -> Call:
         return Call(name, self._cluster_id)
 
-    def _require_engine(self) -> Engine:
-        if self._engine is None:
+    def _require_cluster(self) -> Cluster:
+        if self._cluster is None:
             raise LLMException("not initialised: call Initialize first", LLMStatusCode.LLM_FAILED)
-        return self._engine
+        return self._cluster
 
 
-def _stop(engine: Engine) -> None:
+def _stop(cluster: Cluster) -> None:
     """What is left to do when an LlmDataDist is finalized, dropped, or left over at exit."""
     if threading.current_thread().name.startswith(_OUR_THREADS):
-        # the garbage collector runs in any thread, and the engine cannot wait for its own
-        threading.Thread(target=engine.stop, name="llm-datadist-end").start()
+        # the garbage collector runs in any thread, and the cluster cannot wait for its own
+        threading.Thread(target=cluster.stop, name="llm-datadist-end").start()
     else:
-        engine.stop()
+        cluster.stop()
 
 
 def _report(call: Call, targets: Sequence[Target], outcomes: Sequence[Outcome]) -> list[Status]:
@@ -415,8 +430,8 @@ def _report(call: Call, targets: Sequence[Target], outcomes: Sequence[Outcome]) 
     return [int(outcome.status) for outcome in outcomes]
 
 
-def _require_pool(engine: Engine, placement: Placement) -> None:
-    if placement in engine.catalog.pools:
+def _require_pool(cluster: Cluster, placement: Placement) -> None:
+    if placement in cluster.catalog.pools:
         return
     if placement is Placement.HOST:
         raise invalid("caches are allocated with placement kDevice; register host memory")
@@ -426,6 +441,5 @@ def _require_pool(engine: Engine, placement: Placement) -> None:
     )
 
 
-def _num_tensors(engine: Engine, cache_id: int) -> int:
-    with engine.catalog.use(cache_id) as entry:
-        return entry.layout.geometry.num_tensors
+def _num_tensors(cluster: Cluster, cache_id: int) -> int:
+    return cluster.catalog.find(cache_id).layout.geometry.num_tensors

@@ -1,23 +1,20 @@
-"""The options of Initialize, and what they make of an engine. Spec 7.1, 7.2; seed 002."""
+"""The options of Initialize, and what they make of a cluster. Spec 7.1, 7.2; seed 002."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from llm_datadist import option_keys as key
 from llm_datadist.checks import check_dict, check_type
+from llm_datadist.cluster import Cluster
 from llm_datadist.cpp.types import LlmRole
-from llm_datadist.engine.observed import make_engine
 from llm_datadist.errors import LLMException, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.options import Options
 from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 from llm_datadist.types import LLMRole
-
-if TYPE_CHECKING:
-    from llm_datadist.engine.engine import Engine
 
 #: "ip:port" or "[ipv6]:port" to listen on; without it nobody can link to this cluster. Seed 002
 #: wants it of every Prompt, later documents of none: a Prompt may push over links of its own making
@@ -65,18 +62,18 @@ def parse_options(role: object, options: object) -> Options:
     return Options.parse(parse_role(role), {**given, **_FORCED})
 
 
-def open_engine(cluster_id: int, options: Options) -> Engine:
-    """An engine with memory to allocate from. Raises LLMException(LLM_OUT_OF_MEMORY).
+def open_cluster(cluster_id: int, options: Options) -> Cluster:
+    """A cluster with memory to allocate from. Raises LLMException(LLM_OUT_OF_MEMORY).
 
     Programs need not configure a pool to allocate (seed 002). What they get then is as large as the
     machine's memory: address space, of which pages are taken as they are touched.
     """
     if options.device_pool is not None or options.buf_pool not in (None, BufPoolConfig()):
-        return make_engine(cluster_id, options)
+        return Cluster(cluster_id, options)
     pages, page_nbytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     everything = PoolConfig(pages * page_nbytes)
     try:
-        return make_engine(cluster_id, replace(options, device_pool=everything))
+        return Cluster(cluster_id, replace(options, device_pool=everything))
     except LLMException as error:  # many programs never allocate; AllocateCache tells the others
         get_logger().info("cluster %d has no memory to allocate from: %s", cluster_id, error)
-        return make_engine(cluster_id, options)
+        return Cluster(cluster_id, options)

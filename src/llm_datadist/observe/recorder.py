@@ -1,4 +1,4 @@
-"""Counting: what operations did, by operation, peer and path. One recorder for each engine.
+"""Counting: what operations did, by operation, peer and path. One recorder for each cluster.
 
 A pull of one block takes some 30 microseconds, so what is done on its way is one append to a deque;
 counters and histograms are filled from there, for many operations at once.

@@ -15,7 +15,7 @@ _SCOPE = "llm_datadist"
 
 
 class Tracer:
-    """Starts the spans of one engine, of the program's tracer provider. Thread-safe.
+    """Starts the spans of one cluster, of the program's tracer provider. Thread-safe.
 
     Raises LLMException(LLM_FEATURE_NOT_ENABLED) where opentelemetry-api is not installed.
     """

@@ -1,4 +1,4 @@
-"""Watching one operation while it runs: its phases, what it moved and how it ended."""
+"""Watching operations while they run: their phases, what they moved and how they ended."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.observe.recorder import NEVER
+from llm_datadist.observe.recorder import NEVER, Recorder
+from llm_datadist.observe.tracing import Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Self
 
-    from llm_datadist.core.plan import Planner
-    from llm_datadist.core.remote import RemoteCache
     from llm_datadist.core.segments import Segments
     from llm_datadist.observe.recorder import Series
     from llm_datadist.observe.tracing import OperationSpan
+    from llm_datadist.options import Options
 
 _SUCCESS = (LLMStatusCode.LLM_SUCCESS,)
 
@@ -34,23 +34,16 @@ class Watch:
         self._span = span
         self._begun_at = perf_counter()
 
-    def timed(self, plan: Planner) -> Planner:
-        """The planner, whose beginning ends the look-up and whose end begins the transfer.
+    def plans(self) -> None:
+        """The look-up is over, the plan begins.
 
         When the operation begins anew, because a cache was replaced, the last attempt counts.
         """
-
-        def timed_plan(remote: RemoteCache, row: int) -> Segments:
-            self._moving_at = NEVER
-            self._planning_at = perf_counter()
-            segments = self._segments = plan(remote, row)
-            self._moving_at = perf_counter()
-            return segments
-
-        return timed_plan
+        self._moving_at = NEVER
+        self._planning_at = perf_counter()
 
     def moves(self, segments: Segments) -> None:
-        """What is moved from now on, where there is nothing to plan."""
+        """The plan is there, and is carried out from now on."""
         self._segments = segments
         self._moving_at = perf_counter()
 
@@ -76,6 +69,34 @@ class Watch:
             self._series.add(record, failures)
         if self._span is not None:
             self._span.end(statuses, nbytes, count, error)
+
+
+class Observer:
+    """Watches what the options say: counts it, traces it, or both. Thread-safe."""
+
+    def __init__(self, recorder: Recorder | None, tracer: Tracer | None) -> None:
+        #: counts what links and peers do, too; None when metrics are off
+        self.recorder = recorder
+        self._tracer = tracer
+
+    @classmethod
+    def of(cls, cluster_id: int, options: Options) -> Observer | None:
+        """None, which costs nothing, when nobody looks.
+
+        Raises LLMException(LLM_FEATURE_NOT_ENABLED) for `tracing` without its package.
+        """
+        if not (options.metrics or options.tracing):
+            return None
+        recorder = Recorder() if options.metrics else None
+        return cls(recorder, Tracer(cluster_id) if options.tracing else None)
+
+    def watch(self, operation: str, peer: int | None = None, path: str = "") -> Watch:
+        """Begins to watch an operation; its end is that of `with`."""
+        recorder, tracer = self.recorder, self._tracer
+        return Watch(
+            None if recorder is None else recorder.series(operation, peer, path),
+            None if tracer is None else tracer.start(operation, peer, path),
+        )
 
 
 def _status_of(error: BaseException) -> LLMStatusCode:

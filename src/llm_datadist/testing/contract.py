@@ -157,7 +157,7 @@ class TransportContract:
     def test_an_owner_that_stands_still_is_late_for_good(self, own_pair: Pair) -> None:
         """In time an error, after which nothing arrives; or all bytes, if it need not do a thing.
 
-        Whether the owner can be linked to again, is not asked here: some engines do not survive.
+        Whether the owner can be linked to again, is not asked here: some do not survive.
         """
         own_pair.owner.call(own, HUGE)
         assert own_pair.reader.call(pull_status, OWNER, HUGE) is SUCCESS

@@ -1,4 +1,4 @@
-"""The narrow door: what a transport is to the engine, and how a path is verified.
+"""The narrow door: what a transport is to the cluster, and how a path is verified.
 
 A transport knows addresses, lengths and its peer's offer. It knows nothing of caches, keys, roles
 or sessions; a Guard is passed through to whoever can check it.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from llm_datadist.core.messages import ProbeTarget
-    from llm_datadist.transport.deadline import Deadline
+    from llm_datadist.running.deadline import Deadline
     from llm_datadist.transport.stream import Stream
 
 NONCE_NBYTES = 16
@@ -84,7 +84,7 @@ class Channel(Protocol):
 
 
 class Transport(Protocol):
-    """One way of moving bytes, for all peers of an engine. Thread-safe."""
+    """One way of moving bytes, for all peers of a cluster. Thread-safe."""
 
     name: str
     #: the owner takes part in each read: it refuses one when the guard's claim does not hold, and a

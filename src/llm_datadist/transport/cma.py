@@ -21,7 +21,8 @@ import numpy.typing as npt
 from llm_datadist.core.generations import WORD_NBYTES
 from llm_datadist.core.segments import FEW, first_unfinished, iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.transport import native
+from llm_datadist.memory import native
+from llm_datadist.running.movers import MIN_PART_NBYTES
 from llm_datadist.transport.base import (
     AllMemory,
     Channel,
@@ -29,14 +30,12 @@ from llm_datadist.transport.base import (
     StaleCache,
     Streams,
 )
-from llm_datadist.transport.movers import MIN_PART_NBYTES
 
 if TYPE_CHECKING:
-    from llm_datadist.core.geometry import U64
     from llm_datadist.core.remote import Guard
-    from llm_datadist.core.segments import Segments
-    from llm_datadist.transport.deadline import Deadline
-    from llm_datadist.transport.movers import Movers
+    from llm_datadist.core.segments import U64, Segments
+    from llm_datadist.running.deadline import Deadline
+    from llm_datadist.running.movers import Movers
 
 #: one system call moves at most this much, so that a deadline is looked at in time
 _CALL_NBYTES = 64 * 1024 * 1024
@@ -102,6 +101,9 @@ class CmaChannel:
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
         if len(segments) <= FEW and self._read_few(segments, guard):
+            return
+        if segments.total_nbytes < 2 * MIN_PART_NBYTES:  # not worth another thread
+            self._read_part(segments, guard, deadline)
             return
         parts = segments.bounded(_CALL_NBYTES).split(self._movers.parts_of(segments.total_nbytes))
         self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])

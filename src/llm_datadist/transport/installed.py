@@ -1,9 +1,9 @@
-"""The transports that an engine has: ours, and what other packages add by an entry point.
+"""The transports that a cluster has: ours, and what other packages add by an entry point.
 
     [project.entry-points."llm_datadist.transports"]
     mine = "my_package:MyTransport"
 
-The object is called with the engine's Movers and returns a Transport of that name.
+The object is called with the cluster's Movers and returns a Transport of that name.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     from llm_datadist.options import Options
+    from llm_datadist.running.movers import Movers
     from llm_datadist.transport.base import Transport
-    from llm_datadist.transport.movers import Movers
 
 _OURS: Final = ("cma", "tcp", "nixl")
 

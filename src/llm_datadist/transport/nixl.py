@@ -1,8 +1,8 @@
 """NIXL with UCX: fast networks (RDMA), and whatever else an installed NIXL reaches.
 
-Each engine has one agent that owns: peers read its memory through it. Each link has an agent of its
-own that reads, so that a read which fails or is late is ended for good with that agent: UCX has no
-other way to be sure that nothing arrives later. The next read begins with a new one, which is
+Each cluster has one agent that owns: peers read its memory through it. Each link has an agent of
+its own that reads, so that a read which fails or is late is ended for good with that agent: UCX has
+no other way to be sure that nothing arrives later. The next read begins with a new one, which is
 also how a peer that was lost comes back.
 """
 
@@ -27,10 +27,10 @@ from llm_datadist.transport.nixl_agent import Agent, package
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from llm_datadist.core.geometry import U64
     from llm_datadist.core.remote import Guard
-    from llm_datadist.transport.deadline import Deadline
-    from llm_datadist.transport.movers import Movers
+    from llm_datadist.core.segments import U64
+    from llm_datadist.running.deadline import Deadline
+    from llm_datadist.running.movers import Movers
 
 #: one request to NIXL moves at most this much, so that a deadline is looked at in time
 _CALL_NBYTES = 64 * 1024 * 1024
@@ -53,7 +53,7 @@ def _is_active(state: Path) -> bool:
 
 
 class NixlTransport:
-    """NIXL's agents of an engine. Thread-safe."""
+    """NIXL's agents of a cluster. Thread-safe."""
 
     name = "nixl"
     asks_owner = False

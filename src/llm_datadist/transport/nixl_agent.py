@@ -19,8 +19,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from llm_datadist.core.geometry import U64
-    from llm_datadist.core.segments import Segments
+    from llm_datadist.core.segments import U64, Segments
 
 #: the wheels by CUDA version; without a GPU any of them does
 _PACKAGES = ("nixl_cu13", "nixl_cu12", "nixl_rocm")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm_datadist.core.segments import skip_bytes
-from llm_datadist.transport import native
-from llm_datadist.transport.local import scatter
+from llm_datadist.memory import native
+from llm_datadist.memory.local import scatter
 from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.stream import Stream, lost
 from llm_datadist.transport.tcp import FrameSender
@@ -20,8 +20,8 @@ from llm_datadist.transport.tcp import FrameSender
 if TYPE_CHECKING:
     import socket
 
-    from llm_datadist.core.geometry import U64
-    from llm_datadist.transport.deadline import Deadline
+    from llm_datadist.core.segments import U64
+    from llm_datadist.running.deadline import Deadline
     from llm_datadist.transport.shield import Shield
 
 _CHUNK_NBYTES = 256 * 1024

@@ -185,7 +185,7 @@ class Tls(Open):
 
 
 class Shields:
-    """Makes the shield of each connection of an engine. Thread-safe."""
+    """Makes the shield of each connection of a cluster. Thread-safe."""
 
     def __init__(self, security: LinkSecurity | None) -> None:
         """Raises LLMException(LLM_PARAM_INVALID) for files that are no certificates or keys."""

@@ -12,12 +12,12 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.link import status_of
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.transport import native
+from llm_datadist.memory import native
 from llm_datadist.transport.shield import NotAuthentic
 
 if TYPE_CHECKING:
-    from llm_datadist.core.geometry import U64
-    from llm_datadist.transport.deadline import Deadline
+    from llm_datadist.core.segments import U64
+    from llm_datadist.running.deadline import Deadline
     from llm_datadist.transport.shield import Shield
 
 _CHUNK_NBYTES = 64 * 1024

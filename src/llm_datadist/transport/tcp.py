@@ -23,19 +23,19 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.generations import WORD_NBYTES
 from llm_datadist.core.segments import FEW, Segments, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.transport import native
+from llm_datadist.memory import native
+from llm_datadist.memory.local import gather
+from llm_datadist.running.movers import MIN_PART_NBYTES
 from llm_datadist.transport.base import AllMemory, Channel, StaleCache, Streams
-from llm_datadist.transport.local import gather
-from llm_datadist.transport.movers import MIN_PART_NBYTES
 from llm_datadist.transport.stream import RequestRefused, timeval
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from llm_datadist.core.geometry import U64
     from llm_datadist.core.remote import Guard
-    from llm_datadist.transport.deadline import Deadline
-    from llm_datadist.transport.movers import Movers
+    from llm_datadist.core.segments import U64
+    from llm_datadist.running.deadline import Deadline
+    from llm_datadist.running.movers import Movers
     from llm_datadist.transport.stream import Stream
 
 #: a peer that takes nothing of an answer for so long is waited for without a thread
@@ -101,10 +101,9 @@ class TcpChannel:
 
 
 def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadline) -> None:
-    src, dst, nbytes = piece.columns
     timeout_ms = max(1, int(deadline.require("the transfer") * 1000))
     claim = guard.claim and (*guard.claim.key, guard.claim.row)
-    columns = m.pack_columns(src, nbytes)
+    columns = m.pack_columns(piece.src, piece.nbytes)
     read = m.Read(guard.cache_id, guard.generation, timeout_ms, columns, claim)
     try:
         answer = stream.ask(read, deadline)
@@ -117,7 +116,8 @@ def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadlin
     trailer = array("Q", (0, 0))
     behind = [(trailer.buffer_info()[0], _TRAILER_NBYTES)]
     wanted_nbytes = answer.nbytes + _TRAILER_NBYTES
-    stream.receive_into(iovecs(dst, nbytes, behind=behind), wanted_nbytes, deadline)
+    vectors = iovecs(piece.dst, piece.nbytes, behind=behind)
+    stream.receive_into(vectors, wanted_nbytes, deadline)
     generation, bad_addr = trailer
     if bad_addr:
         raise RequestRefused(

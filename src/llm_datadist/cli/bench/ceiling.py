@@ -17,7 +17,7 @@ from llm_datadist.cli.bench.contestant import Job, Puller
 from llm_datadist.cli.bench.failure import BenchError
 from llm_datadist.cli.bench.memory import CacheMemory
 from llm_datadist.core.segments import skip_bytes
-from llm_datadist.transport import native
+from llm_datadist.memory import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,7 +24,7 @@ from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.plan import blocks_to_blocks
 from llm_datadist.core.segments import iovecs
 from llm_datadist.cpp import OPTION_DEVICE_ID, OPTION_LISTEN_IP_INFO, LlmDataDist, LlmRole
-from llm_datadist.transport import native
+from llm_datadist.memory import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

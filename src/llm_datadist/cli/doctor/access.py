@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_datadist.cli.doctor.finding import Case, Finding, State
 from llm_datadist.cli.doctor.proc import STATUS, field_of
-from llm_datadist.transport import native
+from llm_datadist.memory import native
 from llm_datadist.transport.cma import ptrace_scope
 
 if TYPE_CHECKING:

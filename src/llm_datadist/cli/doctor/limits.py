@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.cli.doctor.finding import Case, Finding, State
 from llm_datadist.cli.doctor.proc import MEMINFO, field_of, text_of
-from llm_datadist.engine.streams import MAX_STREAMS
+from llm_datadist.peer.streams import MAX_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_datadist.cli.doctor.finding import Case, Finding, State
-from llm_datadist.engine.listener import bind
 from llm_datadist.errors import LLMException
 from llm_datadist.link_security import LinkSecurity
+from llm_datadist.links.listener import bind
 from llm_datadist.options import PATH_VARIABLE, SECURITY_VARIABLE, check_transfer_path
 from llm_datadist.transport.shield import tls_context
 

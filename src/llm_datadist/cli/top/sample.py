@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llm_datadist.engine.asking import ask_stats
 from llm_datadist.errors import LLMException
+from llm_datadist.peer.asking import ask_stats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,0 +1,237 @@
+"""The cluster at work: what one initialised LLMDataDist or LlmDataDist has, put together.
+
+It makes the parts, in the order in which they need each other, and ends them in the reverse order.
+Whoever carries something out is one of the parts; nobody below knows this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import TYPE_CHECKING, TypeVar
+
+from llm_datadist.core.link import Identity
+from llm_datadist.errors import LLMException
+from llm_datadist.links.context import Context
+from llm_datadist.links.filing import Filing
+from llm_datadist.links.groups import Groups
+from llm_datadist.links.linker import Linker
+from llm_datadist.links.listening import Listening
+from llm_datadist.links.ranks import RankLinks
+from llm_datadist.links.snapshot import Snapshots
+from llm_datadist.links.table import LinkTable
+from llm_datadist.memory.checksum import require_checksums
+from llm_datadist.memory.process import ProcessMemory
+from llm_datadist.observe.watch import Observer
+from llm_datadist.owner.answers import Answers
+from llm_datadist.owner.catalog import Catalog
+from llm_datadist.owner.fetching import Fetching
+from llm_datadist.owner.pools import open_pools
+from llm_datadist.owner.service import Serving
+from llm_datadist.running.deadline import Deadline
+from llm_datadist.running.ending import Ending
+from llm_datadist.running.gate import Gate
+from llm_datadist.running.loop import Loop, cancel_all
+from llm_datadist.running.movers import Movers
+from llm_datadist.running.threads import Threads
+from llm_datadist.transfers.transfers import Transfers
+from llm_datadist.transport.installed import transports_for
+from llm_datadist.transport.shield import Shields
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+
+    from llm_datadist.core.stats import ClusterStats
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.linker import Outcome, Target
+    from llm_datadist.observe.recorder import Recorder
+    from llm_datadist.options import Options
+    from llm_datadist.transport.base import Transport
+
+T = TypeVar("T")
+
+#: how long a call may take to notice that its link was cut
+_LAST_CALLS_S = 2.0
+_WORKERS = 16
+#: more than the streams of several peers: one that stalls in a push holds its streams' threads
+_FETCHERS = 256
+#: started when needed; a listener greets no more callers at once
+_WAITERS = 512
+
+
+class Cluster:
+    """One cluster. Thread-safe, but for `start` and `stop`.
+
+    Raises LLMException for what the options ask for and cannot be had, OSError when descriptors
+    have run out; nothing is left behind then.
+    """
+
+    def __init__(self, cluster_id: int, options: Options) -> None:
+        self.cluster_id = cluster_id
+        self.options = options
+        self._ending = Ending()
+        try:
+            self._make()
+        except BaseException:
+            self._ending.run()
+            raise
+
+    def _make(self) -> None:
+        """The parts, from the bottom up: each is ended before those that were made before it."""
+        options = self.options
+        self._observer = Observer.of(self.cluster_id, options)
+        recorder = None if self._observer is None else self._observer.recorder
+        if options.verify_transfers:
+            require_checksums()
+        self._loop = Loop()
+        self._ending.add("the loop", self._loop.close)
+        #: what runs here
+        self.gate = Gate(recorder)
+        movers = Movers(options.transfer_threads)
+        process = ProcessMemory(movers)
+        pools = open_pools(options, process)
+        for pool in pools.values():
+            self._ending.add("a memory pool", pool.close)
+        transports = transports_for(options, movers)
+        for transport in transports.values():
+            self._ending.add(f"the transport {transport.name}", transport.close)
+        self._ending.add("the movers", movers.close)
+        #: our caches
+        self.catalog = Catalog(
+            self.gate,
+            pools,
+            list(transports.values()),
+            peers_keep_tables=options.remote_accessible,
+        )
+        self._make_links(self._make_context(movers, transports, recorder))
+        #: what moves bytes
+        self.transfers = Transfers(
+            self.catalog,
+            self.links,
+            self.gate,
+            {process.space: process},
+            self._observer,
+            options.sync_timeout_s,
+        )
+
+    def _make_context(
+        self, movers: Movers, transports: Mapping[str, Transport], recorder: Recorder | None
+    ) -> Context:
+        """What links share: who we are, threads, and how peers are answered."""
+        options, loop = self.options, self._loop.asyncio
+        workers = self._threads(_WORKERS, "worker")
+        # apart from the workers, so that two peers that push to each other both have some to answer
+        fetchers = self._threads(_FETCHERS, "fetcher")
+        answers = Answers(self.cluster_id, self.catalog, transports)
+        fetching = Fetching(answers, self.gate, recorder)
+        offers = {name: transport.offer() for name, transport in transports.items()}
+        me = Identity(
+            self.cluster_id,
+            secrets.token_bytes(16),
+            options.remote_accessible,
+            {name: offer for name, offer in offers.items() if offer is not None},
+            self.catalog.probe_target,
+            options.path,
+        )
+        return Context(
+            me,
+            loop,
+            self.gate,
+            transports,
+            Serving(loop, answers, fetching, workers, fetchers, recorder),
+            # apart from both: strangers and name servers can make these wait as long as they like
+            self._threads(_WAITERS, "waiter"),
+            Shields(options.link_security),
+            movers if options.verify_transfers else None,
+            options.sync_timeout_s,
+            options.transfer_backend is not None,
+            recorder,
+        )
+
+    def _make_links(self, context: Context) -> None:
+        cluster_id, instance, recorder = self.cluster_id, context.me.instance, context.recorder
+        #: our live links
+        self.links = LinkTable(cluster_id, instance, recorder)
+        self._groups = Groups(cluster_id, self.links)
+        filing = Filing(cluster_id, instance, self.links, self._groups)
+        self._linker = Linker(context, self.links, filing)
+        self._snapshots = Snapshots(cluster_id, self.links, self.catalog, recorder)
+        #: where peers reach us
+        self.listening = Listening(
+            self._loop, context, self.links, self._groups, filing, self._snapshots.take
+        )
+        #: links by rank table
+        self.ranks = RankLinks(
+            cluster_id, self.options, self._loop, self.listening, self._groups, self._linker
+        )
+
+    def start(self) -> None:
+        """Listens, if the options say where. Raises LLMException when the address cannot be had."""
+        self._loop.start()
+        try:
+            self.listening.move(self.options.listen)
+        except LLMException:
+            self._ending.run()
+            raise
+
+    def stop(self) -> None:
+        """Ends all links, lets running calls end first, and gives everything back."""
+        deadline = Deadline.after(self.options.sync_timeout_s)
+        sessions = self.links.all()
+        for session in sessions:
+            session.drain(max(0.0, deadline.remaining_s()))
+        entries = self.catalog.close()
+        self._loop.run(self._close_links())
+        for session in sessions:  # a call that outlasted the timeout sees that its link is gone
+            session.drain(_LAST_CALLS_S)
+        self._ending.run()
+        entries.clear()  # not before: transports reached the memory until now
+
+    def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
+        """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
+        with self.transfers.watching("link") as watch:
+            work = _gather(self._linker.link(target, timeout_s) for target in targets)
+            outcomes = self._loop.run(work)
+            if watch is not None:
+                watch.ended([outcome.status for outcome in outcomes])
+            return outcomes
+
+    def unlink(self, targets: Sequence[Target], timeout_s: float, *, force: bool) -> list[Outcome]:
+        """Unlinks from all targets at once; `force` asks nobody. Spec 5.5."""
+        with self.transfers.watching("unlink") as watch:
+            unlink = self._linker.cut if force else self._linker.leave
+            outcomes = self._loop.run(_gather(unlink(target, timeout_s) for target in targets))
+            if watch is not None:
+                watch.ended([outcome.status for outcome in outcomes])
+            return outcomes
+
+    def stats(self) -> ClusterStats:
+        """What there is, and what was counted so far."""
+        return self._snapshots.take()
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
+        self._loop.call_soon(call)
+
+    @property
+    def listen_endpoint(self) -> Endpoint | None:
+        """Where the cluster listens, the port that was taken for 0 included."""
+        return self.listening.endpoint
+
+    async def _close_links(self) -> None:
+        await self.listening.close()
+        await self._groups.close()
+        await self.listening.close_for_ranks()
+        for session in self.links.all():
+            await session.cut("this cluster was finalized")
+            await session.join()
+        await cancel_all(task for task in asyncio.all_tasks() if task is not asyncio.current_task())
+
+    def _threads(self, max_threads: int, what: str) -> Threads:
+        threads = Threads(max_threads, f"llm-datadist-{what}")
+        self._ending.add(f"the {what}s", threads.shutdown)
+        return threads
+
+
+async def _gather(work: Iterable[Coroutine[object, object, T]]) -> list[T]:
+    return list(await asyncio.gather(*work))

@@ -1,1 +1,0 @@
-"""The engine: one per LLMDataDist; it links to peers, serves them and moves bytes."""

@@ -1,0 +1,1 @@
+"""Making, keeping and ending links, in the loop's thread."""

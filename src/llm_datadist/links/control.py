@@ -1,0 +1,152 @@
+"""The control connection of a link: messages on a non-blocking socket, in the cluster's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.frames import FrameReader
+from llm_datadist.endpoint import is_ip_literal
+from llm_datadist.transport.shield import NotAuthentic
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from llm_datadist.transport.shield import Shield
+
+_CHUNK_NBYTES = 64 * 1024
+_KEEPALIVE = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    # a host that vanishes without a word is noticed after 10 + 3 * 5 seconds, by the kernel
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+_VANISHED_MS = 25_000
+
+
+class ConnectionEnded(Exception):
+    """The peer closed the connection or broke the protocol on it."""
+
+
+class Unwelcome(ConnectionEnded):
+    """One end did not prove that it may link."""
+
+
+class Control:
+    """One connection. Belongs to the loop's thread."""
+
+    def __init__(self, sock: socket.socket, address: tuple[Any, ...], shield: Shield) -> None:
+        sock.setblocking(False)
+        for level, option, value in _KEEPALIVE:
+            sock.setsockopt(level, option, value)
+        self.socket = sock
+        #: the peer's; the socket no longer knows it when the peer has reset the connection
+        self.address = address
+        self.shield = shield
+        #: holds what came behind the message received last
+        self.frames = FrameReader()
+
+    def trust(self) -> None:
+        """The peer is known: accept frames of full size."""
+        self.frames.max_nbytes = m.MAX_BODY_NBYTES
+
+    def watch(self) -> None:
+        """Has the connection end soon after the peer's host vanished while a message was under way.
+
+        Keep-alive leaves that to the retransmissions, which go on for a quarter of an hour.
+        """
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _VANISHED_MS)
+
+    async def greet(self) -> None:
+        """The shield's hand-shake, first of all. Raises Unwelcome."""
+        try:
+            await self._send(self.shield.start())
+            while not self.shield.is_done:
+                await self._send(self.shield.answer(await self._receive()))
+            self.frames.feed(self.shield.open(b""))
+        except (NotAuthentic, ConnectionEnded) as error:
+            raise Unwelcome(f"link security: {error}; both ends need the same") from error
+
+    async def send(self, message: m.Message) -> None:
+        """Raises ConnectionEnded."""
+        await self._send(self.shield.seal(m.encode(message)))
+
+    async def receive(self) -> m.AnyMessage:
+        """Raises ConnectionEnded."""
+        try:
+            while True:
+                for message in self.frames:
+                    return message
+                self.frames.feed(self.shield.open(await self._receive()))
+        except (m.ProtocolError, NotAuthentic) as error:
+            raise ConnectionEnded(str(error)) from error
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            await asyncio.get_running_loop().sock_sendall(self.socket, data)
+        except OSError as error:
+            raise ConnectionEnded(error.strerror or str(error)) from error
+
+    async def _receive(self) -> bytes:
+        try:
+            data = await asyncio.get_running_loop().sock_recv(self.socket, _CHUNK_NBYTES)
+        except OSError as error:
+            raise ConnectionEnded(error.strerror or str(error)) from error
+        if not data:
+            raise ConnectionEnded("the peer closed the connection")
+        return data
+
+    def end(self) -> None:
+        """Ends the connection; whoever is receiving notices, and then closes it."""
+        with suppress(OSError):  # the peer was first
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Only where nothing is receiving: the loop would watch a descriptor that others get."""
+        self.socket.close()
+
+
+async def dial(host: str, port: int, waiters: Executor, shield: Shield) -> Control:
+    """Connects and greets; a name is looked up in a thread of the waiters.
+
+    Raises OSError, Unwelcome.
+    """
+    control = await _dial(host, port, waiters, shield)
+    try:
+        if not shield.is_done:
+            await control.greet()
+    except BaseException:
+        control.close()
+        raise
+    return control
+
+
+async def _dial(host: str, port: int, waiters: Executor, shield: Shield) -> Control:
+    loop = asyncio.get_running_loop()
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    if is_ip_literal(host):
+        infos = look_up()
+    else:
+        infos = await loop.run_in_executor(waiters, look_up)
+    for info in infos[:-1]:
+        with suppress(OSError):  # "localhost" may be ::1 first, where nobody listens
+            return await _connect(info, shield)
+    return await _connect(infos[-1], shield)
+
+
+async def _connect(info: tuple[Any, ...], shield: Shield) -> Control:
+    family, kind, protocol, _, address = info
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        return Control(sock, address, shield)
+    except BaseException:
+        sock.close()
+        raise

@@ -1,0 +1,46 @@
+"""Filing links: what becomes of a link that is made, and of one that ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_datadist.observe.log import get_logger
+
+if TYPE_CHECKING:
+    from llm_datadist.links.groups import Groups
+    from llm_datadist.links.session import Session
+    from llm_datadist.links.table import LinkTable
+
+
+class Filing:
+    """The Registrar of a cluster's sessions. Belongs to the loop's thread."""
+
+    def __init__(self, cluster_id: int, instance: bytes, links: LinkTable, groups: Groups) -> None:
+        self._cluster_id = cluster_id
+        self._instance = instance
+        self._links = links
+        self._groups = groups
+
+    async def linked(self, session: Session) -> None:
+        """Files the link; one of a rank table waits for the others of its group."""
+        if session.group:
+            await self._groups.join(session)
+            return
+        is_echo = session.instance == self._instance and not session.is_caller
+        if not is_echo:  # the answering end of a link to ourselves is not one to use
+            for stale in self._links.add(session):
+                await stale.cut(f"cluster {session.cluster_id} linked anew")
+        session.report()
+
+    def retracted(self, session: Session, reason: str) -> None:
+        """Operations do not find the link any more."""
+        self._links.remove(session, reason)
+
+    def ended(self, session: Session, reason: str) -> None:
+        """As `retracted`, and says so."""
+        self._links.remove(session, reason)
+        self._groups.leave(session)
+        get_logger().info(
+            "the link of cluster %d to cluster %d ended: %s",
+            self._cluster_id, session.cluster_id, reason,
+        )  # fmt: skip

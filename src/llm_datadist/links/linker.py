@@ -1,0 +1,199 @@
+"""Linking and unlinking: what is done about one target, in the cluster's loop. Spec 5.4, 5.5."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakValueDictionary
+
+from llm_datadist.core import link as lk
+from llm_datadist.core import messages as m
+from llm_datadist.errors import LLMStatusCode
+from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome, dial
+from llm_datadist.links.session import Session
+from llm_datadist.running.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.context import Context
+    from llm_datadist.links.session import Registrar
+    from llm_datadist.links.table import LinkTable
+
+
+class Target(NamedTuple):
+    """A cluster to link to or to unlink, as the caller described it."""
+
+    cluster_id: int | None
+    endpoints: tuple[Endpoint, ...]
+
+
+class Outcome(NamedTuple):
+    """What became of one link or unlink."""
+
+    status: LLMStatusCode
+    reason: str = ""
+
+
+_OK = Outcome(LLMStatusCode.LLM_SUCCESS)
+#: failures to connect that have nothing to do with the peer
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_REMEDY = (
+    "; the peer must listen there and this end be able to reach it (routes, firewalls). Where only "
+    "the peer can reach this end, let the peer call: one direction is enough"
+)
+
+
+class Linker:
+    """Makes and ends links. Belongs to the loop's thread."""
+
+    def __init__(self, context: Context, links: LinkTable, registrar: Registrar) -> None:
+        self._context = context
+        self._links = links
+        self._registrar = registrar
+        #: whose turn it is to link to an address
+        self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
+
+    async def link(self, target: Target, timeout_s: float) -> Outcome:
+        if len(target.endpoints) != 1:
+            return Outcome(
+                LLMStatusCode.LLM_PARAM_INVALID,
+                f"{len(target.endpoints)} remote addresses, one is needed (append_remote_ip_info)",
+            )
+        deadline = Deadline.after(timeout_s)
+        # one after the other: of two links to one peer, each end could keep the other one
+        turn = self._turns.setdefault(target.endpoints[0], asyncio.Lock())
+        try:
+            await asyncio.wait_for(turn.acquire(), timeout_s)
+        except asyncio.TimeoutError:
+            return Outcome(LLMStatusCode.LLM_TIMEOUT, "other calls were linking to it meanwhile")
+        try:
+            left_s = max(0.001, deadline.remaining_s())
+            return await self.call(target.endpoints[0], left_s, is_fresh=not self._known(target))
+        finally:
+            turn.release()
+
+    async def call(
+        self,
+        endpoint: Endpoint,
+        timeout_s: float,
+        *,
+        is_fresh: bool,
+        group: str = "",
+        claim: Callable[[], str] = str,
+    ) -> Outcome:
+        """Links to whoever listens there; `is_fresh` when no link to it is known here.
+
+        Once it is reached `claim` may say why the call is to end there, as LLM_PROCESSING_LINK.
+        """
+        deadline = Deadline.after(timeout_s)
+        control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
+        if control is None:
+            return outcome
+        if objection := claim():
+            control.close()
+            return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
+        link = lk.CallerLink(self._context.me)
+        session = Session(self._context, self._registrar, control, link, endpoint, group)
+        left_s = max(0.001, deadline.remaining_s())
+        timeout_ms = max(1, int(left_s * 1000))
+        first = link.start(is_fresh=is_fresh, timeout_ms=timeout_ms, group=group)
+        await session.greet(first, left_s)
+        return Outcome(session.status, session.reason) if session.is_closed else _OK
+
+    async def cut(self, target: Target, timeout_s: float) -> Outcome:
+        """Drops the links to a target without asking anybody."""
+        for session in self._sessions_of(target):
+            await session.cut("it was unlinked by force")
+        return _OK
+
+    async def leave(self, target: Target, timeout_s: float) -> Outcome:
+        is_one_way = self._context.is_one_way
+        if len(target.endpoints) != 1 and not is_one_way:
+            return Outcome(
+                LLMStatusCode.LLM_PARAM_INVALID,
+                f"{len(target.endpoints)} remote addresses, one is needed unless force=True",
+            )
+        deadline = Deadline.after(timeout_s)
+        sessions = self._sessions_of(target)
+        for session in sessions:
+            if not await self._leave_session(session, deadline):
+                return Outcome(
+                    LLMStatusCode.LLM_TIMEOUT,
+                    f"cluster {session.cluster_id} did not agree to unlink; the link is kept",
+                )
+        if sessions or is_one_way:
+            return _OK
+        return await self._tell(target.endpoints[0], timeout_s)
+
+    def _sessions_of(self, target: Target) -> list[Session]:
+        links, endpoint = self._links, target.endpoints[0] if target.endpoints else None
+        if target.cluster_id is None:
+            return [] if endpoint is None else links.at(endpoint)
+        return self._ours(links.of(target.cluster_id, endpoint))
+
+    def _known(self, target: Target) -> bool:
+        links = self._links
+        if target.cluster_id is None:
+            return bool(links.at(target.endpoints[0]))
+        return bool(self._ours(links.of(target.cluster_id)))
+
+    def _ours(self, sessions: list[Session]) -> list[Session]:
+        """Without those that a peer called for, where such a link is the peer's alone."""
+        return [
+            session for session in sessions if session.is_caller or not self._context.is_one_way
+        ]
+
+    async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
+        drained = await self._context.loop.run_in_executor(
+            self._context.waiters, session.drain, max(0.0, deadline.remaining_s())
+        )
+        if not drained:
+            if not session.is_closed:
+                session.reopen()
+            return session.is_closed
+        return await session.leave(max(0.001, deadline.remaining_s()))
+
+    async def _tell(self, endpoint: Endpoint, timeout_s: float) -> Outcome:
+        """There is no link here; the peer may remember one."""
+        deadline = Deadline.after(timeout_s)
+        control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_UNLINK_FAILED)
+        if control is None:
+            return outcome
+        try:
+            await control.send(m.Forget(self._context.me.instance))
+            await asyncio.wait_for(control.receive(), deadline.remaining_s())
+        except asyncio.TimeoutError:
+            return Outcome(LLMStatusCode.LLM_TIMEOUT, f"{endpoint} did not answer in time")
+        except ConnectionEnded as error:
+            return Outcome(LLMStatusCode.LLM_UNLINK_FAILED, f"{endpoint}: {error}")
+        finally:
+            control.close()
+        return _OK
+
+    async def _connect(
+        self, endpoint: Endpoint, timeout_s: float, failure: LLMStatusCode
+    ) -> tuple[Control | None, Outcome]:
+        try:
+            shield = self._context.shields.make(is_caller=True)
+            dialling = dial(*endpoint, self._context.waiters, shield)
+            return await asyncio.wait_for(dialling, timeout_s), _OK
+        except asyncio.TimeoutError:
+            reason = f"no connection to {endpoint} within {timeout_s:.3f} s{_REMEDY}"
+            return None, Outcome(LLMStatusCode.LLM_TIMEOUT, reason)
+        except Unwelcome as error:
+            return None, Outcome(failure, f"{endpoint}: {error}")
+        except OSError as error:
+            remedy = "" if error.errno in _OURS else _REMEDY
+            reason = f"cannot connect to {endpoint}: {_explain(error)}{remedy}"
+            return None, Outcome(failure, reason)
+
+
+def _explain(error: OSError) -> str:
+    """The system's own words, of which asyncio's connections know only the number."""
+    if error.errno is None or error.errno < 0:  # it comes from the look-up of a name
+        return error.strerror or str(error)
+    return os.strerror(error.errno)

@@ -1,0 +1,212 @@
+"""The listener: each connection to the one port, until it is known what it is for."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import secrets
+import socket
+from typing import TYPE_CHECKING
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.link import ListenerLink
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome
+from llm_datadist.links.session import Session
+from llm_datadist.observe.log import get_logger
+from llm_datadist.running.loop import cancel_all
+from llm_datadist.transport.sealed import open_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llm_datadist.core.stats import ClusterStats
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.context import Context
+    from llm_datadist.links.groups import Groups
+    from llm_datadist.links.session import Registrar
+    from llm_datadist.links.table import LinkTable
+
+_BACKLOG = 512
+#: strangers may stay silent this long, and so many of them at once
+_GREETING_S = 10.0
+_MAX_GREETINGS = 512
+_MAX_HAND_SHAKE_S = 60.0
+#: how long to leave new connections in the backlog when descriptors have run out
+_EXHAUSTED_S = 0.2
+_MAX_STRANGERS = 1024
+
+
+def bind(endpoint: Endpoint, *, is_v6_only: bool = False) -> socket.socket:
+    """A listening socket; with `is_v6_only` it leaves the port of IPv4 to others.
+
+    Raises LLMException: LLM_FAILED when the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    sock = None
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_v6_only:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((endpoint.host, endpoint.port))
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except (OSError, OverflowError) as error:
+        if sock is not None:
+            sock.close()
+        code = error.errno if isinstance(error, OSError) else None
+        remedy = {
+            errno.EADDRINUSE: "another process has it; choose another port, or 0 for a free one",
+            errno.EADDRNOTAVAIL: "no interface of this machine has that address",
+            errno.EACCES: "ports below 1024 need privileges",
+        }.get(code or 0, str(error))
+        raise LLMException(
+            f"cannot listen on {endpoint} (listen_ip_info): {remedy}", LLMStatusCode.LLM_FAILED
+        ) from error
+    return sock
+
+
+class Listener:
+    """Accepts connections. Lives in the loop's thread."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: Context,
+        links: LinkTable,
+        groups: Groups,
+        registrar: Registrar,
+        take_snapshot: Callable[[], ClusterStats],
+    ) -> None:
+        """`take_snapshot` is what whoever asks is told, made in a thread of the waiters."""
+        self._socket = sock
+        self._context = context
+        self._links = links
+        self._groups = groups
+        self._registrar = registrar
+        self._take_snapshot = take_snapshot
+        self._greetings: dict[asyncio.Task[bool], Control] = {}
+        self._sessions: dict[bytes, Session] = {}
+        #: addresses that were refused for want of a credential
+        self._strangers: set[str] = set()
+        context.loop.add_reader(sock, self._accept)
+
+    async def close(self) -> None:
+        self._context.loop.remove_reader(self._socket)
+        self._socket.close()
+        await cancel_all(self._greetings)
+        for session in list(self._sessions.values()):
+            await session.cut("this cluster was finalized")
+            await session.join()
+
+    def _accept(self) -> None:
+        loop = self._context.loop
+        try:
+            sock, address = self._socket.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            get_logger().error("cannot accept a connection: %s", error)
+            loop.remove_reader(self._socket)
+            loop.call_later(_EXHAUSTED_S, self._go_on)
+            return
+        if len(self._greetings) >= _MAX_GREETINGS:
+            sock.close()
+            return
+        control = Control(sock, address, self._context.shields.make(is_caller=False))
+        task = loop.create_task(self._greet(control))
+        self._greetings[task] = control
+        task.add_done_callback(self._greeted)
+
+    def _go_on(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._context.loop.add_reader(self._socket, self._accept)
+
+    def _greeted(self, task: asyncio.Task[bool]) -> None:
+        """Closes a connection that is not kept; one whose greeting never began is none."""
+        control = self._greetings.pop(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            get_logger().error("greeting a connection failed", exc_info=error)
+        if task.cancelled() or error is not None or not task.result():
+            control.close()
+
+    async def _greet(self, control: Control) -> bool:
+        """Whether the connection is kept."""
+        try:
+            first = await asyncio.wait_for(self._first_message(control), _GREETING_S)
+            return await self._welcome(control, first)
+        except Unwelcome as error:
+            self._turn_away(control, error)
+            return False
+        except (asyncio.TimeoutError, ConnectionEnded) as error:
+            get_logger().info("dropped a connection that said nothing of use: %s", error)
+            return False
+
+    async def _first_message(self, control: Control) -> m.AnyMessage:
+        if not control.shield.is_done:
+            await control.greet()
+        return await control.receive()
+
+    def _turn_away(self, control: Control, error: Unwelcome) -> None:
+        """Says so once for each address: strangers may come often."""
+        host = str(control.address[0])
+        if host not in self._strangers and len(self._strangers) < _MAX_STRANGERS:
+            self._strangers.add(host)
+            get_logger().warning("refused a connection from %s: %s", host, error)
+
+    async def _welcome(self, control: Control, first: m.AnyMessage) -> bool:
+        """Whether the connection is kept."""
+        if isinstance(first, m.Hello):
+            return await self._open_session(control, first)
+        if isinstance(first, m.Attach):
+            return await self._attach(control, first)
+        if isinstance(first, m.Forget):
+            for session in self._links.with_instance(first.instance):
+                await session.cut("the peer unlinked")
+            await control.send(m.ByeDone())
+            return False
+        if isinstance(first, m.AskStats):
+            await asyncio.wait_for(self._tell_stats(control), _GREETING_S)
+            return False
+        await control.send(
+            m.Refused(
+                LLMStatusCode.LLM_FAILED, f"a connection cannot begin with {type(first).__name__}"
+            )
+        )
+        return False
+
+    async def _tell_stats(self, control: Control) -> None:
+        """Made in a thread: with hundreds of peers it takes milliseconds."""
+        context = self._context
+        stats = await context.loop.run_in_executor(context.waiters, self._take_snapshot)
+        await control.send(m.Stats(stats.told(to_stranger=not context.shields.is_secure)))
+
+    async def _open_session(self, control: Control, hello: m.Hello) -> bool:
+        link = ListenerLink(self._context.me, token=secrets.token_bytes(16))
+        session = Session(self._context, self._registrar, control, link, None, hello.group)
+        known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
+        self._sessions[session.token] = session
+        session.when_closed(lambda: self._sessions.pop(session.token, None))
+        timeout_s = min(hello.timeout_ms / 1000, _MAX_HAND_SHAKE_S)
+        refusal = self._groups.refusal_of(hello) if hello.group else None
+        if refusal is None:
+            self._groups.answer(session, hello.cluster_id)
+            first = link.admit(hello, is_known=known and not hello.group)
+        else:
+            first = link.turn_away(*refusal)
+        await session.greet(first, timeout_s)
+        return not session.is_closed
+
+    async def _attach(self, control: Control, attach: m.Attach) -> bool:
+        session = self._sessions.get(attach.token)
+        if session is None or not control.frames.is_empty:
+            await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "there is no such link"))
+            return False
+        await control.send(m.Attached())
+        if attach.is_reverse:
+            session.add_stream(open_stream(control.socket, control.shield))
+        else:
+            session.services.start(control)
+        return True

@@ -1,0 +1,123 @@
+"""Where a cluster listens: for those that link to it by address, and by rank table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_datadist.endpoint import Endpoint
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.links.listener import Listener, bind
+from llm_datadist.observe.log import get_logger
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from llm_datadist.core.stats import ClusterStats
+    from llm_datadist.links.context import Context
+    from llm_datadist.links.groups import Groups
+    from llm_datadist.links.session import Registrar
+    from llm_datadist.links.table import LinkTable
+    from llm_datadist.options import Options
+    from llm_datadist.running.loop import Loop
+
+
+class Listening:
+    """Opens, moves and closes the listeners of a cluster. `move` not while other calls run."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        context: Context,
+        links: LinkTable,
+        groups: Groups,
+        registrar: Registrar,
+        take_snapshot: Callable[[], ClusterStats],
+    ) -> None:
+        self._loop = loop
+        self._context = context
+        self._links = links
+        self._groups = groups
+        self._registrar = registrar
+        self._take_snapshot = take_snapshot
+        self._listener: Listener | None = None
+        self._asked: Endpoint | None = None
+        #: where the listener really is, the port that was taken for 0 included
+        self.endpoint: Endpoint | None = None
+        self._rank_listeners: list[Listener] = []
+        self._rank_ports: dict[Endpoint, int] = {}
+
+    def move(self, endpoint: Endpoint | None) -> None:
+        """Listens there, or no more. Spec 5.7.
+
+        Raises LLMException: LLM_EXIST_LINK while there are links, LLM_FAILED when the address
+        cannot be had; all is then as it was.
+        """
+        if self._links.all():
+            raise LLMException("unlink all clusters first", LLMStatusCode.LLM_EXIST_LINK)
+        if endpoint == self._asked:
+            return
+        before, self._asked = self._asked, None
+        taken = self.endpoint
+        self._loop.run(self._close_main())
+        try:
+            self._open(endpoint)
+        except LLMException:
+            self._open(taken)
+            self._asked = before
+            raise
+        self._asked = endpoint
+
+    def switch(self, endpoint: Endpoint | None, options: Options) -> None:
+        """As `move`, for a change of the role. Spec 5.7.
+
+        Raises LLM_FEATURE_NOT_ENABLED, too: for another address with a transfer backend.
+        """
+        if options.transfer_backend is None:
+            self.move(endpoint)
+        elif endpoint not in (None, options.listen):
+            raise LLMException(
+                f"with a transfer backend the address stays {options.listen}",
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+            )
+
+    def open_for_ranks(self, endpoint: Endpoint) -> int:
+        """The port of the listener there; one for each endpoint asked for. Raises LLM_FAILED."""
+        port = self._rank_ports.get(endpoint)
+        if port is None:
+            sock = bind(endpoint, is_v6_only=endpoint.host == "::")  # 0.0.0.0 has its own
+            port = self._rank_ports[endpoint] = sock.getsockname()[1]
+            self._rank_listeners.append(self._loop.run(self._make(sock)))
+        return port
+
+    async def close(self) -> None:
+        """In the loop's thread."""
+        await self._close_main()
+
+    async def close_for_ranks(self) -> None:
+        """In the loop's thread."""
+        for listener in self._rank_listeners:
+            await listener.close()
+
+    def _open(self, endpoint: Endpoint | None) -> None:
+        if endpoint is None:
+            return
+        sock = bind(endpoint)
+        if not self._context.shields.is_secure and not endpoint.is_loopback:
+            get_logger().warning(
+                "cluster %d listens on %s without link security: whoever reaches that address "
+                "can link and read what is registered; set LLMConfig.link_security",
+                self._context.me.cluster_id, endpoint,
+            )  # fmt: skip
+        self.endpoint = Endpoint(*sock.getsockname()[:2])
+        self._listener = self._loop.run(self._make(sock))
+
+    async def _make(self, sock: socket.socket) -> Listener:
+        return Listener(
+            sock, self._context, self._links, self._groups, self._registrar, self._take_snapshot
+        )
+
+    async def _close_main(self) -> None:
+        if self._listener is not None:
+            await self._listener.close()
+        self._listener = self.endpoint = None

@@ -1,0 +1,160 @@
+"""Rank-table links: what `LLMDataDist.link` asks for. Spec 5.8, 12.3."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from llm_datadist.checks import check_dict, check_type, check_uint32, check_uint64
+from llm_datadist.core.rank_table import Place, group_name, hosts_of, parse_rank_table
+from llm_datadist.endpoint import Endpoint
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.links.groups import GroupPlan
+from llm_datadist.links.rendezvous import Rendezvous
+from llm_datadist.observe.log import get_logger
+from llm_datadist.running.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from llm_datadist.links.groups import Groups
+    from llm_datadist.links.linker import Linker
+    from llm_datadist.links.listening import Listening
+    from llm_datadist.options import Options
+    from llm_datadist.running.loop import Loop
+    from llm_datadist.types import RegisterMemStatus
+
+_MAX_NAME = 127
+_MEMBERS = range(2, 5)
+#: a member on another host listens on this port + its device id
+BASE_PORT_VARIABLE = "LLM_DATADIST_LINK_BASE_PORT"
+_BASE_PORT = 60000
+
+
+class RankLinks:
+    """The rank-table links of a cluster. Thread-safe."""
+
+    def __init__(
+        self,
+        cluster_id: int,
+        options: Options,
+        loop: Loop,
+        listening: Listening,
+        groups: Groups,
+        linker: Linker,
+    ) -> None:
+        self._cluster_id = cluster_id
+        self._options = options
+        self._loop = loop
+        self._listening = listening
+        self._groups = groups
+        self._linker = linker
+        #: one was made, which changes what may be registered (spec 5.8)
+        self.were_made = False
+
+    def link(self, comm_name: str, cluster_rank_info: dict[int, int], rank_table: str) -> int:
+        """See LLMDataDist.link."""
+        name = check_type("comm_name", comm_name, str)
+        if not 0 < len(name) <= _MAX_NAME:
+            raise invalid(f"comm_name must have 1 to {_MAX_NAME} characters, got {len(name)}")
+        ranks = _check_ranks(cluster_rank_info)
+        text = check_type("rank_table", rank_table, str)
+        _check_order(ranks)
+        if self._cluster_id not in ranks:
+            raise invalid(f"cluster_rank_info lacks this cluster itself, {self._cluster_id}")
+        places = parse_rank_table(text)
+        base = _base_port()
+        members = {
+            cluster_id: _endpoints(hosts_of(places, rank), base)
+            for cluster_id, rank in ranks.items()
+            if cluster_id != self._cluster_id
+        }
+        options = self._options
+        plan = GroupPlan(
+            group_name(name, ranks), members, options.link_total_time_s, options.link_retry_count
+        )
+        return self._begin(plan, base + options.device_id if any(members.values()) else None)
+
+    def unlink(self, comm_id: int) -> None:
+        """Ends a rank-table link once its transfers have ended. Raises LLM_NOT_YET_LINK."""
+        deadline = Deadline.after(self._options.sync_timeout_s)
+        for session in list(self._groups.find(comm_id).sessions.values()):
+            session.drain(max(0.0, deadline.remaining_s()))
+        self._loop.run(self._groups.stop(comm_id))
+
+    def status_of(self, comm_id: int) -> RegisterMemStatus:
+        """Never blocks. Raises LLMException(LLM_NOT_YET_LINK) for an id that is not known."""
+        return self._groups.status_of(comm_id)
+
+    def _begin(self, plan: GroupPlan, port: int | None) -> int:
+        """Begins a link and returns its comm_id at once. Spec 5.8, 12.1.
+
+        `port` is where members on other hosts expect us, None when there are none.
+        """
+        rendezvous = Rendezvous()
+        here = self._listening.open_for_ranks(Endpoint("127.0.0.1", 0))
+        if port is not None:
+            places = [place for member in plan.members.values() for place in member]
+            for anywhere in {"::" if ":" in place.host else "0.0.0.0" for place in places}:
+                try:
+                    self._listening.open_for_ranks(Endpoint(anywhere, port))
+                except LLMException as error:  # we can still call the others
+                    get_logger().warning("members on other hosts cannot call us: %s", error)
+        comm_id = self._loop.run(self._groups.start(plan, self._linker, rendezvous, here))
+        self.were_made = True
+        return comm_id
+
+
+def _check_ranks(value: object) -> Mapping[int, int]:
+    ranks = check_dict("cluster_rank_info", value, int, int)
+    if len(ranks) >= _MEMBERS.stop:
+        raise invalid(f"cluster_rank_info has {len(ranks)} members, {_MEMBERS[-1]} are possible")
+    for cluster_id, rank in ranks.items():
+        check_uint64("a cluster id of cluster_rank_info", cluster_id)
+        check_uint32(f"the rank of cluster {cluster_id}", rank)
+    return ranks
+
+
+def _check_order(ranks: Mapping[int, int]) -> None:
+    if len(ranks) < _MEMBERS.start:
+        raise invalid(f"cluster_rank_info needs {_MEMBERS.start} members, got {len(ranks)}")
+    if list(ranks.values()) != sorted(ranks.values()):
+        raise invalid(f"the ranks of cluster_rank_info must ascend, got {list(ranks.values())}")
+
+
+def _endpoints(places: Sequence[Place], base: int) -> list[Endpoint]:
+    """Where a member may be on other hosts; on ours it is found by name."""
+    return [
+        Endpoint(place.host, _port_of(place, base))
+        for place in places
+        if place.host is not None and not _is_ours(place.host)
+    ]
+
+
+def _port_of(place: Place, base: int) -> int:
+    port = base + place.device_id
+    if not 0 < port < 2**16:
+        raise LLMException(
+            f"device_id {place.device_id} of the rank table leads to port {port}, which cannot be: "
+            f"choose another {BASE_PORT_VARIABLE}",
+            LLMStatusCode.LLM_LINK_FAILED,
+        )
+    return port
+
+
+def _is_ours(host: str) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _base_port() -> int:
+    text = os.environ.get(BASE_PORT_VARIABLE) or str(_BASE_PORT)
+    if not text.isdigit() or not 0 < int(text) < 2**16:
+        raise invalid(f"{BASE_PORT_VARIABLE} must be a port, got {text!r}")
+    return int(text)

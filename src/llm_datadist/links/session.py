@@ -1,0 +1,381 @@
+"""A session: one end of a link, from its first message to its end, in the loop's thread.
+
+It does what the link machine (`core/link.py`) decides, and nothing else: sends, verifies paths,
+publishes, closes. What comes of each is told to the machine, which may decide more. So a session
+has no state of its own beside its resources, and the machine none beside its rules.
+
+Guaranteed: a link is published, as a `Peer`, only when both ends have moved bytes over its path;
+with the end of a session its door is shut, its streams, channels and services are closed, and
+whoever is told of links (`Registrar`) was told. After `cut` nothing of a session begins any more;
+`join` waits for what it has running.
+
+Only the loop's thread calls a session, but for `_open_stream`, which threads call that lack a
+stream. No locks. A session knows neither the table of links nor groups: it tells a Registrar.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from llm_datadist.core import link as lk
+from llm_datadist.core import messages as m
+from llm_datadist.endpoint import Endpoint
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.links.control import ConnectionEnded, Control, dial
+from llm_datadist.links.services import Services
+from llm_datadist.observe.log import get_logger
+from llm_datadist.peer.peer import Peer
+from llm_datadist.peer.streams import StreamPool, dial_stream
+from llm_datadist.running.deadline import Deadline
+from llm_datadist.running.gate import Door
+from llm_datadist.transport.base import Channel, PathUnavailable, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from llm_datadist.links.context import Context
+    from llm_datadist.transport.stream import Stream
+
+
+class Registrar(Protocol):
+    """Who is told how links fare. Called in the loop's thread."""
+
+    async def linked(self, session: Session) -> None:
+        """The link is made; whoever files it may use it from here on, or cut it."""
+        ...
+
+    def retracted(self, session: Session, reason: str) -> None:
+        """The link may not be used any more. May be told again."""
+        ...
+
+    def ended(self, session: Session, reason: str) -> None:
+        """The link is gone."""
+        ...
+
+
+class Session:
+    """One link to one peer."""
+
+    def __init__(
+        self,
+        context: Context,
+        registrar: Registrar,
+        control: Control,
+        link: lk.CallerLink | lk.ListenerLink,
+        endpoint: Endpoint | None,
+        group: str = "",
+    ) -> None:
+        self._context = context
+        self._registrar = registrar
+        control.watch()
+        self._control = control
+        self._link = link
+        #: where the caller reached its peer; None at the listener
+        self.endpoint = endpoint
+        #: the rank-table link that this one belongs to, if any
+        self.group = group
+        #: where more connections to the peer go
+        self._address = Endpoint(*control.address[:2])
+        #: calls that use this link go through it
+        self.door = Door("the link is still being made")
+        self._streams = StreamPool(self._open_stream, context.recorder)
+        self._channels: dict[str, Channel] = {}
+        #: the other end, for the threads that move bytes; None while the link is being made
+        self.peer: Peer | None = None
+        #: answers what the peer asks
+        self.services = Services(context, lambda: self.peer, self._dial_service, self._spawn)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._deadline = Deadline.after(0)
+        self.status = LLMStatusCode.LLM_SUCCESS
+        self.reason = ""
+        self.closed = asyncio.Event()
+        #: the hand-shake is over, one way or the other
+        self._settled = asyncio.Event()
+        self._listening: asyncio.Task[None] | None = None
+        self._on_close: list[Callable[[], object]] = []
+
+    # -- what the peer said, once it is linked --
+
+    @property
+    def cluster_id(self) -> int:
+        return self._said.cluster_id
+
+    @property
+    def instance(self) -> bytes:
+        return self._said.instance
+
+    @property
+    def path(self) -> str:
+        return self._link.path
+
+    @property
+    def path_reason(self) -> str:
+        """Why better paths are not used; empty when there is no better one."""
+        return "; ".join(f"{path}: {reason}" for path, reason, _ in self._link.rejected)
+
+    @property
+    def state(self) -> str:
+        """Of the link's machine: "linked" or "leaving" for a link that is filed."""
+        return self._link.state.value
+
+    @property
+    def is_closed(self) -> bool:
+        return self._link.state is lk.State.CLOSED
+
+    @property
+    def is_caller(self) -> bool:
+        return isinstance(self._link, lk.CallerLink)
+
+    @property
+    def token(self) -> bytes:
+        return self._link.token
+
+    @property
+    def num_running(self) -> int:
+        """Calls that use this link."""
+        return self._context.gate.count(self.door)
+
+    @property
+    def _said(self) -> lk.Peer:
+        assert self._link.peer is not None
+        return self._link.peer
+
+    def supersedes(self, other: Session) -> bool:
+        """Whether this session is what became of the other one's link."""
+        if self.group != other.group:
+            return False
+        same_way = self.is_caller == other.is_caller and self.instance == other.instance
+        return same_way or (self.endpoint is not None and self.endpoint == other.endpoint)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Lets no new call use the link, and waits for those that do; False when some still do.
+
+        In any thread but the loop's.
+        """
+        self._context.gate.shut(self.door, "the link is being unlinked")
+        return self._context.gate.drain(self.door, timeout_s)
+
+    def reopen(self) -> None:
+        """The end of `drain`."""
+        self._context.gate.open(self.door)
+
+    # -- the link's life, in the loop's thread --
+
+    async def greet(self, actions: Sequence[lk.Action], timeout_s: float) -> None:
+        """The hand-shake from its first actions on; afterwards the link is made or closed."""
+        self._deadline = Deadline.after(timeout_s)
+        try:
+            await asyncio.wait_for(self._shake_hands(actions), timeout_s)
+        except asyncio.TimeoutError:
+            await self.perform(
+                self._link.timed_out(f"the hand-shake was not done within {timeout_s:.3f} s")
+            )
+        except asyncio.CancelledError:
+            await self.cut("this cluster was finalized")
+            raise
+        finally:
+            if self._listening is None:
+                self._control.close()
+            elif self.is_closed:
+                await asyncio.wait([self._listening])
+                self._control.close()  # a task that is cancelled before it began closes nothing
+
+    async def join(self) -> None:
+        """Waits for what a closed session still has running."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def leave(self, timeout_s: float) -> bool:
+        """Unlinks with the peer's consent; False when it does not answer, the link is then kept."""
+        await self.perform(self._link.leave())
+        try:
+            await asyncio.wait_for(self.closed.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            self._link.stay()
+            self.reopen()
+            return False
+        return True
+
+    async def cut(self, reason: str) -> None:
+        await self.perform(self._link.cut(reason))
+
+    async def perform(self, actions: Sequence[lk.Action]) -> None:
+        """Does what the machine decided, and what it decides on the results."""
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, lk.Send):
+                todo.extend(await self._send(action.message))
+            elif isinstance(action, lk.Probe):
+                self._spawn(self._probe(action.path))
+            elif isinstance(action, lk.Publish):
+                await self._publish()
+            elif isinstance(action, lk.Dial):
+                self.services.owe(action.count)
+            elif isinstance(action, lk.Drain):
+                self._spawn(self._drain_for_peer())
+            elif isinstance(action, lk.Retract):
+                self._registrar.retracted(self, "the peer unlinked")
+            else:
+                self._close(action)
+
+    def when_closed(self, call: Callable[[], object]) -> None:
+        self._on_close.append(call)
+
+    async def _shake_hands(self, actions: Sequence[lk.Action]) -> None:
+        await self.perform(actions)
+        if not self.is_closed:
+            self._listening = self._spawn(self._listen())
+            await self._settled.wait()
+
+    async def _listen(self) -> None:
+        try:
+            while not self.is_closed:
+                await self._receive()
+        finally:
+            self._control.close()
+
+    async def _receive(self) -> None:
+        try:
+            message = await self._control.receive()
+        except ConnectionEnded as error:
+            await self.perform(self._link.lost(str(error)))
+        else:
+            await self.perform(self._link.received(message))
+
+    async def _send(self, message: m.Message) -> Sequence[lk.Action]:
+        try:
+            await self._control.send(message)
+        except ConnectionEnded as error:
+            return self._link.lost(str(error))
+        return ()
+
+    async def _probe(self, path: str) -> None:
+        await self.perform(await self._verify(path))
+
+    async def _verify(self, path: str) -> Sequence[lk.Action]:
+        context = self._context
+        try:
+            if context.transports[path].may_wait:
+                opening = context.loop.run_in_executor(context.waiters, self._open_and_verify, path)
+                channel = await opening
+            else:
+                channel = self._open_and_verify(path)
+        except PathUnavailable as error:
+            if self._deadline.remaining_s() <= 0:
+                return self._link.timed_out(f"{path} could not be verified: {error.reason}")
+            return self._link.probed(path, error.reason, is_remarkable=error.is_remarkable)
+        self._channels[path] = channel
+        if self.is_closed:  # it ended meanwhile
+            self._close_channels()
+        return self._link.probed(path, None, is_remarkable=False)
+
+    def _open_and_verify(self, path: str) -> Channel:
+        """In a thread of the waiters, unless it cannot wait. Raises PathUnavailable."""
+        said = self._said
+        transport = self._context.transports[path]
+        try:
+            channel = transport.open(said.offers[path], self._streams)
+        except LLMException as error:
+            raise PathUnavailable(str(error)) from error
+        try:
+            verify(transport, channel, said.probe, self._deadline)
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    def add_stream(self, stream: Stream) -> None:
+        """A stream that the peer dialled for us."""
+        self._streams.add(stream)
+
+    def _close_channels(self, keep: str = "") -> None:
+        """Closes the channels, but that of one path. They stay known: a transfer may have one."""
+        for path, channel in list(self._channels.items()):
+            try:
+                if path != keep:
+                    channel.close()
+            except Exception:  # a transport's mistake must not keep the link from ending
+                get_logger().exception("closing the path %s failed", path)
+
+    async def _publish(self) -> None:
+        context = self._context
+        self._control.trust()
+        self._close_channels(keep=self.path)
+        self.peer = Peer(
+            self.cluster_id,
+            context.transports[self.path],
+            self._channels[self.path],
+            self._streams,
+            self.door,
+            is_one_sided=context.me.is_remote_accessible,
+            checking=context.checking,
+        )
+        self.reopen()
+        await self._registrar.linked(self)
+        self._settled.set()
+
+    def report(self) -> None:
+        """That the link is made, and why not by a better path."""
+        logger = get_logger()
+        logger.info(
+            "cluster %d is linked to cluster %d by %s", self._context.me.cluster_id,
+            self.cluster_id, self.path,
+        )  # fmt: skip
+        for path, reason, is_remarkable in self._link.rejected:
+            if is_remarkable:
+                logger.warning(
+                    "the link to cluster %d uses %s, because %s is not available: %s",
+                    self.cluster_id, self.path, path, reason,
+                )  # fmt: skip
+
+    async def _drain_for_peer(self) -> None:
+        await self._context.loop.run_in_executor(
+            self._context.waiters, self.drain, self._context.sync_timeout_s
+        )
+        await self.perform(self._link.drained())
+
+    async def _dial_service(self) -> Control | None:
+        """A connection on which the peer asks; None when the link is no more."""
+        shield = self._context.shields.make(is_caller=True)
+        control = await dial(*self._address, self._context.waiters, shield)
+        try:
+            await control.send(m.Attach(self.token, is_reverse=True))
+            answer = await control.receive()
+        except BaseException:
+            control.close()
+            raise
+        if isinstance(answer, m.Attached) and not self.is_closed:
+            return control
+        control.close()
+        return None
+
+    def _open_stream(self, deadline: Deadline) -> Stream | None:
+        """In any thread: a caller dials, a listener asks its caller to."""
+        if self.is_caller:
+            return dial_stream(self._address, self.token, self._context.shields, deadline)
+        loop = self._context.loop
+        loop.call_soon_threadsafe(lambda: self._spawn(self.perform([lk.Send(m.DialBack(1))])))
+        return None
+
+    def _close(self, action: lk.Close) -> None:
+        self.status, self.reason = action.status, action.reason
+        ending = f"the link ended because {action.reason}"
+        self._context.gate.shut(self.door, ending)
+        if self._link.peer is not None:
+            self._registrar.ended(self, action.reason)
+        self._streams.close(ending)
+        self._close_channels()
+        self.services.close()
+        self._control.end()
+        self.closed.set()
+        self._settled.set()
+        for call in self._on_close:
+            call()
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = self._context.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,117 @@
+"""The table of live links, by the cluster id that the peer said it has."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+
+if TYPE_CHECKING:
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.session import Session
+    from llm_datadist.observe.recorder import Recorder
+    from llm_datadist.peer.peer import Peer
+
+
+class LinkInfo(NamedTuple):
+    """A live link, as users see it. An addition to the reference."""
+
+    cluster_id: int
+    path: str  #: how its bytes travel: "cma" (same host) or "tcp"
+    path_reason: str  #: why no better path is used; empty when there is none
+    endpoint: Endpoint | None  #: where we called the peer; None when it called us
+
+
+class LinkTable:
+    """Live links. Thread-safe.
+
+    Several peers may carry one cluster id (spec 12.7): each keeps its link, told apart by instance
+    and address, and an operation that names only the id uses the newest.
+    """
+
+    def __init__(self, cluster_id: int, instance: bytes, recorder: Recorder | None = None) -> None:
+        self._cluster_id = cluster_id
+        self._instance = instance
+        self._recorder = recorder
+        self._lock = threading.Lock()
+        self._sessions: dict[int, list[Session]] = {}
+        #: of the links that operations use; may be read without the lock
+        self.paths: dict[int, str] = {}
+        #: why the last link to a cluster ended, for the error of whoever still uses it
+        self._endings: dict[int, str] = {}
+
+    def add(self, session: Session) -> list[Session]:
+        """Files a live session; returns those of the same peer that it replaces."""
+        with self._lock:
+            others = self._sessions.setdefault(session.cluster_id, [])
+            replaced = [other for other in others if session.supersedes(other)]
+            others[:] = [session, *(other for other in others if other not in replaced)]
+            self.paths[session.cluster_id] = session.path
+            self._endings.pop(session.cluster_id, None)
+        if self._recorder is not None:
+            self._recorder.link_made(session.path)
+            for other in replaced:
+                self._recorder.link_ended(other.path)
+        return replaced
+
+    def remove(self, session: Session, ending: str) -> None:
+        with self._lock:
+            others = self._sessions.get(session.cluster_id, [])
+            was_filed = session in others
+            if was_filed:
+                others.remove(session)
+            if others:
+                self.paths[session.cluster_id] = others[0].path
+            elif self._sessions.pop(session.cluster_id, None) is not None:
+                del self.paths[session.cluster_id]
+                self._endings[session.cluster_id] = ending
+        if was_filed and self._recorder is not None:
+            self._recorder.link_ended(session.path)
+
+    def find(self, cluster_id: int) -> Peer:
+        """The peer that an operation means. Raises LLMException(LLM_NOT_YET_LINK)."""
+        with self._lock:
+            sessions = self._sessions.get(cluster_id)
+            if sessions and sessions[0].peer is not None:
+                return sessions[0].peer
+            ending = self._endings.get(cluster_id)
+        because = f": the last link ended because {ending}" if ending else ""
+        raise LLMException(
+            f"cluster {self._cluster_id} is not linked to cluster {cluster_id}{because}; "
+            "call link_clusters first",
+            LLMStatusCode.LLM_NOT_YET_LINK,
+        )
+
+    def is_self(self, cluster_id: int) -> bool:
+        """Whether the id means this cluster, and no peer that happens to carry the same id."""
+        if cluster_id != self._cluster_id:
+            return False
+        return all(session.instance == self._instance for session in self.of(cluster_id))
+
+    def of(self, cluster_id: int, endpoint: Endpoint | None = None) -> list[Session]:
+        """The live sessions to a cluster: those to the peer at the endpoint, if any, else all.
+
+        Two ends that linked to each other at once have one in each direction.
+        """
+        with self._lock:
+            sessions = list(self._sessions.get(cluster_id, ()))
+        peers = {s.instance for s in sessions if endpoint is not None and s.endpoint == endpoint}
+        return [session for session in sessions if session.instance in peers] or sessions
+
+    def at(self, endpoint: Endpoint) -> list[Session]:
+        return [session for session in self.all() if session.endpoint == endpoint]
+
+    def with_instance(self, instance: bytes) -> list[Session]:
+        return [session for session in self.all() if session.instance == instance]
+
+    def all(self) -> list[Session]:
+        with self._lock:
+            return [session for sessions in self._sessions.values() for session in sessions]
+
+    def infos(self) -> list[LinkInfo]:
+        """Each link as users see it."""
+        return [
+            LinkInfo(session.cluster_id, session.path, session.path_reason, session.endpoint)
+            for session in self.all()
+        ]

@@ -1,0 +1,1 @@
+"""Answering peers: our caches, who may reach them, and the streams on which peers ask."""

@@ -1,0 +1,109 @@
+"""What peers may ask of our caches, and the answers. In any thread, without a socket."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.registry import KeyName
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.memory.checksum import digest_of
+from llm_datadist.memory.device import HOST
+from llm_datadist.running.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llm_datadist.core.registry import Entry
+    from llm_datadist.core.segments import U64
+    from llm_datadist.owner.catalog import Catalog
+    from llm_datadist.transport.base import Transport
+
+#: a peer that takes no more of an answer for this long, or asks for longer, is cut off
+MAX_ANSWER_S = 600.0
+
+
+class Answers:
+    """Answers questions that need no more than our caches. Thread-safe."""
+
+    def __init__(
+        self, cluster_id: int, catalog: Catalog, transports: Mapping[str, Transport]
+    ) -> None:
+        self._cluster_id = cluster_id
+        self._catalog = catalog
+        self._transports = transports
+
+    def answer(self, request: m.AnyMessage) -> m.Message:
+        """The answer. Raises LLMException to refuse it, ProtocolError for what is no question."""
+        if isinstance(request, m.Resolve):
+            name: int | KeyName = KeyName(request.key_id, request.model_id, request.is_prefix)
+            if request.cache_id is not None:
+                name = request.cache_id
+            return m.Resolved(*self._catalog.describe(name))
+        if isinstance(request, m.ListCaches):
+            return m.Caches(self._catalog.describe_all())
+        if isinstance(request, m.UseUp):
+            first, count = request.first_tensor, request.num_tensors
+            tensors = range(first, first + count) if count else None
+            self._catalog.use_up(request.cache_id, request.row, tensors)
+            return m.Done()
+        raise m.ProtocolError(f"{type(request).__name__} is no request")
+
+    def exports(self, request: m.ListExports) -> m.Message:
+        """What channels over a path need to know. May take its time."""
+        transport = self._transports.get(request.path)
+        if transport is None:
+            raise invalid(f"cluster {self._cluster_id} does not have the path {request.path!r}")
+        return m.Exports(transport.exports())
+
+    def digest(self, request: m.Digest) -> m.Message:
+        """The checksum of our end of a transfer. Takes its time."""
+        _, addrs, nbytes = self.readable(request)
+        timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
+        return m.Digested(digest_of(addrs, nbytes, Deadline.after(timeout_s)))
+
+    def is_probe(self, request: m.Read) -> bool:
+        """Whether it reads the nonce of a hand-shake, and no cache."""
+        return request.cache_id == self._catalog.probe.cache_id
+
+    def readable(self, read: m.Read | m.Digest) -> tuple[Entry, U64, U64]:
+        """The memory that a peer asks to be sent: cache, addresses, lengths; all checked."""
+        addrs, nbytes = m.columns_of(read.columns, 2)
+        entry = self._catalog.find(read.cache_id)
+        if isinstance(read, m.Read) and read.claim is not None:
+            key_id, model_id, is_prefix, row = read.claim
+            key = KeyName(key_id, model_id, is_prefix)
+            if self._catalog.find_key(key) != (entry, row):
+                raise LLMException(
+                    f"{key} leads elsewhere by now", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+                )
+        _check_reach(entry, read.generation, addrs, nbytes)
+        if entry.space != HOST:
+            raise invalid(f"cache {entry.cache_id} lies in {entry.space}: no stream sends that")
+        return entry, addrs, nbytes
+
+    def writable(self, token: object, request: m.Fetch, addrs: U64, nbytes: U64) -> Entry:
+        """The cache that a peer asks us to fill, checked, and used by the token's call."""
+        cache_id, generation = request.cache_id, request.generation
+        if cache_id is None:
+            found = self._catalog.find_at(addrs, nbytes)
+            cache_id, generation = found.cache_id, found.generation
+        entry = self._catalog.use(token, cache_id)
+        _check_reach(entry, generation, addrs, nbytes)
+        return entry
+
+
+def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None:
+    """A peer may reach these bytes of this cache. Raises LLMException."""
+    if entry.generation != generation:
+        raise LLMException(
+            f"cache {entry.cache_id} was freed or changed", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+        )
+    if not entry.is_remote_accessible:
+        raise invalid(f"cache {entry.cache_id} is not registered as remote accessible")
+    if not entry.layout.covers(addrs, nbytes):
+        raise invalid(f"a transfer reaches beyond the tensors of cache {entry.cache_id}")
+    if float(nbytes.sum(dtype=np.float64)) > m.MAX_REQUEST_NBYTES:
+        raise invalid(f"one request asks for more than {m.MAX_REQUEST_NBYTES} bytes")

@@ -1,0 +1,369 @@
+"""The catalog: this process's caches, by id and by key, with the memory they lie in.
+
+Guaranteed: memory that a call uses stays what it is until the call has ended. Each use is noted in
+the gate under the call's token, at the moment at which the cache is found. An unregistered cache
+waits for its uses, and gets no new ones; an allocated cache that is freed while it is used is gone
+for everybody at once, but its memory goes back to its pool with a later look at the pools, when
+nothing uses it any more. So does memory that an array shows, which a Pin keeps.
+
+Any thread may call. `_lock` guards the registry, the exposure's file and what is leaving or doomed;
+it is taken before the gate's and the pools', and no code of the program's runs under it: tensors
+are let go behind it, since their finalizers may call us. Rejected: memory that goes back with the
+end of the last use itself (the end of a call would have to take this lock, and a finalizer may end
+one wherever the garbage collector strikes).
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.generations import Generations
+from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.core.registry import Entry, KeyName, Registry
+from llm_datadist.core.remote import describe
+from llm_datadist.core.stats import HeldKey
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.memory.device import HOST
+from llm_datadist.memory.host import unmapped
+from llm_datadist.memory.views import held_bytes
+from llm_datadist.observe.log import get_logger
+from llm_datadist.owner.exposure import Exposure
+from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
+from llm_datadist.types import Placement
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from llm_datadist.core.pages import PoolUsage
+    from llm_datadist.core.segments import U64
+    from llm_datadist.memory.arena import MemoryPool
+    from llm_datadist.running.gate import Gate
+    from llm_datadist.transport.base import Transport
+
+#: the cache that holds the nonce of the hand-shake
+PROBE_ID = 0
+
+
+class Holdings(NamedTuple):
+    """What a catalog holds at a moment."""
+
+    num_caches: int
+    num_keys: int
+    #: of those that hold an allocated cache, or a row of it
+    oldest_key: HeldKey | None
+
+
+class Catalog:
+    """The registry behind a lock, and who uses what it has. Thread-safe."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        pools: Mapping[Placement, MemoryPool],
+        transports: Sequence[Transport],
+        *,
+        peers_keep_tables: bool,
+    ) -> None:
+        #: where allocated caches lie, by placement
+        self.pools = pools
+        self._exposure = Exposure(transports)
+        self._gate = gate
+        self._lock = threading.Lock()
+        #: being unregistered: no use may begin, or waiting for the last one might never end
+        self._leaving: set[Entry] = set()
+        #: freed while in use: their memory is still to go back to its pool
+        self._doomed: set[Entry] = set()
+        self._registry = Registry(
+            Generations(secrets.randbits(62), self._exposure.expose_words),
+            first_id=PROBE_ID,
+            peers_keep_tables=peers_keep_tables,
+        )
+        self._nonce = ProbeNonce()
+        geometry = Geometry(CacheKind.CONTINUOUS, 1, 1, NONCE_NBYTES)
+        layout = Layout.at(geometry, [self._nonce.addr])
+        #: the cache of the nonce, which no call names
+        self.probe = self._file(layout, Placement.HOST, (), (), is_remote_accessible=True)
+
+    @property
+    def probe_target(self) -> m.ProbeTarget:
+        probe = self.probe
+        return m.ProbeTarget(self._nonce.addr, self._nonce.nonce, probe.word_addr, probe.generation)
+
+    def register(
+        self,
+        geometry: Geometry,
+        addrs: Sequence[int],
+        placement: Placement,
+        keys: Sequence[KeyName | None] = (),
+        *,
+        is_remote_accessible: bool,
+        held: Sequence[object | None] = (),
+    ) -> Entry:
+        """Files a cache over memory that stays the caller's. Spec 6.4.
+
+        The memory is not touched: what is not mapped is warned about, and fails when it is moved.
+        `held` keeps it until the cache is unregistered, one object per tensor or none. Raises
+        LLMException(LLM_PARAM_INVALID).
+        """
+        layout = Layout.at(geometry, addrs)
+        _warn_of_strays(addrs, geometry.tensor_nbytes, held)
+        return self._file(layout, placement, keys, held, is_remote_accessible=is_remote_accessible)
+
+    def unregister(self, cache_id: int, timeout_s: float) -> Entry | None:
+        """Forgets a cache, once the calls of this process that use its memory have ended.
+
+        Returns it, so that its tensors go when the lock is free: their finalizers may call us.
+        An unknown id is no error, nor is that of an allocated cache, which stays (O19). Raises
+        LLMException(LLM_TIMEOUT) when the calls do not end; the cache then stays.
+        """
+        with self._lock:
+            entry = self._registry.get(cache_id)
+            if entry is None or entry.is_owned or entry is self.probe:
+                return None
+            self._leaving.add(entry)
+        try:
+            if not self._gate.drain(entry, timeout_s):
+                raise LLMException(
+                    f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
+                    LLMStatusCode.LLM_TIMEOUT,
+                )
+            with self._lock:
+                if self._registry.unregister(cache_id) is not None:
+                    self._exposure.conceal(cache_id)
+            return entry
+        finally:
+            with self._lock:
+                self._leaving.discard(entry)
+
+    def allocate(
+        self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
+    ) -> Entry:
+        """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
+        pool = self.pools[placement]
+        self._reclaim()
+        try:
+            addrs = pool.allocate_many(geometry.num_tensors, geometry.tensor_nbytes)
+        except LLMException as error:
+            kept = len(self._doomed)
+            hint = f"; {kept} freed caches are still held by arrays or transfers" if kept else ""
+            text = f"no memory for a cache in the {placement.name} pool: {error}{hint}"
+            get_logger().error(text)
+            raise LLMException(text, error.status_code) from error
+        region = None
+        try:
+            layout = Layout.at(geometry, addrs)
+            region = self._exposure.expose(layout, pool.space, is_remote_accessible=True)
+            with self._lock:
+                entry = self._registry.allocate(layout, placement, keys)
+                entry.allocated_at, entry.space = time.monotonic(), pool.space
+                self._exposure.file(entry.cache_id, region)
+        except BaseException:
+            if region is not None:
+                self._exposure.conceal_region(region)
+            for addr in addrs:
+                pool.free(addr)
+            raise
+        return entry
+
+    def deallocate(self, cache_id: int) -> None:
+        """Drops the id's reference; what no key holds is freed. Spec 6.5."""
+        with self._lock:
+            self._give_back(self._registry.deallocate(cache_id))
+
+    def remove_key(self, key: KeyName) -> None:
+        """Drops a key of an allocated cache; what nothing else holds is freed. Spec 6.6."""
+        with self._lock:
+            self._give_back(self._registry.remove_key(key))
+
+    def holdings(self) -> Holdings:
+        """How many caches and keys there are, and the key that has waited longest for its pull."""
+        with self._lock:
+            entry = self._registry.oldest_held()
+            return Holdings(
+                len(self._registry) - 1,  # without the probe's
+                self._registry.num_keys,
+                None if entry is None else _held(entry),
+            )
+
+    def close(self) -> list[Entry]:
+        """Makes all that peers know of this process stale.
+
+        Returns what was there: the tensors that it holds may go when no transport can reach them.
+        """
+        with self._lock:
+            entries = list(self._registry.entries())
+            for entry in entries:
+                self._registry.unregister(entry.cache_id)
+        return entries
+
+    def use(self, token: object, cache_id: int) -> Entry:
+        """A cache of ours whose memory stays it until the call of that token has left the gate.
+
+        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, and what `Gate.enter` raises.
+        """
+        with self._lock:
+            entry = self._find(cache_id)
+            if entry in self._leaving:
+                raise LLMException(
+                    f"cache {cache_id} is being unregistered", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+                )
+            self._gate.enter(token, None, entry)
+            return entry
+
+    def find(self, cache_id: int) -> Entry:
+        """Any cache, for a peer's request. Raises LLMException(LLM_KV_CACHE_NOT_EXIST)."""
+        with self._lock:
+            return self._registry.find(cache_id)
+
+    def find_key(self, key: KeyName) -> tuple[Entry, int]:
+        """The cache and the row of a key. Raises LLMException(LLM_KV_CACHE_NOT_EXIST)."""
+        with self._lock:
+            return self._registry.find_key(key)
+
+    def find_at(self, addrs: U64, nbytes: U64) -> Entry:
+        """The cache that peers may reach at these addresses. Raises LLM_PARAM_INVALID."""
+        with self._lock:
+            for entry in self._registry.entries():
+                if (
+                    entry is not self.probe
+                    and entry.is_remote_accessible
+                    and entry.layout.covers(addrs, nbytes)
+                ):
+                    return entry
+        raise invalid("the addresses lie in no cache that is remote accessible")
+
+    def describe(self, name: int | KeyName) -> tuple[m.CacheInfo, int]:
+        """What a peer is told of a cache, and the row. Raises LLM_KV_CACHE_NOT_EXIST."""
+        with self._lock:
+            if isinstance(name, KeyName):
+                entry, row = self._registry.find_key(name)
+            else:
+                entry, row = self._find(name), 0
+            return describe(entry), row
+
+    def describe_all(self) -> list[m.CacheInfo]:
+        """What a peer is told of all caches."""
+        with self._lock:
+            return [describe(e) for e in self._registry.entries() if e is not self.probe]
+
+    def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
+        """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7."""
+        with self._lock:
+            self._give_back(self._registry.use_up(cache_id, row, tensors))
+
+    def view(self, cache_id: int, index: int) -> npt.NDArray[np.uint8]:
+        """The bytes of one tensor of ours; the array keeps them, whatever becomes of the cache.
+
+        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, and LLM_PARAM_INVALID for memory that is only
+        known by its address.
+        """
+        with self._lock:
+            entry = self._find(cache_id)
+            held = self._hold(entry, index)
+        if held is None:
+            raise invalid(
+                f"cache {cache_id} was registered by address, so nothing keeps the memory of a "
+                "view: register the tensors themselves"
+            )
+        layout = entry.layout
+        return held_bytes(int(layout.addrs[index]), layout.geometry.tensor_nbytes, held)
+
+    def usage(self) -> dict[Placement, tuple[PoolUsage, ...]]:
+        """How full each part of each pool is."""
+        self._reclaim()
+        return {placement: pool.usage() for placement, pool in self.pools.items()}
+
+    def _hold(self, entry: Entry, index: int) -> object | None:
+        """What keeps the memory of a tensor, beyond `close` too; None if only the program does."""
+        if not entry.is_owned:
+            return entry.held[index] if entry.held else None
+        nbytes = entry.layout.geometry.tensor_nbytes
+        memory = self.pools[entry.placement].view(int(entry.layout.addrs[index]), nbytes)
+        return memory, Pin(self._gate, entry)
+
+    def _file(
+        self,
+        layout: Layout,
+        placement: Placement,
+        keys: Sequence[KeyName | None],
+        held: Sequence[object | None],
+        *,
+        is_remote_accessible: bool,
+    ) -> Entry:
+        region = self._exposure.expose(layout, HOST, is_remote_accessible=is_remote_accessible)
+        try:
+            with self._lock:
+                entry = self._registry.register(
+                    layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
+                )
+                self._exposure.file(entry.cache_id, region)
+        except BaseException:
+            self._exposure.conceal_region(region)
+            raise
+        return entry
+
+    def _give_back(self, freed: Entry | None) -> None:
+        """Returns the memory of an allocated cache, now or when nothing uses it any more."""
+        if freed is None:
+            return
+        if self._gate.count(freed):
+            self._doomed.add(freed)
+            return
+        self._exposure.conceal(freed.cache_id)
+        pool = self.pools[freed.placement]
+        for addr in freed.layout.addrs.tolist():
+            pool.free(addr)
+
+    def _reclaim(self) -> None:
+        """Returns the memory of freed caches whose last use has ended."""
+        with self._lock:
+            doomed, self._doomed = self._doomed, set()
+            for entry in doomed:
+                self._give_back(entry)
+
+    def _find(self, cache_id: int) -> Entry:
+        if cache_id <= PROBE_ID:
+            raise LLMException(
+                f"there is no cache {cache_id}: ids begin at 1",
+                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+            )
+        return self._registry.find(cache_id)
+
+
+class Pin:
+    """A use of a cache that ends when nobody holds the pin, wherever that is found out."""
+
+    __slots__ = ("_gate", "_token")
+
+    def __init__(self, gate: Gate, entry: Entry) -> None:
+        self._gate, self._token = gate, object()
+        gate.running[self._token] = (entry,)  # no call: it goes through no door
+
+    def __del__(self) -> None:
+        self._gate.leave(self._token)
+
+
+def _warn_of_strays(addrs: Sequence[int], nbytes: int, held: Sequence[object | None]) -> None:
+    """What is kept is there, and to look takes milliseconds in a process that has torch."""
+    keepers = held or [None] * len(addrs)
+    loose = [addr for addr, keeper in zip(addrs, keepers, strict=True) if keeper is None]
+    strays = unmapped(loose, nbytes) if loose else []
+    if strays:
+        get_logger().warning(
+            "register: no memory is mapped at %d of %d addresses, the first is %#x (+%d bytes); "
+            "transfers that use it will fail",
+            len(strays), len(addrs), strays[0], nbytes,
+        )  # fmt: skip
+
+
+def _held(entry: Entry) -> HeldKey:
+    key = next(iter(entry.keys))
+    age_s = time.monotonic() - entry.allocated_at
+    return HeldKey(entry.cache_id, age_s, key.id, key.model_id, key.is_prefix)

@@ -1,0 +1,1 @@
+"""Asking a peer: finding its caches, reading them, having it fetch ours. For any thread."""

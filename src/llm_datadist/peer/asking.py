@@ -1,0 +1,58 @@
+"""Asking a running cluster how it is, without linking to it."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from llm_datadist.core import messages as m
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.running.deadline import Deadline
+from llm_datadist.transport.sealed import open_stream
+from llm_datadist.transport.shield import Shields
+
+if TYPE_CHECKING:
+    from llm_datadist.core.stats import ClusterStats
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.link_security import LinkSecurity
+
+
+def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: float) -> ClusterStats:
+    """What the cluster that listens at the endpoint says of itself. In any thread.
+
+    `security` must be that of the cluster; `options.read_link_security({})` is what the environment
+    says. Without it the cluster keeps addresses and ids of keys to itself.
+
+    Raises LLMException: LLM_LINK_FAILED when nobody listens there, LLM_TIMEOUT; LLM_NOT_YET_LINK
+    when whoever listens hangs up or LLM_FAILED when it answers otherwise, as for another link
+    security; LLM_PARAM_INVALID for certificates that cannot be read.
+    """
+    shield = Shields(security).make(is_caller=True)
+    deadline = Deadline.after(timeout_s)
+    stream = open_stream(_connect(endpoint, deadline), shield)
+    try:
+        if not shield.is_done:
+            stream.greet(deadline)
+        answer = stream.ask(m.AskStats(), deadline)
+    except LLMException as error:
+        hint = "; the cluster must have the same link security, and a version that can be asked"
+        is_clear = error.status_code is LLMStatusCode.LLM_TIMEOUT
+        raise LLMException(
+            f"{endpoint}: {error}{'' if is_clear else hint}", error.status_code
+        ) from error
+    finally:
+        stream.close()
+    if not isinstance(answer, m.Stats):
+        raise LLMException(f"{endpoint} answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
+    return answer.stats
+
+
+def _connect(endpoint: Endpoint, deadline: Deadline) -> socket.socket:
+    try:
+        return socket.create_connection(endpoint, deadline.require(f"connecting to {endpoint}"))
+    except TimeoutError:
+        raise deadline.expired(f"connecting to {endpoint}") from None
+    except OSError as error:
+        raise LLMException(
+            f"cannot connect to {endpoint}: {error.strerror}", LLMStatusCode.LLM_LINK_FAILED
+        ) from error

@@ -1,0 +1,136 @@
+"""Lookup: finding a peer's cache by id or key, by asking its owner or in a table kept per link."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.registry import KeyName
+from llm_datadist.core.remote import RemoteCache, RemoteTable, understand
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.transport.stream import RequestRefused
+
+if TYPE_CHECKING:
+    from llm_datadist.peer.streams import StreamPool
+    from llm_datadist.running.deadline import Deadline
+
+
+#: requests have keys of their own, and some are never used up
+_MOST_ANSWERS = 1024
+
+
+class Found(NamedTuple):
+    """A peer's cache and the row that was meant; `is_fresh` when its owner said so just now."""
+
+    cache: RemoteCache
+    row: int
+    is_fresh: bool
+
+
+class Lookup:
+    """The caches of one peer. Thread-safe.
+
+    In remote-accessible mode (`is_tabled`) the owner's whole table is fetched once, and again when
+    something is missing from it or proved stale. In two-sided mode the owner is asked; where it
+    checks claims with each read (`remembers`), its answer is kept until a read proves it stale.
+    """
+
+    def __init__(self, streams: StreamPool, *, is_tabled: bool, remembers: bool) -> None:
+        self._streams = streams
+        self._is_tabled = is_tabled
+        self._remembers = remembers
+        self._fetching = threading.Lock()
+        self._table: RemoteTable | None = None
+        self._answers: dict[int | KeyName, Found] = {}
+
+    def find(self, name: int | KeyName, deadline: Deadline) -> Found:
+        """The cache and the row that an id (row 0) or a key names.
+
+        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_TIMEOUT, LLM_NOT_YET_LINK.
+        """
+        if not self._is_tabled:
+            if self._remembers:
+                return self._answers.get(name) or self._ask_and_remember(name, deadline)
+            return self._ask(name, deadline)
+        table = self._table
+        found = None if table is None else _find_in(table, name, is_fresh=False)
+        if found is None:
+            found = _find_in(self._fetch(table, deadline), name, is_fresh=True)
+        if found is None:
+            raise _missing(name)
+        return found
+
+    def forget(self) -> None:
+        """What was found proved stale."""
+        self._table = None
+        self._answers = {}
+
+    def _ask_and_remember(self, name: int | KeyName, deadline: Deadline) -> Found:
+        cache, row, _ = self._ask(name, deadline)
+        if isinstance(name, KeyName):
+            cache = cache.claimed(name, row)
+        if not cache.has_key_at(row):  # else the pull uses it up
+            if len(self._answers) >= _MOST_ANSWERS:
+                self._answers = {}
+            self._answers[name] = Found(cache, row, is_fresh=False)
+        return Found(cache, row, is_fresh=True)
+
+    def _ask(self, name: int | KeyName, deadline: Deadline) -> Found:
+        if isinstance(name, KeyName):
+            question = m.Resolve(None, name.id, name.model_id, name.is_prefix)
+        else:
+            question = m.Resolve(name, 0, 0, False)
+        with self._streams.borrow(deadline) as stream:
+            try:
+                answer = stream.ask(question, deadline)
+            except RequestRefused as refused:
+                if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
+                    raise _missing(name) from refused
+                raise
+        if not isinstance(answer, m.Resolved):
+            raise _garbage(answer)
+        return Found(_understand(answer.info), answer.row, is_fresh=True)
+
+    def _fetch(self, seen: RemoteTable | None, deadline: Deadline) -> RemoteTable:
+        """A table newer than `seen`; threads that miss at the same time share one fetch."""
+        if not self._fetching.acquire(timeout=deadline.require("waiting for the peer's table")):
+            raise deadline.expired("waiting for the peer's table")
+        try:
+            if self._table is not None and self._table is not seen:
+                return self._table
+            with self._streams.borrow(deadline) as stream:
+                answer = stream.ask(m.ListCaches(), deadline)
+            if not isinstance(answer, m.Caches):
+                raise _garbage(answer)
+            self._table = RemoteTable(_understand(info) for info in answer.infos)
+            return self._table
+        finally:
+            self._fetching.release()
+
+
+def _find_in(table: RemoteTable, name: int | KeyName, *, is_fresh: bool) -> Found | None:
+    if isinstance(name, KeyName):
+        found = table.find_key(name)
+        return None if found is None else Found(*found, is_fresh)
+    cache = table.find(name)
+    return None if cache is None else Found(cache, 0, is_fresh)
+
+
+def _missing(name: int | KeyName) -> LLMException:
+    what = "cache with that key" if isinstance(name, KeyName) else f"cache {name}"
+    return LLMException(
+        f"the peer has no {what}: it must register or allocate one, and keep it while it is used",
+        LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+    )
+
+
+def _understand(info: m.CacheInfo) -> RemoteCache:
+    try:
+        return understand(info)
+    except m.ProtocolError as error:
+        raise _garbage(error) from error
+
+
+def _garbage(what: object) -> LLMException:
+    return LLMException(f"the peer answered {what!r:.200}", LLMStatusCode.LLM_FAILED)

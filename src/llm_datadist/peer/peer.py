@@ -1,0 +1,206 @@
+"""A peer: the other end of one live link, as the threads see it that move bytes.
+
+A peer is whole from the moment it exists: the hand-shake is over, a path was verified. What it
+needs of its link is here; it knows neither the link's connection nor the loop's thread. When the
+link ends, its door is shut and its streams and channel are closed, and whoever is inside fails.
+
+`move` is the one way of a pull and of a push: look the peer's cache up, have the value plan, read
+or have it fetched. What was found earlier may have been replaced meanwhile; then once more.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llm_datadist.core import messages as m
+from llm_datadist.core.remote import Guard
+from llm_datadist.core.transfer import Pull
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.memory.checksum import digest_of
+from llm_datadist.observe.log import get_logger
+from llm_datadist.peer.lookup import Lookup
+from llm_datadist.transport.base import StaleCache
+from llm_datadist.transport.stream import RequestRefused
+
+if TYPE_CHECKING:
+    from llm_datadist.core.registry import Entry
+    from llm_datadist.core.remote import RemoteCache
+    from llm_datadist.core.segments import Segments
+    from llm_datadist.core.transfer import Push
+    from llm_datadist.observe.watch import Watch
+    from llm_datadist.peer.lookup import Found
+    from llm_datadist.peer.streams import StreamPool
+    from llm_datadist.running.deadline import Deadline
+    from llm_datadist.running.gate import Door
+    from llm_datadist.running.movers import Movers
+    from llm_datadist.transport.base import Channel, Transport
+
+#: a cache that is freed or re-made while it is read is looked up anew so many times
+_ATTEMPTS = 3
+#: how it shows that what was found earlier has been replaced by something else
+_MAYBE_STALE = (LLMStatusCode.LLM_PARAM_INVALID, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+
+
+class Peer:
+    """One peer. Thread-safe."""
+
+    def __init__(
+        self,
+        cluster_id: int,
+        transport: Transport,
+        channel: Channel,
+        streams: StreamPool,
+        door: Door,
+        *,
+        is_one_sided: bool,
+        checking: Movers | None,
+    ) -> None:
+        """`is_one_sided`: remote-accessible mode. `checking`: compares what arrived; None: not."""
+        self.cluster_id = cluster_id
+        #: what calls that use this peer go through
+        self.door = door
+        self._transport = transport
+        self._channel = channel
+        self._streams = streams
+        self._is_one_sided = is_one_sided
+        self._checking = checking
+        # where the owner takes part in each read, it checks there what it once answered
+        remembers = transport.asks_owner and not is_one_sided
+        self._lookup = Lookup(streams, is_tabled=is_one_sided, remembers=remembers)
+
+    @property
+    def path(self) -> str:
+        """The name of the transport that moves this peer's bytes."""
+        return self._transport.name
+
+    def move(
+        self, asked: Pull | Push, ours: Entry, deadline: Deadline, watch: Watch | None = None
+    ) -> None:
+        """Carries out what is asked between the peer's cache and ours.
+
+        Returns only when all bytes have been moved, of a cache that existed throughout. Raises
+        LLMException; nothing arrives after it was raised. The caller has entered the door.
+        """
+        for attempts_left in range(_ATTEMPTS - 1, -1, -1):
+            found = self._lookup.find(asked.place.name, deadline)
+            try:
+                self._move(asked, ours, found, deadline, watch)
+            except LLMException as error:
+                if not attempts_left or not _is_stale(error, found):
+                    raise
+                self._lookup.forget()
+            else:
+                return
+
+    def _move(
+        self,
+        asked: Pull | Push,
+        ours: Entry,
+        found: Found,
+        deadline: Deadline,
+        watch: Watch | None,
+    ) -> None:
+        remote, row = found.cache, found.row if asked.place.row is None else asked.place.row
+        if watch is not None:
+            watch.plans()
+        segments = asked.segments(remote, row, ours)
+        if watch is not None:
+            watch.moves(segments)
+        if isinstance(asked, Pull):
+            self.read(segments, remote.guard, ours, deadline)
+            if not self._is_one_sided and remote.has_key_at(row):
+                self._use_up(remote, row, asked.tensors, deadline)
+        else:
+            self.send(segments, Guard.of(ours), remote.guard, deadline)
+
+    def read(self, segments: Segments, guard: Guard, ours: Entry, deadline: Deadline) -> None:
+        """Reads into our cache over the link's path, and compares what came where that is asked.
+
+        Raises LLMException, as `Channel.read` does.
+        """
+        if ours.space not in self._transport.reaches:
+            raise invalid(
+                f"our cache {ours.cache_id} lies in {ours.space}, which the path {self.path} of "
+                f"the link to cluster {self.cluster_id} does not reach"
+            )
+        self._channel.read(segments, guard, deadline)
+        if self._checking is not None and len(segments):
+            movers = self._checking
+            parts = segments.split(movers.parts_of(segments.total_nbytes))
+            movers.run([partial(self._verify, part, guard, deadline) for part in parts])
+
+    def send(self, segments: Segments, src: Guard, dst: Guard | None, deadline: Deadline) -> None:
+        """Has the peer fetch segments of our cache `src` into its cache `dst`.
+
+        Without `dst` the destination is found by its addresses. Raises StaleCache when the peer's
+        cache is another by now, LLMException otherwise.
+        """
+        with self._streams.borrow(deadline) as stream:
+            for start in range(0, len(segments), m.MAX_REQUEST_SEGMENTS):
+                piece = segments.slice(start, start + m.MAX_REQUEST_SEGMENTS)
+                try:
+                    stream.ask(_fetch_request(piece, src, dst, deadline), deadline)
+                except RequestRefused as refused:
+                    if dst and refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
+                        raise StaleCache(dst) from refused
+                    raise
+
+    def _verify(self, part: Segments, src: Guard, deadline: Deadline) -> None:
+        """Compares what lies at our end of the segments with what their owner has, both at once.
+
+        Raises LLMException(LLM_FAILED) when it differs, StaleCache when the owner has it no more.
+        """
+        for piece in part.windows(m.MAX_REQUEST_SEGMENTS):
+            columns = m.pack_columns(piece.src, piece.nbytes)
+            timeout_ms = max(1, int(deadline.require("the checksum of a transfer") * 1000))
+            with self._streams.borrow(deadline) as stream:
+                question = m.Digest(src.cache_id, src.generation, timeout_ms, columns)
+                stream.tell(question, deadline)
+                ours = digest_of(piece.dst, piece.nbytes, deadline)
+                try:
+                    answer = stream.answer(deadline)
+                except RequestRefused as refused:
+                    if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
+                        raise StaleCache(src) from refused
+                    raise
+            if not isinstance(answer, m.Digested) or answer.digest != ours:
+                raise LLMException(
+                    f"what arrived of the peer's cache {src.cache_id} is not what its owner has: "
+                    "the checksums differ (verify_transfers)",
+                    LLMStatusCode.LLM_FAILED,
+                )
+
+    def _use_up(
+        self, remote: RemoteCache, row: int, tensors: range | None, deadline: Deadline
+    ) -> None:
+        """Tells the owner that a row was pulled, so that it lets go of the row's key. Spec 6.7."""
+        first, count = (tensors.start, len(tensors)) if tensors else (0, 0)
+        try:
+            with self._streams.borrow(deadline) as stream:
+                stream.ask(m.UseUp(remote.guard.cache_id, row, first, count), deadline)
+        except LLMException as error:  # the bytes have been moved: that is what was asked for
+            get_logger().warning(
+                "the owner of cache %d does not know that its row %d was pulled: %s",
+                remote.guard.cache_id, row, error,
+            )  # fmt: skip
+
+
+def _is_stale(error: LLMException, found: Found) -> bool:
+    """What was found earlier and does not fit may have been replaced by something that does."""
+    if isinstance(error, StaleCache):
+        return True
+    return not found.is_fresh and error.status_code in _MAYBE_STALE
+
+
+def _fetch_request(piece: Segments, src: Guard, dst: Guard | None, deadline: Deadline) -> m.Fetch:
+    return m.Fetch(
+        dst.cache_id if dst else None,
+        dst.generation if dst else 0,
+        src.cache_id,
+        src.generation,
+        src.word_addr,
+        max(1, int(deadline.require("the transfer") * 1000)),
+        deadline.at,
+        m.pack_columns(piece.src, piece.dst, piece.nbytes),
+    )

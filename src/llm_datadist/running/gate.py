@@ -1,0 +1,122 @@
+"""The gate: what runs on a cluster, what it uses, and how it is waited for.
+
+Each call that moves bytes is in here from its beginning to its end: pulls, pushes, copies, layers
+of a transfer, what a peer has us fetch. A call is a token of its own, and `running` says what it
+uses: the door of the cluster, that of a link, caches. To end something is always the same: shut its
+door, so that nothing new begins to use it, and drain it, by a deadline. What has no door, as a
+cache, is kept from new uses by its owner.
+
+A call ends by one step that nothing can come between: `running.pop(token, None)`. An exception out
+of a signal handler strikes in front of it or behind it, never in it; so what a call entered is left
+with it, once, however it ends. That is why there is a table of tokens and no counter, and why
+`leave` is spelled out in the two places that a program's own thread passes (`transfers/`): a signal
+may strike at the beginning of a function of ours.
+
+Any thread may call anything here. `_lock` guards that a door is seen open and gone through at once;
+it is taken last, and nothing is called under it. Rejected: a count for each link and each cache
+under locks of their own (an exception between two of them left one raised for ever), and a
+Condition to wait on (its lock has to be taken to say that a call has ended).
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager, nullcontext
+from operator import methodcaller
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Final
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.running.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llm_datadist.observe.recorder import Recorder
+
+#: wakes a thread that waits: `any(map(WAKE, tuple(gate.waiting)))`, one step for all of them
+WAKE: Final = methodcaller("put", None)
+
+
+class Door:
+    """What calls go through: a cluster's, or a link's. Shut and opened by the gate."""
+
+    __slots__ = ("shut_because",)
+
+    def __init__(self, shut_because: str | None = None) -> None:
+        self.shut_because = shut_because
+
+
+class Gate:
+    """What runs on one cluster. Thread-safe."""
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder
+        self._lock = threading.Lock()
+        #: by token, what the call uses
+        self.running: dict[object, tuple[object, ...]] = {}
+        #: threads that wait for something to be used no more
+        self.waiting: set[SimpleQueue[None]] = set()
+        #: every call goes through this one
+        self.door = Door()
+
+    def enter(self, token: object, door: Door | None = None, *used: object) -> None:
+        """The call begins, or begins to use one thing more.
+
+        Raises LLMException: LLM_NOT_YET_LINK when the door is shut, LLM_FAILED when the cluster is.
+        """
+        with self._lock:
+            if self.door.shut_because is not None:
+                raise LLMException(self.door.shut_because, LLMStatusCode.LLM_FAILED)
+            if door is not None and door.shut_because is not None:
+                raise LLMException(door.shut_because, LLMStatusCode.LLM_NOT_YET_LINK)
+            before = self.running.get(token) or (self.door,)
+            self.running[token] = (*before, *used) if door is None else (*before, door, *used)
+
+    def leave(self, token: object) -> None:
+        """The call has ended. May be called again."""
+        try:
+            self.running.pop(token, None)
+        finally:
+            if self.waiting:
+                any(map(WAKE, tuple(self.waiting)))
+
+    @contextmanager
+    def passing(self) -> Iterator[object]:
+        """A call in a thread of the library's, which no signal interrupts; its token."""
+        token = object()
+        try:
+            yield token
+        finally:
+            self.leave(token)
+
+    def shut(self, door: Door, because: str) -> None:
+        """Nothing goes through from here on."""
+        with self._lock:
+            door.shut_because = because
+
+    def open(self, door: Door) -> None:
+        """The end of `shut`."""
+        with self._lock:
+            door.shut_because = None
+
+    def count(self, used: object) -> int:
+        """How many calls use it."""
+        return sum(used in things for things in tuple(self.running.values()))
+
+    def drain(self, used: object, timeout_s: float) -> bool:
+        """Waits until no call uses it any more; False when some still do."""
+        if not self.count(used):
+            return True
+        deadline, wakes = Deadline.after(timeout_s), SimpleQueue[None]()
+        try:
+            self.waiting.add(wakes)
+            with self._recorder.waiting("gate") if self._recorder else nullcontext():
+                while self.count(used):
+                    try:
+                        wakes.get(timeout=max(0.0, deadline.remaining_s()))
+                    except Empty:
+                        return not self.count(used)
+        finally:
+            self.waiting.discard(wakes)
+        return True

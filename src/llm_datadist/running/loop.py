@@ -1,0 +1,95 @@
+"""The loop: one thread of a cluster, in which its connections wait, and which nothing may block."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import socket
+import threading
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable
+
+    from llm_datadist.running.deadline import Deadline
+
+T = TypeVar("T")
+
+_INSIST_S = 0.1
+
+
+class Loop:
+    """An asyncio loop in a thread of its own, from `start` to `close`.
+
+    Raises OSError when the system has no descriptors for it.
+    """
+
+    def __init__(self) -> None:
+        self.asyncio = _new_loop()
+        self._thread = threading.Thread(
+            target=self.asyncio.run_forever, name="llm-datadist-loop", daemon=True
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def run(self, work: Coroutine[object, object, T], deadline: Deadline | None = None) -> T:
+        """Runs a coroutine in the loop's thread, from any other one, and waits for it.
+
+        With a deadline it is cancelled then. Raises what it raises; LLMException with LLM_FAILED
+        when the loop ends meanwhile, LLM_TIMEOUT at the deadline.
+        """
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self.asyncio)
+        except RuntimeError:
+            work.close()
+            raise _finalized() from None
+        try:
+            return future.result(None if deadline is None else max(0.0, deadline.remaining_s()))
+        except CancelledError:
+            raise _finalized() from None
+        except FutureTimeout:
+            if future.cancel() and deadline is not None:
+                raise deadline.expired("work of the cluster's thread") from None
+            raise  # it is the work's own
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
+        with suppress(RuntimeError):  # the loop is closed, and nothing left to be done
+            self.asyncio.call_soon_threadsafe(call)
+
+    def close(self) -> None:
+        """Ends the thread; what is left to do in it is cancelled. May be called before `start`."""
+        if self._thread.is_alive():
+            self.asyncio.call_soon_threadsafe(self.asyncio.stop)
+            self._thread.join()
+        self.asyncio.close()
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancels tasks until they end: once may not do, `wait_for` of Python < 3.12 swallows some."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_INSIST_S)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    selector = selectors.DefaultSelector()
+    try:
+        for end in socket.socketpair():  # a loop that does not get one complains when it is dropped
+            end.close()
+        return asyncio.SelectorEventLoop(selector)
+    except OSError:
+        selector.close()
+        raise
+
+
+def _finalized() -> LLMException:
+    return LLMException("the cluster was finalized meanwhile", LLMStatusCode.LLM_FAILED)

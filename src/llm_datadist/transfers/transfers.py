@@ -1,0 +1,150 @@
+"""Transfers: the values of `core/transfer.py`, carried out on one cluster.
+
+The way of a pull runs straight down from here: our cache is found and kept (`owner/catalog.py`),
+the peer is found (`links/table.py`); it looks its own cache up, has the value plan, and reads
+(`peer/peer.py`). Nothing is handed down that calls up again.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+from llm_datadist.core.remote import Guard
+from llm_datadist.core.transfer import Pull
+from llm_datadist.errors import LLMException, invalid
+from llm_datadist.memory.device import HOST
+from llm_datadist.running.deadline import Deadline
+from llm_datadist.running.gate import WAKE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from llm_datadist.core.geometry import Layout
+    from llm_datadist.core.transfer import Copy, Push
+    from llm_datadist.links.table import LinkTable
+    from llm_datadist.memory.device import Device
+    from llm_datadist.observe.watch import Observer, Watch
+    from llm_datadist.owner.catalog import Catalog
+    from llm_datadist.peer.peer import Peer
+    from llm_datadist.running.gate import Gate
+
+
+class Place(NamedTuple):
+    """Where a cache lies, in which kind of memory."""
+
+    layout: Layout
+    space: str
+
+
+class Transfers:
+    """Moves bytes between caches of ours, and between them and those of peers. Thread-safe."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        links: LinkTable,
+        gate: Gate,
+        devices: Mapping[str, Device],
+        observer: Observer | None,
+        timeout_s: float,
+    ) -> None:
+        self._catalog = catalog
+        self._links = links
+        self._gate = gate
+        #: by space; a GPU's would be another
+        self._devices = devices
+        self._observer = observer
+        self._timeout_s = timeout_s
+
+    def run(self, asked: Pull | Push) -> None:
+        """Moves what is asked between a peer's cache and ours, within the cluster's time-out.
+
+        Raises LLMException; nothing arrives after it was raised.
+        """
+        gate, token = self._gate, object()
+        try:
+            self._run(token, asked)
+        except LLMException as error:
+            raise LLMException(f"{asked}: {error}", error.status_code) from error
+        finally:  # as `Gate.leave`, which a signal could come before
+            try:
+                gate.running.pop(token, None)
+            finally:
+                if gate.waiting:
+                    any(map(WAKE, tuple(gate.waiting)))
+
+    def copy(self, asked: Copy, src: int | Place, dst: int | Place) -> None:
+        """Copies between two caches of ours, by id, or memory that no catalog knows (spec 6.13).
+
+        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID.
+        """
+        gate, token = self._gate, object()
+        try:
+            self._copy(token, asked, src, dst)
+        finally:  # as `Gate.leave`, which a signal could come before
+            try:
+                gate.running.pop(token, None)
+            finally:
+                if gate.waiting:
+                    any(map(WAKE, tuple(gate.waiting)))
+
+    def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
+        """Pushes these tensors of ours to addresses that must lie in one cache of the peer's.
+
+        Raises as `run` does. In a thread of the library's. Spec 6.12.
+        """
+        with self._gate.passing() as token:
+            ours = self._catalog.use(token, asked.cache_id)
+            src = ours.layout.tensors(tensors)
+            asked.check_fit(src.geometry)
+            segments = asked.plan(src, asked.layout_at(addrs, src.geometry), 0)
+            with self.watching("push", asked.place.cluster_id) as watch:
+                if watch is not None:
+                    watch.moves(segments)
+                peer = self._enter(token, asked.place.cluster_id)
+                peer.send(segments, Guard.of(ours), None, Deadline.after(self._timeout_s))
+
+    def watching(
+        self, operation: str, cluster_id: int | None = None
+    ) -> AbstractContextManager[Watch | None]:
+        """Watches an operation while `with` lasts; None where nobody looks."""
+        if self._observer is None:
+            return nullcontext()
+        path = "" if cluster_id is None else self._links.paths.get(cluster_id, "")
+        return self._observer.watch(operation, cluster_id, path)
+
+    def _run(self, token: object, asked: Pull | Push) -> None:
+        cluster_id, is_pull = asked.place.cluster_id, isinstance(asked, Pull)
+        if is_pull and self._links.is_self(cluster_id):
+            raise invalid("the key names this cluster itself; only a linked peer can be pulled")
+        ours = self._catalog.use(token, asked.cache_id)
+        asked.check(ours)
+        if self._observer is None:
+            peer = self._enter(token, cluster_id)
+            peer.move(asked, ours, Deadline.after(self._timeout_s))
+        else:
+            with self.watching("pull" if is_pull else "push", cluster_id) as watch:
+                peer = self._enter(token, cluster_id)
+                peer.move(asked, ours, Deadline.after(self._timeout_s), watch)
+
+    def _enter(self, token: object, cluster_id: int) -> Peer:
+        peer = self._links.find(cluster_id)
+        self._gate.enter(token, peer.door)
+        return peer
+
+    def _copy(self, token: object, asked: Copy, src: int | Place, dst: int | Place) -> None:
+        source, target = self._place(token, src), self._place(token, dst)
+        segments = asked.segments(source.layout, target.layout)
+        with self.watching("copy") as watch:
+            if watch is not None:
+                watch.moves(segments)
+            space = source.space if target.space == HOST else target.space
+            self._devices[space].copy(segments)
+
+    def _place(self, token: object, cache: int | Place) -> Place:
+        if isinstance(cache, Place):
+            return cache
+        ours = self._catalog.use(token, cache)
+        return Place(ours.layout, ours.space)
