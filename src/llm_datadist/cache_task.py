@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, final
 
 from llm_datadist.checks import check_uint32
 from llm_datadist.errors import LLMStatusCode
+from llm_datadist.running.bell import Latch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ class CacheTask:
     ) -> None:
         self._unfinished = unfinished
         self._results: Sequence[LLMStatusCode | None] = [None] * num_destinations
-        self._done = threading.Event()
+        self._done = Latch()
 
     def synchronize(self, timeout_in_millis: int | None = None) -> LLMStatusCode:
         """Waits for the end; the first failure among the destinations, else LLM_SUCCESS.
@@ -52,7 +52,7 @@ class CacheTask:
 
     def _wait(self, timeout_in_millis: int | None) -> bool:
         if timeout_in_millis is None:
-            return self._done.wait()
+            return self._done.wait(None)
         return self._done.wait(check_uint32("timeout_in_millis", timeout_in_millis) / 1000)
 
     def _complete(self, results: Sequence[LLMStatusCode | None]) -> None:

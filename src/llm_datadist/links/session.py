@@ -9,8 +9,9 @@ with the end of a session its door is shut, its streams, channels and services a
 whoever is told of links (`Registrar`) was told. After `cut` nothing of a session begins any more;
 `join` waits for what it has running.
 
-Only the loop's thread calls a session, but for `_open_stream`, which threads call that lack a
-stream. No locks. A session knows neither the table of links nor groups: it tells a Registrar.
+Only the loop's thread calls a session, but for `_dial_stream` and `_ask_for_stream`, which threads
+call that lack a stream, and `drain`. No locks. A session knows neither the table of links nor
+groups: it tells a Registrar.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ class Session:
         self._address = Endpoint(*control.address[:2])
         #: calls that use this link go through it
         self.door = Door("the link is still being made")
-        self._streams = StreamPool(self._open_stream, context.recorder)
+        self._streams = StreamPool(
+            self._dial_stream if isinstance(link, lk.CallerLink) else None,
+            self._ask_for_stream,
+            context.recorder,
+        )
         self._channels: dict[str, Channel] = {}
         #: the other end, for the threads that move bytes; None while the link is being made
         self.peer: Peer | None = None
@@ -351,13 +356,14 @@ class Session:
         control.close()
         return None
 
-    def _open_stream(self, deadline: Deadline) -> Stream | None:
-        """In any thread: a caller dials, a listener asks its caller to."""
-        if self.is_caller:
-            return dial_stream(self._address, self.token, self._context.shields, deadline)
+    def _dial_stream(self, deadline: Deadline) -> Stream:
+        """In any thread."""
+        return dial_stream(self._address, self.token, self._context.shields, deadline)
+
+    def _ask_for_stream(self) -> None:
+        """In any thread."""
         loop = self._context.loop
         loop.call_soon_threadsafe(lambda: self._spawn(self.perform([lk.Send(m.DialBack(1))])))
-        return None
 
     def _close(self, action: lk.Close) -> None:
         self.status, self.reason = action.status, action.reason

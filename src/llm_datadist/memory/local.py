@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from llm_datadist.core.segments import U64, Segments
-    from llm_datadist.running.movers import Movers
+    from llm_datadist.running.movers import Call, Movers
 
 _PIECE_NBYTES = 64 * 1024 * 1024
 
@@ -75,9 +75,10 @@ def _consecutive(data: npt.NDArray[np.uint8], window: U64) -> U64:
     return iovecs(ends - window[:, 1] + np.uint64(data.ctypes.data), window[:, 1])
 
 
-def _copy_part(part: Segments) -> None:
+def _copy_part(part: Segments, call: Call) -> None:
     src, dst = iovecs(part.src, part.nbytes), iovecs(part.dst, part.nbytes)
     for start in range(0, len(part), native.IOV_MAX):
+        call.require()
         window = part.slice(start, start + native.IOV_MAX)
         at = 16 * start
         moved = _readv(dst.ctypes.data + at, src.ctypes.data + at, len(window))

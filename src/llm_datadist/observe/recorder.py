@@ -52,11 +52,9 @@ class Series:
         if failures:
             with self._lock:
                 self._failures.update(status.name for status in failures)
-        if len(self._records) >= _BATCH and self._lock.acquire(blocking=False):
-            try:
+        if len(self._records) >= _BATCH:
+            with self._lock:
                 self._count()
-            finally:
-                self._lock.release()
 
     def snapshot(self, operation: str, peer: int | None, path: str) -> OperationStats:
         with self._lock:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.registry import KeyName
 from llm_datadist.core.remote import RemoteCache, RemoteTable, understand
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.running.bell import Turns
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Lookup:
         self._streams = streams
         self._is_tabled = is_tabled
         self._remembers = remembers
-        self._fetching = threading.Lock()
+        self._fetching = Turns()
         self._table: RemoteTable | None = None
         self._answers: dict[int | KeyName, Found] = {}
 
@@ -94,9 +94,9 @@ class Lookup:
 
     def _fetch(self, seen: RemoteTable | None, deadline: Deadline) -> RemoteTable:
         """A table newer than `seen`; threads that miss at the same time share one fetch."""
-        if not self._fetching.acquire(timeout=deadline.require("waiting for the peer's table")):
-            raise deadline.expired("waiting for the peer's table")
+        token = object()
         try:
+            self._fetching.take(token, deadline, "waiting for the peer's table")
             if self._table is not None and self._table is not seen:
                 return self._table
             with self._streams.borrow(deadline) as stream:
@@ -106,7 +106,7 @@ class Lookup:
             self._table = RemoteTable(_understand(info) for info in answer.infos)
             return self._table
         finally:
-            self._fetching.release()
+            self._fetching.leave(token)
 
 
 def _find_in(table: RemoteTable, name: int | KeyName, *, is_fresh: bool) -> Found | None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llm_datadist.peer.streams import StreamPool
     from llm_datadist.running.deadline import Deadline
     from llm_datadist.running.gate import Door
-    from llm_datadist.running.movers import Movers
+    from llm_datadist.running.movers import Call, Movers
     from llm_datadist.transport.base import Channel, Transport
 
 #: a cache that is freed or re-made while it is read is looked up anew so many times
@@ -146,7 +146,7 @@ class Peer:
                         raise StaleCache(dst) from refused
                     raise
 
-    def _verify(self, part: Segments, src: Guard, deadline: Deadline) -> None:
+    def _verify(self, part: Segments, src: Guard, deadline: Deadline, call: Call) -> None:
         """Compares what lies at our end of the segments with what their owner has, both at once.
 
         Raises LLMException(LLM_FAILED) when it differs, StaleCache when the owner has it no more.
@@ -154,7 +154,7 @@ class Peer:
         for piece in part.windows(m.MAX_REQUEST_SEGMENTS):
             columns = m.pack_columns(piece.src, piece.nbytes)
             timeout_ms = max(1, int(deadline.require("the checksum of a transfer") * 1000))
-            with self._streams.borrow(deadline) as stream:
+            with self._streams.borrow(deadline) as stream, call.ended_by(stream.shutdown):
                 question = m.Digest(src.cache_id, src.generation, timeout_ms, columns)
                 stream.tell(question, deadline)
                 ours = digest_of(piece.dst, piece.nbytes, deadline)

@@ -1,26 +1,34 @@
 """The request streams of one link: opened when needed, kept, and closed with the link.
 
-Guaranteed: a stream is lent to one thread at a time; one that an exchange failed on is closed; with
-the link all are closed, and whoever waits for one is told why. Any thread may borrow.
+Guaranteed: a stream is lent to one thread at a time; one that an exchange failed on, or that an
+interrupted thread lost, is closed; with the link all are closed, and whoever waits for one is told
+why. Any thread may borrow.
 
 The end that was called cannot dial, so it asks its peer to, and the stream comes later by `add`.
 Whoever waits may find that another thread took what came, even the stream that it asked the peer
-for itself. So nobody waits for a stream of its own: the pool counts how many threads want one and
-how many are under way, and any thread opens, for all that wait, as many as are missing. Rejected: a
-request by each thread (one whose stream another one took and lost waited in vain).
+for itself. So nobody waits for a stream of its own: as many are asked for as threads want one, and
+whoever comes first takes what comes. A peer that did not dial within a time is asked again.
+Rejected: a request by each thread (one whose stream another one took waited in vain).
 
-`_changed` guards everything; a stream is opened, asked and closed without it.
+A stream is claimed and let go by one step each (`_lent`). A claim names a Loan that it does not
+keep: a thread that a signal's exception strikes drops its Loan, wherever it was, and whoever finds
+no free stream collects such claims, and closes their streams. See running/bell.py. `_lock` guards
+that nothing is added to what is closed; nothing is waited for under it.
 """
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
+import weakref
+from collections import deque
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.running.bell import Bell
 from llm_datadist.transport.base import StaleCache
 from llm_datadist.transport.sealed import open_stream
 from llm_datadist.transport.stream import RequestRefused, Stream
@@ -35,156 +43,164 @@ if TYPE_CHECKING:
 
 #: more threads than this on one link wait for each other's streams
 MAX_STREAMS = 16
+#: a peer that was asked for a stream, and has not dialled by then, is asked again
+_ASK_AGAIN_S = 5.0
 
 
 class Loan:
     """A stream that is lent, to be given back by `with`."""
 
-    __slots__ = ("_pool", "_stream")
+    __slots__ = ("__weakref__", "_pool", "stream")
 
-    def __init__(self, pool: StreamPool, stream: Stream) -> None:
+    stream: Stream
+
+    def __init__(self, pool: StreamPool) -> None:
         self._pool = pool
-        self._stream = stream
 
     def __enter__(self) -> Stream:
-        return self._stream
+        return self.stream
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._pool.end_loan(self._stream, error)
+        # a complete exchange may have a bad outcome
+        is_good = error is None or isinstance(error, RequestRefused | StaleCache)
+        self._pool.end_loan(self.stream, is_good=is_good)
 
 
 class StreamPool:
     """Lends streams, one thread each. Thread-safe.
 
-    `open_one` either returns a new stream at once, or asks the peer to dial and returns None; the
-    stream then comes by `add`.
+    A caller's pool dials (`dial`); that of the end that was called asks its peer to (`ask`), and
+    gets what comes by `add`.
     """
 
     def __init__(
-        self, open_one: Callable[[Deadline], Stream | None], recorder: Recorder | None = None
+        self,
+        dial: Callable[[Deadline], Stream] | None,
+        ask: Callable[[], object],
+        recorder: Recorder | None = None,
     ) -> None:
-        self._open_one = open_one
+        self._dial = dial
+        self._ask = ask
         self._recorder = recorder
-        self._changed = threading.Condition()
-        self._idle: list[Stream] = []
-        self._lent: set[Stream] = set()
+        self._lock = threading.Lock()
+        self._bell = Bell()
+        #: all that are open
+        self._streams: dict[Stream, None] = {}
+        #: those of them that are lent, and to whom
+        self._lent: dict[Stream, weakref.ref[Loan]] = {}
         #: threads that have no stream yet
-        self._wanting = 0
-        #: streams that are under way for them
-        self._opening = 0
+        self._wanting: dict[object, None] = {}
+        #: those of them that are dialling
+        self._dialing: dict[object, None] = {}
+        #: when the peer was asked for those that have not come
+        self._asked: deque[float] = deque()
         self._closed_because: str | None = None
 
     def borrow(self, deadline: Deadline) -> Loan:
-        """A stream for one exchange. One that an exchange fails on is closed, not given back."""
-        return Loan(self, self._take(deadline))
+        """A stream for one exchange. One that an exchange fails on is closed, not given back.
 
-    def end_loan(self, stream: Stream, error: BaseException | None) -> None:
-        # a complete exchange may have a bad outcome
-        if error is None or isinstance(error, RequestRefused | StaleCache):
-            self._give_back(stream)
-        else:
+        Raises LLMException: LLM_TIMEOUT, LLM_NOT_YET_LINK.
+        """
+        loan = Loan(self)
+        if not self._claims(loan):
+            self._wait(loan, deadline)
+        if self._closed_because is not None:
+            loan.stream.shutdown()
+        return loan
+
+    def end_loan(self, stream: Stream, *, is_good: bool) -> None:
+        """The exchange is over."""
+        if not is_good or self._closed_because is not None:
             self._drop(stream)
+        self._lent.pop(stream, None)
+        self._bell.ring()
 
     def add(self, stream: Stream) -> None:
         """A stream that the peer dialled for us."""
-        with self._changed:
-            self._opening = max(0, self._opening - 1)
-            if self._closed_because is not None:
-                stream.close()
-                return
-            self._idle.append(stream)
-            self._changed.notify()
+        if self._asked:
+            self._asked.popleft()
+        self._keep(stream)
+        self._bell.ring()
 
     def close(self, because: str) -> None:
         """Ends all streams; whoever waits on one gets LLM_NOT_YET_LINK."""
-        with self._changed:
+        with self._lock:
             self._closed_because = because
-            for stream in self._lent:
-                stream.shutdown()
-            for stream in self._idle:
-                stream.close()
-            self._idle.clear()
-            self._changed.notify_all()
-
-    def _take(self, deadline: Deadline) -> Stream:
-        with self._changed:
-            if self._idle:
-                return self._lend(self._idle.pop())
-            self._wanting += 1
-        try:
-            while True:
-                stream = self._next_idle(deadline) or self._open(deadline)
-                if stream is not None:
-                    return stream
-        finally:
-            with self._changed:
-                self._wanting -= 1
-
-    def _next_idle(self, deadline: Deadline) -> Stream | None:
-        """Waits for an idle stream; None when this thread is to open one, which is counted.
-
-        Whoever wakes may find that another thread took what came, even the stream that it asked the
-        peer for: so any thread opens, for all that wait, as many as are not under way.
-        """
-        with self._changed:
-            while not self._idle:
-                self._require_open()
-                has_room = len(self._lent) + self._opening < MAX_STREAMS
-                if has_room and self._opening < self._wanting:
-                    self._opening += 1
-                    return None
-                try:
-                    self._wait(deadline)
-                except LLMException:
-                    self._opening = min(self._opening, self._wanting - 1)  # one may never come
-                    self._changed.notify()  # this thread may have been woken in another's place
-                    raise
-            return self._lend(self._idle.pop())
-
-    def _open(self, deadline: Deadline) -> Stream | None:
-        """A new stream; None when the peer was asked for one."""
-        try:
-            stream = self._open_one(deadline)
-        except BaseException:
-            with self._changed:
-                self._opening -= 1
-                self._changed.notify()
-            raise
-        if stream is None:
-            return None
-        with self._changed:
-            self._opening -= 1
-            return self._lend(stream)
-
-    def _lend(self, stream: Stream) -> Stream:
-        self._lent.add(stream)
-        if self._closed_because is not None:
-            stream.shutdown()
-        return stream
-
-    def _give_back(self, stream: Stream) -> None:
-        with self._changed:
-            self._lent.discard(stream)
-            if self._closed_because is None:
-                self._idle.append(stream)
+            streams = tuple(self._streams)
+        for stream in streams:
+            if stream in self._lent:
+                stream.shutdown()  # its thread notices, and closes it
             else:
-                stream.close()
-            self._changed.notify()
+                self._drop(stream)
+        self._bell.ring()
+
+    def _claims(self, loan: Loan) -> bool:
+        """Whether there was a free stream, which is the loan's from here on."""
+        mine = weakref.ref(loan)
+        for stream in tuple(self._streams):
+            if stream not in self._lent and self._lent.setdefault(stream, mine) is mine:
+                if stream in self._streams:
+                    loan.stream = stream
+                    return True
+                del self._lent[stream]  # dropped since
+        return False
+
+    def _wait(self, loan: Loan, deadline: Deadline) -> None:
+        """Until the loan has a stream. Whoever waits opens what is missing, for all that wait."""
+        token = object()
+        try:
+            self._wanting[token] = None
+            while not self._claims(loan):
+                if self._closed_because is not None:
+                    raise LLMException(self._closed_because, LLMStatusCode.LLM_NOT_YET_LINK)
+                if self._has_room():
+                    if self._dial is not None:
+                        self._dialing[token] = None
+                        self._keep(self._dial(deadline))
+                        continue
+                    if len(self._asked) < len(self._wanting):
+                        self._asked.append(time.monotonic())
+                        self._ask()
+                left_s = deadline.require("waiting for a stream to the peer")
+                with self._recorder.waiting("stream") if self._recorder else nullcontext():
+                    self._bell.wait_until(self._is_worth_a_look, min(left_s, _ASK_AGAIN_S))
+        finally:
+            self._dialing.pop(token, None)
+            self._wanting.pop(token, None)
+
+    def _is_worth_a_look(self) -> bool:
+        if len(self._streams) > len(self._lent) or self._closed_because is not None:
+            return True
+        is_missing = self._dial is not None or len(self._asked) < len(self._wanting)
+        return is_missing and self._has_room()
+
+    def _has_room(self) -> bool:
+        """Whether one more stream may be opened."""
+        while self._asked and self._asked[0] < time.monotonic() - _ASK_AGAIN_S:
+            self._asked.popleft()
+        if self._num_open() >= MAX_STREAMS:
+            self._collect_lost()
+        return self._num_open() < MAX_STREAMS
+
+    def _num_open(self) -> int:
+        return len(self._streams) + len(self._dialing) + len(self._asked)
+
+    def _collect_lost(self) -> None:
+        for stream, loan in tuple(self._lent.items()):
+            if loan() is None:
+                self._drop(stream)
+                self._lent.pop(stream, None)
+
+    def _keep(self, stream: Stream) -> None:
+        with self._lock:
+            if self._closed_because is None:
+                self._streams[stream] = None
+                return
+        stream.close()
 
     def _drop(self, stream: Stream) -> None:
-        with self._changed:
-            self._lent.discard(stream)
-            stream.close()
-            self._changed.notify()
-
-    def _wait(self, deadline: Deadline) -> None:
-        left_s = deadline.require("waiting for a stream to the peer")
-        with self._recorder.waiting("stream") if self._recorder else nullcontext():
-            self._changed.wait(left_s)
-
-    def _require_open(self) -> None:
-        if self._closed_because is not None:
-            raise LLMException(self._closed_because, LLMStatusCode.LLM_NOT_YET_LINK)
+        self._streams.pop(stream, None)
+        stream.close()
 
 
 def dial_stream(at: Endpoint, token: bytes, shields: Shields, deadline: Deadline) -> Stream:

@@ -9,33 +9,27 @@ cache, is kept from new uses by its owner.
 A call ends by one step that nothing can come between: `running.pop(token, None)`. An exception out
 of a signal handler strikes in front of it or behind it, never in it; so what a call entered is left
 with it, once, however it ends. That is why there is a table of tokens and no counter, and why
-`leave` is spelled out in the two places that a program's own thread passes (`transfers/`): a signal
-may strike at the beginning of a function of ours.
+`leave` is spelled out where a program's own thread passes (`transfers/transfers.py`): a signal may
+strike at the beginning of a function of ours. `running/bell.py` says more.
 
 Any thread may call anything here. `_lock` guards that a door is seen open and gone through at once;
 it is taken last, and nothing is called under it. Rejected: a count for each link and each cache
-under locks of their own (an exception between two of them left one raised for ever), and a
-Condition to wait on (its lock has to be taken to say that a call has ended).
+under locks of their own (an exception between two of them left one raised for ever).
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager, nullcontext
-from operator import methodcaller
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.running.deadline import Deadline
+from llm_datadist.running.bell import Bell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from llm_datadist.observe.recorder import Recorder
-
-#: wakes a thread that waits: `any(map(WAKE, tuple(gate.waiting)))`, one step for all of them
-WAKE: Final = methodcaller("put", None)
 
 
 class Door:
@@ -55,8 +49,8 @@ class Gate:
         self._lock = threading.Lock()
         #: by token, what the call uses
         self.running: dict[object, tuple[object, ...]] = {}
-        #: threads that wait for something to be used no more
-        self.waiting: set[SimpleQueue[None]] = set()
+        #: rung when a call has ended
+        self.bell = Bell()
         #: every call goes through this one
         self.door = Door()
 
@@ -78,8 +72,7 @@ class Gate:
         try:
             self.running.pop(token, None)
         finally:
-            if self.waiting:
-                any(map(WAKE, tuple(self.waiting)))
+            self.bell.ring()
 
     @contextmanager
     def passing(self) -> Iterator[object]:
@@ -108,15 +101,5 @@ class Gate:
         """Waits until no call uses it any more; False when some still do."""
         if not self.count(used):
             return True
-        deadline, wakes = Deadline.after(timeout_s), SimpleQueue[None]()
-        try:
-            self.waiting.add(wakes)
-            with self._recorder.waiting("gate") if self._recorder else nullcontext():
-                while self.count(used):
-                    try:
-                        wakes.get(timeout=max(0.0, deadline.remaining_s()))
-                    except Empty:
-                        return not self.count(used)
-        finally:
-            self.waiting.discard(wakes)
-        return True
+        with self._recorder.waiting("gate") if self._recorder else nullcontext():
+            return self.bell.wait_until(lambda: not self.count(used), timeout_s)

@@ -6,12 +6,11 @@ import asyncio
 import selectors
 import socket
 import threading
-from concurrent.futures import CancelledError
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.running.bell import Latch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -41,22 +40,26 @@ class Loop:
     def run(self, work: Coroutine[object, object, T], deadline: Deadline | None = None) -> T:
         """Runs a coroutine in the loop's thread, from any other one, and waits for it.
 
-        With a deadline it is cancelled then. Raises what it raises; LLMException with LLM_FAILED
-        when the loop ends meanwhile, LLM_TIMEOUT at the deadline.
+        At the deadline, and when the caller is interrupted, it is cancelled. Raises what it raises;
+        LLMException with LLM_FAILED when the loop ends meanwhile, LLM_TIMEOUT at the deadline.
         """
+        job = _Job(work)
         try:
-            future = asyncio.run_coroutine_threadsafe(work, self.asyncio)
-        except RuntimeError:
+            self.asyncio.call_soon_threadsafe(job.start, self.asyncio)
+        except RuntimeError:  # the loop is closed
             work.close()
             raise _finalized() from None
         try:
-            return future.result(None if deadline is None else max(0.0, deadline.remaining_s()))
-        except CancelledError:
-            raise _finalized() from None
-        except FutureTimeout:
-            if future.cancel() and deadline is not None:
-                raise deadline.expired("work of the cluster's thread") from None
-            raise  # it is the work's own
+            timeout_s = None if deadline is None else max(0.0, deadline.remaining_s())
+            is_over = job.over.wait(timeout_s)
+        except BaseException:
+            self.call_soon(job.cancel)
+            raise
+        if not is_over:
+            self.call_soon(job.cancel)
+            assert deadline is not None
+            raise deadline.expired("work of the cluster's thread")
+        return job.result()
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
@@ -69,6 +72,29 @@ class Loop:
             self.asyncio.call_soon_threadsafe(self.asyncio.stop)
             self._thread.join()
         self.asyncio.close()
+
+
+class _Job(Generic[T]):
+    """A coroutine that another thread waits for. No Future of concurrent: see running/bell.py."""
+
+    def __init__(self, work: Coroutine[object, object, T]) -> None:
+        self._work = work
+        self._task: asyncio.Task[T] | None = None
+        self.over = Latch()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._task = loop.create_task(self._work)
+        self._task.add_done_callback(lambda _: self.over.set())
+
+    def cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def result(self) -> T:
+        assert self._task is not None
+        if self._task.cancelled():
+            raise _finalized()
+        return self._task.result()
 
 
 async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -1,21 +1,107 @@
-"""Movers: a few threads that help a caller with the parts of one large transfer."""
+"""Movers: a few threads that help a caller with the parts of one large transfer.
+
+Guaranteed: when `run` returns or raises, no part is running and none will. A part is done by
+whoever takes it first, a helper or the caller; to take it is one step. However `run` ends - a part
+that failed, a signal's exception in the caller - the caller takes back what no helper has begun,
+has what runs end soon (`Call`), and waits for that, also when it is interrupted again meanwhile;
+each part has a deadline of its own besides. So nothing arrives behind an exception. Where the
+system gives no thread to help, the caller does all parts.
+
+Any thread may call `run`, and many may at the same time; helpers that are busy with others are not
+waited for. A Call's lock is taken last. Rejected: futures (a caller that is interrupted while it
+waits for one leaves its lock held, and the helper waits for that for ever), and leaving parts to
+run on behind an exception (their memory may be given back by then).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeAlias
 
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.running.bell import Latch
 from llm_datadist.running.threads import Threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
+    from collections.abc import Callable, Iterator, Sequence
 
 #: a part smaller than this costs more to hand to a thread than to move
 MIN_PART_NBYTES = 1024 * 1024
+_HELPER: Final = "helper"
+_CALLER: Final = "caller"
+
+
+class Call:
+    """One call of `Movers.run`, as its parts see it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._is_over = False
+        self._lock = threading.Lock()
+        self._ends: set[Callable[[], None]] = set()
+
+    def require(self) -> None:
+        """Raises LLMException when the call has been given up: parts look between two steps."""
+        if self._is_over:
+            raise LLMException("the rest of the transfer failed", LLMStatusCode.LLM_FAILED)
+
+    @contextmanager
+    def ended_by(self, end: Callable[[], None]) -> Iterator[None]:
+        """A part that may wait says how its wait is ended when the call is given up."""
+        try:
+            with self._lock:
+                self._ends.add(end)
+            self.require()
+            yield
+        finally:
+            with self._lock:
+                self._ends.discard(end)
+
+    def give_up(self) -> None:
+        """Has all parts end soon. May be called again."""
+        self._is_over = True
+        with self._lock:
+            for end in self._ends:
+                end()
+
+
+Task: TypeAlias = "Callable[[Call], None]"
+
+
+class _Part:
+    """A part of a transfer: taken once, by a helper or by the caller."""
+
+    __slots__ = ("_taken_by", "error", "over", "task")
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._taken_by: dict[None, str] = {}
+        self.over = Latch()
+        self.error: BaseException | None = None
+
+    def take(self, who: str) -> bool:
+        """Whether it is theirs; it may have been before."""
+        return self._taken_by.setdefault(None, who) is who
+
+    def help(self, call: Call) -> None:
+        """In a helper's thread."""
+        if self.take(_HELPER):
+            try:
+                self.task(call)
+            except BaseException as error:  # raised again by the caller
+                self.error = error
+            finally:
+                self.over.set()
+
+    def wait(self) -> None:
+        """Until no helper runs it, and none will."""
+        if not self.take(_CALLER):
+            self.over.wait(None)
 
 
 class Movers:
-    """Runs parts side by side: the caller's thread takes one, helpers the others. Thread-safe."""
+    """Runs parts side by side: the caller's thread takes some, helpers the others. Thread-safe."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -24,36 +110,45 @@ class Movers:
     def parts_of(self, nbytes: int) -> int:
         return max(1, min(self.threads, nbytes // MIN_PART_NBYTES))
 
-    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+    def run(self, tasks: Sequence[Task]) -> None:
         """Runs all tasks and returns when none is running any more; raises the first failure."""
+        call = Call()
         if len(tasks) == 1:
-            tasks[0]()
+            tasks[0](call)
             return
-        helped = [(task, self._helpers.submit(task)) for task in tasks[1:]]
-        failures: list[BaseException] = []
-        _attempt(tasks[0], failures)
-        for task, future in helped:
-            if future.cancel():  # the helpers are busy with other callers
-                _attempt(task, failures)
-            else:
-                _collect(future, failures)
-        if failures:
-            raise failures[0]
+        parts = [_Part(task) for task in tasks]
+        try:
+            self._ask_for_help(parts[1:], call)
+            for part in parts:
+                if part.take(_CALLER):
+                    part.task(call)
+            for part in parts:
+                part.wait()
+        except BaseException:
+            _end(parts, call)
+            raise
+        for part in parts:
+            if part.error is not None:
+                raise part.error
 
     def close(self) -> None:
         self._helpers.shutdown(wait=True)
 
+    def _ask_for_help(self, parts: Sequence[_Part], call: Call) -> None:
+        try:
+            for part in parts:
+                self._helpers.start(partial(part.help, call))
+        except LLMException:  # no thread is to be had
+            return
 
-def _attempt(task: Callable[[], None], failures: list[BaseException]) -> None:
-    if failures:
+
+def _end(parts: Sequence[_Part], call: Call) -> None:
+    """Returns when no part runs and none will, whatever interrupts it."""
+    while True:
+        try:
+            call.give_up()
+            for part in parts:
+                part.wait()
+        except BaseException:  # the first exception goes on, and says the same
+            continue
         return
-    try:
-        task()
-    except BaseException as error:  # raised again once no part is running any more
-        failures.append(error)
-
-
-def _collect(future: Future[None], failures: list[BaseException]) -> None:
-    error = future.exception()
-    if error is not None:
-        failures.append(error)

@@ -3,21 +3,44 @@
 Not `ThreadPoolExecutor`: once a program's main thread has returned, the interpreter refuses it new
 work, although other threads of the program go on, and waits for its threads before any exit
 handler could end what they wait for.
+
+Guaranteed: work that `start` raised on is never done; work that was taken is done, unless its
+owner takes it back (`Movers`), and whatever it raises is logged, once. A system that has no thread
+to give is said at once, unless threads of ours are there to do the work a little later. No lock is
+held but `_lock`, and nothing waits under it.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from concurrent.futures import Executor, Future
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+
+def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
+    """A daemon thread. Raises LLMException(LLM_FAILED) when the system has none to give."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:  # "can't start new thread"
+        raise LLMException(
+            f"the system gives this process no more threads ({error}): raise its limit on "
+            "processes (ulimit -u, a container's pids limit)",
+            LLMStatusCode.LLM_FAILED,
+        ) from error
+    return thread
 
 
 class Threads(Executor):
@@ -28,23 +51,35 @@ class Threads(Executor):
         self._name = name
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._idle = threading.Semaphore(0)
-        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        #: one for each thread that waits for work
+        self._idle: deque[None] = deque()
+        self._work: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._is_shut = False
 
-    def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Raises RuntimeError after `shutdown`."""
-        future: Future[T] = Future()
+    def start(self, work: Callable[[], object]) -> None:
+        """Has a thread do this, now or when one is free.
+
+        Raises LLMException(LLM_FAILED) when there is no thread and the system gives none, and
+        RuntimeError after `shutdown`; the work is not done then.
+        """
         with self._lock:
             if self._is_shut:
                 raise RuntimeError(f"{self._name} has been shut down")
-            self._work.put(partial(_complete, future, partial(call, *args, **kwargs)))
-            if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_threads:
-                self._start_thread()
+            try:
+                self._idle.pop()
+            except IndexError:
+                if len(self._threads) < self._max_threads and self._has_started(work):
+                    return
+            self._work.put(work)
+
+    def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """For the loop's thread, which waits for the result. Raises as `start` does."""
+        future: Future[T] = Future()
+        self.start(partial(_complete, future, partial(call, *args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends the threads when they have done what was submitted."""
+        """Ends the threads when they have done what was started."""
         with self._lock:
             self._is_shut = True
             for _ in self._threads:
@@ -53,16 +88,27 @@ class Threads(Executor):
             for thread in self._threads:
                 thread.join()
 
-    def _start_thread(self) -> None:
-        name = f"{self._name}-{len(self._threads)}"
-        self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
-        self._threads[-1].start()
+    def _has_started(self, work: Callable[[], object]) -> bool:
+        """Whether a new thread does the work; False when those that are there must."""
+        try:
+            thread = start_thread(partial(self._run, work), f"{self._name}-{len(self._threads)}")
+        except LLMException:
+            if not self._threads:
+                raise
+            return False
+        self._threads.append(thread)
+        return True
 
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()
-            del work  # it would hold the last task's objects while this thread waits
-            self._idle.release()
+    def _run(self, first: Callable[[], object]) -> None:
+        work: Callable[[], object] | None = first
+        while work is not None:
+            try:
+                work()
+            except BaseException:  # nobody else would see it
+                get_logger().exception("work of %s failed", self._name)
+            del work  # it would hold the last work's objects while this thread waits
+            self._idle.append(None)
+            work = self._work.get()
 
 
 def _complete(future: Future[T], call: Callable[[], T]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from llm_datadist.core.layers import PER_LAYER, OneLayer, count_layers, pairs_of
@@ -13,6 +13,7 @@ from llm_datadist.core.transfer import PushBlocks, PushRow, PushRowIntoBlocks
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.layerwise import TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.observe.log import get_logger
+from llm_datadist.running.threads import start_thread
 
 if TYPE_CHECKING:
     from llm_datadist.cache_task import CacheTask
@@ -112,11 +113,13 @@ def begin(
     synchronizer: LayerSynchronizer,
     task: CacheTask,
 ) -> None:
-    """Sends in a thread of its own, which completes the task whatever happens."""
+    """Sends in a thread of its own, which completes the task whatever happens.
+
+    A daemon: a synchronizer that never returns does not keep the process alive. Raises LLMException
+    when no thread can be started.
+    """
     run = contextvars.copy_context().run  # spans belong to the caller's
-    threading.Thread(
-        target=run, args=(_run, transfers, asked, synchronizer, task), name="llm-datadist-transfer"
-    ).start()
+    start_thread(partial(run, _run, transfers, asked, synchronizer, task), "llm-datadist-transfer")
 
 
 def _run(

@@ -14,8 +14,8 @@ from llm_datadist.core.remote import Guard
 from llm_datadist.core.transfer import Pull
 from llm_datadist.errors import LLMException, invalid
 from llm_datadist.memory.device import HOST
+from llm_datadist.running.bell import WAKE
 from llm_datadist.running.deadline import Deadline
-from llm_datadist.running.gate import WAKE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,8 +72,8 @@ class Transfers:
             try:
                 gate.running.pop(token, None)
             finally:
-                if gate.waiting:
-                    any(map(WAKE, tuple(gate.waiting)))
+                if gate.bell.waiting:
+                    any(map(WAKE, tuple(gate.bell.waiting)))
 
     def copy(self, asked: Copy, src: int | Place, dst: int | Place) -> None:
         """Copies between two caches of ours, by id, or memory that no catalog knows (spec 6.13).
@@ -87,8 +87,8 @@ class Transfers:
             try:
                 gate.running.pop(token, None)
             finally:
-                if gate.waiting:
-                    any(map(WAKE, tuple(gate.waiting)))
+                if gate.bell.waiting:
+                    any(map(WAKE, tuple(gate.bell.waiting)))
 
     def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
         """Pushes these tensors of ours to addresses that must lie in one cache of the peer's.

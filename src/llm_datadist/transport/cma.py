@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.remote import Guard
     from llm_datadist.core.segments import U64, Segments
     from llm_datadist.running.deadline import Deadline
-    from llm_datadist.running.movers import Movers
+    from llm_datadist.running.movers import Call, Movers
 
 #: one system call moves at most this much, so that a deadline is looked at in time
 _CALL_NBYTES = 64 * 1024 * 1024
@@ -103,7 +103,7 @@ class CmaChannel:
         if len(segments) <= FEW and self._read_few(segments, guard):
             return
         if segments.total_nbytes < 2 * MIN_PART_NBYTES:  # not worth another thread
-            self._read_part(segments, guard, deadline)
+            self._read_part(segments, guard, deadline, None)
             return
         parts = segments.bounded(_CALL_NBYTES).split(self._movers.parts_of(segments.total_nbytes))
         self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])
@@ -134,7 +134,9 @@ class CmaChannel:
             return False
         return moved == total_nbytes and words[0] == words[1] == guard.generation
 
-    def _read_part(self, part: Segments, guard: Guard, deadline: Deadline) -> None:
+    def _read_part(
+        self, part: Segments, guard: Guard, deadline: Deadline, call: Call | None
+    ) -> None:
         words = np.zeros(2, dtype=np.uint64)
         ours, theirs = words.ctypes.data, guard.word_addr
         calls = max(1, _CALL_NBYTES // int(part.nbytes.max(initial=1)))
@@ -142,6 +144,8 @@ class CmaChannel:
         windows = list(part.windows(min(native.IOV_MAX - 2, calls)))
         for window in windows:
             deadline.require("the transfer")
+            if call is not None:
+                call.require()
             first, last = window is windows[0], window is windows[-1]
             local = iovecs(window.dst, window.nbytes, *_words_at(first, ours, last, ours + 8))
             remote = iovecs(window.src, window.nbytes, *_words_at(first, theirs, last, theirs))

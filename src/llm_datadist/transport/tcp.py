@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 from array import array
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.remote import Guard
     from llm_datadist.core.segments import U64
     from llm_datadist.running.deadline import Deadline
-    from llm_datadist.running.movers import Movers
+    from llm_datadist.running.movers import Call, Movers
     from llm_datadist.transport.stream import Stream
 
 #: a peer that takes nothing of an answer for so long is waited for without a thread
@@ -85,7 +85,7 @@ class TcpChannel:
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
         parts = self._movers.parts_of(segments.total_nbytes)
         if parts == 1 and len(segments) <= FEW:
-            self._read_part(segments, guard, deadline)
+            self._read_part(segments, guard, deadline, None)
             return
         pieces = segments.bounded(_PIECE_NBYTES).split(parts)
         self._movers.run([partial(self._read_part, part, guard, deadline) for part in pieces])
@@ -93,8 +93,13 @@ class TcpChannel:
     def close(self) -> None:
         pass
 
-    def _read_part(self, part: Segments, guard: Guard, deadline: Deadline) -> None:
-        with self._streams.borrow(deadline) as stream:
+    def _read_part(
+        self, part: Segments, guard: Guard, deadline: Deadline, call: Call | None
+    ) -> None:
+        with (
+            self._streams.borrow(deadline) as stream,
+            nullcontext() if call is None else call.ended_by(stream.shutdown),
+        ):
             for start in range(0, len(part), m.MAX_REQUEST_SEGMENTS):
                 piece = part.slice(start, start + m.MAX_REQUEST_SEGMENTS)
                 _read_piece(stream, piece, guard, deadline)

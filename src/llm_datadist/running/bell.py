@@ -1,0 +1,106 @@
+"""The bell: how a thread waits for what another one does, so that an interruption leaves nothing.
+
+A signal's handler runs in the main thread, between any two steps of Python code, and may raise: a
+Ctrl-C, a test's time-out. What it strikes in must leave nothing held, or some later call waits for
+ever. A `with` on a plain lock of `threading` holds that: entering and leaving it are one step each.
+`Condition`, `Event`, `Semaphore` and `Future` do not, they are Python code around such a lock: an
+exception behind their first step leaves the lock held by nobody. So this library, in what a
+program's own thread passes, has plain locks by `with`, tables of tokens (an entry is made and taken
+out in one step), and this bell to wait.
+
+A waiting thread has a queue of its own in `waiting`, whose `get` may be interrupted. Ringing puts
+something into each, in one step for all. Whoever wakes looks for itself whether what it waits for
+is true, so that one ring too many does no harm; whoever makes it true rings afterwards.
+"""
+
+from __future__ import annotations
+
+from operator import methodcaller
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Final
+
+from llm_datadist.running.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: wakes a thread that waits: `any(map(WAKE, tuple(bell.waiting)))` is one step for all of them
+WAKE: Final = methodcaller("put", None)
+
+
+class Bell:
+    """Wakes whoever waits. Thread-safe."""
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting: set[SimpleQueue[None]] = set()
+
+    def ring(self) -> None:
+        """Something that somebody may wait for has become true."""
+        if self.waiting:
+            any(map(WAKE, tuple(self.waiting)))
+
+    def wait_until(self, is_true: Callable[[], object], timeout_s: float | None) -> bool:
+        """Waits until it is true; False when it is not in time. None waits for ever."""
+        if is_true():
+            return True
+        deadline = None if timeout_s is None else Deadline.after(timeout_s)
+        wakes = SimpleQueue[None]()
+        try:
+            self.waiting.add(wakes)
+            while not is_true():
+                try:
+                    wakes.get(timeout=None if deadline is None else max(0, deadline.remaining_s()))
+                except Empty:
+                    return bool(is_true())
+        finally:
+            self.waiting.discard(wakes)
+        return True
+
+
+class Latch:
+    """Something that happens once, which any number of threads wait for. Thread-safe."""
+
+    __slots__ = ("_bell", "is_set")
+
+    def __init__(self) -> None:
+        self._bell = Bell()
+        self.is_set = False
+
+    def set(self) -> None:
+        """It has happened. May be called again."""
+        self.is_set = True
+        self._bell.ring()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether it happened in time."""
+        return self._bell.wait_until(lambda: self.is_set, timeout_s)
+
+
+class Turns:
+    """One call after the other, in the order in which they came. Thread-safe."""
+
+    __slots__ = ("_bell", "_calls")
+
+    def __init__(self) -> None:
+        self._bell = Bell()
+        #: in order; the first one's turn it is
+        self._calls: dict[object, None] = {}
+
+    def take(self, token: object, deadline: Deadline, what: str) -> None:
+        """Waits for the token's turn. `leave` must follow, whatever is raised.
+
+        Raises LLMException(LLM_TIMEOUT) when it does not come in time.
+        """
+        self._calls[token] = None
+        if not self._bell.wait_until(lambda: self._is_first(token), deadline.require(what)):
+            raise deadline.expired(what)
+
+    def leave(self, token: object) -> None:
+        """The end of `take`. May be called again."""
+        self._calls.pop(token, None)
+        self._bell.ring()
+
+    def _is_first(self, token: object) -> bool:
+        return tuple(self._calls)[0] is token  # noqa: RUF015  (another thread may change it)
