@@ -70,7 +70,7 @@ clean:
 $(VENV)/.base: pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llm-datadist needs Python 3.10 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --quiet --upgrade pip
+	$(PIP) --quiet --upgrade pip setuptools
 	$(PIP) --quiet --build-constraint $(LOCK) -e .
 	touch $@
 
