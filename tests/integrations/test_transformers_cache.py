@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,12 @@ from tiny_models import (  # noqa: E402  (imports torch)
 )
 
 from llm_datadist import DataType, LLMException, LLMRole, LLMStatusCode  # noqa: E402
-from llm_datadist.integrations.transformers import KVPool, KVShape, OutOfBlocks  # noqa: E402
+from llm_datadist.integrations.transformers import (  # noqa: E402
+    KVPool,
+    KVShape,
+    OutOfBlocks,
+    cache_argument,
+)
 from llm_datadist.integrations.transformers.blocks import BlockStore  # noqa: E402
 
 if TYPE_CHECKING:
@@ -204,15 +210,54 @@ def test_memory_that_belongs_to_nobody_is_nan() -> None:
     assert not has_nan(store, second)
 
 
+# -- the name of the argument --
+
+
+@pytest.mark.parametrize("how", ["generate", "forward"])
+def test_the_argument_is_the_one_that_fills_the_cache_without_a_warning(
+    pool: KVPool, model: Any, how: str
+) -> None:
+    """By trial of both names with what is installed: a new transformers warns of the old one, and
+    an old one refuses or ignores the new one."""
+    usable = [
+        name
+        for name in ("cache", "past_key_values")
+        if fills_quietly(model, how, name, pool.new_cache())
+    ]
+    assert usable == list(cache_argument(pool.new_cache()))
+
+
+def fills_quietly(model: Any, how: str, name: str, cache: PagedCache) -> bool:
+    ids = torch.tensor([PROMPT])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            if how == "generate":
+                model.generate(ids, max_new_tokens=1, do_sample=False, **{name: cache})
+            else:
+                model(input_ids=ids, **{name: cache})
+        except (TypeError, ValueError):  # that it has no such argument
+            return False
+    return cache.get_seq_length() == len(PROMPT) and not warned
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_programs_with_the_old_name_get_the_same_tokens(pool: KVPool, model: Any) -> None:
+    ids = torch.tensor([PROMPT])
+    with pool.new_cache() as cache:
+        answer = model.generate(ids, max_new_tokens=9, do_sample=False, past_key_values=cache)
+    assert answer[0].tolist() == generate(model, PROMPT, 9)
+
+
 # -- what is refused --
 
 
 def test_more_than_one_sequence_is_refused(pool: KVPool, model: Any) -> None:
     ids = torch.tensor([PROMPT, PROMPT])
     with pytest.raises(LLMException, match="holds one sequence"):
-        model.generate(ids, max_new_tokens=1, past_key_values=pool.new_cache())
+        model.generate(ids, max_new_tokens=1, **cache_argument(pool.new_cache()))
     with pytest.raises(LLMException, match="holds one sequence"):
-        model.generate(ids[:1], max_new_tokens=1, num_beams=2, past_key_values=pool.new_cache())
+        model.generate(ids[:1], max_new_tokens=1, num_beams=2, **cache_argument(pool.new_cache()))
     assert pool.num_free_blocks == NUM_BLOCKS
 
 

@@ -9,7 +9,7 @@ import transformers
 from transformers import GPT2Config, LlamaConfig, MistralConfig
 
 from llm_datadist import LLMRole
-from llm_datadist.integrations.transformers import KVPool, KVShape
+from llm_datadist.integrations.transformers import KVPool, KVShape, cache_argument
 from llm_datadist.testing.cluster import Node
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def generate(
 ) -> list[int]:
     """The tokens and `count` more; without a cache as transformers does it by itself."""
     ids = torch.tensor([tokens])
-    more = {} if cache is None else {"past_key_values": cache}
+    more = {} if cache is None else cache_argument(cache)
     answer = model.generate(ids, max_new_tokens=count, do_sample=False, **more)
     return [int(token) for token in answer[0]]
 

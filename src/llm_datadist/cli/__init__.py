@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from llm_datadist import __version__
 from llm_datadist.cli.bench.command import app as bench
 from llm_datadist.cli.demo.command import demo
 from llm_datadist.cli.doctor.command import doctor
@@ -15,6 +16,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"llm-datadist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
 app.command()(demo)
 app.command()(doctor)
 app.command()(top)

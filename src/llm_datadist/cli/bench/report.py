@@ -6,10 +6,11 @@ import json
 import os
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+
+from llm_datadist import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +51,7 @@ class Report:
 
     def _machine(self) -> dict[str, object]:
         return {
-            "version": version("llm-datadist"),
+            "version": __version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
             "cores": len(os.sched_getaffinity(0)),

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llm_datadist.cli.demo.gguf_file import load_llama
-from llm_datadist.integrations.transformers import KVShape
+from llm_datadist.integrations.transformers import KVShape, cache_argument
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +77,7 @@ class LanguageModel:
         """The likeliest token after `cache` and `tokens`; `tokens` are added to `cache`."""
         with torch.inference_mode():
             output = self._model(
-                input_ids=torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1
+                input_ids=torch.tensor([tokens]), **cache_argument(cache), logits_to_keep=1
             )
         return int(output.logits[0, -1].argmax())
 

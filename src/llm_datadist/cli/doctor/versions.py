@@ -7,6 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from llm_datadist import __version__
 from llm_datadist.cli.doctor.finding import Case, Finding, State
 from llm_datadist.core.messages import PROTOCOL_VERSION
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.cli.doctor.finding import Data
 
-_REQUIRED = ("llm-datadist", "numpy", "msgspec")
+_REQUIRED = ("numpy", "msgspec")
 #: what each is for
 _OPTIONAL = {
     "xxhash": "verify_transfers",
@@ -28,7 +29,7 @@ _OPTIONAL = {
 
 def installed(_: Case) -> Iterator[Finding]:
     """This release, and what it stands on."""
-    versions = {name: version(name) for name in _REQUIRED}
+    versions = {"llm-datadist": __version__, **{name: version(name) for name in _REQUIRED}}
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     yield Finding(
         "packages",

@@ -2,14 +2,14 @@
 
     prefill                                            decode
     cache = pool.new_cache()                           cache = pool.fetch(KVHandle.from_json(text))
-    model.generate(..., past_key_values=cache)         model.generate(..., past_key_values=cache)
+    model.generate(..., **cache_argument(cache))       model.generate(..., **cache_argument(cache))
     text = pool.publish(cache).to_json()  ---------->
 
 | module | what is in it |
 | --- | --- |
 | `shape` | KVShape: how a model's KV cache lies in blocks |
 | `blocks` | the pool's memory, and the table that says which blocks a cache has |
-| `cache` | PagedCache: transformers' Cache over a table |
+| `cache` | PagedCache: transformers' Cache over a table; cache_argument: how `generate` gets it |
 | `handle` | KVHandle: what travels from prefill to decode |
 | `pool` | KVPool: new_cache, publish, fetch, release |
 """
@@ -31,9 +31,9 @@ if _missing:
     )
 
 from llm_datadist.integrations.transformers.blocks import OutOfBlocks
-from llm_datadist.integrations.transformers.cache import PagedCache
+from llm_datadist.integrations.transformers.cache import PagedCache, cache_argument
 from llm_datadist.integrations.transformers.handle import KVHandle
 from llm_datadist.integrations.transformers.pool import KVPool
 from llm_datadist.integrations.transformers.shape import KVShape
 
-__all__ = ["KVHandle", "KVPool", "KVShape", "OutOfBlocks", "PagedCache"]
+__all__ = ["KVHandle", "KVPool", "KVShape", "OutOfBlocks", "PagedCache", "cache_argument"]

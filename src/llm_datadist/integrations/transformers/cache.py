@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import GenerationMixin
 
 from llm_datadist.errors import LLMException, invalid
 from llm_datadist.integrations.transformers.blocks import BlockTable
@@ -19,9 +21,27 @@ if TYPE_CHECKING:
     from llm_datadist.integrations.transformers.blocks import BlockStore
     from llm_datadist.integrations.transformers.shape import KVShape
 
+#: transformers 5.24 gave the argument a new name, and warns of the old one. That it takes the new
+#: one has to be seen where it is named: `generate` and `forward` swallow any keyword.
+_ARGUMENT = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+def cache_argument(cache: Cache) -> dict[str, Cache]:
+    """`cache` as the keyword argument that the installed transformers has for it.
+
+    For `model.generate(..., **cache_argument(cache))` and `model(..., **cache_argument(cache))`:
+    that is `cache=cache` from transformers 5.24 on, and `past_key_values=cache` before. Any Cache
+    of transformers will do.
+    """
+    return {_ARGUMENT: cache}
+
 
 class PagedCache(Cache):  # type: ignore[misc]  # mypy does not follow transformers
-    """The KV cache of one sequence, for `generate(..., past_key_values=cache)`.
+    """The KV cache of one sequence, for `generate(..., **cache_argument(cache))`.
 
     Made by `KVPool.new_cache` and `KVPool.fetch`. It takes blocks of the pool as it grows, and
     keeps them until `release`, or the end of its `with`. Each step reads all of its tokens out of
