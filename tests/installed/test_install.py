@@ -45,7 +45,9 @@ def check_sdist(sdist: Path) -> None:
         names = {str(Path(*Path(name).parts[1:])) for name in archive.getnames()}
     assert names >= {
         "LICENSE", "README.md", "README.zh-CN.md", "CHANGELOG.md", "Makefile", "pyproject.toml",
-        "constraints.txt", "src/llm_datadist/py.typed", "src/_llm_datadist_pytest.py",
+        "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", "changes/README.md",
+        ".pre-commit-config.yaml", "constraints.txt", "src/llm_datadist/py.typed",
+        "src/_llm_datadist_pytest.py",
         "tests/conftest.py", "docs/testing.md", "examples/ascend-ci/kv_connector.py",
     }  # fmt: skip
     assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
