@@ -6,9 +6,19 @@ LOCK   ?= lock.txt
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -c $(LOCK)
 
-FAST_TESTS := tests/unit tests/property tests/docs tests/e2e/test_pull.py tests/e2e/test_push.py
+FAST_TESTS := tests/unit tests/property tests/protocol tests/affected tests/docs \
+              tests/e2e/test_pull.py tests/e2e/test_push.py
 
-.PHONY: demo vllm-demo test test-latest soak check lint lock locked conformance docs format clean
+# Two at a time: most tests wait more than they compute.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+PYTHON_FILES := src tests docs/tooling tooling examples
+MDFORMAT := $(BIN)/mdformat --number --compact-tables --no-mkdocs-math --align-semantic-breaks-in-lists
+PAGES_ZH := README.zh-CN.md $(wildcard docs/zh/*.md)
+# conformance.md is written by a program
+PAGES := $(filter-out $(PAGES_ZH) docs/conformance.md,$(wildcard *.md docs/*.md changes/*.md))
+
+.PHONY: demo vllm-demo dev test test-latest affected soak check lint style types imports conformant
+.PHONY: conformance lock locked docs changelog format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
@@ -17,9 +27,16 @@ demo: $(VENV)/.demo
 vllm-demo: $(VENV)-vllm/.ready
 	$(VENV)-vllm/bin/python examples/vllm/run.py $(ARGS)
 
-# Two at a time: most tests wait more than they compute.
+# All that work on the project needs, and its git hooks: CONTRIBUTING.md.
+dev: $(VENV)/.dev $(VENV)/.demo
+	if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/pre-commit install; fi
+
 test: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+# The tests of what changed since BASE: by default, since this branch left the main one.
+affected: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python tests/affected/affected.py $(PARALLEL) $(ARGS)
 
 # The same with the newest of everything that constraints.txt leaves open, in a fresh environment.
 test-latest:
@@ -33,11 +50,22 @@ soak: $(VENV)/.dev
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests docs/tooling tooling examples
-	$(BIN)/ruff check src tests docs/tooling tooling examples
+lint: style types imports conformant
+
+style: $(VENV)/.dev
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(MDFORMAT) --check --wrap 100 $(PAGES)
+	$(BIN)/python docs/tooling/sentences.py --check $(PAGES_ZH)
+	$(MDFORMAT) --check --wrap keep $(PAGES_ZH)
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
+
+imports: $(VENV)/.dev
 	$(BIN)/lint-imports
+
+conformant: $(VENV)/.dev
 	$(BIN)/python tests/conformance/report.py --check
 
 # Takes the newest of everything; ARGS= takes only what pyproject.toml has new.
@@ -60,9 +88,16 @@ conformance: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m mkdocs build --strict
 
+# What the next release's part of CHANGELOG.md will say: changes/README.md.
+changelog: $(VENV)/.dev
+	$(BIN)/towncrier build --draft
+
 format: $(VENV)/.dev
-	$(BIN)/ruff format src tests docs/tooling tooling examples
-	$(BIN)/ruff check --fix src tests docs/tooling tooling examples
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(MDFORMAT) --wrap 100 $(PAGES)
+	$(BIN)/python docs/tooling/sentences.py $(PAGES_ZH)
+	$(MDFORMAT) --wrap keep $(PAGES_ZH)
 
 clean:
 	rm -rf $(VENV) $(VENV)-latest $(VENV)-lock $(VENV)-vllm dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

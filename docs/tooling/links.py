@@ -1,10 +1,12 @@
-"""A hook of mkdocs: links out of `docs/`, to sources, tests and examples, are none on the site."""
+"""A hook of mkdocs: links out of `docs/`, to sources, tests and the like, are none on the site."""
 
 from __future__ import annotations
 
 import re
 
-_LINK_OUT = re.compile(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+(?:tests|src|examples)/[^)]*\)")
+_LINK_OUT = re.compile(
+    r"(?<!!)\[([^\]]+)\]\((?:\.\./)+(?:(?:tests|src|examples)/[^)]*|[A-Z]+\.md(?:#[^)]*)?)\)"
+)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -44,8 +44,8 @@ NOT_PROVOKED = [
 
 
 def messages() -> list[str]:
-    """What the page quotes: the first code of a line or of a table's row, if it is a sentence."""
-    return re.findall(r"^(?:\| )?`([^`]* [^`]*)`", PAGE.read_text(), re.MULTILINE)
+    """What the page quotes: code that begins a paragraph or a table's row, if it is a sentence."""
+    return re.findall(r"(?:^\| |(?<=\n\n))`([^`]* [^`]*)`", PAGE.read_text(), re.MULTILINE)
 
 
 @cache

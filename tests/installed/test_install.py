@@ -48,7 +48,9 @@ def check_sdist(sdist: Path) -> None:
         names = {str(Path(*Path(name).parts[1:])) for name in archive.getnames()}
     assert names >= {
         "LICENSE", "README.md", "README.zh-CN.md", "CHANGELOG.md", "Makefile", "pyproject.toml",
-        "constraints.txt", "lock.txt", "tooling/locked.py", "src/llm_datadist/py.typed",
+        "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", "changes/README.md",
+        ".pre-commit-config.yaml", "constraints.txt", "lock.txt", "tooling/locked.py",
+        "src/llm_datadist/py.typed",
         "src/_llm_datadist_pytest.py",
         "tests/conftest.py", "docs/testing.md", "examples/ascend-ci/kv_connector.py",
     }  # fmt: skip
