@@ -24,8 +24,8 @@ PAGE = ROOT / "docs" / "conformance.md"
 
 HEAD = """# Conformance
 
-Each row is something that the interface promises, from the specification and the seed documents;
-beside it stand the tests that show it. Written by `make conformance` from
+Each row is something that the interface promises, from the [specification](specification.md) and
+the seed documents; beside it stand the tests that show it. Written by `make conformance` from
 [rows.toml](../tests/conformance/rows.toml) and the marks on the tests; CI fails when a row has no
 test. D and O name the decisions of the specification's section 11.
 """

@@ -56,3 +56,24 @@ def test_the_reference_has_every_option_with_its_words(site: Path) -> None:
     options = [name for name in vars(llm_datadist.LLMConfig) if not name.startswith("_")]
     missing = {name for name in options if f'id="llm_datadist.LLMConfig.{name}"' not in api}
     assert missing == {"gen_options"}  # another name of generate_options
+
+
+def test_what_is_cited_is_linked_to_the_specification(site: Path) -> None:
+    links = {
+        page: re.findall(r'href="([^"#]*specification[^"#]*)#([^"]+)"', page.read_text())
+        for page in sorted(site.rglob("*.html"))
+        if page.name == "index.html"
+    }
+    assert len(links[site / "api" / "index.html"]) > 200
+    assert len(links[site / "conformance" / "index.html"]) > 50
+    anchors = {
+        page.parent: set(re.findall(r'id="([^"]+)"', page.read_text()))
+        for page in sorted(site.rglob("specification/**/index.html"))
+    }
+    astray = [
+        f"{page.relative_to(site)}: {url}#{anchor}"
+        for page, found in links.items()
+        for url, anchor in found
+        if anchor not in anchors.get((page.parent / url).resolve(), ())
+    ]
+    assert astray == []
