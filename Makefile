@@ -15,7 +15,7 @@ PYTHON_FILES := src tests docs/tooling tooling examples
 MDFORMAT := $(BIN)/mdformat --number --compact-tables --no-mkdocs-math --align-semantic-breaks-in-lists
 PAGES_ZH := README.zh-CN.md $(wildcard docs/zh/*.md)
 # conformance.md is written by a program
-PAGES := $(filter-out $(PAGES_ZH) docs/conformance.md,$(wildcard *.md docs/*.md changes/*.md))
+PAGES := $(filter-out $(PAGES_ZH) docs/conformance.md,$(wildcard *.md docs/*.md docs/specification/*.md changes/*.md))
 
 .PHONY: demo vllm-demo dev test test-latest affected soak check lint style types imports conformant
 .PHONY: conformance lock locked docs changelog format clean

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 100
 #: written by a program
 GENERATED = {DOCS / "conformance.md"}
-PAGES = {*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "changes").glob("*.md")} - GENERATED
+PAGES = {
+    *ROOT.glob("*.md"),
+    *DOCS.glob("*.md"),
+    *DOCS.glob("specification/*.md"),
+    *(ROOT / "changes").glob("*.md"),
+} - GENERATED
 CHINESE = {*(DOCS / "zh").glob("*.md"), READMES[1]}
 
 _CODE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""The words of the most common failures: which peer, which cache, and what to do. Spec 12, line 19."""
+"""The words of the most common failures: which peer, which cache, what to do. Spec 12, line 19."""
 
 from __future__ import annotations
 

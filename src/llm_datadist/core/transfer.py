@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from llm_datadist.core.remote import RemoteCache, RemoteRow
     from llm_datadist.core.segments import Segments
 
-_HOW_TO_EXPOSE = "register it with remote_accessible=True"
-
 
 @dataclass(frozen=True, slots=True)
 class Pull(abc.ABC):
@@ -313,14 +311,17 @@ def _check_row(remote: RemoteCache, row: int) -> None:
 
 def _check_ours(ours: Entry) -> None:
     if not ours.is_remote_accessible:
-        raise invalid(f"our cache {ours.cache_id} is not remote accessible: {_HOW_TO_EXPOSE}")
+        raise invalid(
+            f"our cache {ours.cache_id} is not remote accessible: register it with "
+            "remote_accessible=True"
+        )
 
 
 def _check_theirs(remote: RemoteCache) -> None:
     if not remote.is_remote_accessible:
         raise invalid(
             f"the peer's cache {remote.guard.cache_id} is not remote accessible: its owner must "
-            f"{_HOW_TO_EXPOSE}"
+            "register it with remote_accessible=True"
         )
 
 
