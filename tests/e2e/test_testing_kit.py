@@ -105,6 +105,13 @@ def test_what_is_left_of_a_stream_is_not_the_next_calls(counter: ObjectProcess[C
     assert counter.call(Counter.add, 1) == 101
 
 
+def test_a_stream_without_an_end_lets_no_other_call_in(counter: ObjectProcess[Counter]) -> None:
+    assert next(counter.stream(Counter.for_ever)) == 6
+    counter.begin(Counter.add, 1)
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.05 s"):
+        counter.result(0.05)
+
+
 def test_a_stream_whose_process_dies_is_at_its_end(counter: ObjectProcess[Counter]) -> None:
     values = counter.stream(Counter.for_ever)
     assert next(values) == 6

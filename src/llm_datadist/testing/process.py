@@ -14,6 +14,7 @@ import multiprocessing as mp
 import os
 import signal
 import threading
+import time
 import traceback
 from collections import deque
 from contextlib import contextmanager
@@ -175,15 +176,17 @@ class ObjectProcess(Generic[Held]):
 
     def _receive(self, number: int, timeout_s: float) -> _Answer:
         """The next answer to that call; what is left of earlier ones is dropped."""
-        while True:
-            if not self._pipe.poll(timeout_s):
-                raise TimeoutError(f"process {self.pid} did not answer within {timeout_s} s")
+        deadline = time.monotonic() + timeout_s
+        while self._pipe.poll(max(0.0, deadline - time.monotonic())):
             try:
                 answer: _Answer = self._pipe.recv()
             except (EOFError, ConnectionResetError):
                 raise self._ended() from None
             if answer.number == number:
                 return answer
+            if time.monotonic() > deadline:  # what is left has no end
+                break
+        raise TimeoutError(f"process {self.pid} did not answer within {timeout_s} s")
 
     def _ended(self) -> EOFError:
         self._process.join()
@@ -198,8 +201,8 @@ def wait_any(
 ) -> list[ObjectProcess[Any]]:
     """Waits until one of them has something to say: an outcome, a stream's value, or that it ended.
 
-    Those that have, in the order of `processes`: `result`, or the next value, is there. `ready`
-    comes first, for each. Raises TimeoutError when none has.
+    Those that have, in the order of `processes`: `result`, or the next value, is there. (The first
+    that a process says is that it is `ready`.) Raises TimeoutError when none has.
     """
     pipes = [process._pipe for process in processes]
     heard = wait(pipes, timeout_s)
