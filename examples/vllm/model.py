@@ -9,16 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from llm_datadist.cli.demo.failure import DemoError
-from llm_datadist.cli.demo.gguf_file import load_llama
-from llm_datadist.cli.demo.model_source import find_model
+from llm_datadist.cli.demo.gguf_file import LlamaFile
+from llm_datadist.cli.demo.settings import find_model
+from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-    from llm_datadist.cli.demo.model_source import ModelSource
+    from llm_datadist.cli.demo.settings import ModelSource
 
 _CHECKED_TEXT = "A lighthouse keeper trims the wick at dusk, and then"
 _CHECKED_NEW_TOKENS = 24
@@ -27,7 +27,7 @@ _CHECKED_NEW_TOKENS = 24
 def huggingface_directory(build: Path) -> Path:
     """The model's directory below `build`; the first call converts and checks it.
 
-    Raises DemoError when the package with the weights is missing, or when the conversion changed
+    Raises CommandError when the package with the weights is missing, or when the conversion changed
     what the model says.
     """
     source = find_model(None)
@@ -45,7 +45,8 @@ def huggingface_directory(build: Path) -> Path:
 def _convert(source: ModelSource, directory: Path) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    model = load_llama(source.path, lambda _fraction, _doing: None).eval()
+    file = LlamaFile(source.path)
+    model = file.to_model(dict(file.weights())).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
         source.path.parent, gguf_file=source.path.name
     )
@@ -61,7 +62,7 @@ def _convert(source: ModelSource, directory: Path) -> None:
         or not torch.equal(_logits(model, tokens), _logits(copy, tokens))
         or _greedy(model, tokens) != _greedy(copy, tokens)
     ):
-        raise DemoError(
+        raise CommandError(
             f"the model in {directory} does not answer as {source.path} does: conversion with this "
             "version of transformers is wrong. Use the versions of examples/vllm/constraints.txt."
         )

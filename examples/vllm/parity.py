@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from client import ask, greedy, num_loaded_tokens
 from rich.table import Table
 
-from llm_datadist.cli.demo.failure import DemoError
+from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,11 +84,11 @@ class Parity:
 
 
 def plain_answers(server: Process, prompts: Sequence[list[int]]) -> list[Tokens]:
-    """What the answers should be. Raises DemoError when `server` fails."""
+    """What the answers should be. Raises CommandError when `server` fails."""
     answers = [ask(server, greedy(prompt, NUM_NEW_TOKENS)) for prompt in prompts]
     for answer in answers:
         if answer.error is not None:
-            raise DemoError(f"the plain server answers {answer.error}: see {server.log}")
+            raise CommandError(f"the plain server answers {answer.error}: see {server.log}")
     return [answer.tokens for answer in answers]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from llm_datadist.cli.demo.prompts import PROMPTS
+from llm_datadist.cli.demo.request import PROMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,7 +23,7 @@ from rich.text import Text
 from servers import Settings
 from session import Session
 
-from llm_datadist.cli.demo.failure import DemoError, SetupError
+from llm_datadist.cli.failure import CommandError, SetupError
 
 _BUILD = Path(__file__).resolve().parent.parent.parent / "build" / "vllm"
 
@@ -87,7 +87,7 @@ def main(
         results = _run(console, parts or list(Part), connector, rounds, samples, build)
         if json is not None:
             _write(json, connector, results)
-    except DemoError as error:
+    except CommandError as error:
         typer.secho(f"vllm-demo: {error}", fg="red", err=True)
         raise typer.Exit(error.exit_code) from None
     except httpx.HTTPError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from llm_datadist.cli.demo.failure import DemoError
+from llm_datadist.cli.failure import CommandError
 from llm_datadist.testing.cluster import free_port
 
 if TYPE_CHECKING:
@@ -87,16 +87,16 @@ class Process:
             )
 
     def wait_until_ready(self) -> None:
-        """Return when it answers. Raises DemoError when it has ended, or takes too long."""
+        """Return when it answers. Raises CommandError when it has ended, or takes too long."""
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             if self._process is None or self._process.poll() is not None:
-                raise DemoError(f"{self.name} has ended while it started: see {self.log}")
+                raise CommandError(f"{self.name} has ended while it started: see {self.log}")
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.base_url}/health", timeout=5.0).is_success:
                     return
             time.sleep(_POLL_S)
-        raise DemoError(f"{self.name} is not ready after {_START_S:.0f} s: see {self.log}")
+        raise CommandError(f"{self.name} is not ready after {_START_S:.0f} s: see {self.log}")
 
     def kill(self) -> None:
         """End it and its children at once, as a crash would."""

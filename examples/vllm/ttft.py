@@ -10,7 +10,7 @@ from client import first_token_s, greedy, num_loaded_tokens, prefill
 from connector import Connector
 from rich.table import Table
 
-from llm_datadist.cli.demo.failure import DemoError
+from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,7 +76,7 @@ class TimeToFirstToken:
         num_each: int,
         report: Callable[[str], None],
     ) -> None:
-        """Add `num_each` samples of each length. Raises DemoError if prefill was not used."""
+        """Add `num_each` samples of each length. Raises CommandError if prefill was not used."""
         lengths = self.samples.setdefault(
             connector, {tokens: Samples() for tokens in PROMPT_TOKENS}
         )
@@ -97,7 +97,7 @@ class TimeToFirstToken:
         loaded = num_loaded_tokens(pair.decode) - before
         # A connector may leave the last token, or the last block, to decode.
         if loaded * 2 < 2 * num_each * sum(PROMPT_TOKENS):
-            raise DemoError(
+            raise CommandError(
                 f"with {connector.vllm_name}, decode had only {loaded} prompt tokens from "
                 f"prefill and computed the others: see {pair.decode.log}"
             )

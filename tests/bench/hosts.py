@@ -32,10 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
-from llm_datadist.cli.bench.ceiling import answer, ask, in_threads
-from llm_datadist.cli.bench.memory import CacheMemory
 from llm_datadist.cli.bench.ours import register
-from llm_datadist.cli.bench.workload import SHAPES
+from llm_datadist.cli.bench.rivals import answer, ask, in_threads
+from llm_datadist.cli.bench.workload import SHAPES, CacheMemory
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))

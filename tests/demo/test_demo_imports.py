@@ -17,7 +17,7 @@ IMPORTED = "; import sys; print(*{name.partition('.')[0] for name in sys.modules
         ("llm_datadist.integrations", {"torch", "transformers", "numpy"}),
         ("llm_datadist.cli", {"torch", "transformers", "gguf"}),
         ("llm_datadist.cli.demo.proxy", {"torch", "transformers", "gguf"}),
-        ("llm_datadist.cli.demo.process", {"torch", "transformers", "gguf"}),
+        ("llm_datadist.cli.demo.workers", {"torch", "transformers", "gguf"}),
     ],
 )
 def test_importing_leaves_the_heavy_packages_alone(module: str, absent: set[str]) -> None:

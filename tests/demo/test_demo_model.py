@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llm_datadist import LLMRole
-from llm_datadist.cli.demo.model_source import find_model
-from llm_datadist.cli.demo.prompts import PROMPTS, Prompt
-from llm_datadist.cli.demo.settings import LinkPath, Settings
+from llm_datadist.cli.demo.request import PROMPTS, Prompt
+from llm_datadist.cli.demo.settings import LinkPath, Settings, find_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -31,7 +30,13 @@ def steps() -> list[float]:
 @pytest.fixture(scope="module")
 def model(steps: list[float]) -> LanguageModel:
     settings = Settings(find_model(None), 8, 16, 0, LinkPath.AUTO)
-    return LanguageModel.load(settings, lambda fraction, _: steps.append(fraction))
+    loading = LanguageModel.load(settings)
+    while True:
+        try:
+            steps.append(next(loading).fraction)
+        except StopIteration as end:
+            loaded: LanguageModel = end.value
+            return loaded
 
 
 def test_loading_reports_its_progress(model: LanguageModel, steps: list[float]) -> None:
@@ -69,11 +74,12 @@ def test_the_weights_are_those_that_transformers_reads() -> None:
     # its own reader of the whole file, which needs no more packages but half a minute
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    from llm_datadist.cli.demo.gguf_file import load_llama
+    from llm_datadist.cli.demo.gguf_file import LlamaFile
 
-    file = find_model(None).path
-    model = load_llama(file, lambda *_: None)
-    expected = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
+    path = find_model(None).path
+    file = LlamaFile(path)
+    model = file.to_model(dict(file.weights()))
+    expected = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
     weights = model.state_dict()
     assert len(expected["tensors"]) == len(weights) - 1  # the output weights are the embedding's
     for name, tensor in expected["tensors"].items():

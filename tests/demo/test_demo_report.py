@@ -6,12 +6,9 @@ from pathlib import Path
 
 from command_line import figures
 
-from llm_datadist.cli.demo.messages import HandOver, Linked, Pulled
-from llm_datadist.cli.demo.model_source import ModelSource
-from llm_datadist.cli.demo.prompts import Prompt
-from llm_datadist.cli.demo.report import Report
-from llm_datadist.cli.demo.request import Request
-from llm_datadist.cli.demo.settings import LinkPath, Settings
+from llm_datadist.cli.demo.request import HandOver, Linked, Prompt, Pulled, Request, Token
+from llm_datadist.cli.demo.screens import Report
+from llm_datadist.cli.demo.settings import LinkPath, ModelSource, Settings
 
 SETTINGS = Settings(ModelSource(Path("/models/tiny")), 4, 16, 0, LinkPath.AUTO)
 
@@ -24,7 +21,8 @@ def answered(tokens: list[int], plain_tokens: list[int]) -> Request:
     )
     request.note_pulled(Pulled(0, nbytes=2**20, duration_s=0.002))
     for delay_s, token in enumerate(tokens, start=1):
-        request.note_token(token, f"<{token}>", 100.0 + delay_s)
+        is_last = delay_s == len(tokens)
+        request.note_token(Token(0, token, f"<{token}>", is_last), 100.0 + delay_s)
     request.plain_tokens = plain_tokens
     return request
 
@@ -52,6 +50,7 @@ def test_a_request_measures_its_transfer_and_its_first_token() -> None:
     assert request.gb_per_s == 2**20 / 0.002 / 1e9
     assert request.time_to_first_token_s == 1.0
     assert request.text == "<1><2>"
+    assert request.finished_s == 102.0
 
 
 def test_the_figures_are_written_as_json(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from llm_datadist.cli.demo.model_source import find_model
+from llm_datadist.cli.demo.settings import find_model
 
 if TYPE_CHECKING:
     from pathlib import Path

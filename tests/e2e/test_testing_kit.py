@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +19,7 @@ from llm_datadist import CacheKeyByIdAndIndex, LLMException
 from llm_datadist.testing.assertions import assert_cache_equal
 from llm_datadist.testing.cluster import Node, free_port
 from llm_datadist.testing.linked import linked_clusters
-from llm_datadist.testing.process import ObjectProcess
+from llm_datadist.testing.process import ObjectProcess, wait_any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +39,17 @@ class Counter:
 
     def end(self, code: int) -> None:
         os._exit(code)
+
+    def up_to(self, last: int) -> Iterator[int]:
+        while self.value < last:
+            self.value += 1
+            yield self.value
+        if last < 0:
+            raise ValueError(f"{last} is negative")
+
+    def for_ever(self) -> Iterator[int]:
+        while True:
+            yield self.add(1)
 
 
 @pytest.fixture
@@ -71,6 +86,82 @@ def test_an_object_that_cannot_be_made_says_why() -> None:
         pytest.raises(ValueError, match="-1 is negative"),
     ):
         process.ready()
+
+
+def test_the_values_of_a_stream_come_while_it_runs(counter: ObjectProcess[Counter]) -> None:
+    assert list(islice(counter.stream(Counter.for_ever), 3)) == [6, 7, 8]
+
+
+def test_a_stream_ends_as_its_generator_does(counter: ObjectProcess[Counter]) -> None:
+    assert list(counter.stream(Counter.up_to, last=8)) == [6, 7, 8]
+    with pytest.raises(ValueError, match="-1 is negative"):
+        next(counter.stream(Counter.up_to, -1))
+    assert counter.call(Counter.add, 1) == 9
+
+
+def test_what_is_left_of_a_stream_is_not_the_next_calls(counter: ObjectProcess[Counter]) -> None:
+    assert next(counter.stream(Counter.up_to, 50)) == 6
+    assert next(counter.stream(Counter.up_to, 100)) == 51
+    assert counter.call(Counter.add, 1) == 101
+
+
+def test_a_stream_without_an_end_lets_no_other_call_in(counter: ObjectProcess[Counter]) -> None:
+    assert next(counter.stream(Counter.for_ever)) == 6
+    counter.begin(Counter.add, 1)
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.05 s"):
+        counter.result(0.05)
+
+
+def test_a_stream_whose_process_dies_is_at_its_end(counter: ObjectProcess[Counter]) -> None:
+    values = counter.stream(Counter.for_ever)
+    assert next(values) == 6
+    assert counter.exit_code is None
+    os.kill(counter.pid, signal.SIGKILL)
+    with pytest.raises(EOFError, match="ended with exit code -9"):
+        sum(values)
+    assert counter.exit_code == -signal.SIGKILL
+
+
+def test_who_answers_first_is_known(counter: ObjectProcess[Counter]) -> None:
+    with ObjectProcess(Counter, 1) as other:
+        counter.ready().pause()
+        counter.begin(Counter.add, 1)
+        other.ready().begin(Counter.add, 1)
+        assert wait_any([counter, other]) == [other]
+        assert other.result() == 2
+        with pytest.raises(TimeoutError, match=r"answered within 0\.01 s"):
+            wait_any([counter, other], 0.01)
+        counter.resume()
+        assert wait_any([counter, other]) == [counter]
+        assert counter.result() == 6
+
+
+def test_a_ctrl_c_is_for_the_test_alone(counter: ObjectProcess[Counter]) -> None:
+    os.kill(counter.pid, signal.SIGINT)  # while it starts
+    assert counter.call(Counter.add, 1) == 6
+    os.kill(counter.pid, signal.SIGINT)
+    assert counter.call(Counter.add, 1) == 7
+
+
+def test_any_thread_can_start_a_process() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        process = threads.submit(ObjectProcess, Counter, 5).result()
+    with process:
+        os.kill(process.pid, signal.SIGINT)
+        assert process.call(Counter.add, 1) == 6
+
+
+def test_a_process_whose_test_is_gone_ends_in_silence() -> None:
+    program = (
+        "import itertools, os; from llm_datadist.testing.process import ObjectProcess; "
+        "values = ObjectProcess(itertools.count, 1).stream(iter); print(next(values), flush=True); "
+        "os.kill(os.getpid(), 9)"
+    )
+    # both have the same output: its end is the end of both
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "1\n", "")
 
 
 def test_three_clusters_are_linked_and_end_with_the_block() -> None:

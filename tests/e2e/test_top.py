@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.cli import app
-from llm_datadist.cli.top.sample import Sample, activities
-from llm_datadist.cli.top.view import view
+from llm_datadist.cli.top.view import Sample, activities, view
 from llm_datadist.core.stats import ClusterStats, Histogram, LinkStats, OperationStats
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.testing.cluster import Node

@@ -2,7 +2,7 @@
 
 | module | what is in it |
 | --- | --- |
-| `process` | ObjectProcess: an object of yours in a process of its own |
+| `process` | ObjectProcess: your object in a process of its own; wait_any: who answers first |
 | `cluster` | Node, NodeProcess: a cluster with memory that a test fills and looks at |
 | `linked` | linked_clusters: clusters in a process each, every two linked |
 | `faults` | FaultProxy: a network that cuts, stalls, slows and corrupts |

@@ -8,7 +8,6 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_datadist.cli.bench.failure import BenchError, SetupError
 from llm_datadist.cli.bench.workload import SHAPES, Workload
+from llm_datadist.cli.failure import SetupError, explained
 
 if TYPE_CHECKING:
     from llm_datadist.cli.bench.report import Report
@@ -97,14 +96,14 @@ def move(
     """
     if context.invoked_subcommand is not None:
         return
-    with _explained():
+    with explained("bench"):
         workloads = _workloads(shape, tensors, blocks, moved, block_bytes)
         if contiguous or operation is Operation.PULL_CACHE:
             workloads = [replace(workload, is_contiguous=True) for workload in workloads]
         if operation in (Operation.PUSH_BLOCKS, Operation.TRANSFER_CACHE_ASYNC):
             _require_accessible(mode)
         if plot is not None:
-            from llm_datadist.cli.bench.plot import check_plot
+            from llm_datadist.cli.bench.report import check_plot
 
             check_plot(plot)
         for file in (json, plot):
@@ -116,7 +115,7 @@ def move(
         if json is not None:
             report.write_json(json)
         if plot is not None:
-            from llm_datadist.cli.bench.plot import draw
+            from llm_datadist.cli.bench.report import draw
 
             draw(report, plot)
 
@@ -183,7 +182,7 @@ def _show(scenario: str, figures: Callable[[], "Iterator[Figure]"]) -> None:
     table.add_column(justify="right")
     table.add_column()
     console = Console()
-    with _explained(), console.status(scenario):
+    with explained("bench"), console.status(scenario):
         for figure in figures():
             table.add_row(figure.name, f"{figure.value:.3f}", figure.unit)
     console.print(table)
@@ -205,9 +204,8 @@ def _run(
     # not needed by `--help`
     from rich.console import Console
 
+    from llm_datadist.cli.bench.contest import compete, line_up
     from llm_datadist.cli.bench.contestant import Job
-    from llm_datadist.cli.bench.lineup import line_up
-    from llm_datadist.cli.bench.measure import compete
     from llm_datadist.cli.bench.report import Report
 
     console = Console()
@@ -220,15 +218,6 @@ def _run(
     report = Report(groups)
     console.print(report.to_table())
     return report
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except BenchError as error:
-        typer.secho(f"bench: {error}", fg="red", err=True)
-        raise typer.Exit(error.exit_code) from None
 
 
 def _require_accessible(mode: Mode) -> None:

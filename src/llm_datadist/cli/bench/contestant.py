@@ -14,8 +14,8 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from llm_datadist.cli.bench.failure import BenchError
-from llm_datadist.cli.bench.memory import CacheMemory
+from llm_datadist.cli.bench.workload import CacheMemory
+from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,11 +80,11 @@ class Owner:
         self._process.start()
         theirs.close()
         if not self.pipe.poll(_START_S):
-            raise BenchError("the owner of the source did not start")
+            raise CommandError("the owner of the source did not start")
         try:
             self.greeting = self.pipe.recv()
         except EOFError:
-            raise BenchError("the owner of the source ended before it was ready") from None
+            raise CommandError("the owner of the source ended before it was ready") from None
 
     @property
     def pid(self) -> int:
@@ -95,6 +95,14 @@ class Owner:
         self._process.kill()
         self._process.join()
         self.pipe.close()
+
+
+def wait_for_end(pipe: Connection) -> None:
+    """Returns when the other end of the pipe is gone."""
+    try:
+        pipe.recv()
+    except EOFError:
+        return
 
 
 class Puller:
@@ -164,12 +172,12 @@ class Pair:
     def _answer(self, timeout_s: float) -> _Answer:
         try:
             if not self._pipe.poll(timeout_s):
-                raise BenchError(f"{self.name} did not answer within {timeout_s:.0f} s")
+                raise CommandError(f"{self.name} did not answer within {timeout_s:.0f} s")
             answer: _Answer = self._pipe.recv()
         except EOFError:
-            raise BenchError(f"{self.name}: its process ended") from None
+            raise CommandError(f"{self.name}: its process ended") from None
         if answer.failure:
-            raise BenchError(f"{self.name}: {answer.failure}")
+            raise CommandError(f"{self.name}: {answer.failure}")
         return answer
 
     def _signal(self, number: signal.Signals) -> None:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llm_datadist import cpp as c
-from llm_datadist.cli.bench.ceiling import wait_for_end
-from llm_datadist.cli.bench.contestant import Owner
-from llm_datadist.cli.bench.failure import BenchError
+from llm_datadist.cli.bench.contestant import Owner, wait_for_end
 from llm_datadist.cli.bench.scenarios import Figure
+from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,7 +118,7 @@ class _Reader:
         status, _ = self.cluster.LinkLlmClusters([_info(peer) for peer in peers], _TIMEOUT_MS)
         seconds = time.perf_counter() - begun
         if status != c.LLM_SUCCESS:
-            raise BenchError(f"linking {len(peers)} clusters ended with {status}")
+            raise CommandError(f"linking {len(peers)} clusters ended with {status}")
         return seconds
 
     def unlink(self, peers: list[Peer]) -> float:
@@ -130,7 +129,7 @@ class _Reader:
         )
         seconds = time.perf_counter() - begun
         if status != c.LLM_SUCCESS:
-            raise BenchError(f"unlinking {len(peers)} clusters ended with {status}")
+            raise CommandError(f"unlinking {len(peers)} clusters ended with {status}")
         return seconds
 
     def pull_s(self, peer: Peer) -> float:
@@ -139,7 +138,7 @@ class _Reader:
         status = self.cluster.PullKvBlocks(index, self._cache, [1, 5], [2, 0])
         seconds = time.perf_counter() - begun
         if status != c.LLM_SUCCESS:
-            raise BenchError(f"a pull ended with {status}")
+            raise CommandError(f"a pull ended with {status}")
         return seconds
 
 
@@ -163,7 +162,7 @@ def _make_cluster(
         options[c.OPTION_LISTEN_IP_INFO] = listen
     cluster = c.LlmDataDist(cluster_id, c.LlmRole.kMix)
     if cluster.Initialize(options) != c.LLM_SUCCESS:
-        raise BenchError(f"cluster {cluster_id} could not be started")
+        raise CommandError(f"cluster {cluster_id} could not be started")
     return cluster, np.zeros((_BLOCKS, _BLOCK_NBYTES), np.uint8)
 
 

@@ -19,8 +19,8 @@ from llm_datadist import (
     TransferWithCacheKeyConfig,
 )
 from llm_datadist.cli.bench.contestant import Job, Puller
-from llm_datadist.cli.bench.failure import BenchError
-from llm_datadist.cli.bench.memory import CacheMemory
+from llm_datadist.cli.bench.workload import CacheMemory
+from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -55,7 +55,7 @@ def link(datadist: LLMDataDist, cluster_id: int, port: int) -> None:
     info.append_remote_ip_info("127.0.0.1", port)
     status, _ = datadist.link_clusters([info], _TIMEOUT_MS)
     if status is not LLMStatusCode.LLM_SUCCESS:
-        raise BenchError(f"the clusters could not be linked: {status}")
+        raise CommandError(f"the clusters could not be linked: {status}")
 
 
 def register(
@@ -145,7 +145,7 @@ class Ours(Puller):
         task = self._manager.transfer_cache_async(self._cache, _AtOnce(), [config], src, dst)
         status = task.synchronize(_TIMEOUT_MS)
         if status is not LLMStatusCode.LLM_SUCCESS:
-            raise BenchError(f"the transfer ended with {status}")
+            raise CommandError(f"the transfer ended with {status}")
 
 
 class _AtOnce(LayerSynchronizer):

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from llm_datadist import BlocksCacheKey, LayerSynchronizer, LLMClusterInfo, LLMRole, LLMStatusCode
 from llm_datadist import TransferWithCacheKeyConfig as KeyConfig
 from llm_datadist.cli.bench import ours
-from llm_datadist.cli.bench.ceiling import Memcpy, wait_for_end
-from llm_datadist.cli.bench.contestant import Job, Owner, Pair
-from llm_datadist.cli.bench.failure import BenchError
-from llm_datadist.cli.bench.memory import CacheMemory
-from llm_datadist.cli.bench.workload import SHAPES, Workload
+from llm_datadist.cli.bench.contestant import Job, Owner, Pair, wait_for_end
+from llm_datadist.cli.bench.rivals import Memcpy
+from llm_datadist.cli.bench.workload import SHAPES, CacheMemory, Workload
+from llm_datadist.cli.failure import CommandError
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.plan import blocks_to_blocks
 from llm_datadist.core.segments import iovecs
@@ -96,7 +95,7 @@ def link(rounds: int) -> Iterator[Figure]:
                     status, _ = datadist.link_clusters(infos[:count], 30_000)
                     seconds.append(time.perf_counter() - begun)
                     if status is not LLMStatusCode.LLM_SUCCESS:
-                        raise BenchError(f"linking {count} clusters ended with {status}")
+                        raise CommandError(f"linking {count} clusters ended with {status}")
                     datadist.unlink_clusters(infos[:count], 30_000)
                 medians[count] = statistics.median(seconds)
                 yield Figure(f"link {count} clusters", medians[count] * 1e3, "ms")
@@ -156,7 +155,7 @@ def layers(rounds: int, threads: int) -> Iterator[Figure]:
                     computed.done[layer].set()
                 begun = time.perf_counter()
                 if task.synchronize(60_000) is not LLMStatusCode.LLM_SUCCESS:
-                    raise BenchError("the layer-wise transfer failed")
+                    raise CommandError("the layer-wise transfer failed")
                 return time.perf_counter() - begun
 
             send(lambda: None)
@@ -225,6 +224,6 @@ def _pull_together(readers: list[Owner]) -> list[tuple[float, float]]:
     spans = []
     for reader in readers:
         if not reader.pipe.poll(60):
-            raise BenchError("a reader did not answer")
+            raise CommandError("a reader did not answer")
         spans.append(reader.pipe.recv())
     return spans

@@ -1,13 +1,16 @@
-"""What a benchmark moves: the shape of a paged cache, and which of its blocks."""
+"""What a benchmark moves: the shape of a paged cache, which of its blocks, and its memory."""
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 Blocks = npt.NDArray[np.uint64]
+
+_POISON = 0xFF
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,46 @@ SHAPES = {
         Workload("one-block", 1, 512, 32 * 1024, 1, tensors_per_layer=1),
     )
 }
+
+
+class CacheMemory:
+    """The tensors of a paged cache, one behind the other."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self.nbytes = workload.cache_nbytes
+        self._bytes = np.frombuffer(mmap.mmap(-1, self.nbytes), dtype=np.uint8)
+        self.addr = int(self._bytes.ctypes.data)
+        self.poison()
+
+    @property
+    def tensor_addrs(self) -> list[int]:
+        step = self._workload.tensor_nbytes
+        return [self.addr + index * step for index in range(self._workload.num_tensors)]
+
+    def fill(self) -> None:
+        """What every source holds: each word its own number."""
+        self._words()[:] = self._pattern()
+
+    def poison(self) -> None:
+        """What no source holds; it also takes the pages, so that no benchmark pays for that."""
+        self._bytes[:] = _POISON
+
+    def has_arrived(self) -> bool:
+        """Whether the moved blocks hold what their sources do, and nothing else was touched."""
+        shape = self._workload
+        src, dst = shape.blocks()
+        blocks = self._words().reshape(shape.num_tensors, shape.num_blocks, -1)
+        pattern = self._pattern().reshape(blocks.shape)
+        others = np.setdiff1d(np.arange(shape.num_blocks, dtype=np.uint64), dst)
+        poison = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+        return all(
+            np.array_equal(tensor[dst], expected[src]) and bool((tensor[others] == poison).all())
+            for tensor, expected in zip(blocks, pattern, strict=True)
+        )
+
+    def _words(self) -> Blocks:
+        return self._bytes.view(np.uint64)
+
+    def _pattern(self) -> Blocks:
+        return np.arange(self._workload.cache_nbytes // 8, dtype=np.uint64)

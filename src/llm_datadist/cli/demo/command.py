@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_datadist.cli.demo.failure import DemoError, SetupError
-from llm_datadist.cli.demo.model_source import find_model
-from llm_datadist.cli.demo.settings import LinkPath, Settings
+from llm_datadist.cli.demo.settings import LinkPath, Settings, find_model
+from llm_datadist.cli.failure import SetupError, explained
 
 if TYPE_CHECKING:
-    from llm_datadist.cli.demo.report import Report
+    from llm_datadist.cli.demo.screens import Report
 
 _MOST_BLOCK_TOKENS = 1024
 _MOST_NEW_TOKENS = 1024
@@ -52,30 +51,25 @@ def demo(
     without ever seeing the prompt. The answers are then compared, token by token, with plain greedy
     generation in one process.
     """
-    try:
+    with explained("demo"):
         settings = Settings(find_model(model), max_new_tokens, block_tokens, port, path)
         if json is not None and not json.absolute().parent.is_dir():
             raise SetupError(f"--json {json}: there is no such folder.")
         report = _run(settings)
         if json is not None:
             report.write_json(json)
-    except DemoError as error:
-        typer.secho(f"demo: {error}", fg="red", err=True)
-        raise typer.Exit(error.exit_code) from None
     raise typer.Exit(0 if report.is_proven else 1)
 
 
 def _run(settings: Settings) -> "Report":
     # not needed by `--help`
     from llm_datadist.cli.demo import proxy
-    from llm_datadist.cli.demo.process import Workers
-    from llm_datadist.cli.demo.prompts import PROMPTS
-    from llm_datadist.cli.demo.report import Report
-    from llm_datadist.cli.demo.terminal import Terminal
+    from llm_datadist.cli.demo.request import PROMPTS
+    from llm_datadist.cli.demo.screens import Report, Terminal
 
     terminal = Terminal()
     terminal.show_start(settings.model, settings.num_threads)
-    with Workers.start(settings) as workers:
+    with proxy.Workers.start(settings) as workers:
         port = proxy.load(workers, terminal)
         linked = proxy.link(workers, port)
         terminal.show_link(linked)

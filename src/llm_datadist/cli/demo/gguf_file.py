@@ -1,6 +1,6 @@
-"""A Llama model out of a GGUF file.
+"""A Llama model in a GGUF file.
 
-transformers can do this by itself (`gguf_file=`), but reads the whole file twice, which takes half
+transformers can read one by itself (`gguf_file=`), but reads the whole file twice, which takes half
 a minute here, and asks for one more package.
 """
 
@@ -13,27 +13,36 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from llm_datadist.cli.demo.model import Report
-
     Weights: TypeAlias = NDArray[np.float32]
 
 
-def load_llama(path: Path, report: Report) -> LlamaForCausalLM:
-    """The model in `path`, as float32."""
-    report(0.2, f"reading {path.name}")
-    reader = gguf.GGUFReader(path)
-    config = _config(reader)
-    names = _parameter_names(config)
-    weights = {}
-    for index, tensor in enumerate(reader.tensors):
-        report(0.5 + 0.3 * index / len(reader.tensors), "expanding the weights")
-        weights[names[tensor.name]] = _weight(tensor, config)
-    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights)
+class LlamaFile:
+    """An open file. `to_model(dict(weights()))` is the model, as float32."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = (reader := gguf.GGUFReader(path)).tensors
+        self._config = _config(reader)
+
+    @property
+    def num_weights(self) -> int:
+        """How many `weights` there are."""
+        return len(self._tensors)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters by the model's names, expanded one by one."""
+        names = _parameter_names(self._config)
+        for tensor in self._tensors:
+            yield names[tensor.name], _weight(tensor, self._config)
+
+    def to_model(self, weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
+        """The model with these weights."""
+        return LlamaForCausalLM.from_pretrained(None, config=self._config, state_dict=weights)
 
 
 def _config(reader: gguf.GGUFReader) -> LlamaConfig:

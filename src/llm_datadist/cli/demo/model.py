@@ -1,9 +1,9 @@
-"""The language model of a worker, on the CPU, in float32 and greedy."""
+"""The language model of a worker, on the CPU, in float32 and greedy; its pool of blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+import random
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -14,20 +14,20 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llm_datadist.cli.demo.gguf_file import load_llama
-from llm_datadist.integrations.transformers import KVShape, cache_argument
+from llm_datadist.cli.demo.request import Loading
+from llm_datadist.integrations.transformers import KVPool, KVShape, cache_argument
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from transformers import Cache, PreTrainedModel
 
-    from llm_datadist.cli.demo.model_source import ModelSource
-    from llm_datadist.cli.demo.prompts import Prompt
-    from llm_datadist.cli.demo.settings import Settings
+    from llm_datadist.cli.demo.request import Prompt
+    from llm_datadist.cli.demo.settings import ModelSource, Settings
+    from llm_datadist.datadist import LLMDataDist
 
-#: called with how far loading is (0 to 1) and what comes next
-Report: TypeAlias = Callable[[float, str], None]
+#: room for the demo's longest prompt, and for shorter ones beside it
+_NUM_PROMPT_TOKENS = 4096
 
 
 class LanguageModel:
@@ -45,13 +45,13 @@ class LanguageModel:
         )
 
     @classmethod
-    def load(cls, settings: Settings, report: Report) -> LanguageModel:
-        """Load what `settings` name. Sets torch's threads for the whole process."""
+    def load(cls, settings: Settings) -> Generator[Loading, None, LanguageModel]:
+        """Load what `settings` name, step by step. Sets torch's threads for the whole process."""
         torch.set_num_threads(settings.num_threads)
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        model = _load_weights(settings.model, report)
-        report(0.8, "reading the tokenizer")
+        model = yield from _load_weights(settings.model)
+        yield Loading(0.8, "reading the tokenizer")
         return cls(model.eval(), _load_tokenizer(settings.model))
 
     def kv_shape(self, block_tokens: int) -> KVShape:
@@ -91,11 +91,38 @@ class LanguageModel:
         return [int(token) for token in answer[0, len(tokens) :]]
 
 
-def _load_weights(source: ModelSource, report: Report) -> PreTrainedModel:
-    if source.is_gguf:
-        return load_llama(source.path, report)
-    report(0.2, f"reading {source.name}")
-    return AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+def make_pool(
+    cluster: LLMDataDist, shape: KVShape, seed: int, num_answer_tokens: int = 0
+) -> KVPool:
+    """A pool that holds a few of the demo's prompts at a time, and as long an answer to one.
+
+    A pool that has served requests for a while hands out numbers all over the place. This one does
+    so from the start, so that every transfer of the demo is the scattered one of real life.
+    """
+    num_blocks = shape.num_blocks(_NUM_PROMPT_TOKENS) + shape.num_blocks(num_answer_tokens)
+    pool = KVPool(cluster, shape, num_blocks)
+    caches = [pool.new_cache() for _ in range(num_blocks)]
+    for cache in caches:
+        cache.reserve(1)
+    random.Random(seed).shuffle(caches)
+    for cache in caches:
+        cache.release()
+    return pool
+
+
+def _load_weights(source: ModelSource) -> Generator[Loading, None, PreTrainedModel]:
+    yield Loading(0.2, f"reading {source.path.name if source.is_gguf else source.name}")
+    if not source.is_gguf:
+        return AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    # only the packaged model needs the package gguf
+    from llm_datadist.cli.demo.gguf_file import LlamaFile
+
+    file = LlamaFile(source.path)
+    weights: dict[str, torch.Tensor] = {}
+    for name, weight in file.weights():
+        yield Loading(0.5 + 0.3 * len(weights) / file.num_weights, "expanding the weights")
+        weights[name] = weight
+    return file.to_model(weights)
 
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:

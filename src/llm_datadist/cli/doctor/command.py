@@ -1,4 +1,4 @@
-"""The verb `doctor`: its options, and its exit codes.
+"""The verb `doctor`: its options, its checks, and its exit codes.
 
 0: nothing has to be mended. 1: something will not work, or be slow or unsafe, until it is mended.
 2: the doctor was asked in a way that it does not understand.
@@ -6,28 +6,16 @@
 
 # No `from __future__ import annotations`: typer reads the types when it runs.
 
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException
 
-
-def _endpoint(text: str | None) -> Endpoint | None:
-    if text is None:
-        return None
-    try:
-        return Endpoint.parse(text)
-    except (LLMException, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _listen(text: str | None) -> Endpoint | None:
-    endpoint = _endpoint(text)
-    if endpoint is not None and not endpoint.is_literal:
-        raise typer.BadParameter(f"a cluster listens on an IP address, got {endpoint.host!r}")
-    return endpoint
+if TYPE_CHECKING:
+    from llm_datadist.cli.doctor.findings import Case, Check, Finding, Section
 
 
 def doctor(
@@ -58,17 +46,80 @@ def doctor(
     # not needed by `--help`
     from rich.console import Console
 
-    from llm_datadist.cli.doctor.examination import examine
-    from llm_datadist.cli.doctor.finding import Case
-    from llm_datadist.cli.doctor.report import Report
+    from llm_datadist.cli.doctor.findings import Case, Report
 
     console = Console(highlight=False)
     measures = peer_at is None if measure is None else measure
     with Console(stderr=True).status("") as status:
-        sections = examine(Case(listen_at, peer_at), measures=measures, show=status.update)
+        case = Case(listen_at, peer_at)
+        sections = _examine(case, _checks(case, measures=measures), status.update)
     report = Report(sections)
     if as_json:
         typer.echo(report.to_json())
     else:
         console.print(report.to_screen())
     raise typer.Exit(1 if report.has_problems else 0)
+
+
+def _endpoint(text: str | None) -> Endpoint | None:
+    if text is None:
+        return None
+    try:
+        return Endpoint.parse(text)
+    except (LLMException, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _listen(text: str | None) -> Endpoint | None:
+    endpoint = _endpoint(text)
+    if endpoint is not None and not endpoint.is_literal:
+        raise typer.BadParameter(f"a cluster listens on an IP address, got {endpoint.host!r}")
+    return endpoint
+
+
+def _checks(case: "Case", *, measures: bool) -> "dict[str, tuple[Check, ...]]":
+    """All of them, by section, in the order of the screen."""
+    from llm_datadist.cli.doctor import host, links, paths
+
+    return {
+        **({"peer": (links.running_cluster,)} if case.peer else {}),
+        **({"speed": (links.paths,)} if measures else {}),
+        "same host (cma)": (
+            paths.foreign_memory, paths.yama, paths.capability, paths.pid_namespace,
+        ),
+        "network": (paths.listening, paths.link_security, paths.allowed_path),
+        "other paths": (paths.nixl, paths.rdma, paths.gpus),
+        "limits": (
+            host.descriptors, host.memory, host.shared_memory, host.locked_memory, host.huge_pages,
+        ),
+        "versions": (host.installed, host.system, host.extras),
+    }  # fmt: skip
+
+
+def _examine(
+    case: "Case", checks: "dict[str, tuple[Check, ...]]", show: Callable[[str], None]
+) -> "list[Section]":
+    """Runs the checks; `show` is told which section is looked at."""
+    from llm_datadist.cli.doctor.findings import Section
+    from llm_datadist.cli.doctor.links import log_book
+
+    sections = []
+    with log_book():  # else the log would be printed among the findings
+        for title, group in checks.items():
+            show(title)
+            findings = [finding for check in group for finding in _findings(check, case)]
+            sections.append(Section(title, findings))
+    return sections
+
+
+def _findings(check: "Check", case: "Case") -> "Iterator[Finding]":
+    from llm_datadist.cli.doctor.findings import Finding, State
+
+    name = check.__name__.replace("_", " ")
+    try:
+        yield from check(case)
+    except LLMException as error:
+        yield Finding(name, State.PROBLEM, f"no cluster works here: {error}")
+    except Exception as error:  # the others are worth having all the same
+        found = f"could not be checked: {type(error).__name__}: {error}"
+        yield Finding(name, State.PROBLEM, found, "if the rest is fine, please report this")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llm_datadist.cli.top.sample import Sample
+    from llm_datadist.cli.top.view import Sample
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.link_security import LinkSecurity
 
@@ -33,7 +33,7 @@ def top(
     environment variable LLM_DATADIST_LINK_SECURITY. Figures of operations need metrics to be on in
     the cluster (LLM_DATADIST_METRICS=1); --once gives them since the cluster was initialised.
     """
-    from llm_datadist.cli.top.sample import take_samples
+    from llm_datadist.cli.top.view import take_samples
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.errors import LLMException
     from llm_datadist.options import read_link_security
@@ -71,8 +71,7 @@ def _watch(
     """Until Ctrl-C."""
     from rich.live import Live
 
-    from llm_datadist.cli.top.sample import take_samples
-    from llm_datadist.cli.top.view import view
+    from llm_datadist.cli.top.view import take_samples, view
 
     samples = take_samples(endpoints, security, timeout_s)
     with Live(view(samples, {}), screen=sys.stdout.isatty(), auto_refresh=False) as live:

@@ -1,8 +1,13 @@
-"""The two tables of `top`: clusters, and what goes on between them and their peers."""
+"""What running clusters say: asked at a moment, and shown as two tables.
+
+Two such moments say what went on between them: rates and latencies.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -10,17 +15,76 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llm_datadist.cli.top.sample import activities
+from llm_datadist.errors import LLMException
+from llm_datadist.peer.asking import ask_stats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from llm_datadist.cli.top.sample import Activity, Sample
-    from llm_datadist.core.stats import ClusterStats, LinkStats, PoolStats
+    from llm_datadist.core.stats import ClusterStats, LinkStats, OperationStats, PoolStats
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.link_security import LinkSecurity
 
 _NONE = "-"
 _GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cluster's answer, or why there is none."""
+
+    endpoint: Endpoint
+    stats: ClusterStats | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What one kind of operation did in a span of time."""
+
+    operation: OperationStats
+    nbytes_per_s: float
+    per_s: float
+    p50_s: float | None
+    p99_s: float | None
+
+
+def take_samples(
+    endpoints: Sequence[Endpoint], security: LinkSecurity | None, timeout_s: float
+) -> list[Sample]:
+    """Asks all clusters at once; each has `timeout_s`."""
+
+    def ask(endpoint: Endpoint) -> Sample:
+        try:
+            return Sample(endpoint, ask_stats(endpoint, security, timeout_s))
+        except LLMException as error:
+            return Sample(endpoint, None, str(error))
+
+    with ThreadPoolExecutor(len(endpoints)) as threads:
+        return list(threads.map(ask, endpoints))
+
+
+def activities(stats: ClusterStats, before: ClusterStats | None) -> list[Activity]:
+    """What was done since `before`, or since the cluster was initialised."""
+    if before is None or before.uptime_s >= stats.uptime_s:  # another process listens there now
+        return [_activity(each, None, stats.uptime_s) for each in stats.operations]
+    span_s = stats.uptime_s - before.uptime_s
+    earlier = {(each.operation, each.peer, each.path): each for each in before.operations}
+    return [
+        _activity(each, earlier.get((each.operation, each.peer, each.path)), span_s)
+        for each in stats.operations
+    ]
+
+
+def _activity(now: OperationStats, before: OperationStats | None, span_s: float) -> Activity:
+    duration, nbytes, ended = now.duration, now.nbytes, now.succeeded + now.num_failed
+    if before is not None:
+        duration = duration.since(before.duration)
+        nbytes -= before.nbytes
+        ended -= before.succeeded + before.num_failed
+    return Activity(
+        now, nbytes / span_s, ended / span_s, duration.quantile_s(0.5), duration.quantile_s(0.99)
+    )
 
 
 def view(samples: Sequence[Sample], before: Mapping[Endpoint, ClusterStats]) -> Group:

@@ -1,19 +1,26 @@
-"""What this process may have of the system: descriptors, memory."""
+"""This host: what a process may have of it, and what is installed."""
 
 from __future__ import annotations
 
 import os
+import platform
 import resource
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_datadist.cli.doctor.finding import Case, Finding, State
-from llm_datadist.cli.doctor.proc import MEMINFO, field_of, text_of
+from llm_datadist import __version__
+from llm_datadist.cli.doctor.findings import Case, Finding, State
+from llm_datadist.core.messages import PROTOCOL_VERSION
 from llm_datadist.peer.streams import MAX_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from llm_datadist.cli.doctor.findings import Data
+
+STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 #: one control connection, and the streams of both ends' threads
 _LINK_DESCRIPTORS = 1 + 2 * MAX_STREAMS
 #: what else a process with a cluster has open
@@ -24,6 +31,15 @@ _LITTLE_NBYTES = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SHARED_MEMORY = "/dev/shm"
+_REQUIRED = ("numpy", "msgspec")
+#: what each is for
+_OPTIONAL = {
+    "xxhash": "verify_transfers",
+    "torch": "tensors",
+    "nixl": "RDMA",
+    "prometheus-client": "metrics",
+    "opentelemetry-api": "traces",
+}
 
 
 def descriptors(_: Case) -> Iterator[Finding]:
@@ -89,14 +105,73 @@ def huge_pages(_: Case) -> Iterator[Finding]:
         yield Finding("huge pages", State.OK, f"{setting}: memory pools get them", data=data)
 
 
+def installed(_: Case) -> Iterator[Finding]:
+    """This release, and what it stands on."""
+    versions = {"llm-datadist": __version__, **{name: version(name) for name in _REQUIRED}}
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    yield Finding(
+        "packages",
+        State.OK,
+        f"{packages}; protocol {PROTOCOL_VERSION}",
+        data={**versions, "protocol": PROTOCOL_VERSION},
+    )
+
+
+def system(_: Case) -> Iterator[Finding]:
+    """The interpreter, the kernel, the processor."""
+    cores = len(os.sched_getaffinity(0))
+    data: Data = {
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cores": cores,
+    }
+    found = "Python {python}, Linux {kernel}, {machine}, {cores} cores".format_map(data)
+    yield Finding("system", State.OK, found, data=data)
+
+
+def extras(_: Case) -> Iterator[Finding]:
+    """Packages that the library uses where they are installed."""
+    versions = {name: number for name in _OPTIONAL if (number := version_of(name))}
+    missing = [f"{name} ({_OPTIONAL[name]})" for name in _OPTIONAL if name not in versions]
+    here = ", ".join(f"{name} {number}" for name, number in versions.items()) or "none"
+    found = f"{here}; not installed: {', '.join(missing)}" if missing else here
+    yield Finding("optional", State.OK, found, data=versions)
+
+
 def free_nbytes() -> tuple[int, bool]:
     """What can be taken without harm, and whether a container's limit says so."""
-    available = int(field_of(MEMINFO, "MemAvailable").removesuffix(" kB")) * 1024
+    available = int(field_of(_MEMINFO, "MemAvailable").removesuffix(" kB")) * 1024
     most, taken = text_of(_CGROUP / "memory.max"), text_of(_CGROUP / "memory.current")
     if most is None or taken is None or most == "max":
         return available, False
     left = max(0, int(most) - int(taken))
     return (left, True) if left < available else (available, False)
+
+
+def field_of(file: Path, name: str) -> str:
+    """The value behind `name:`. Raises OSError, LookupError."""
+    for line in file.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return value.strip()
+    raise LookupError(f"{file} has no line {name}")
+
+
+def text_of(file: Path) -> str | None:
+    """The file without blanks around it; None where this kernel or container has none."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return None
+
+
+def version_of(name: str) -> str:
+    """The version of an installed package; empty when it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def _gib(nbytes: int) -> str:

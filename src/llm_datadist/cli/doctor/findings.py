@@ -1,22 +1,63 @@
-"""What the doctor says: a screen for people, JSON for programs."""
+"""What a check takes and says; what the doctor says of it all: a screen for people, JSON."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from llm_datadist.cli.doctor.finding import State
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from llm_datadist.cli.doctor.examination import Section
-    from llm_datadist.cli.doctor.finding import Finding
+    from llm_datadist.endpoint import Endpoint
+
+
+#: what programs read
+Data: TypeAlias = "Mapping[str, str | int | float | bool]"
+
+
+class State(str, Enum):
+    """How it stands with one thing."""
+
+    OK = "ok"
+    NOTE = "note"  #: good to know; nothing has to be mended
+    UNAVAILABLE = "unavailable"  #: it is not there, and nothing is wrong with that
+    PROBLEM = "problem"  #: something will not work, or be slow or unsafe, until it is mended
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found."""
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""  #: what to do, in a line
+    data: Data = field(default_factory=dict)  #: the same for programs
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the doctor was asked to look at, besides this process and its environment."""
+
+    listen: Endpoint | None = None
+    peer: Endpoint | None = None
+
+
+Check: TypeAlias = "Callable[[Case], Iterable[Finding]]"
+
+
+class Section(NamedTuple):
+    """Findings under one heading."""
+
+    title: str
+    findings: list[Finding]
+
 
 _STYLES = {
     State.OK: "green", State.NOTE: "cyan", State.UNAVAILABLE: "dim", State.PROBLEM: "bold red",
