@@ -25,6 +25,7 @@ from llm_datadist.core.remote import RemoteRow
 from llm_datadist.core.transfer import (
     CopyBlocks,
     CopyRow,
+    Place,
     PullBlocks,
     PullRow,
     PushBlocks,
@@ -45,7 +46,6 @@ from llm_datadist.transfers.arguments import (
     pulled_layers,
     pushed_layers,
 )
-from llm_datadist.transfers.transfers import Place
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
@@ -257,8 +257,8 @@ class CacheTransfers:
             check_uint64("req_id", req_id)
         if target.is_blocks_cache or source.is_blocks_cache:
             raise invalid("copy_cache copies batch rows: use copy_blocks for a blocks cache")
-        asked = CopyRow(src_row, dst_row, start, nbytes)
-        cluster.transfers.copy(asked, source.cache_id, target.cache_id)
+        ends = source.cache_id, target.cache_id
+        cluster.transfers.run(CopyRow(*ends, src_row, dst_row, start, nbytes))
 
     def copy_blocks(self, cache: Cache, copy_block_info: dict[int, list[int]]) -> None:
         """Copies each block to the blocks listed for it, in every tensor of a cache. Spec 6.8.
@@ -279,7 +279,7 @@ class CacheTransfers:
         if lowest < 0:  # as the reference; a block beyond the end is an LLMException
             raise TypeError(f"copy_block_info: a block number cannot be negative, got {lowest}")
         src = list(chain.from_iterable([block] * len(copies) for block, copies in pairs.items()))
-        cluster.transfers.copy(CopyBlocks(src, dst), target.cache_id, target.cache_id)
+        cluster.transfers.run(CopyBlocks(target.cache_id, target.cache_id, src, dst))
 
     def swap_blocks(self, src_cache: Cache, dst_cache: Cache, src_to_dst: dict[int, int]) -> None:
         """Copies blocks from HOST to DEVICE (swap in) or back (swap out). Spec 6.13.
@@ -297,8 +297,8 @@ class CacheTransfers:
         placements = {src.cache_desc.placement, dst.cache_desc.placement}
         if placements != {Placement.HOST, Placement.DEVICE}:
             raise invalid("swap_blocks works between a HOST and a DEVICE cache")
-        asked = CopyBlocks(list(pairs), list(pairs.values()))
-        cluster.transfers.copy(asked, _place_of(src), _place_of(dst))
+        ends = _place_of(src), _place_of(dst)
+        cluster.transfers.run(CopyBlocks(*ends, list(pairs), list(pairs.values())))
 
     # -- parts of the above --
 

@@ -122,8 +122,8 @@ class Cluster:
         workers = self._threads(_WORKERS, "worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         fetchers = self._threads(_FETCHERS, "fetcher")
-        answers = Answers(self.cluster_id, self.catalog, transports)
-        fetching = Fetching(answers, self.gate, recorder)
+        answers = Answers(self.cluster_id, self.catalog, transports, self.gate)
+        fetching = Fetching(answers, self.gate, recorder, options.sync_timeout_s)
         offers = {name: transport.offer() for name, transport in transports.items()}
         me = Identity(
             self.cluster_id,
@@ -138,7 +138,7 @@ class Cluster:
             loop,
             self.gate,
             transports,
-            Serving(loop, answers, fetching, workers, fetchers, recorder),
+            Serving(loop, answers, fetching, self.gate, workers, fetchers, recorder),
             # apart from both: strangers and name servers can make these wait as long as they like
             self._threads(_WAITERS, "waiter"),
             Shields(options.link_security),

@@ -304,7 +304,7 @@ def test_a_part_of_a_row_goes_to_the_same_place_of_another_or_is_refused(
         expected.row(tensor, dst_row)[offset:end] = moved
 
     def move() -> None:
-        asked = CopyRow(src_row, dst_row, offset, nbytes)
+        asked = CopyRow(1, 2, src_row, dst_row, offset, nbytes)
         execute(asked.segments(source.layout, destination.layout), source, destination)
 
     assert is_accepted(move) == fits

@@ -51,6 +51,11 @@ class Generations:
         page[index] = generation
         return generation
 
+    def cell(self, addr: int) -> U64:
+        """The word as an array of one: to write STALE into it is one step."""
+        page, index = self._cells[addr]
+        return page[index : index + 1]
+
     def close(self, addr: int) -> None:
         page, index = self._cells[addr]
         page[index] = STALE

@@ -63,6 +63,19 @@ class Segments:
     def __len__(self) -> int:
         return self._count
 
+    def overlap(self, other: Segments) -> bool:
+        """Whether a byte of the other's destination is one of this one's."""
+        starts = np.concatenate((self.dst, other.dst))
+        ends = np.concatenate((self.dst + self.nbytes, other.dst + other.nbytes))
+        is_other = np.arange(len(starts)) >= len(self)
+        order = np.argsort(starts, kind="stable")
+        starts, ends, is_other = starts[order], ends[order], is_other[order]
+        latest = [
+            np.maximum.accumulate(np.where(is_other == who, ends, 0)) for who in (False, True)
+        ]
+        before = np.where(is_other[1:], latest[0][:-1], latest[1][:-1])
+        return bool((before > starts[1:]).any())
+
     def slice(self, start: int, stop: int) -> Segments:
         return Segments(self.src[start:stop], self.dst[start:stop], self.nbytes[start:stop])
 

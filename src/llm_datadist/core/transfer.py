@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
@@ -238,16 +238,30 @@ class PushRowIntoBlocks(Push):
         return Layout.at(Geometry(CacheKind.BLOCKS, len(addrs), num_rows, self.block_nbytes), addrs)
 
 
-class Copy(Protocol):
-    """Between two caches of this process, or within one. Spec 6.8, 6.13, 7.4."""
+class Place(NamedTuple):
+    """Where memory lies that no catalog knows, and in which space (memory/device.py)."""
 
-    def segments(self, src: Layout, dst: Layout) -> Segments:
-        """What to copy; none where there is nothing. Raises LLM_PARAM_INVALID."""
-        ...
+    layout: Layout
+    space: str
 
 
 @dataclass(frozen=True, slots=True)
-class CopyRow:
+class Copy(abc.ABC):
+    """Between two caches of this process, or within one. Spec 6.8, 6.13, 7.4."""
+
+    src: int | Place  #: a cache by its id
+    dst: int | Place
+
+    def __str__(self) -> str:
+        return f"copy from {_name_of(self.src)} to {_name_of(self.dst)}"
+
+    @abc.abstractmethod
+    def segments(self, src: Layout, dst: Layout) -> Segments:
+        """What to copy; none where there is nothing. Raises LLM_PARAM_INVALID."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRow(Copy):
     """`nbytes` (-1: the rest) behind `offset` of a row, to that offset of another. Spec 6.8."""
 
     src_row: int
@@ -256,7 +270,6 @@ class CopyRow:
     nbytes: int
 
     def segments(self, src: Layout, dst: Layout) -> Segments:
-        """See Copy."""
         _check_as_many_tensors(src, dst)
         room = min(src.geometry.row_nbytes, dst.geometry.row_nbytes) - self.offset
         wanted = src.geometry.row_nbytes - self.offset if self.nbytes == -1 else self.nbytes
@@ -278,14 +291,13 @@ class CopyRow:
 
 
 @dataclass(frozen=True, slots=True)
-class CopyBlocks:
+class CopyBlocks(Copy):
     """Block `src_blocks[j]` to block `dst_blocks[j]`; both may be of one cache."""
 
     src_blocks: Sequence[int]
     dst_blocks: Sequence[int]
 
     def segments(self, src: Layout, dst: Layout) -> Segments:
-        """See Copy."""
         _check_as_many_tensors(src, dst)
         if src.geometry.row_nbytes != dst.geometry.row_nbytes:
             raise invalid(
@@ -297,6 +309,10 @@ class CopyBlocks:
         plan.check_blocks(src.geometry, self.src_blocks, "source")
         plan.check_blocks(dst.geometry, self.dst_blocks, "destination")
         return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks)
+
+
+def _name_of(cache: int | Place) -> str:
+    return f"cache {cache}" if isinstance(cache, int) else "a CPU cache"
 
 
 def _check_row(remote: RemoteCache, row: int) -> None:

@@ -163,7 +163,7 @@ class LlmTransfers:
             src_row = check_uint32("src_batch_index", src_batch_index)
             dst_row = check_uint32("dst_batch_index", dst_batch_index)
             begin, nbytes = check_uint64("offset", offset), check_size(size)
-            cluster.transfers.copy(CopyRow(src_row, dst_row, begin, nbytes), src, dst)
+            cluster.transfers.run(CopyRow(src, dst, src_row, dst_row, begin, nbytes))
         return call.status
 
     def CopyKvBlocks(
@@ -187,8 +187,8 @@ class LlmTransfers:
             for each in lists:
                 if len(each) != len(blocks):
                     raise invalid(f"{len(blocks)} src_blocks do not pair with {len(each)} copies")
-            asked = CopyBlocks(list(blocks) * len(lists), list(chain.from_iterable(lists)))
-            cluster.transfers.copy(asked, src, dst)
+            targets = list(chain.from_iterable(lists))
+            cluster.transfers.run(CopyBlocks(src, dst, list(blocks) * len(lists), targets))
         return call.status
 
     # -- parts of the above --
@@ -203,4 +203,4 @@ class LlmTransfers:
 
 
 def _num_tensors(cluster: Cluster, cache_id: int) -> int:
-    return cluster.catalog.find(cache_id).layout.geometry.num_tensors
+    return cluster.catalog.num_tensors(cache_id)

@@ -383,5 +383,13 @@ class Session:
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = self._context.loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended_task)
         return task
+
+    def _ended_task(self, task: asyncio.Task[None]) -> None:
+        """A mistake of ours ends the link: the peer must not wait for what will not come."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            get_logger().error("a link ends by a mistake", exc_info=error)
+            self._spawn(self.cut(f"of a mistake: {error!r:.200}"))

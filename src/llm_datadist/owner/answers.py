@@ -12,6 +12,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.checksum import digest_of
 from llm_datadist.memory.device import HOST
 from llm_datadist.running.deadline import Deadline
+from llm_datadist.transport.tcp import Permit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.segments import U64
     from llm_datadist.owner.catalog import Catalog
+    from llm_datadist.running.gate import Gate
     from llm_datadist.transport.base import Transport
 
 #: a peer that takes no more of an answer for this long, or asks for longer, is cut off
@@ -29,11 +31,16 @@ class Answers:
     """Answers questions that need no more than our caches. Thread-safe."""
 
     def __init__(
-        self, cluster_id: int, catalog: Catalog, transports: Mapping[str, Transport]
+        self,
+        cluster_id: int,
+        catalog: Catalog,
+        transports: Mapping[str, Transport],
+        gate: Gate,
     ) -> None:
         self._cluster_id = cluster_id
         self._catalog = catalog
         self._transports = transports
+        self._gate = gate
 
     def answer(self, request: m.AnyMessage) -> m.Message:
         """The answer. Raises LLMException to refuse it, ProtocolError for what is no question."""
@@ -60,18 +67,25 @@ class Answers:
 
     def digest(self, request: m.Digest) -> m.Message:
         """The checksum of our end of a transfer. Takes its time."""
-        _, addrs, nbytes = self.readable(request)
-        timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
-        return m.Digested(digest_of(addrs, nbytes, Deadline.after(timeout_s)))
+        with self._gate.passing() as token:
+            permit = Permit(lambda: None, lambda: None)
+            _, addrs, nbytes = self.readable(token, request, permit)
+            timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
+            return m.Digested(digest_of(addrs, nbytes, Deadline.after(timeout_s)))
 
     def is_probe(self, request: m.Read) -> bool:
         """Whether it reads the nonce of a hand-shake, and no cache."""
         return request.cache_id == self._catalog.probe.cache_id
 
-    def readable(self, read: m.Read | m.Digest) -> tuple[Entry, U64, U64]:
-        """The memory that a peer asks to be sent: cache, addresses, lengths; all checked."""
+    def readable(
+        self, token: object, read: m.Read | m.Digest, permit: Permit
+    ) -> tuple[Entry, U64, U64]:
+        """The memory that a peer asks to be sent: cache, addresses, lengths; all checked.
+
+        The token's call uses it from here on, as long as the permit holds.
+        """
         addrs, nbytes = m.columns_of(read.columns, 2)
-        entry = self._catalog.find(read.cache_id)
+        entry = self._catalog.serve(token, read.cache_id, permit)
         if isinstance(read, m.Read) and read.claim is not None:
             key_id, model_id, is_prefix, row = read.claim
             key = KeyName(key_id, model_id, is_prefix)

@@ -15,16 +15,18 @@ one wherever the garbage collector strikes).
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.generations import Generations
+from llm_datadist.core.generations import STALE, Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
-from llm_datadist.core.remote import describe
+from llm_datadist.core.remote import Guard, describe
 from llm_datadist.core.stats import HeldKey
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
@@ -33,6 +35,7 @@ from llm_datadist.memory.views import held_bytes
 from llm_datadist.observe.log import get_logger
 from llm_datadist.owner.exposure import Exposure
 from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
+from llm_datadist.transport.tcp import Permit
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
@@ -80,8 +83,11 @@ class Catalog:
         self._leaving: set[Entry] = set()
         #: freed while in use: their memory is still to go back to its pool
         self._doomed: set[Entry] = set()
+        self._generations = Generations(secrets.randbits(62), self._exposure.expose_words)
+        self._tickets: dict[int, Ticket] = {}
+        self._ticket_ids = itertools.count(-1, -1)
         self._registry = Registry(
-            Generations(secrets.randbits(62), self._exposure.expose_words),
+            self._generations,
             first_id=PROBE_ID,
             peers_keep_tables=peers_keep_tables,
         )
@@ -129,6 +135,9 @@ class Catalog:
                 return None
             self._leaving.add(entry)
         try:
+            for permit in self._gate.uses_beside(entry):
+                if isinstance(permit, Permit):
+                    permit.revoke()
             if not self._gate.drain(entry, timeout_s):
                 raise LLMException(
                     f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
@@ -217,10 +226,50 @@ class Catalog:
             self._gate.enter(token, None, entry)
             return entry
 
-    def find(self, cache_id: int) -> Entry:
-        """Any cache, for a peer's request. Raises LLMException(LLM_KV_CACHE_NOT_EXIST)."""
+    def issue(self, token: object, ours: Entry) -> Ticket:
+        """A ticket, under which a peer may fetch our cache as long as the call of the token runs.
+
+        The call revokes it in one step: `ticket.cell[0] = STALE`.
+        """
         with self._lock:
-            return self._registry.find(cache_id)
+            for old in [each for each in self._tickets.values() if each.is_over(self._gate)]:
+                del self._tickets[old.entry.cache_id]
+                self._generations.close(old.entry.word_addr)
+            word_addr, generation = self._generations.open()
+            entry = replace(
+                ours,
+                cache_id=next(self._ticket_ids),
+                word_addr=word_addr,
+                generation=generation,
+                keys={},
+            )
+            ticket = Ticket(entry, ours, token, self._generations.cell(word_addr))
+            self._tickets[entry.cache_id] = ticket
+            return ticket
+
+    def serve(self, token: object, cache_id: int, permit: Permit) -> Entry:
+        """A cache or a ticket that an answer reads from, as `use`; the permit can end that.
+
+        Raises LLMException(LLM_KV_CACHE_NOT_EXIST).
+        """
+        with self._lock:
+            ticket = self._tickets.get(cache_id)
+            if ticket is not None and not ticket.is_over(self._gate):
+                permit.cell = ticket.cell
+                self._gate.enter(token, None, ticket.ours, permit)
+                return ticket.entry
+            entry = self._registry.find(cache_id)
+            if entry in self._leaving:
+                raise LLMException(
+                    f"cache {cache_id} is being unregistered", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+                )
+            self._gate.enter(token, None, entry, permit)
+            return entry
+
+    def num_tensors(self, cache_id: int) -> int:
+        """Of a cache of ours. Raises LLM_KV_CACHE_NOT_EXIST."""
+        with self._lock:
+            return self._find(cache_id).layout.geometry.num_tensors
 
     def find_key(self, key: KeyName) -> tuple[Entry, int]:
         """The cache and the row of a key. Raises LLMException(LLM_KV_CACHE_NOT_EXIST)."""
@@ -335,6 +384,26 @@ class Catalog:
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
             )
         return self._registry.find(cache_id)
+
+
+class Ticket(NamedTuple):
+    """What a push runs under: a generation of its own, in a word of its own."""
+
+    #: what the peer is told, and asks for: our cache under another id
+    entry: Entry
+    ours: Entry
+    token: object
+    #: the word; STALE in it ends the ticket
+    cell: U64
+
+    @property
+    def guard(self) -> Guard:
+        """What the peer must find unchanged."""
+        return Guard.of(self.entry)
+
+    def is_over(self, gate: Gate) -> bool:
+        """Whether its call has ended, or is ending."""
+        return self.token not in gate.running or int(self.cell[0]) == STALE
 
 
 class Pin:

@@ -28,12 +28,11 @@ from llm_datadist.owner.answers import MAX_ANSWER_S
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.sealed import sealed
 from llm_datadist.transport.shield import NotAuthentic
-from llm_datadist.transport.tcp import FrameSender, Sender
+from llm_datadist.transport.tcp import FrameSender, Permit, Sender
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
-    from concurrent.futures import Executor
 
     from llm_datadist.core.frames import FrameReader
     from llm_datadist.core.segments import U64
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
     from llm_datadist.owner.answers import Answers
     from llm_datadist.owner.fetching import Fetching
     from llm_datadist.peer.peer import Peer
+    from llm_datadist.running.gate import Gate
+    from llm_datadist.running.threads import Threads
     from llm_datadist.transport.shield import Shield
 
 _CHUNK_NBYTES = 256 * 1024
@@ -55,10 +56,11 @@ class Serving:
     loop: asyncio.AbstractEventLoop
     answers: Answers
     fetching: Fetching
+    gate: Gate
     #: threads that send large answers
-    workers: Executor
+    workers: Threads
     #: threads that fetch what peers push
-    fetchers: Executor
+    fetchers: Threads
     #: None when metrics are off
     recorder: Recorder | None
 
@@ -86,8 +88,11 @@ class StreamService:
         self._when_closed = when_closed
         self._is_busy = False
         self._is_closed = False
-        #: runs while the peer takes no more of an answer
+        #: the answer that waits for the peer, without a thread; until when
+        self._waiting: tuple[FrameSender, Deadline] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        #: in the gate while an answer reads a cache of ours
+        self._token: object = None
 
     def start(self) -> None:
         self._loop.add_reader(self._socket, self._readable)
@@ -99,12 +104,13 @@ class StreamService:
             return
         self._is_closed = True
         self._loop.remove_reader(self._socket)
-        if self._timer is not None:
-            self._end_wait(self._timer)
+        if self._waiting is not None:
+            self._end_wait()
             self._is_busy = False
         if self._is_busy:
             _shutdown(self._socket)  # the worker still holds the descriptor: _resume closes it
         else:
+            self._serving.gate.leave(self._token)
             self._socket.close()
         self._when_closed(self)
 
@@ -144,28 +150,53 @@ class StreamService:
             self._work(serving.workers, partial(serving.answers.exports, request))
         elif isinstance(request, m.Digest):
             self._work(serving.workers, partial(serving.answers.digest, request))
+        elif isinstance(request, m.Read):
+            timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
+            self._send(self._read(request), Deadline.after(timeout_s))
         else:
-            answer, timeout_s = self._prepare(request)
-            sender = sealed(answer, self._socket, self._shield)
-            if sender.nbytes > _INLINE_NBYTES or not sender.advance():
-                self._pause()
-                serving.workers.submit(self._finish, sender, Deadline.after(timeout_s))
+            answer = self._made(partial(serving.answers.answer, request))
+            self._send(answer, Deadline.after(MAX_ANSWER_S))
 
-    def _prepare(self, request: m.AnyMessage) -> tuple[FrameSender, float]:
-        """The answer, and the seconds that sending it may take. Raises ProtocolError."""
-        sock, answers = self._socket, self._serving.answers
+    def _read(self, request: m.Read) -> FrameSender:
+        """What a peer asks to be sent, as it lies in memory. Raises ProtocolError."""
+        serving, token = self._serving, object()
+        permit = Permit(
+            partial(serving.gate.leave, token), lambda: self._loop.call_soon_threadsafe(self._look)
+        )
         try:
-            if isinstance(request, m.Read):
-                entry, addrs, nbytes = answers.readable(request)
-                if self._serving.recorder is not None and not answers.is_probe(request):
-                    self._count(self._serving.recorder, nbytes)
-                timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
-                return Sender(sock, addrs, nbytes, entry.word_addr), timeout_s
-            return FrameSender(sock, answers.answer(request)), MAX_ANSWER_S
+            entry, addrs, nbytes = serving.answers.readable(token, request, permit)
         except LLMException as error:
-            return FrameSender(sock, _refusal(error)), MAX_ANSWER_S
-        except ValueError as error:  # an answer beyond the cap of a frame
-            return FrameSender(sock, m.Refused(LLMStatusCode.LLM_FAILED, str(error))), MAX_ANSWER_S
+            serving.gate.leave(token)
+            return FrameSender(self._socket, _refusal(error))
+        self._token = token
+        if serving.recorder is not None and not serving.answers.is_probe(request):
+            self._count(serving.recorder, nbytes)
+        return Sender(self._socket, addrs, nbytes, entry.word_addr, permit)
+
+    def _made(self, work: Callable[[], m.Message]) -> FrameSender:
+        """What work answers, or why it cannot. Raises ProtocolError.
+
+        What nobody has thought of is said, too: the peer would wait until its deadline.
+        """
+        try:
+            return FrameSender(self._socket, work())
+        except LLMException as error:
+            return FrameSender(self._socket, _refusal(error))
+        except m.ProtocolError:
+            raise
+        except Exception as error:
+            get_logger().exception("answering a peer failed")
+            text = m.as_text(f"the peer cannot answer: {type(error).__name__}: {error}")
+            return FrameSender(self._socket, m.Refused(LLMStatusCode.LLM_FAILED, text))
+
+    def _send(self, answer: FrameSender, deadline: Deadline) -> None:
+        """At once, if that is quick; else in a thread of the workers."""
+        sender = sealed(answer, self._socket, self._shield)
+        if sender.nbytes <= _INLINE_NBYTES and sender.advance():
+            self._serving.gate.leave(self._token)
+            return
+        self._pause()
+        self._hand_over(sender, deadline)
 
     def _count(self, recorder: Recorder, nbytes: U64) -> None:
         """What a peer reads from us by asking."""
@@ -185,21 +216,35 @@ class StreamService:
         self._is_busy = True
         self._loop.remove_reader(self._socket)
 
-    def _work(self, threads: Executor, work: Callable[[], m.Message]) -> None:
+    def _work(self, threads: Threads, work: Callable[[], m.Message]) -> None:
         self._pause()
-        threads.submit(self._work_and_answer, work)
+        try:
+            threads.start(partial(self._work_and_answer, work))
+        except LLMException as error:  # no thread is to be had: said at once
+            self._is_busy = False
+            self._loop.add_reader(self._socket, self._readable)
+            self._send(FrameSender(self._socket, _refusal(error)), Deadline.after(MAX_ANSWER_S))
 
     def _work_and_answer(self, work: Callable[[], m.Message]) -> None:
         """In a thread of the fetchers or workers."""
         try:
-            answer = work()
-        except LLMException as error:
-            answer = _refusal(error)
+            sender = sealed(self._made(work), self._socket, self._shield)
         except m.ProtocolError as error:
             self._loop.call_soon_threadsafe(self._resume, str(error))
             return
-        sender = FrameSender(self._socket, answer)
-        self._finish(sealed(sender, self._socket, self._shield), Deadline.after(MAX_ANSWER_S))
+        self._finish(sender, Deadline.after(MAX_ANSWER_S))
+
+    def _hand_over(self, sender: FrameSender, deadline: Deadline) -> None:
+        """The rest of an answer goes to a thread, or bit by bit from here where there is none."""
+        try:
+            self._serving.workers.start(partial(self._finish, sender, deadline))
+        except LLMException:
+            try:
+                is_sent = sender.advance()
+            except OSError as error:
+                self._resume(_describe(error))
+            else:
+                self._resume("") if is_sent else self._wait(sender, deadline)
 
     def _finish(self, sender: FrameSender, deadline: Deadline) -> None:
         """In a thread of the workers or fetchers."""
@@ -209,6 +254,9 @@ class StreamService:
                 return
         except (OSError, LLMException) as error:
             failure = _describe(error)
+        except Exception as error:  # whatever it is, the peer must not wait for it
+            get_logger().exception("answering a peer failed")
+            failure = f"{type(error).__name__}: {error}"
         else:
             failure = ""
         self._loop.call_soon_threadsafe(self._resume, failure)
@@ -216,24 +264,39 @@ class StreamService:
     def _wait(self, sender: FrameSender, deadline: Deadline) -> None:
         """For a peer that takes no more at present, without a thread: others need them."""
         if self._is_closed:
+            self._serving.gate.leave(self._token)
             self._socket.close()
             return
+        self._waiting = sender, deadline
         left_s = max(0.0, deadline.remaining_s())
-        self._timer = self._loop.call_later(left_s, lambda: self._go_on(sender, deadline))
-        self._loop.add_writer(self._socket, self._go_on, sender, deadline)
+        self._timer = self._loop.call_later(left_s, self._go_on)
+        self._loop.add_writer(self._socket, self._go_on)
+        self._look()
 
-    def _go_on(self, sender: FrameSender, deadline: Deadline) -> None:
-        if self._timer is not None:
-            self._end_wait(self._timer)
-            self._serving.workers.submit(self._finish, sender, deadline)
+    def _look(self) -> None:
+        """Lets go of memory that was taken back from an answer which waits for the peer."""
+        if self._waiting is not None:
+            try:
+                self._waiting[0].look()
+            except OSError as error:
+                get_logger().warning("closing a stream of a peer: %s", _describe(error))
+                self.close()
 
-    def _end_wait(self, timer: asyncio.TimerHandle) -> None:
-        timer.cancel()
-        self._timer = None
+    def _go_on(self) -> None:
+        if self._waiting is not None:
+            self._hand_over(*self._end_wait())
+
+    def _end_wait(self) -> tuple[FrameSender, Deadline]:
+        assert self._waiting is not None
+        assert self._timer is not None
+        waiting, self._waiting = self._waiting, None
+        self._timer.cancel()
         self._loop.remove_writer(self._socket)
+        return waiting
 
     def _resume(self, failure: str) -> None:
         self._is_busy = False
+        self._serving.gate.leave(self._token)
         if self._is_closed:
             self._socket.close()
         elif failure:

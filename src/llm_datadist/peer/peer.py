@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.remote import Guard
 from llm_datadist.core.transfer import Pull
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.checksum import digest_of
@@ -25,7 +24,7 @@ from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
     from llm_datadist.core.registry import Entry
-    from llm_datadist.core.remote import RemoteCache
+    from llm_datadist.core.remote import Guard, RemoteCache
     from llm_datadist.core.segments import Segments
     from llm_datadist.core.transfer import Push
     from llm_datadist.observe.watch import Watch
@@ -75,17 +74,23 @@ class Peer:
         return self._transport.name
 
     def move(
-        self, asked: Pull | Push, ours: Entry, deadline: Deadline, watch: Watch | None = None
+        self,
+        asked: Pull | Push,
+        ours: Entry,
+        ticket: Guard | None,
+        deadline: Deadline,
+        watch: Watch | None = None,
     ) -> None:
         """Carries out what is asked between the peer's cache and ours.
 
-        Returns only when all bytes have been moved, of a cache that existed throughout. Raises
-        LLMException; nothing arrives after it was raised. The caller has entered the door.
+        A push is under a `ticket`: the peer fetches as long as it holds. Returns only when all
+        bytes have been moved, of a cache that existed throughout. Raises LLMException; nothing
+        arrives after it was raised. The caller has entered the door.
         """
         for attempts_left in range(_ATTEMPTS - 1, -1, -1):
             found = self._lookup.find(asked.place.name, deadline)
             try:
-                self._move(asked, ours, found, deadline, watch)
+                self._move(asked, ours, ticket, found, deadline, watch)
             except LLMException as error:
                 if not attempts_left or not _is_stale(error, found):
                     raise
@@ -97,6 +102,7 @@ class Peer:
         self,
         asked: Pull | Push,
         ours: Entry,
+        ticket: Guard | None,
         found: Found,
         deadline: Deadline,
         watch: Watch | None,
@@ -107,12 +113,12 @@ class Peer:
         segments = asked.segments(remote, row, ours)
         if watch is not None:
             watch.moves(segments)
-        if isinstance(asked, Pull):
+        if ticket is None:
             self.read(segments, remote.guard, ours, deadline)
-            if not self._is_one_sided and remote.has_key_at(row):
+            if isinstance(asked, Pull) and not self._is_one_sided and remote.has_key_at(row):
                 self._use_up(remote, row, asked.tensors, deadline)
         else:
-            self.send(segments, Guard.of(ours), remote.guard, deadline)
+            self.send(segments, ticket, remote.guard, deadline)
 
     def read(self, segments: Segments, guard: Guard, ours: Entry, deadline: Deadline) -> None:
         """Reads into our cache over the link's path, and compares what came where that is asked.
@@ -131,7 +137,7 @@ class Peer:
             movers.run([partial(self._verify, part, guard, deadline) for part in parts])
 
     def send(self, segments: Segments, src: Guard, dst: Guard | None, deadline: Deadline) -> None:
-        """Has the peer fetch segments of our cache `src` into its cache `dst`.
+        """Has the peer fetch segments of ours, under the ticket `src`, into its cache `dst`.
 
         Without `dst` the destination is found by its addresses. Raises StaleCache when the peer's
         cache is another by now, LLMException otherwise.
@@ -140,11 +146,13 @@ class Peer:
             for start in range(0, len(segments), m.MAX_REQUEST_SEGMENTS):
                 piece = segments.slice(start, start + m.MAX_REQUEST_SEGMENTS)
                 try:
-                    stream.ask(_fetch_request(piece, src, dst, deadline), deadline)
+                    answer = stream.ask(_fetch_request(piece, src, dst, deadline), deadline)
                 except RequestRefused as refused:
                     if dst and refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
                         raise StaleCache(dst) from refused
                     raise
+                if not isinstance(answer, m.Done):
+                    raise _garbage(answer)
 
     def _verify(self, part: Segments, src: Guard, deadline: Deadline, call: Call) -> None:
         """Compares what lies at our end of the segments with what their owner has, both at once.
@@ -178,7 +186,10 @@ class Peer:
         first, count = (tensors.start, len(tensors)) if tensors else (0, 0)
         try:
             with self._streams.borrow(deadline) as stream:
-                stream.ask(m.UseUp(remote.guard.cache_id, row, first, count), deadline)
+                question = m.UseUp(remote.guard.cache_id, row, first, count)
+                answer = stream.ask(question, deadline)
+                if not isinstance(answer, m.Done):
+                    raise _garbage(answer)
         except LLMException as error:  # the bytes have been moved: that is what was asked for
             get_logger().warning(
                 "the owner of cache %d does not know that its row %d was pulled: %s",
@@ -191,6 +202,10 @@ def _is_stale(error: LLMException, found: Found) -> bool:
     if isinstance(error, StaleCache):
         return True
     return not found.is_fresh and error.status_code in _MAYBE_STALE
+
+
+def _garbage(answer: m.AnyMessage) -> LLMException:
+    return LLMException(f"the peer answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
 
 
 def _fetch_request(piece: Segments, src: Guard, dst: Guard | None, deadline: Deadline) -> m.Fetch:

@@ -110,7 +110,7 @@ class StreamPool:
 
     def end_loan(self, stream: Stream, *, is_good: bool) -> None:
         """The exchange is over."""
-        if not is_good or self._closed_because is not None:
+        if not is_good or stream.is_shut or self._closed_because is not None:
             self._drop(stream)
         self._lent.pop(stream, None)
         self._bell.ring()

@@ -97,6 +97,11 @@ class Gate:
         """How many calls use it."""
         return sum(used in things for things in tuple(self.running.values()))
 
+    def uses_beside(self, used: object) -> list[object]:
+        """What else the calls use that use it."""
+        users = [things for things in tuple(self.running.values()) if used in things]
+        return [thing for things in users for thing in things]
+
     def drain(self, used: object, timeout_s: float) -> bool:
         """Waits until no call uses it any more; False when some still do."""
         if not self.count(used):

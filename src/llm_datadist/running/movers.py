@@ -58,12 +58,13 @@ class Call:
             with self._lock:
                 self._ends.discard(end)
 
-    def give_up(self) -> None:
-        """Has all parts end soon. May be called again."""
+    def give_up(self, *, cuts: bool) -> None:
+        """Has all parts end soon; `cuts`: also those that wait. May be called again."""
         self._is_over = True
-        with self._lock:
-            for end in self._ends:
-                end()
+        if cuts:
+            with self._lock:
+                for end in self._ends:
+                    end()
 
 
 Task: TypeAlias = "Callable[[Call], None]"
@@ -124,8 +125,9 @@ class Movers:
                     part.task(call)
             for part in parts:
                 part.wait()
-        except BaseException:
-            _end(parts, call)
+        except BaseException as error:
+            # one that failed by itself fails for the others, too, or they are done soon
+            _end(parts, call, cuts=not isinstance(error, LLMException))
             raise
         for part in parts:
             if part.error is not None:
@@ -142,11 +144,11 @@ class Movers:
             return
 
 
-def _end(parts: Sequence[_Part], call: Call) -> None:
+def _end(parts: Sequence[_Part], call: Call, *, cuts: bool) -> None:
     """Returns when no part runs and none will, whatever interrupts it."""
     while True:
         try:
-            call.give_up()
+            call.give_up(cuts=cuts)
             for part in parts:
                 part.wait()
         except BaseException:  # the first exception goes on, and says the same

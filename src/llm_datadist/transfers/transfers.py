@@ -8,10 +8,10 @@ the peer is found (`links/table.py`); it looks its own cache up, has the value p
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from llm_datadist.core.remote import Guard
-from llm_datadist.core.transfer import Pull
+from llm_datadist.core.generations import STALE
+from llm_datadist.core.transfer import Copy, Place, Pull, Push
 from llm_datadist.errors import LLMException, invalid
 from llm_datadist.memory.device import HOST
 from llm_datadist.running.bell import WAKE
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from llm_datadist.core.geometry import Layout
-    from llm_datadist.core.transfer import Copy, Push
+    from llm_datadist.core.registry import Entry
+    from llm_datadist.core.segments import U64
     from llm_datadist.links.table import LinkTable
     from llm_datadist.memory.device import Device
     from llm_datadist.observe.watch import Observer, Watch
@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from llm_datadist.running.gate import Gate
 
 
-class Place(NamedTuple):
-    """Where a cache lies, in which kind of memory."""
+class Token:
+    """A call. It ends in single steps, which a signal's exception cannot come between."""
 
-    layout: Layout
-    space: str
+    __slots__ = ("cell",)
+
+    def __init__(self) -> None:
+        #: the word of the ticket that it issued; STALE is written there when it ends
+        self.cell: U64 | list[int] = [STALE]
 
 
 class Transfers:
@@ -58,37 +61,25 @@ class Transfers:
         self._observer = observer
         self._timeout_s = timeout_s
 
-    def run(self, asked: Pull | Push) -> None:
-        """Moves what is asked between a peer's cache and ours, within the cluster's time-out.
+    def run(self, asked: Pull | Push | Copy) -> None:
+        """Moves what is asked, within the cluster's time-out.
 
         Raises LLMException; nothing arrives after it was raised.
         """
-        gate, token = self._gate, object()
+        gate, token = self._gate, Token()
         try:
             self._run(token, asked)
         except LLMException as error:
             raise LLMException(f"{asked}: {error}", error.status_code) from error
-        finally:  # as `Gate.leave`, which a signal could come before
+        finally:  # as `Gate.leave`, which a signal could come before: each of these is one step
             try:
-                gate.running.pop(token, None)
+                token.cell[0] = STALE
             finally:
-                if gate.bell.waiting:
-                    any(map(WAKE, tuple(gate.bell.waiting)))
-
-    def copy(self, asked: Copy, src: int | Place, dst: int | Place) -> None:
-        """Copies between two caches of ours, by id, or memory that no catalog knows (spec 6.13).
-
-        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID.
-        """
-        gate, token = self._gate, object()
-        try:
-            self._copy(token, asked, src, dst)
-        finally:  # as `Gate.leave`, which a signal could come before
-            try:
-                gate.running.pop(token, None)
-            finally:
-                if gate.bell.waiting:
-                    any(map(WAKE, tuple(gate.bell.waiting)))
+                try:
+                    gate.running.pop(token, None)
+                finally:
+                    if gate.bell.waiting:
+                        any(map(WAKE, tuple(gate.bell.waiting)))
 
     def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
         """Pushes these tensors of ours to addresses that must lie in one cache of the peer's.
@@ -104,7 +95,12 @@ class Transfers:
                 if watch is not None:
                     watch.moves(segments)
                 peer = self._enter(token, asked.place.cluster_id)
-                peer.send(segments, Guard.of(ours), None, Deadline.after(self._timeout_s))
+                ticket = self._catalog.issue(token, ours)
+                try:
+                    deadline = Deadline.after(self._timeout_s)
+                    peer.send(segments, ticket.guard, None, deadline)
+                finally:
+                    ticket.cell[0] = STALE
 
     def watching(
         self, operation: str, cluster_id: int | None = None
@@ -115,27 +111,38 @@ class Transfers:
         path = "" if cluster_id is None else self._links.paths.get(cluster_id, "")
         return self._observer.watch(operation, cluster_id, path)
 
-    def _run(self, token: object, asked: Pull | Push) -> None:
+    def _run(self, token: Token, asked: Pull | Push | Copy) -> None:
+        if isinstance(asked, Copy):
+            self._copy(token, asked)
+            return
         cluster_id, is_pull = asked.place.cluster_id, isinstance(asked, Pull)
         if is_pull and self._links.is_self(cluster_id):
             raise invalid("the key names this cluster itself; only a linked peer can be pulled")
         ours = self._catalog.use(token, asked.cache_id)
         asked.check(ours)
         if self._observer is None:
-            peer = self._enter(token, cluster_id)
-            peer.move(asked, ours, Deadline.after(self._timeout_s))
+            self._move(token, asked, ours)
         else:
             with self.watching("pull" if is_pull else "push", cluster_id) as watch:
-                peer = self._enter(token, cluster_id)
-                peer.move(asked, ours, Deadline.after(self._timeout_s), watch)
+                self._move(token, asked, ours, watch)
+
+    def _move(
+        self, token: Token, asked: Pull | Push, ours: Entry, watch: Watch | None = None
+    ) -> None:
+        peer = self._enter(token, asked.place.cluster_id)
+        guard = None
+        if isinstance(asked, Push):
+            ticket = self._catalog.issue(token, ours)
+            token.cell, guard = ticket.cell, ticket.guard
+        peer.move(asked, ours, guard, Deadline.after(self._timeout_s), watch)
 
     def _enter(self, token: object, cluster_id: int) -> Peer:
         peer = self._links.find(cluster_id)
         self._gate.enter(token, peer.door)
         return peer
 
-    def _copy(self, token: object, asked: Copy, src: int | Place, dst: int | Place) -> None:
-        source, target = self._place(token, src), self._place(token, dst)
+    def _copy(self, token: object, asked: Copy) -> None:
+        source, target = self._place(token, asked.src), self._place(token, asked.dst)
         segments = asked.segments(source.layout, target.layout)
         with self.watching("copy") as watch:
             if watch is not None:

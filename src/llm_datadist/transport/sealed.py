@@ -83,6 +83,9 @@ class SealedSender(FrameSender):
         self._sealed = memoryview(b"")
         self.nbytes = sender.nbytes
 
+    def look(self) -> None:
+        self._inner.look()
+
     def advance(self) -> bool:
         while True:
             while self._sealed:

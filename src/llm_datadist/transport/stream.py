@@ -31,6 +31,8 @@ class Stream:
         sock.setblocking(True)  # the kernel keeps the deadlines (SO_RCVTIMEO, SO_SNDTIMEO)
         self._socket = sock
         self._shield = shield
+        #: somebody ended it, maybe behind an exchange that was complete
+        self.is_shut = False
         #: the seconds after which the kernel gives up, by socket option
         self._limits_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
@@ -91,7 +93,8 @@ class Stream:
                 vectors = skip_bytes(vectors, got, native.IOV_MAX)
 
     def shutdown(self) -> None:
-        """Ends whatever waits on the stream; safe from any thread."""
+        """Ends whatever waits on the stream, which cannot be used again; in any thread."""
+        self.is_shut = True
         with suppress(OSError):  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.generations import WORD_NBYTES
+from llm_datadist.core.generations import STALE, WORD_NBYTES
 from llm_datadist.core.segments import FEW, Segments, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
@@ -30,6 +30,8 @@ from llm_datadist.transport.base import AllMemory, Channel, StaleCache, Streams
 from llm_datadist.transport.stream import RequestRefused, timeval
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from llm_datadist.core.remote import Guard
@@ -147,6 +149,28 @@ def unpace(sock: socket.socket) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
 
 
+class Permit:
+    """The right to read memory for an answer, until it is revoked. Thread-safe.
+
+    Whoever sends gives it back as soon as nothing reads the memory any more: when the answer is
+    sent, or at the next look. What is left of an answer then are zeros, and the word that it is
+    stale; of one under a ticket that is over, nothing is left: the connection ends.
+    """
+
+    def __init__(self, give_back: Callable[[], object], wake: Callable[[], object]) -> None:
+        """`wake` has whoever sends look at once, where it waits for the peer; in any thread."""
+        self.give_back = give_back
+        self._wake = wake
+        self.is_revoked = False
+        #: the word of the ticket that it is under, if any
+        self.cell: U64 | None = None
+
+    def revoke(self) -> None:
+        """Takes the right back; `give_back` is called soon, from where the answer is sent."""
+        self.is_revoked = True
+        self._wake()
+
+
 class FrameSender:
     """An answer of the owner, sent in as many steps as the socket asks for."""
 
@@ -157,6 +181,9 @@ class FrameSender:
         self._window = native.IOV_MAX
         #: what is left to send
         self.nbytes = len(self._frame)
+
+    def look(self) -> None:
+        """Lets go of memory that was taken back. Raises OSError to end the connection."""
 
     def advance(self) -> bool:
         """Sends what the socket takes now; True when all is sent. Raises OSError."""
@@ -203,9 +230,14 @@ class Sender(FrameSender):
     takes the vectors in order, so the word says what held when all bytes in front had been taken.
     """
 
-    def __init__(self, sock: socket.socket, addrs: U64, nbytes: U64, word_addr: int) -> None:
+    def __init__(
+        self, sock: socket.socket, addrs: U64, nbytes: U64, word_addr: int, permit: Permit
+    ) -> None:
         total_nbytes = int(nbytes.sum())
         super().__init__(sock, m.Sending(total_nbytes))
+        self._permit: Permit | None = permit
+        self._total_nbytes = total_nbytes
+        self._stale_word = array("Q", (STALE,))
         self._bad_addr = array("Q", (0,))
         trailer = [(word_addr, WORD_NBYTES), (self._bad_addr.buffer_info()[0], WORD_NBYTES)]
         self._vectors = iovecs(addrs, nbytes, [self._frame.buffer_info()], trailer)
@@ -227,8 +259,24 @@ class Sender(FrameSender):
             os.set_blocking(self._socket.fileno(), False)
         return True
 
+    def look(self) -> None:
+        """Lets go of the memory if the permit was revoked. Raises OSError to end the connection."""
+        permit = self._permit
+        if permit is None:
+            return
+        is_over = permit.cell is not None and int(permit.cell[0]) == STALE
+        if not (is_over or permit.is_revoked):
+            return
+        self._permit = None
+        if not is_over:
+            self._withdraw()
+        permit.give_back()
+        if is_over:
+            raise OSError(errno.ECANCELED, "the push that it is for has ended")
+
     def _send_some(self, flags: int) -> None:
         while True:
+            self.look()
             try:
                 super()._send_some(flags)
             except OSError as error:
@@ -239,6 +287,7 @@ class Sender(FrameSender):
                 return
 
     def take(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        self.look()
         data = super().take(buffer)
         if not len(data):
             self._window = 1
@@ -252,8 +301,24 @@ class Sender(FrameSender):
             self._window = 1
             return
         self._bad_addr[0] = int(self._vectors[0, 0])
-        missing = self.nbytes - _TRAILER_NBYTES
-        lengths = np.full(-(-missing // _FILLER.nbytes), _FILLER.nbytes, dtype=np.uint64)
-        lengths[-1] = missing - (len(lengths) - 1) * _FILLER.nbytes
-        filler = iovecs(np.full(len(lengths), _FILLER.ctypes.data, np.uint64), lengths)
-        self._vectors = np.concatenate((filler, self._vectors[-2:]))
+        self._vectors = np.concatenate((_zeros(self.nbytes - _TRAILER_NBYTES), self._vectors[-2:]))
+
+    def _withdraw(self) -> None:
+        """The memory is taken back: zeros for what is left, and a word that is stale."""
+        left_of_frame = max(0, self.nbytes - (self._total_nbytes + _TRAILER_NBYTES))
+        if self.nbytes > _TRAILER_NBYTES:
+            frame = self._vectors[:1] if left_of_frame else self._vectors[:0]
+            zeros = _zeros(self.nbytes - left_of_frame - _TRAILER_NBYTES)
+            word = iovecs(
+                np.array([self._stale_word.buffer_info()[0]], np.uint64),
+                np.array([WORD_NBYTES], np.uint64),
+            )
+            self._vectors = np.concatenate((frame, zeros, word, self._vectors[-1:]))
+
+
+def _zeros(nbytes: int) -> U64:
+    """Vectors of so many zeros."""
+    lengths = np.full(-(-nbytes // _FILLER.nbytes), _FILLER.nbytes, dtype=np.uint64)
+    if nbytes:
+        lengths[-1] = nbytes - (len(lengths) - 1) * _FILLER.nbytes
+    return iovecs(np.full(len(lengths), _FILLER.ctypes.data, np.uint64), lengths)
