@@ -344,7 +344,11 @@ class CacheTransfers:
 
     def _require_cluster(self, status: LLMStatusCode) -> Cluster:
         if self._cluster is None:
-            raise LLMException("this CacheManager's LLMDataDist was finalized", status)
+            raise LLMException(
+                "this CacheManager's LLMDataDist was finalized, or initialised in the process that "
+                "forked this one",
+                status,
+            )
         return self._cluster
 
     def _detach(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core.link import Identity
@@ -22,6 +24,7 @@ from llm_datadist.links.snapshot import Snapshots
 from llm_datadist.links.table import LinkTable
 from llm_datadist.memory.checksum import require_checksums
 from llm_datadist.memory.process import ProcessMemory
+from llm_datadist.observe.log import get_logger
 from llm_datadist.observe.watch import Observer
 from llm_datadist.owner.answers import Answers
 from llm_datadist.owner.catalog import Catalog
@@ -33,7 +36,7 @@ from llm_datadist.running.ending import Ending
 from llm_datadist.running.gate import Gate
 from llm_datadist.running.loop import Loop, cancel_all
 from llm_datadist.running.movers import Movers
-from llm_datadist.running.threads import Threads
+from llm_datadist.running.threads import Threads, start_thread
 from llm_datadist.transfers.transfers import Transfers
 from llm_datadist.transport.installed import transports_for
 from llm_datadist.transport.shield import Shields
@@ -50,8 +53,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: how long a call may take to notice that its link was cut
-_LAST_CALLS_S = 2.0
+#: how long the end may take, beside waiting for running calls
+_LAST_S = 2.0
+#: what the names of our threads begin with
+_OUR_THREADS = "llm-datadist"
 _WORKERS = 16
 #: more than the streams of several peers: one that stalls in a push holds its streams' threads
 _FETCHERS = 256
@@ -73,7 +78,7 @@ class Cluster:
         try:
             self._make()
         except BaseException:
-            self._ending.run()
+            self._ending.run(Deadline.after(_LAST_S))
             raise
 
     def _make(self) -> None:
@@ -90,12 +95,12 @@ class Cluster:
         movers = Movers(options.transfer_threads)
         process = ProcessMemory(movers)
         pools = open_pools(options, process)
-        for pool in pools.values():
-            self._ending.add("a memory pool", pool.close)
+        self._ending.add("the memory pools", lambda _: self._close_pools())
         transports = transports_for(options, movers)
         for transport in transports.values():
-            self._ending.add(f"the transport {transport.name}", transport.close)
-        self._ending.add("the movers", movers.close)
+            self._ending.add(f"the transport {transport.name}", partial(_close, transport))
+        self._ending.add("the movers", movers.end)
+        self._movers = movers
         #: our caches
         self.catalog = Catalog(
             self.gate,
@@ -170,22 +175,47 @@ class Cluster:
         self._loop.start()
         try:
             self.listening.move(self.options.listen)
-        except LLMException:
-            self._ending.run()
+        except BaseException:
+            self._ending.run(Deadline.after(_LAST_S))
             raise
 
     def stop(self) -> None:
-        """Ends all links, lets running calls end first, and gives everything back."""
-        deadline = Deadline.after(self.options.sync_timeout_s)
-        sessions = self.links.all()
-        for session in sessions:
-            session.drain(max(0.0, deadline.remaining_s()))
+        """Ends all links, lets running calls end first, and gives everything back. May be again.
+
+        Bounded by the cluster's time-out, for calls that run, and `_LAST_S` for all that is left:
+        links that cannot be ended in order, threads that wait for a name server or for a peer.
+        What runs then, fails; memory that it uses stays mapped.
+        """
+        if threading.current_thread().name.startswith(_OUR_THREADS):
+            # the garbage collector runs in any thread, and these cannot wait for themselves
+            start_thread(self._stop, f"{_OUR_THREADS}-end")
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self.gate.shut(self.gate.door, "the cluster is being finalized")
+        self.gate.drain(self.gate.door, self.options.sync_timeout_s)
+        deadline = Deadline.after(_LAST_S)
         entries = self.catalog.close()
-        self._loop.run(self._close_links())
-        for session in sessions:  # a call that outlasted the timeout sees that its link is gone
-            session.drain(_LAST_CALLS_S)
-        self._ending.run()
+        self._movers.stop()
+        try:
+            self._loop.run(self._close_links(), deadline)
+        except LLMException as error:
+            get_logger().error("not all links ended in order: %s", error)
+        self.gate.drain(self.gate.door, max(0.0, deadline.remaining_s()))
+        self._ending.run(deadline)
         entries.clear()  # not before: transports reached the memory until now
+
+    def _close_pools(self) -> None:
+        """The memory of what still runs stays where it is."""
+        if self.gate.count(self.gate.door):
+            get_logger().error(
+                "cluster %d: calls outlast its end; the memory of its pools stays mapped",
+                self.cluster_id,
+            )
+            return
+        for pool in self.catalog.pools.values():
+            pool.close()
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
@@ -228,9 +258,13 @@ class Cluster:
         await cancel_all(task for task in asyncio.all_tasks() if task is not asyncio.current_task())
 
     def _threads(self, max_threads: int, what: str) -> Threads:
-        threads = Threads(max_threads, f"llm-datadist-{what}")
-        self._ending.add(f"the {what}s", threads.shutdown)
+        threads = Threads(max_threads, f"{_OUR_THREADS}-{what}")
+        self._ending.add(f"the {what}s", threads.end)
         return threads
+
+
+def _close(transport: Transport, _: Deadline) -> None:
+    transport.close()
 
 
 async def _gather(work: Iterable[Coroutine[object, object, T]]) -> list[T]:

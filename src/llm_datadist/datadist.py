@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar, final
 
@@ -18,6 +19,7 @@ from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.options import Options, parse_listen
+from llm_datadist.running import forks
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class LLMDataDist:
 
     One instance at a time may be initialised in a process (spec 5.1); it can be finalized and
     initialised again. Methods other than `init` and `finalize` may be called from any thread, at
-    the same time. Not usable in a forked child of the process that initialised it.
+    the same time. A forked child has to call `init` itself.
 
     Raises TypeError, ValueError for a role or an id that is none.
     """
@@ -54,6 +56,9 @@ class LLMDataDist:
         self._cluster: Cluster | None = None
         self._cache_manager: CacheManager | None = None
         self._kv_cache_manager: KvCacheManager | None = None
+        self._switching = threading.RLock()
+        #: why it is not initialised, for messages
+        self._why_not = ""
 
     @property
     def cluster_id(self) -> int:
@@ -95,6 +100,9 @@ class LLMDataDist:
         else:
             self._kv_cache_manager = KvCacheManager(cluster, parsed.role)
         LLMDataDist.llm_engine_instance = self
+        self._why_not = ""
+        forks.watch(self)
+        atexit.unregister(_shutdown_handler)  # one is enough, however often this is called
         atexit.register(_shutdown_handler)
 
     def finalize(self) -> None:
@@ -178,12 +186,13 @@ class LLMDataDist:
             "switch_options", {} if switch_options is None else switch_options, str, str
         )
         listen = parse_listen(options)
-        if not cluster.options.cache_manager:
-            self._check_v1_switch(cluster, role, listen)
-        cluster.listening.switch(listen, cluster.options)
-        self._role = role
-        if self._kv_cache_manager is not None:
-            self._kv_cache_manager._switch_role(role)
+        with self._switching:
+            if not cluster.options.cache_manager:
+                self._check_v1_switch(cluster, role, listen)
+            cluster.listening.switch(listen, cluster.options)
+            self._role = role
+            if self._kv_cache_manager is not None:
+                self._kv_cache_manager._switch_role(role)
 
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Of the v1 mode: returns when there is a live link to a cluster. Spec 5.3.
@@ -280,6 +289,18 @@ class LLMDataDist:
         if role == LLMRole.PROMPT and listen is None:
             raise invalid("switching to PROMPT needs llm.listenIpInfo in switch_options")
 
+    def _forget_parent(self) -> Cluster | None:
+        """For running/forks.py."""
+        cluster, manager = self._cluster, self._cache_manager or self._kv_cache_manager
+        self._cluster = self._cache_manager = self._kv_cache_manager = None
+        self._switching = threading.RLock()
+        self._why_not = f": {forks.FORKED}"
+        if LLMDataDist.llm_engine_instance is self:
+            LLMDataDist.llm_engine_instance = None
+        if manager is not None:
+            manager._detach()
+        return cluster
+
     def _require_manager(self) -> tuple[Cluster, CacheManager]:
         cluster = self._require_cluster()
         if self._cache_manager is None:
@@ -297,7 +318,7 @@ class LLMDataDist:
 
     def _require_cluster(self) -> Cluster:
         if self._cluster is None:
-            raise RuntimeError("llm datadist is not initialized")
+            raise RuntimeError(f"llm datadist is not initialized{self._why_not}")
         return self._cluster
 
     def _report(

@@ -56,7 +56,7 @@ class KvCacheManager:
         #: ids of caches that nobody holds any more and that are still to be freed
         self._collected: deque[int] = deque()
         #: held while they are freed, so that an allocation can wait for that
-        self._freeing = threading.Lock()
+        self._freeing = threading.RLock()
 
     # -- allocating --
 

@@ -191,8 +191,8 @@ class Registry:
             self._held.pop(cache_id, None)
             self._generations.close(entry.word_addr)
             entry.generation = 0
-            for key in entry.keys:
-                del self._by_key[key]
+            for key in list(entry.keys):
+                self._by_key.pop(key, None)
         return entry
 
     def find(self, cache_id: int) -> Entry:

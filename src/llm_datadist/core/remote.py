@@ -101,7 +101,7 @@ def describe(entry: Entry) -> CacheInfo:
         addrs=entry.layout.addrs.astype("<u8", copy=False).tobytes(),
         keys=[
             (key.id, key.model_id, key.is_prefix, row)
-            for key, row in entry.keys.items()
+            for key, row in list(entry.keys.items())
             if 0 <= key.model_id < 2**64  # a BlocksCacheKey may have any; no peer can ask for it
         ],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 from llm_datadist.checks import (
     check_dict,
@@ -23,6 +23,7 @@ from llm_datadist.cpp.transfers import LlmTransfers
 from llm_datadist.cpp.types import Cache, LlmRole, RegisterCfg
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.options import parse_listen
+from llm_datadist.running import forks
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from llm_datadist.links.table import LinkInfo
 
 _OK = LLMStatusCode.LLM_SUCCESS
-#: what the names of an cluster's threads begin with
-_OUR_THREADS: Final = "llm-datadist"
 
 
 @final
@@ -55,15 +54,16 @@ class LlmDataDist(LlmTransfers):
     may use them. Clusters of Python's LLMDataDist can be linked if they have remote access enabled.
 
     Methods but Initialize and Finalize may be called from any thread, at the same time. An object
-    that is dropped, or left over when the program ends, is finalized. Not usable in a forked child.
+    that is dropped, or left over when the program ends, is finalized. A forked child has to call
+    Initialize itself.
     """
 
     def __init__(self, cluster_id: int, role: LlmRole) -> None:
         """Does no work yet. Raises TypeError."""
         super().__init__(check_type("cluster_id", cluster_id, int))
         self._role = check_type("role", role, LlmRole)
-        self._lifecycle = threading.Lock()
-        self._end: weakref.finalize[[Cluster], LlmDataDist] | None = None
+        self._lifecycle = threading.RLock()
+        self._end: weakref.finalize[[], LlmDataDist] | None = None
 
     # -- life --
 
@@ -82,7 +82,8 @@ class LlmDataDist(LlmTransfers):
                 cluster = open_cluster(cluster_id, parse_options(self._role, options))
                 cluster.start()
                 self._cluster = cluster
-                self._end = weakref.finalize(self, _stop, cluster)
+                self._end = weakref.finalize(self, cluster.stop)
+                forks.watch(self)
         return call.status
 
     def Finalize(self) -> None:
@@ -233,14 +234,15 @@ class LlmDataDist(LlmTransfers):
             cluster.catalog.deallocate(check_int64("cache_id", cache_id))
         return call.status
 
+    # -- parts of the above --
 
-def _stop(cluster: Cluster) -> None:
-    """What is left to do when an LlmDataDist is finalized, dropped, or left over at exit."""
-    if threading.current_thread().name.startswith(_OUR_THREADS):
-        # the garbage collector runs in any thread, and the cluster cannot wait for its own
-        threading.Thread(target=cluster.stop, name="llm-datadist-end").start()
-    else:
-        cluster.stop()
+    def _forget_parent(self) -> Cluster | None:
+        """For running/forks.py."""
+        cluster, self._cluster = self._cluster, None
+        self._lifecycle = threading.RLock()
+        if self._end is not None:
+            self._end.detach()
+        return cluster
 
 
 def _report(call: Call, targets: Sequence[Target], outcomes: Sequence[Outcome]) -> list[Status]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llm_datadist.core import messages as m
 from llm_datadist.core.frames import FrameReader
 from llm_datadist.endpoint import is_ip_literal
+from llm_datadist.running import forks
 from llm_datadist.transport.shield import NotAuthentic
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Control:
         sock.setblocking(False)
         for level, option, value in _KEEPALIVE:
             sock.setsockopt(level, option, value)
-        self.socket = sock
+        self.socket = forks.own(sock)
         #: the peer's; the socket no longer knows it when the peer has reset the connection
         self.address = address
         self.shield = shield

@@ -86,7 +86,7 @@ class Groups:
     def __init__(self, cluster_id: int, links: LinkTable) -> None:
         self._cluster_id = cluster_id
         self._links = links
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._groups: dict[int, Group] = {}
         self._ids = itertools.count(1)
 

@@ -14,6 +14,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome
 from llm_datadist.links.session import Session
 from llm_datadist.observe.log import get_logger
+from llm_datadist.running import forks
 from llm_datadist.running.loop import cancel_all
 from llm_datadist.transport.sealed import open_stream
 
@@ -80,7 +81,7 @@ class Listener:
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
         """`take_snapshot` is what whoever asks is told, made in a thread of the waiters."""
-        self._socket = sock
+        self._socket = forks.own(sock)
         self._context = context
         self._links = links
         self._groups = groups

@@ -8,6 +8,7 @@ from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.listener import Listener, bind
 from llm_datadist.observe.log import get_logger
+from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
     import socket
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from llm_datadist.running.loop import Loop
 
 
+_CLOSE_S = 10.0
+
+
 class Listening:
-    """Opens, moves and closes the listeners of a cluster. `move` not while other calls run."""
+    """Opens, moves and closes the listeners of a cluster; `move` one call after the other."""
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class Listening:
             return
         before, self._asked = self._asked, None
         taken = self.endpoint
-        self._loop.run(self._close_main())
+        self._loop.run(self._close_main(), Deadline.after(_CLOSE_S))
         try:
             self._open(endpoint)
         except LLMException:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from llm_datadist.peer.peer import Peer
 
 
+#: so many clusters that were linked once are remembered
+_MAX_ENDINGS = 128
+
+
 class LinkInfo(NamedTuple):
     """A live link, as users see it. An addition to the reference."""
 
@@ -34,7 +38,7 @@ class LinkTable:
         self._cluster_id = cluster_id
         self._instance = instance
         self._recorder = recorder
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._sessions: dict[int, list[Session]] = {}
         #: of the links that operations use; may be read without the lock
         self.paths: dict[int, str] = {}
@@ -66,6 +70,8 @@ class LinkTable:
             elif self._sessions.pop(session.cluster_id, None) is not None:
                 del self.paths[session.cluster_id]
                 self._endings[session.cluster_id] = ending
+                while len(self._endings) > _MAX_ENDINGS:
+                    del self._endings[next(iter(self._endings))]
         if was_filed and self._recorder is not None:
             self._recorder.link_ended(session.path)
 
@@ -107,7 +113,7 @@ class LinkTable:
 
     def all(self) -> list[Session]:
         with self._lock:
-            return [session for sessions in self._sessions.values() for session in sessions]
+            return [session for sessions in list(self._sessions.values()) for session in sessions]
 
     def infos(self) -> list[LinkInfo]:
         """Each link as users see it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
@@ -83,8 +84,11 @@ class MemoryPool:
         self.space = device.space
         self._arena = device.reserve(pool.capacity_nbytes)
         self._is_closed = False
-        #: guards the pool and `_is_closed`
+        #: guards the pool; not taken by `free` and `close`, which a finalizer may call under it
         self._lock = threading.Lock()
+        #: what is allocated, and what was freed since the pool was looked at
+        self._taken: set[int] = set()
+        self._freed: deque[int] = deque()
 
     @classmethod
     def of_pages(cls, config: PoolConfig, device: Device) -> MemoryPool:
@@ -104,7 +108,11 @@ class MemoryPool:
     def allocate(self, nbytes: int) -> int:
         """The address of `nbytes` that nobody else has. Raises as `allocate_many` does."""
         with self._lock:
-            return self._take(nbytes)
+            self._reclaim()
+            self._require_open()
+            addr = self._arena.addr + self._pool.allocate(nbytes)
+            self._taken.add(addr)
+            return addr
 
     def allocate_many(self, count: int, nbytes: int) -> list[int]:
         """The addresses of `count` pieces of `nbytes` each: all of them or none. Spec 6.3.
@@ -114,49 +122,52 @@ class MemoryPool:
         """
         addrs: list[int] = []
         with self._lock:
+            self._reclaim()
             try:
                 while len(addrs) < count:
-                    addrs.append(self._take(nbytes))
-            except LLMException as error:
+                    self._require_open()
+                    addrs.append(self._arena.addr + self._pool.allocate(nbytes))
+            except BaseException as error:
                 for addr in addrs:
-                    self._give_back(addr)
-                raise LLMException(
-                    f"piece {len(addrs) + 1} of {count}: {error}", error.status_code
-                ) from error
+                    self._pool.free(addr - self._arena.addr)
+                if isinstance(error, LLMException):
+                    text = f"piece {len(addrs) + 1} of {count}: {error}"
+                    raise LLMException(text, error.status_code) from error
+                raise
+            self._taken.update(addrs)
         return addrs
 
     def free(self, addr: int) -> None:
         """Takes back what was allocated. Raises ValueError for any other address."""
-        with self._lock:
-            self._give_back(addr)
+        try:
+            self._taken.remove(addr)
+        except KeyError:
+            raise ValueError(f"nothing is handed out at {addr:#x}") from None
+        self._freed.append(addr)
 
     def view(self, addr: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """Allocated memory as an array, which stays readable when the pool is closed.
 
         Raises LLMException(LLM_FAILED) when it is closed already.
         """
-        with self._lock:
-            self._require_open()
-            return self._arena.view(addr, nbytes)
+        self._require_open()
+        return self._arena.view(addr, nbytes)
 
     def usage(self) -> tuple[PoolUsage, ...]:
         """How full each part of the pool is."""
         with self._lock:
+            self._reclaim()
             return self._pool.usage()
 
     def close(self) -> None:
         """Gives all memory back to the system, what is still allocated included."""
-        with self._lock:
-            self._is_closed = True
-            self._arena.close()
+        self._is_closed = True
+        self._arena.close()
 
-    def _take(self, nbytes: int) -> int:
-        self._require_open()
-        return self._arena.addr + self._pool.allocate(nbytes)
+    def _reclaim(self) -> None:
+        while self._freed:
+            self._pool.free(self._freed.popleft() - self._arena.addr)
 
     def _require_open(self) -> None:
         if self._is_closed:
             raise LLMException("the memory pool is closed", LLMStatusCode.LLM_FAILED)
-
-    def _give_back(self, addr: int) -> None:
-        self._pool.free(addr - self._arena.addr)

@@ -39,7 +39,7 @@ class Series:
     """The counters of one operation with one peer over one path. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         #: to be counted; threads append to it without the lock
         self._records: deque[Record] = deque()
         self._totals = np.zeros(3, dtype=np.int64)
@@ -88,7 +88,7 @@ class Recorder:
     """Counters and histograms. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._series: dict[tuple[str, int | None, str], Series] = {}
         self._waits: dict[str, _Times] = {}
         self._made: Counter[str] = Counter()

@@ -78,7 +78,7 @@ class Catalog:
         self.pools = pools
         self._exposure = Exposure(transports)
         self._gate = gate
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         #: being unregistered: no use may begin, or waiting for the last one might never end
         self._leaving: set[Entry] = set()
         #: freed while in use: their memory is still to go back to its pool
@@ -232,9 +232,9 @@ class Catalog:
         The call revokes it in one step: `ticket.cell[0] = STALE`.
         """
         with self._lock:
-            for old in [each for each in self._tickets.values() if each.is_over(self._gate)]:
-                del self._tickets[old.entry.cache_id]
-                self._generations.close(old.entry.word_addr)
+            for old in [each for each in list(self._tickets.values()) if each.is_over(self._gate)]:
+                if self._tickets.pop(old.entry.cache_id, None) is not None:
+                    self._generations.close(old.entry.word_addr)
             word_addr, generation = self._generations.open()
             entry = replace(
                 ours,
@@ -279,7 +279,7 @@ class Catalog:
     def find_at(self, addrs: U64, nbytes: U64) -> Entry:
         """The cache that peers may reach at these addresses. Raises LLM_PARAM_INVALID."""
         with self._lock:
-            for entry in self._registry.entries():
+            for entry in list(self._registry.entries()):
                 if (
                     entry is not self.probe
                     and entry.is_remote_accessible
@@ -300,7 +300,7 @@ class Catalog:
     def describe_all(self) -> list[m.CacheInfo]:
         """What a peer is told of all caches."""
         with self._lock:
-            return [describe(e) for e in self._registry.entries() if e is not self.probe]
+            return [describe(e) for e in list(self._registry.entries()) if e is not self.probe]
 
     def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
         """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7."""

@@ -82,7 +82,7 @@ class StreamPool:
         self._dial = dial
         self._ask = ask
         self._recorder = recorder
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._bell = Bell()
         #: all that are open
         self._streams: dict[Stream, None] = {}

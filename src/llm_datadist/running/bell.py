@@ -2,11 +2,15 @@
 
 A signal's handler runs in the main thread, between any two steps of Python code, and may raise: a
 Ctrl-C, a test's time-out. What it strikes in must leave nothing held, or some later call waits for
-ever. A `with` on a plain lock of `threading` holds that: entering and leaving it are one step each.
+ever. A `with` on a Lock or RLock of `threading` holds that: entering and leaving are one step each.
 `Condition`, `Event`, `Semaphore` and `Future` do not, they are Python code around such a lock: an
 exception behind their first step leaves the lock held by nobody. So this library, in what a
 program's own thread passes, has plain locks by `with`, tables of tokens (an entry is made and taken
 out in one step), and this bell to wait.
+
+A finalizer (`__del__`) is like a signal: the garbage collector runs it in any thread, between any
+two steps, also under our locks, and it may call us. So these are re-entrant (RLock), what they
+guard makes sense between any two steps, and who goes through a table goes through a copy of it.
 
 A waiting thread has a queue of its own in `waiting`, whose `get` may be interrupted. Ringing puts
 something into each, in one step for all. Whoever wakes looks for itself whether what it waits for

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llm_datadist.errors import LLMException
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from llm_datadist.running.deadline import Deadline
 
 
 class Ending:
@@ -18,17 +21,20 @@ class Ending:
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[str, Callable[[], object]]] = []
+        self._steps: list[tuple[str, Callable[[Deadline], object]]] = []
 
-    def add(self, what: str, end: Callable[[], object]) -> None:
-        """This has been started."""
+    def add(self, what: str, end: Callable[[Deadline], object]) -> None:
+        """This has been started; ending it must not outlast the deadline it is given."""
         self._steps.append((what, end))
 
-    def run(self) -> None:
+    def run(self, deadline: Deadline) -> None:
         """Ends all, the last one first. May be called again."""
         while self._steps:
             what, end = self._steps.pop()
             try:
-                end()
-            except Exception:
-                get_logger().exception("ending %s failed", what)
+                end(deadline)
+            except Exception as error:
+                is_expected = isinstance(error, LLMException)
+                get_logger().error(
+                    "ending %s failed: %s", what, error, exc_info=None if is_expected else error
+                )

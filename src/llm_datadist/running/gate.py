@@ -46,7 +46,7 @@ class Gate:
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self._recorder = recorder
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         #: by token, what the call uses
         self.running: dict[object, tuple[object, ...]] = {}
         #: rung when a call has ended

@@ -66,11 +66,13 @@ class Loop:
         with suppress(RuntimeError):  # the loop is closed, and nothing left to be done
             self.asyncio.call_soon_threadsafe(call)
 
-    def close(self) -> None:
-        """Ends the thread; what is left to do in it is cancelled. May be called before `start`."""
-        if self._thread.is_alive():
-            self.asyncio.call_soon_threadsafe(self.asyncio.stop)
-            self._thread.join()
+    def close(self, deadline: Deadline) -> None:
+        """Ends the thread. May be called before `start`. Raises LLMException(LLM_TIMEOUT)."""
+        if self._thread.ident is not None:
+            self.call_soon(self.asyncio.stop)
+            self._thread.join(max(0.0, deadline.remaining_s()))
+            if self._thread.is_alive():
+                raise deadline.expired("the end of the cluster's thread")
         self.asyncio.close()
 
 

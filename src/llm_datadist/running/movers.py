@@ -16,6 +16,7 @@ run on behind an exception (their memory may be given back by then).
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -26,6 +27,8 @@ from llm_datadist.running.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from llm_datadist.running.deadline import Deadline
 
 #: a part smaller than this costs more to hand to a thread than to move
 MIN_PART_NBYTES = 1024 * 1024
@@ -38,13 +41,16 @@ class Call:
 
     def __init__(self) -> None:
         self._is_over = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ends: set[Callable[[], None]] = set()
 
     def require(self) -> None:
         """Raises LLMException when the call has been given up: parts look between two steps."""
         if self._is_over:
-            raise LLMException("the rest of the transfer failed", LLMStatusCode.LLM_FAILED)
+            raise LLMException(
+                "the rest of the transfer failed, or the cluster is being finalized",
+                LLMStatusCode.LLM_FAILED,
+            )
 
     @contextmanager
     def ended_by(self, end: Callable[[], None]) -> Iterator[None]:
@@ -107,6 +113,9 @@ class Movers:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._helpers = Threads(max(1, self.threads - 1), "llm-datadist-mover")
+        #: those that run
+        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._is_stopped = False
 
     def parts_of(self, nbytes: int) -> int:
         return max(1, min(self.threads, nbytes // MIN_PART_NBYTES))
@@ -114,6 +123,10 @@ class Movers:
     def run(self, tasks: Sequence[Task]) -> None:
         """Runs all tasks and returns when none is running any more; raises the first failure."""
         call = Call()
+        self._calls.add(call)
+        if self._is_stopped:
+            call.give_up(cuts=True)
+        call.require()
         if len(tasks) == 1:
             tasks[0](call)
             return
@@ -133,8 +146,15 @@ class Movers:
             if part.error is not None:
                 raise part.error
 
-    def close(self) -> None:
-        self._helpers.shutdown(wait=True)
+    def stop(self) -> None:
+        """What runs, and what is still to run, fails soon: the cluster is finalized."""
+        self._is_stopped = True
+        for call in tuple(self._calls):
+            call.give_up(cuts=True)
+
+    def end(self, deadline: Deadline) -> None:
+        """Ends the helpers. Raises LLMException(LLM_TIMEOUT)."""
+        self._helpers.end(deadline)
 
     def _ask_for_help(self, parts: Sequence[_Part], call: Call) -> None:
         try:

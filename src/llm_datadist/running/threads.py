@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
+from llm_datadist.running.bell import Bell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from llm_datadist.running.deadline import Deadline
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -49,18 +52,21 @@ class Threads(Executor):
     def __init__(self, max_threads: int, name: str) -> None:
         self._max_threads = max_threads
         self._name = name
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._threads: list[threading.Thread] = []
         #: one for each thread that waits for work
         self._idle: deque[None] = deque()
         self._work: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._is_shut = False
+        self._bell = Bell()
+        #: one for each thread that has ended
+        self._ended: deque[None] = deque()
 
     def start(self, work: Callable[[], object]) -> None:
         """Has a thread do this, now or when one is free.
 
         Raises LLMException(LLM_FAILED) when there is no thread and the system gives none, and
-        RuntimeError after `shutdown`; the work is not done then.
+        RuntimeError after `end`; the work is not done then.
         """
         with self._lock:
             if self._is_shut:
@@ -78,15 +84,20 @@ class Threads(Executor):
         self.start(partial(_complete, future, partial(call, *args, **kwargs)))
         return future
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends the threads when they have done what was started."""
+    def end(self, deadline: Deadline) -> None:
+        """Ends the threads when they have done what was started; some may be at it behind that.
+
+        Raises LLMException(LLM_TIMEOUT) then. They are daemons, and end by themselves.
+        """
         with self._lock:
             self._is_shut = True
             for _ in self._threads:
                 self._work.put(None)
-        if wait:
-            for thread in self._threads:
-                thread.join()
+        if not self._bell.wait_until(self._is_over, max(0.0, deadline.remaining_s())):
+            raise deadline.expired(f"the end of {self._name}")
+
+    def _is_over(self) -> bool:
+        return len(self._ended) == len(self._threads)
 
     def _has_started(self, work: Callable[[], object]) -> bool:
         """Whether a new thread does the work; False when those that are there must."""
@@ -109,6 +120,8 @@ class Threads(Executor):
             del work  # it would hold the last work's objects while this thread waits
             self._idle.append(None)
             work = self._work.get()
+        self._ended.append(None)
+        self._bell.ring()
 
 
 def _complete(future: Future[T], call: Callable[[], T]) -> None:

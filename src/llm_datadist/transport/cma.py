@@ -98,6 +98,7 @@ class CmaChannel:
         self._pid = pid
         self._movers = movers
         self._why_denied = why_denied
+        self._is_closed = False
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
         if len(segments) <= FEW and self._read_few(segments, guard):
@@ -109,7 +110,7 @@ class CmaChannel:
         self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])
 
     def close(self) -> None:
-        pass
+        self._is_closed = True
 
     def _read_few(self, segments: Segments, guard: Guard) -> bool:
         """Reads in one call; False when it is too much, or anything went wrong: read again then."""
@@ -144,6 +145,8 @@ class CmaChannel:
         windows = list(part.windows(min(native.IOV_MAX - 2, calls)))
         for window in windows:
             deadline.require("the transfer")
+            if self._is_closed:
+                raise LLMException("the link was cut", LLMStatusCode.LLM_NOT_YET_LINK)
             if call is not None:
                 call.require()
             first, last = window is windows[0], window is windows[-1]

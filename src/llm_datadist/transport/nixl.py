@@ -68,7 +68,7 @@ class NixlTransport:
             )
         self._threads = movers.threads
         self._owner = Agent(f"owner-{secrets.token_hex(8)}", serves=True)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         #: what is exposed: our readers read into it, and peers read it by the owner's registration
         self._regions: dict[Region, object] = {}
 

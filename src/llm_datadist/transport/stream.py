@@ -13,6 +13,7 @@ from llm_datadist.core.link import status_of
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
+from llm_datadist.running import forks
 from llm_datadist.transport.shield import NotAuthentic
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Stream:
 
     def __init__(self, sock: socket.socket, shield: Shield) -> None:
         sock.setblocking(True)  # the kernel keeps the deadlines (SO_RCVTIMEO, SO_SNDTIMEO)
-        self._socket = sock
+        self._socket = forks.own(sock)
         self._shield = shield
         #: somebody ended it, maybe behind an exchange that was complete
         self.is_shut = False
