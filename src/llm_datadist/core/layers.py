@@ -103,6 +103,10 @@ class PushedLayers:
         """The rules that need only the pusher's cache. Raises LLM_PARAM_INVALID."""
         self._ranges(ours)
 
+    def moves_nothing(self, ours: Geometry) -> bool:
+        """Whether the cache has no whole layer, so that a push of all of them moves nothing."""
+        return self.src is None and ours.num_tensors < self.per_layer
+
     def select(self, src: Layout, dst: Layout) -> tuple[Layout, Layout]:
         """Both layouts cut to their layers. Raises LLM_PARAM_INVALID."""
         wanted, target = self._ranges(src.geometry)
@@ -145,6 +149,10 @@ class OneLayer:
 
     def check(self, ours: Geometry) -> None:
         """Nothing: the layers of ours were checked when the transfer was asked for."""
+
+    def moves_nothing(self, ours: Geometry) -> bool:
+        """No: a layer has at least one tensor."""
+        return False
 
     def select(self, src: Layout, dst: Layout) -> tuple[Layout, Layout]:
         """Both layouts cut to the layer. Raises LLM_PARAM_INVALID."""

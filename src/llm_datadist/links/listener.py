@@ -205,6 +205,10 @@ class Listener:
         if session is None or not control.frames.is_empty:
             await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "there is no such link"))
             return False
+        if session.is_full(is_reverse=attach.is_reverse):
+            text = "the link has as many streams as it may have"
+            await control.send(m.Refused(LLMStatusCode.LLM_FAILED, text))
+            return False
         await control.send(m.Attached())
         if attach.is_reverse:
             session.add_stream(open_stream(control.socket, control.shield))

@@ -54,6 +54,11 @@ class Services:
         self._services.add(service)
         service.start()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are more than an honest peer uses."""
+        return len(self._services) >= _MAX_SERVICES
+
     def owe(self, count: int) -> None:
         """Dials streams for the peer: at once, or when it has no more than an honest one uses."""
         self._owed = min(self._owed + count, MAX_STREAMS)

@@ -291,6 +291,10 @@ class Session:
             raise
         return channel
 
+    def is_full(self, *, is_reverse: bool) -> bool:
+        """Whether no more streams may join the link: for our questions (reverse), or the peer's."""
+        return self._streams.is_full if is_reverse else self.services.is_full
+
     def add_stream(self, stream: Stream) -> None:
         """A stream that the peer dialled for us."""
         self._streams.add(stream)

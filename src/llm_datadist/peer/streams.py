@@ -122,6 +122,11 @@ class StreamPool:
         self._keep(stream)
         self._bell.ring()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many as there may be, or more."""
+        return len(self._streams) >= 2 * MAX_STREAMS
+
     def close(self, because: str) -> None:
         """Ends all streams; whoever waits on one gets LLM_NOT_YET_LINK."""
         with self._lock:

@@ -14,6 +14,7 @@ faces that live, held weakly.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from contextlib import suppress
 from functools import cache
@@ -34,19 +35,31 @@ class Inherited(Protocol):
 
 FORKED: Final = "this process was forked from the one that initialised it: initialise it here, too"
 
-_faces: weakref.WeakSet[Inherited] = weakref.WeakSet()
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+# Not WeakSets: these run code of Python's where an object dies, and a signal's exception that
+# strikes there is lost.
+_faces: list[weakref.ref[Inherited]] = []
+_sockets: list[weakref.ref[socket.socket]] = []
+#: dead references are taken out when there are more than this and twice the living
+_MANY: Final = 256
+_most_sockets = _MANY
+_lock = threading.RLock()
 
 
 def watch(face: Inherited) -> None:
     """A child that is forked from here on has the face forget its cluster."""
     _register()
-    _faces.add(face)
+    _faces[:] = [known for known in _faces if known() is not None]
+    _faces.append(weakref.ref(face))
 
 
 def own(sock: socket.socket) -> socket.socket:
     """A child that is forked from here on closes the socket."""
-    _sockets.add(sock)
+    global _most_sockets
+    with _lock:
+        if len(_sockets) > _most_sockets:
+            _sockets[:] = [known for known in _sockets if known() is not None]
+            _most_sockets = max(_MANY, 2 * len(_sockets))
+        _sockets.append(weakref.ref(sock))
     return sock
 
 
@@ -60,12 +73,15 @@ def _register() -> None:
 
 
 def _in_child(keep: Callable[[object], object]) -> None:
-    for sock in list(_sockets):
-        with suppress(OSError):
-            os.close(sock.detach())
+    global _lock
+    _lock = threading.RLock()  # a thread of the parent's may have had it
+    for sock in [known() for known in _sockets]:
+        if sock is not None:
+            with suppress(OSError):
+                os.close(sock.detach())
     _sockets.clear()
-    for face in list(_faces):
-        kept = face._forget_parent()
+    for face in [known() for known in _faces]:
+        kept = None if face is None else face._forget_parent()
         if kept is not None:
             keep(kept)
     _faces.clear()

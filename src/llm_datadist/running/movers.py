@@ -16,7 +16,6 @@ run on behind an exception (their memory may be given back by then).
 from __future__ import annotations
 
 import threading
-import weakref
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -114,7 +113,7 @@ class Movers:
         self.threads = threads
         self._helpers = Threads(max(1, self.threads - 1), "llm-datadist-mover")
         #: those that run
-        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._calls: dict[Call, None] = {}
         self._is_stopped = False
 
     def parts_of(self, nbytes: int) -> int:
@@ -123,14 +122,19 @@ class Movers:
     def run(self, tasks: Sequence[Task]) -> None:
         """Runs all tasks and returns when none is running any more; raises the first failure."""
         call = Call()
-        self._calls.add(call)
-        if self._is_stopped:
-            call.give_up(cuts=True)
-        call.require()
-        if len(tasks) == 1:
-            tasks[0](call)
-            return
-        parts = [_Part(task) for task in tasks]
+        try:
+            self._calls[call] = None
+            if self._is_stopped:
+                call.give_up(cuts=True)
+            call.require()
+            if len(tasks) == 1:
+                tasks[0](call)
+            else:
+                self._run([_Part(task) for task in tasks], call)
+        finally:
+            self._calls.pop(call, None)
+
+    def _run(self, parts: Sequence[_Part], call: Call) -> None:
         try:
             self._ask_for_help(parts[1:], call)
             for part in parts:

@@ -14,6 +14,7 @@ from llm_datadist.core.generations import STALE
 from llm_datadist.core.transfer import Copy, Place, Pull, Push
 from llm_datadist.errors import LLMException, invalid
 from llm_datadist.memory.device import HOST
+from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import WAKE
 from llm_datadist.running.deadline import Deadline
 
@@ -60,6 +61,8 @@ class Transfers:
         self._devices = devices
         self._observer = observer
         self._timeout_s = timeout_s
+        #: caches of which a push that moves nothing was warned about
+        self._warned: set[int] = set()
 
     def run(self, asked: Pull | Push | Copy) -> None:
         """Moves what is asked, within the cluster's time-out.
@@ -120,6 +123,8 @@ class Transfers:
             raise invalid("the key names this cluster itself; only a linked peer can be pulled")
         ours = self._catalog.use(token, asked.cache_id)
         asked.check(ours)
+        if isinstance(asked, Push) and asked.layers.moves_nothing(ours.layout.geometry):
+            self._warn_of_nothing(asked, ours)
         if self._observer is None:
             self._move(token, asked, ours)
         else:
@@ -135,6 +140,16 @@ class Transfers:
             ticket = self._catalog.issue(token, ours)
             token.cell, guard = ticket.cell, ticket.guard
         peer.move(asked, ours, guard, Deadline.after(self._timeout_s), watch)
+
+    def _warn_of_nothing(self, asked: Push, ours: Entry) -> None:
+        """Success, as in the reference (O14), is told once for each cache that it means nothing."""
+        if ours.cache_id not in self._warned:
+            self._warned.add(ours.cache_id)
+            get_logger().warning(
+                "%s moves nothing: the cache has %d tensor(s), which is no whole layer; set "
+                "tensor_num_per_layer to 1",
+                asked, ours.layout.geometry.num_tensors,
+            )  # fmt: skip
 
     def _enter(self, token: object, cluster_id: int) -> Peer:
         peer = self._links.find(cluster_id)
