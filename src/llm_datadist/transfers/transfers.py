@@ -61,8 +61,7 @@ class Transfers:
         self._devices = devices
         self._observer = observer
         self._timeout_s = timeout_s
-        #: caches of which a push that moves nothing was warned about
-        self._warned: set[int] = set()
+        self._has_warned = False
 
     def run(self, asked: Pull | Push | Copy) -> None:
         """Moves what is asked, within the cluster's time-out.
@@ -142,9 +141,9 @@ class Transfers:
         peer.move(asked, ours, guard, Deadline.after(self._timeout_s), watch)
 
     def _warn_of_nothing(self, asked: Push, ours: Entry) -> None:
-        """Success, as in the reference (O14), is told once for each cache that it means nothing."""
-        if ours.cache_id not in self._warned:
-            self._warned.add(ours.cache_id)
+        """It is a success, as in the reference (O14); the log says once what that means."""
+        if not self._has_warned:
+            self._has_warned = True
             get_logger().warning(
                 "%s moves nothing: the cache has %d tensor(s), which is no whole layer; set "
                 "tensor_num_per_layer to 1",
