@@ -8,7 +8,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.registry import KeyName
 from llm_datadist.core.remote import RemoteCache, RemoteTable, understand
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.running.bell import Turns
+from llm_datadist.running.bell import Turn, Turns
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ class Lookup:
 
     def _fetch(self, seen: RemoteTable | None, deadline: Deadline) -> RemoteTable:
         """A table newer than `seen`; threads that miss at the same time share one fetch."""
-        token = object()
+        turn = Turn()
         try:
-            self._fetching.take(token, deadline, "waiting for the peer's table")
+            self._fetching.take(turn, deadline, "waiting for the peer's table")
             if self._table is not None and self._table is not seen:
                 return self._table
             with self._streams.borrow(deadline) as stream:
@@ -106,7 +106,7 @@ class Lookup:
             self._table = RemoteTable(_understand(info) for info in answer.infos)
             return self._table
         finally:
-            self._fetching.leave(token)
+            self._fetching.leave(turn)
 
 
 def _find_in(table: RemoteTable, name: int | KeyName, *, is_fresh: bool) -> Found | None:

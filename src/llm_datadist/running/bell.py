@@ -19,6 +19,7 @@ is true, so that one ring too many does no harm; whoever makes it true rings aft
 
 from __future__ import annotations
 
+import weakref
 from operator import methodcaller
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
@@ -82,6 +83,12 @@ class Latch:
         return self._bell.wait_until(lambda: self.is_set, timeout_s)
 
 
+class Turn:
+    """A call that waits for its turn, or has it. A call that loses it gives its turn up."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Turns:
     """One call after the other, in the order in which they came. Thread-safe."""
 
@@ -89,22 +96,32 @@ class Turns:
 
     def __init__(self) -> None:
         self._bell = Bell()
-        #: in order; the first one's turn it is
-        self._calls: dict[object, None] = {}
+        #: in order; the first one that is still there has the turn
+        self._calls: dict[weakref.ref[Turn], None] = {}
 
-    def take(self, token: object, deadline: Deadline, what: str) -> None:
-        """Waits for the token's turn. `leave` must follow, whatever is raised.
+    def take(self, turn: Turn, deadline: Deadline, what: str) -> None:
+        """Waits for the turn. `leave` must follow, whatever is raised.
 
         Raises LLMException(LLM_TIMEOUT) when it does not come in time.
         """
-        self._calls[token] = None
-        if not self._bell.wait_until(lambda: self._is_first(token), deadline.require(what)):
+        self._calls[weakref.ref(turn)] = None
+        if not self._bell.wait_until(lambda: self._is_first(turn), deadline.require(what)):
             raise deadline.expired(what)
 
-    def leave(self, token: object) -> None:
+    def take_now(self, turn: Turn) -> bool:
+        """As `take`, without a wait; whether it has the turn."""
+        self._calls[weakref.ref(turn)] = None
+        return self._is_first(turn)
+
+    def leave(self, turn: Turn) -> None:
         """The end of `take`. May be called again."""
-        self._calls.pop(token, None)
+        self._calls.pop(weakref.ref(turn), None)
         self._bell.ring()
 
-    def _is_first(self, token: object) -> bool:
-        return tuple(self._calls)[0] is token  # noqa: RUF015  (another thread may change it)
+    def _is_first(self, turn: Turn) -> bool:
+        for known in tuple(self._calls):
+            first = known()
+            if first is not None:
+                return first is turn
+            self._calls.pop(known, None)  # an interrupted thread lost it
+        return False

@@ -21,6 +21,7 @@ from llm_datadist.core.generations import STALE, WORD_NBYTES
 from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
+from llm_datadist.running.bell import Turn, Turns
 from llm_datadist.transport.base import Channel, Region, StaleCache, Streams
 from llm_datadist.transport.nixl_agent import Agent, package
 
@@ -118,19 +119,19 @@ class NixlChannel:
         self._offer = offer
         self._streams = streams
         #: guards all below
-        self._turn = threading.Lock()
+        self._turns = Turns()
         self._reader: Reader | None = None
         self._is_closed = False
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
-        if not self._turn.acquire(timeout=deadline.require("waiting for other transfers")):
-            raise deadline.expired("waiting for other transfers of the link")
+        turn = Turn()
 
         def go_on() -> None:
             deadline.require("the transfer")
             self._require_open()
 
         try:
+            self._turns.take(turn, deadline, "waiting for other transfers of the link")
             reader = self._ready()
             reader.register(segments.dst, go_on)
             reader.learn(guard, self._streams, deadline)
@@ -140,15 +141,18 @@ class NixlChannel:
                     reader.read(window, go_on)
                 reader.require(guard, go_on)
         finally:
-            self._turn.release()
+            self._turns.leave(turn)
             if self._is_closed:
                 self.close()
 
     def close(self) -> None:
         self._is_closed = True  # whoever reads sees it soon, and then closes
-        if self._turn.acquire(blocking=False):
-            self._drop()
-            self._turn.release()
+        turn = Turn()
+        try:
+            if self._turns.take_now(turn):
+                self._drop()
+        finally:
+            self._turns.leave(turn)
 
     def _require_open(self) -> None:
         if self._is_closed:
