@@ -148,14 +148,18 @@ class Linker:
         ]
 
     async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
-        drained = await self._context.loop.run_in_executor(
-            self._context.waiters, session.drain, max(0.0, deadline.remaining_s())
-        )
-        if not drained:
-            if not session.is_closed:
-                session.reopen()
-            return session.is_closed
-        return await session.leave(max(0.001, deadline.remaining_s()))
+        """Whether the link has ended; else it is kept, also when this is cancelled."""
+        has_left = False
+        try:
+            drained = await self._context.loop.run_in_executor(
+                self._context.waiters, session.drain, max(0.0, deadline.remaining_s())
+            )
+            if drained:
+                has_left = await session.leave(max(0.001, deadline.remaining_s()))
+        finally:
+            if not has_left and not session.is_closed:
+                session.stay()
+        return session.is_closed
 
     async def _tell(self, endpoint: Endpoint, timeout_s: float) -> Outcome:
         """There is no link here; the peer may remember one."""

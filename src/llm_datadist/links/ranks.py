@@ -79,9 +79,16 @@ class RankLinks:
     def unlink(self, comm_id: int) -> None:
         """Ends a rank-table link once its transfers have ended. Raises LLM_NOT_YET_LINK."""
         deadline = Deadline.after(self._options.sync_timeout_s)
-        for session in list(self._groups.find(comm_id).sessions.values()):
-            session.drain(max(0.0, deadline.remaining_s()))
-        self._loop.run(self._groups.stop(comm_id))
+        sessions = list(self._groups.find(comm_id).sessions.values())
+        try:
+            for session in sessions:
+                session.drain(max(0.0, deadline.remaining_s()))
+            self._loop.run(self._groups.stop(comm_id))
+        except BaseException:  # interrupted: the links are kept
+            for session in sessions:
+                if not session.is_closed:
+                    session.reopen()
+            raise
 
     def status_of(self, comm_id: int) -> RegisterMemStatus:
         """Never blocks. Raises LLMException(LLM_NOT_YET_LINK) for an id that is not known."""

@@ -192,15 +192,18 @@ class Session:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def leave(self, timeout_s: float) -> bool:
-        """Unlinks with the peer's consent; False when it does not answer, the link is then kept."""
+        """Unlinks with the peer's consent; False when it does not answer: then `stay`."""
         await self.perform(self._link.leave())
         try:
             await asyncio.wait_for(self.closed.wait(), timeout_s)
         except asyncio.TimeoutError:
-            self._link.stay()
-            self.reopen()
             return False
         return True
+
+    def stay(self) -> None:
+        """The end of `drain` and `leave`, where the link is kept."""
+        self._link.stay()
+        self.reopen()
 
     async def cut(self, reason: str) -> None:
         await self.perform(self._link.cut(reason))
