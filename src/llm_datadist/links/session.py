@@ -11,7 +11,8 @@ whoever is told of links (`Registrar`) was told. After `cut` nothing of a sessio
 
 Only the loop's thread calls a session, but for `_dial_stream` and `_ask_for_stream`, which threads
 call that lack a stream, and `drain`. No locks. A session knows neither the table of links nor
-groups: it tells a Registrar.
+groups: it tells a Registrar. Rejected: a thread for each link (a thousand peers), and a Peer that
+exists during the hand-shake (threads would have to ask whether it is one yet).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.generations import STALE, Generations
+from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import Guard, describe
@@ -255,7 +255,7 @@ class Catalog:
         with self._lock:
             ticket = self._tickets.get(cache_id)
             if ticket is not None and not ticket.is_over(self._gate):
-                permit.cell = ticket.cell
+                permit.ticket = ticket.cell, ticket.entry.generation
                 self._gate.enter(token, None, ticket.ours, permit)
                 return ticket.entry
             entry = self._registry.find(cache_id)
@@ -403,7 +403,7 @@ class Ticket(NamedTuple):
 
     def is_over(self, gate: Gate) -> bool:
         """Whether its call has ended, or is ending."""
-        return self.token not in gate.running or int(self.cell[0]) == STALE
+        return self.token not in gate.running or int(self.cell[0]) != self.entry.generation
 
 
 class Pin:

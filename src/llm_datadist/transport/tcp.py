@@ -162,8 +162,13 @@ class Permit:
         self.give_back = give_back
         self._wake = wake
         self.is_revoked = False
-        #: the word of the ticket that it is under, if any
-        self.cell: U64 | None = None
+        #: of the ticket that it is under, if any: its word, and what that must hold
+        self.ticket: tuple[U64, int] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the push that it is for has ended."""
+        return self.ticket is not None and int(self.ticket[0][0]) != self.ticket[1]
 
     def revoke(self) -> None:
         """Takes the right back; `give_back` is called soon, from where the answer is sent."""
@@ -264,7 +269,7 @@ class Sender(FrameSender):
         permit = self._permit
         if permit is None:
             return
-        is_over = permit.cell is not None and int(permit.cell[0]) == STALE
+        is_over = permit.is_over
         if not (is_over or permit.is_revoked):
             return
         self._permit = None
