@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llm_datadist import BlocksCacheKey, LLMStatusCode
+from llm_datadist import BlocksCacheKey, LLMException, LLMStatusCode
 from llm_datadist.integrations.vllm.handover import Handover, handover_of
 from llm_datadist.integrations.vllm.leases import Leases
 from llm_datadist.integrations.vllm.request import (
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from llm_datadist.integrations.vllm.step import Step
 
 logger = logging.getLogger(__name__)
+
+#: of a pull: what another link would not change
+_FINAL = (LLMStatusCode.LLM_TIMEOUT, LLMStatusCode.LLM_PARAM_INVALID)
 
 
 class ConsumerScheduler:
@@ -132,7 +135,7 @@ class ConsumerWorker:
         """Starts what the scheduler says."""
         pulled = [pull.source for pull in step.pulls]
         for source in step.expected:
-            with suppress(ConnectionError):  # we are closed: its pull will say so
+            with suppress(ConnectionError):  # its pull will say so
                 self._producers.reach(source)
             self._leases.expect(source, is_read_now=source in pulled)
         for pull in step.pulls:
@@ -174,39 +177,54 @@ class ConsumerWorker:
             self._failed(pull, error)
 
     def _pull(self, producer: Producer, pull: Pull, asked: float) -> None:
-        begun = asked
         try:
             producer.check_patience(asked)
-            cluster_id = self._producers.cluster_of(producer, pull.source)
-            begun = time.monotonic()
-            self._read(cluster_id, pull)
+            for is_last in (False, False, True):
+                try:
+                    self._read(producer, pull)
+                    break
+                except LLMException as error:
+                    if is_last or error.status_code in _FINAL:
+                        raise
+                # another's hand-over may have led to this producer by another of its addresses,
+                # and its link there have ended ours
+                producer = self._producers.reach(pull.source)
         except BaseException as error:  # as above
-            if getattr(error, "status_code", None) is LLMStatusCode.LLM_TIMEOUT:
-                producer.timed_out(begun)
             self._failed(pull, error)
             return
-        producer.heard()
         with self._lock:
             self._pulls.append((time.monotonic() - asked, len(pull.dst_blocks)))
             self._ended.add(pull.request_id)
 
-    def _read(self, cluster_id: int, pull: Pull) -> None:
+    def _read(self, producer: Producer, pull: Pull) -> None:
+        cluster_id = self._producers.cluster_of(producer, pull.source)
+        begun = time.monotonic()
+        try:
+            self._read_from(cluster_id, pull)
+        except LLMException as error:
+            if error.status_code is LLMStatusCode.LLM_TIMEOUT:
+                producer.timed_out(begun)
+            raise
+        producer.heard()
+
+    def _read_from(self, cluster_id: int, pull: Pull) -> None:
         """Reads the blocks, if the lease and the hand-over are what the producer gave."""
         lease = pull.source.remote_lease
         key = self._board.key_of(cluster_id, lease)
-        if key is not None and not pull.source.is_proved(key):
+        if key is None:
+            raise _ended_lease()
+        if not pull.source.is_proved(key):
             raise LookupError("the hand-over is not what the producer said")
-        if key is not None:
-            for model_id, cache in self._caches.items():
-                self._manager.pull_blocks(
-                    BlocksCacheKey(cluster_id, model_id),
-                    cache,
-                    pull.src_blocks,
-                    pull.dst_blocks,
-                    tensor_num_per_layer=1,
-                )
-        if key is None or self._board.key_of(cluster_id, lease) != key:
-            raise LookupError("the producer has freed the blocks: the lease had ended")
+        for model_id, cache in self._caches.items():
+            self._manager.pull_blocks(
+                BlocksCacheKey(cluster_id, model_id),
+                cache,
+                pull.src_blocks,
+                pull.dst_blocks,
+                tensor_num_per_layer=1,
+            )
+        if self._board.key_of(cluster_id, lease) != key:
+            raise _ended_lease()
 
     def _failed(self, pull: Pull, error: BaseException) -> None:
         with self._lock:
@@ -222,3 +240,7 @@ class ConsumerWorker:
             source.remote_port,
             error,
         )
+
+
+def _ended_lease() -> LookupError:
+    return LookupError("the producer has freed the blocks: the lease had ended")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
+from llm_datadist import LLMStatusCode
 from llm_datadist.integrations.vllm.producers import AnotherEngine
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _Key: TypeAlias = tuple[object, ...]
 class _Wait:
     source: Handover
     due: float
-    #: whether it was on its board once: a producer is linked anew for no other
+    #: whether it was on its board once
     is_seen: bool = False
     #: a thread has it, or will: one that hangs is not asked again
     is_asked: bool = False
@@ -107,7 +108,7 @@ class Leases:
         source = waits[0].source
         try:
             is_seen = any(wait.is_seen for wait in waits)
-            find = self._producers.reach if is_seen else self._producers.reached
+            find = self._producers.reach if is_seen else self._producers.reach_again
             if producer := find(source):
                 producer.words.put(partial(self._renew, producer, waits))
                 return
@@ -137,7 +138,8 @@ class Leases:
             pass
         except Exception as error:  # of this one alone: the others are renewed
             _could_not_tell(source, error)
-            return False
+            if getattr(error, "status_code", None) is not LLMStatusCode.LLM_PARAM_INVALID:
+                return False  # no answer, and not that there is no such slot
         self._forget(source)
         return False
 

@@ -36,7 +36,15 @@ logger = logging.getLogger(__name__)
 _FACTS_NBYTES = 256 * 1024
 #: of each producer: one that hangs has only its own waiting
 _NUM_PULLS = 4
-_MADE = (LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_ALREADY_LINK)
+#: a second link to who is linked ends the first one, and an engine may have several addresses
+_LINK_TRIES = 3
+#: addresses at which nobody answers yet; hand-overs that are made up may name any number of them
+_MOST_UNLINKED = 256
+_MADE = (
+    LLMStatusCode.LLM_SUCCESS,
+    LLMStatusCode.LLM_ALREADY_LINK,
+    LLMStatusCode.LLM_NOT_YET_LINK,  # and lost at once
+)
 
 
 class Misfit(Exception):
@@ -56,7 +64,9 @@ class Producer:
         self.pulls = Crew("kv-pull", _NUM_PULLS)
         #: the cluster id of who is there, or why there is none
         self.link: Future[int] = Future()
-        self.cluster_id: int | None = None
+        self.cluster_id = 0
+        #: whether it has answered a call, be it that the link was lost at once
+        self.was_there = False
         self._heard_at = self._silent_at = 0.0
 
     def heard(self) -> None:
@@ -109,7 +119,7 @@ class Producers:
     def reach(self, source: Handover) -> Producer:
         """The producer of that hand-over. Begins to link to it if it is not linked.
 
-        Raises ConnectionError when we are closed.
+        Raises ConnectionError when we are closed, or wait for too many already.
         """
         with self._lock:
             if self._is_closed:
@@ -117,6 +127,8 @@ class Producers:
             producer = self._producers.get(self._address(source))
             if producer is None or self._is_lost(producer):
                 self._forget_lost()
+                if sum(not each.link.done() for each in self._producers.values()) >= _MOST_UNLINKED:
+                    raise ConnectionError("too many producers are being linked to")
                 producer = self._producers[self._address(source)] = Producer()
                 self._begin_link(producer, source)
             return producer
@@ -125,6 +137,11 @@ class Producers:
         """As `reach`, but none is linked for it."""
         with self._lock:
             return self._producers.get(self._address(source))
+
+    def reach_again(self, source: Handover) -> Producer | None:
+        """As `reach`, but of what never answered there none is called again and again."""
+        producer = self.reached(source)
+        return self.reach(source) if producer and producer.was_there else producer
 
     def cluster_of(self, producer: Producer, source: Handover) -> int:
         """The cluster id of who made the hand-over; waits until it is linked and fits.
@@ -169,20 +186,23 @@ class Producers:
             producer.link.set_exception(error)
 
     def _link(self, producer: Producer, source: Handover) -> None:
-        where = f"{source.remote_engine_id} at {source.remote_host}:{source.remote_port}"
+        host, port = self._address(source)
         try:
-            producer.cluster_id = self._link_to(source)
-            self._check_fit(producer.cluster_id)
+            for tries_left in reversed(range(_LINK_TRIES)):
+                producer.cluster_id = self._link_to(host, port, source)
+                producer.was_there = True
+                if self._fits(producer.cluster_id, is_last=not tries_left):
+                    break
         except BaseException as error:  # as above
             producer.link.set_exception(error)
-            logger.error("cannot read from %s: %s", where, error)
+            engine_id = source.remote_engine_id
+            logger.error("cannot read from %s at %s:%d: %s", engine_id, host, port, error)
         else:
             producer.link.set_result(producer.cluster_id)
-            logger.info("linked to %s", where)
+            logger.info("linked to %s:%d", host, port)
 
-    def _link_to(self, source: Handover) -> int:
+    def _link_to(self, host: str, port: int, source: Handover) -> int:
         """Links to the address; the cluster id of who is there."""
-        host, port = self._address(source)
         cluster_id = cluster_id_of(source.remote_engine_id, host, port)
         info = LLMClusterInfo()
         info.remote_cluster_id = cluster_id
@@ -192,20 +212,21 @@ class Producers:
         if status not in _MADE:
             raise ConnectionError(f"cannot link to it: {status.name} (the log says more)")
         links = self._datadist.links()
-        if any(link.cluster_id == cluster_id for link in links):  # it may have called us
-            return cluster_id
-        for link in links:
-            if link.endpoint == (host, port):
-                return link.cluster_id
-        raise ConnectionError("the link was lost at once")
+        at_address = [link.cluster_id for link in links if link.endpoint == (host, port)]
+        is_right = any(link.cluster_id == cluster_id for link in links)  # it may have called us
+        return cluster_id if is_right or not at_address else at_address[0]
 
-    def _check_fit(self, cluster_id: int) -> None:
+    def _fits(self, cluster_id: int, *, is_last: bool) -> bool:
+        """Whether it is what we are; False if the link was lost at once, and can be tried again."""
         try:
             theirs = self._read_facts(cluster_id)
         except LLMException as error:
-            raise ConnectionError(f"it does not say what it is: {error}") from error
+            if error.status_code is LLMStatusCode.LLM_TIMEOUT or is_last:
+                raise ConnectionError(f"it does not say what it is: {error}") from error
+            return False
         if different := differences(self._facts, theirs):
             raise Misfit(f"it does not fit: {'; '.join(different)}")
+        return True
 
     def _read_facts(self, cluster_id: int) -> dict[str, Any]:
         memory = np.zeros(_FACTS_NBYTES, np.uint8)  # of its own: a peer may hang
