@@ -6,6 +6,9 @@ The KV of a token is a number made of the token and the layer, so that every blo
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -38,7 +41,7 @@ class Status(Enum):
 class Request:
     request_id: str
     prompt_token_ids: list[int] | None
-    kv_transfer_params: dict[str, Any] | None
+    kv_transfer_params: Any
     num_computed_tokens: int = 0
     status: Status = Status.RUNNING
     lora_request: None = None
@@ -51,11 +54,15 @@ class Request:
 
 class Log(logging.Handler):
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.text = ""
+        super().__init__(logging.INFO)
+        self._lines: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._lines)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text += f"{record.getMessage()}\n"
+        self._lines.append(f"{record.getMessage()}\n")
 
 
 class Engine:
@@ -88,6 +95,7 @@ class Engine:
         self.failed_blocks: set[int] = set()
         self.log = Log()
         logging.getLogger("llm_datadist.integrations").addHandler(self.log)
+        logging.getLogger("llm_datadist.integrations").setLevel(logging.INFO)
 
     def close(self) -> None:
         self.worker.close()
@@ -103,12 +111,20 @@ class Engine:
             self.producer.fill(step)
         self.worker.apply(step)
         sent, received = self.worker.take_sent(), self.worker.take_received()
+        assert not received & self.received, "a request has ended twice"
         self.failed_blocks |= self.worker.take_failed_blocks()
         self.consumer.received(received)
         if self.producer:
             self.producer.sent(sent)
         self.sent |= sent
         self.received |= received
+
+    def step_for(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.step()
+        while time.monotonic() < end:
+            os.sched_yield()
+            self.step()
 
     def step_until_sent(self, request_id: str, within_s: float = 10.0) -> bool:
         def is_sent() -> bool:
@@ -117,10 +133,10 @@ class Engine:
 
         return eventually(is_sent, within_s)
 
-    def step_until_received(self, request_id: str, within_s: float = 10.0) -> bool:
+    def step_until_received(self, *request_ids: str, within_s: float = 10.0) -> bool:
         def is_received() -> bool:
             self.step()
-            return request_id in self.received
+            return self.received.issuperset(request_ids)
 
         if not eventually(is_received, within_s):
             return False
@@ -152,7 +168,7 @@ class Engine:
 
     # -- decode ------------------------------------------------------------------------------------
 
-    def arrive(self, request_id: str, tokens: list[int], params: dict[str, Any] | None) -> None:
+    def arrive(self, request_id: str, tokens: list[int], params: Any) -> None:
         self.requests[request_id] = Request(request_id, tokens, params)
         self.consumer.arrived(self.requests[request_id])
 
@@ -178,6 +194,28 @@ class Engine:
         if self.failed_blocks:
             return "failed"
         return "right" if self.has(tokens, blocks) else "wrong"
+
+    def has_failed(self, blocks: Sequence[int]) -> bool:
+        """Whether all of these blocks were said to hold nothing of use."""
+        return self.failed_blocks.issuperset(blocks)
+
+    def load(
+        self, request_id: str, tokens: list[int], params: dict[str, Any] | None, blocks: list[int]
+    ) -> None:
+        """As `read`, without waiting for its end."""
+        self.arrive(request_id, tokens, params)
+        assert self.schedule(request_id, blocks) == len(tokens)
+        self.step()
+
+    def start_no_threads(self, *, is_so: bool = True) -> None:
+        """From now on this process cannot start a thread, as at a limit on processes."""
+        threading.stack_size(1 << 47 if is_so else 0)
+
+    def failed_blocks_forgotten(self) -> None:
+        self.failed_blocks.clear()
+
+    def received_requests(self) -> set[str]:
+        return self.received
 
     def has(self, tokens: Sequence[int], blocks: Sequence[int]) -> bool:
         """Whether these blocks hold the KV of these tokens, in all layers."""

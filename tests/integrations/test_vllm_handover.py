@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import pytest
 
 pytest.importorskip("torch")
 
 from kv_engine import Engine, Status
+from kv_processes import (
+    MORE,
+    OURS,
+    PROMPT,
+    THEIRS,
+    EngineProcess,
+    Processes,
+    hand_over,
+    opened,
+    two_processes,
+)
 
 from llm_datadist.testing.cluster import free_port
 from llm_datadist.testing.process import ObjectProcess
@@ -18,18 +28,13 @@ from llm_datadist.testing.timing import eventually, takes_at_most
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROMPT = list(range(100, 118))  # five blocks, the last half full
-THEIRS, OURS = [9, 3, 20, 4, 17], [1, 2, 30, 5, 0]
 SHORT_S = 1.0
-
-EngineProcess: TypeAlias = "ObjectProcess[Engine]"
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[tuple[EngineProcess, EngineProcess]]:
-    """For all tests that do not harm them."""
-    with ObjectProcess(Engine) as one, ObjectProcess(Engine) as other:
-        yield one.ready(), other.ready()
+def processes() -> Iterator[Processes]:
+    with two_processes() as both:
+        yield both
 
 
 @pytest.fixture
@@ -42,23 +47,14 @@ def another_port(port: int) -> int:
     return free_port()
 
 
-@contextmanager
-def opened(process: EngineProcess, *args: object, **settings: object) -> Iterator[EngineProcess]:
-    process.call(Engine.open, *args, **settings)
-    try:
-        yield process
-    finally:
-        process.call(Engine.close)
-
-
 @pytest.fixture
-def prefill(processes: tuple[EngineProcess, EngineProcess], port: int) -> Iterator[EngineProcess]:
+def prefill(processes: Processes, port: int) -> Iterator[EngineProcess]:
     with opened(processes[0], "prefill", "kv_producer", port) as engine:
         yield engine
 
 
 @pytest.fixture
-def hasty(processes: tuple[EngineProcess, EngineProcess], port: int) -> Iterator[EngineProcess]:
+def hasty(processes: Processes, port: int) -> Iterator[EngineProcess]:
     """A prefill engine that does not wait long for readers."""
     lease = {"kv_lease_duration": SHORT_S, "max_leases": 1}
     with opened(processes[0], "prefill", "kv_producer", port, **lease) as engine:
@@ -66,20 +62,14 @@ def hasty(processes: tuple[EngineProcess, EngineProcess], port: int) -> Iterator
 
 
 @pytest.fixture
-def decode(processes: tuple[EngineProcess, EngineProcess]) -> Iterator[EngineProcess]:
+def decode(processes: Processes) -> Iterator[EngineProcess]:
     with opened(processes[1], "decode", "kv_consumer", kv_lease_duration=SHORT_S) as engine:
         yield engine
 
 
-def hand_over(prefill: EngineProcess, request_id: str = "r") -> dict[str, Any]:
-    params = prefill.call(Engine.prefill, request_id, PROMPT, THEIRS)
-    assert params is not None
-    return params
-
-
 @pytest.mark.parametrize("path", ["cma", "tcp"])
 def test_blocks_of_a_request_are_read_and_then_freed(
-    prefill: EngineProcess, processes: tuple[EngineProcess, EngineProcess], path: str
+    prefill: EngineProcess, processes: Processes, path: str
 ) -> None:
     by_path = {"llm_config": {"transfer_path": path}}
     with opened(processes[1], "decode", "kv_consumer", **by_path) as decode:
@@ -158,7 +148,7 @@ def test_blocks_are_kept_as_long_as_their_reader_waits(
     params = hand_over(hasty)
     hasty.call(Engine.step)
     decode.call(Engine.arrive, "d", PROMPT, params)
-    decode.begin(Engine.step_until_received, "d", 4 * SHORT_S)  # it has got no blocks yet
+    decode.begin(Engine.step_until_received, "d", within_s=4 * SHORT_S)  # it has got no blocks yet
     assert not hasty.call(Engine.step_until_sent, "r", 3 * SHORT_S)
     assert decode.result() is False
     decode.call(Engine.schedule, "d", OURS)
@@ -176,7 +166,7 @@ def test_a_request_that_was_not_computed_to_its_end_is_not_handed_over(
 
 
 def test_prefill_that_dies_is_a_failed_load_and_its_successor_is_read_from(
-    processes: tuple[EngineProcess, EngineProcess], port: int, decode: EngineProcess
+    processes: Processes, port: int, decode: EngineProcess
 ) -> None:
     with ObjectProcess(Engine) as first:
         first.call(Engine.open, "first", "kv_producer", port)
@@ -187,7 +177,7 @@ def test_prefill_that_dies_is_a_failed_load_and_its_successor_is_read_from(
     with opened(processes[0], "second", "kv_producer", port) as second:
         assert decode.call(Engine.read, "f", PROMPT, params, OURS) == "failed"
         params = hand_over(second)
-        decode.call(clear)
+        decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "g", PROMPT, params, OURS) == "right"
 
 
@@ -202,13 +192,9 @@ def test_prefill_that_starts_again_under_its_old_name_is_linked_anew(
         assert eventually(lambda: decode.call(Engine.paths) == [])
 
 
-def clear(engine: Engine) -> None:
-    engine.failed_blocks.clear()
-
-
 @pytest.mark.parametrize("field", ["model", "block size"])
 def test_engines_that_do_not_fit_are_refused_by_the_field(
-    processes: tuple[EngineProcess, EngineProcess],
+    processes: Processes,
     port: int,
     field: str,
 ) -> None:
@@ -225,7 +211,7 @@ def test_engines_that_do_not_fit_are_refused_by_the_field(
         prefill.call(Engine.close)
         prefill.call(Engine.open, "prefill", "kv_producer", port, ours)  # upgraded meanwhile
         assert eventually(lambda: decode.call(Engine.paths) == [])
-        decode.call(clear)
+        decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "e", PROMPT, hand_over(prefill), OURS) == "right"
 
 
@@ -268,14 +254,14 @@ def test_answers_to_one_prompt_share_its_blocks(
     decode.call(Engine.schedule, "0_r", OURS)
     assert decode.call(Engine.step_until_received, "0_r")
     assert not prefill.call(Engine.step_until_sent, "r", 0.3)
-    decode.call(Engine.schedule, "1_r", [11, 12, 13, 14, 15])
+    decode.call(Engine.schedule, "1_r", MORE)
     assert decode.call(Engine.step_until_received, "1_r")
-    assert decode.call(Engine.has, PROMPT, [11, 12, 13, 14, 15])
+    assert decode.call(Engine.has, PROMPT, MORE)
     assert prefill.call(Engine.step_until_sent, "r")
 
 
 def test_a_producer_that_hangs_does_not_keep_others_waiting(
-    processes: tuple[EngineProcess, EngineProcess], port: int, another_port: int
+    processes: Processes, port: int, another_port: int
 ) -> None:
     settings = {"pull_timeout_s": 6.0, "llm_config": {"transfer_path": "tcp"}}
     with (
@@ -293,13 +279,11 @@ def test_a_producer_that_hangs_does_not_keep_others_waiting(
         decode.call(Engine.step)
         params = hand_over(healthy)
         with takes_at_most(4.0):
-            assert decode.call(Engine.read, "e", PROMPT, params, [11, 12, 13, 14, 15]) == "right"
+            assert decode.call(Engine.read, "e", PROMPT, params, MORE) == "right"
         hanging.resume()
 
 
-def test_one_engine_may_be_both(
-    processes: tuple[EngineProcess, EngineProcess], port: int, another_port: int
-) -> None:
+def test_one_engine_may_be_both(processes: Processes, port: int, another_port: int) -> None:
     with (
         opened(processes[0], "a", "kv_both", port) as one,
         opened(processes[1], "b", "kv_both", another_port) as other,
@@ -312,7 +296,7 @@ def test_one_engine_may_be_both(
 
 
 def test_with_link_security_only_those_who_know_the_secret_read(
-    processes: tuple[EngineProcess, EngineProcess], port: int
+    processes: Processes, port: int
 ) -> None:
     security = {"link_security": '{"secret": "between us, and long enough to be one"}'}
     with opened(processes[0], "p", "kv_producer", port, llm_config=security) as prefill:

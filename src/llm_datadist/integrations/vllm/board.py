@@ -1,34 +1,38 @@
 """Leases as words in memory that the other end reads and writes with plain pulls and pushes.
 
-A producer's board has three words for each slot. It writes the first: which request's blocks are
-still where they were. A reader that finds it unchanged *after* its data has read nothing else, as
-with a seqlock, and no clocks of two machines are compared. Readers write the others: that they
-still wait, and that they are done.
+A producer's board has five words for each slot. It writes the first three: which request's blocks
+are still where they were, and the lease's key. A reader that finds them unchanged *after* its data
+has read nothing else, as with a seqlock, and no clocks of two machines are compared. Readers write
+the others: that they still wait, and that they are done.
 """
 
 from __future__ import annotations
 
 import itertools
-import queue
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType
+from llm_datadist.integrations.vllm.handover import KEY_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy.typing as npt
+
+    from llm_datadist.cache import Cache
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.integrations.vllm.handover import Lease
 
-_GRANT, _BEAT, _RELEASE, _WORDS_PER_SLOT = range(4)
+_NUM_KEY_WORDS = KEY_NBYTES // 8
+_GRANT, _KEY = 0, 1
+_BEAT = _KEY + _NUM_KEY_WORDS
+_RELEASE, _WORDS_PER_SLOT = _BEAT + 1, _BEAT + 2
 _BEAT_BITS = 16
-#: words of our own, for what is read from others' boards, and what is written there
 _WORDS_PER_PAGE = 32
-#: how many threads may do so at once, also while peers that hang keep some
-_NUM_PAGES = 1024
 
 
 class Board:
@@ -37,24 +41,18 @@ class Board:
     def __init__(
         self, manager: CacheManager, cluster_id: int, model_id: int, num_slots: int
     ) -> None:
-        first_free = _WORDS_PER_SLOT * num_slots
-        num_words = first_free + _NUM_PAGES * _WORDS_PER_PAGE
-        self._words = np.zeros(num_words, np.uint64)
         self._manager, self._model_id = manager, model_id
-        self._cache = manager.register_blocks_cache(
-            CacheDesc(1, [num_words, 1], DataType.DT_UINT64),
-            [self._words.ctypes.data],
-            BlocksCacheKey(cluster_id, model_id),
-        )
-        self._pages: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for page in range(first_free, num_words, _WORDS_PER_PAGE):
-            self._pages.put(page)
+        self._words = np.zeros(_WORDS_PER_SLOT * num_slots, np.uint64)
+        _register(manager, self._words, BlocksCacheKey(cluster_id, model_id))
+        self._pages: deque[_Page] = deque()
         self._beats = itertools.cycle(range(1, 1 << _BEAT_BITS))
 
     # -- the producer's own ----------------------------------------------------------------------
 
-    def grant(self, lease: Lease) -> None:
-        """The lease holds from now on."""
+    def grant(self, lease: Lease, key: bytes) -> None:
+        """The lease holds from now on, and this is its key."""
+        key_at = _word_of(lease, _KEY)
+        self._words[key_at : key_at + _NUM_KEY_WORDS] = np.frombuffer(key, np.uint64)
         self._words[_word_of(lease, _GRANT)] = lease.generation
 
     def end(self, lease: Lease) -> None:
@@ -73,17 +71,19 @@ class Board:
 
     # -- a reader's, of another's board ------------------------------------------------------------
 
-    def holds(self, cluster_id: int, lease: Lease) -> bool:
-        """Whether the lease stands there now. Raises LLMException as `pull_blocks` does."""
+    def key_of(self, cluster_id: int, lease: Lease) -> bytes | None:
+        """The lease's key if it stands there now. Raises LLMException as `pull_blocks` does."""
         with self._page() as page:
+            first, num_words = _word_of(lease, _GRANT), 1 + _NUM_KEY_WORDS
             self._manager.pull_blocks(
                 BlocksCacheKey(cluster_id, self._model_id),
-                self._cache,
-                [_word_of(lease, _GRANT)],
-                [page],
+                page.cache,
+                list(range(first, first + num_words)),
+                list(range(num_words)),
                 tensor_num_per_layer=1,
             )
-            return int(self._words[page]) == lease.generation
+            generation, key = int(page.words[0]), page.words[1:num_words].tobytes()
+        return key if generation == lease.generation else None
 
     def renew(self, cluster_id: int, leases: Sequence[Lease]) -> None:
         """Says that these are waited for. Raises LLMException as `push_blocks` does."""
@@ -100,23 +100,45 @@ class Board:
         with self._page() as page:
             for begin in range(0, len(words), _WORDS_PER_PAGE):
                 some = slice(begin, begin + _WORDS_PER_PAGE)
-                end = page + len(words[some])
-                self._words[page:end] = values[some]
+                count = len(words[some])
+                page.words[:count] = values[some]
                 self._manager.push_blocks(
                     BlocksCacheKey(cluster_id, self._model_id),
-                    self._cache,
-                    list(range(page, end)),
+                    page.cache,
+                    list(range(count)),
                     words[some],
                     tensor_num_per_layer=1,
                 )
 
     @contextmanager
-    def _page(self) -> Iterator[int]:
-        page = self._pages.get()
+    def _page(self) -> Iterator[_Page]:
+        """One that no other thread has: nobody waits here for a peer that hangs."""
+        try:
+            page = self._pages.pop()
+        except IndexError:
+            page = _Page(self._manager)
         try:
             yield page
         finally:
-            self._pages.put(page)
+            self._pages.append(page)
+
+
+class _Page:
+    """Words of our own, for what is read from another's board, and what is written there.
+
+    In a cache of their own: no lease that is made up leads to them.
+    """
+
+    def __init__(self, manager: CacheManager) -> None:
+        self.words = np.zeros(_WORDS_PER_PAGE, np.uint64)
+        self.cache = _register(manager, self.words)
+
+
+def _register(
+    manager: CacheManager, words: npt.NDArray[np.uint64], key: BlocksCacheKey | None = None
+) -> Cache:
+    desc = CacheDesc(1, [len(words), 1], DataType.DT_UINT64)
+    return manager.register_blocks_cache(desc, [words.ctypes.data], key)
 
 
 def _word_of(lease: Lease, which: int) -> int:

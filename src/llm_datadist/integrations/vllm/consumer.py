@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
-from llm_datadist import BlocksCacheKey
+from llm_datadist import BlocksCacheKey, LLMException, LLMStatusCode
 from llm_datadist.integrations.vllm.handover import Handover, handover_of
+from llm_datadist.integrations.vllm.leases import Leases
 from llm_datadist.integrations.vllm.request import (
     digest_of,
     do_no_remote_prefill,
@@ -19,19 +21,18 @@ from llm_datadist.integrations.vllm.step import Pull
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from concurrent.futures import Future
 
     from llm_datadist.cache import Cache
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.integrations.vllm.board import Board
-    from llm_datadist.integrations.vllm.producers import Producers
+    from llm_datadist.integrations.vllm.producers import Producer, Producers
     from llm_datadist.integrations.vllm.request import Request
     from llm_datadist.integrations.vllm.step import Step
 
 logger = logging.getLogger(__name__)
 
-#: how often a waiting request is mentioned to its producer in the time of a lease
-_BEATS_PER_LEASE = 6
+#: of a pull: what another link would not change
+_FINAL = (LLMStatusCode.LLM_TIMEOUT, LLMStatusCode.LLM_PARAM_INVALID)
 
 
 class ConsumerScheduler:
@@ -39,7 +40,6 @@ class ConsumerScheduler:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._next_beat = 0.0
         #: of the requests whose blocks are still kept for us
         self._sources: dict[str, Handover] = {}
         self._expected: list[Handover] = []
@@ -51,10 +51,10 @@ class ConsumerScheduler:
         if not wants_remote_prefill(request):
             return
         try:
-            source = handover_of(request.kv_transfer_params or {})
+            source = handover_of(request.kv_transfer_params)
             num_tokens = source.remote_num_tokens
-            is_same = digest_of(request, num_tokens) == source.remote_digest
-            if num_tokens > request.num_prompt_tokens or not is_same:
+            has_tokens = num_tokens <= len(request.prompt_token_ids or ())
+            if not has_tokens or digest_of(request, num_tokens) != source.remote_digest:
                 raise ValueError("its prompt was read as other tokens there")
         except ValueError as error:
             logger.warning("%s is computed here: %s", request.request_id, error)
@@ -98,13 +98,6 @@ class ConsumerScheduler:
         """Adds what has come up since the last step."""
         step.expected, step.pulls, step.releases = self._expected, self._pulls, self._releases
         self._expected, self._pulls, self._releases = [], [], []
-        now = time.monotonic()
-        if now >= self._next_beat:
-            served = {pull.request_id for pull in step.pulls}
-            waiting = [source for each, source in self._sources.items() if each not in served]
-            step.renewals = waiting
-            lease_s = min((source.remote_lease_s for source in waiting), default=0.0)
-            self._next_beat = now + lease_s / _BEATS_PER_LEASE
 
     def _release(self, request_id: str) -> None:
         """Lets go, unless another of the `n` answers to the same prompt still waits."""
@@ -114,7 +107,11 @@ class ConsumerScheduler:
 
 
 class ConsumerWorker:
-    """In a worker: reads blocks in threads of its own, while the engine goes on."""
+    """In a worker: reads blocks in threads of its own, while the engine goes on.
+
+    Each pull that `apply` is given ends once, received or failed, whatever becomes of its producer,
+    of our threads, and of us: who takes it from the line reports it.
+    """
 
     def __init__(
         self,
@@ -125,36 +122,39 @@ class ConsumerWorker:
     ) -> None:
         self._manager, self._caches, self._board = manager, caches, board
         self._producers = producers
-        self._received: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._leases = Leases(board, producers)
         self._lock = threading.Lock()
+        self._ended: set[str] = set()
         self._failed_blocks: set[int] = set()
+        #: of what `take_received` has told of
+        self._told_failed_blocks: set[int] = set()
         self._pulls: list[tuple[float, int]] = []
         self._num_failed = 0
 
     def apply(self, step: Step) -> None:
         """Starts what the scheduler says."""
+        pulled = [pull.source for pull in step.pulls]
         for source in step.expected:
-            self._producers.reach(source)
-        now = time.monotonic()
+            with suppress(ConnectionError):  # its pull will say so
+                self._producers.reach(source)
+            self._leases.expect(source, is_read_now=source in pulled)
         for pull in step.pulls:
-            self._producers.when_linked(pull.source, self._pull, (pull, now))
+            self._begin(pull)
         for source in step.releases:
-            self._producers.when_linked(source, self._release, source)
-        for engine in {source.remote_engine_id for source in step.renewals}:
-            some = [each for each in step.renewals if each.remote_engine_id == engine]
-            self._producers.when_linked(some[0], self._renew, some)
+            self._leases.release(source)
 
     def take_received(self) -> set[str]:
         """Requests whose pull is over since the last call; failed ones are among them."""
-        received = set()
-        while not self._received.empty():
-            received.add(self._received.get())
-        return received
+        with self._lock:
+            ended, self._ended = self._ended, set()
+            self._told_failed_blocks |= self._failed_blocks
+            self._failed_blocks = set()
+        return ended
 
     def take_failed_blocks(self) -> set[int]:
-        """Blocks that were to be read since the last call and hold nothing of use."""
+        """Blocks that hold nothing of use, of the requests that `take_received` has told of."""
         with self._lock:
-            failed, self._failed_blocks = self._failed_blocks, set()
+            failed, self._told_failed_blocks = self._told_failed_blocks, set()
         return failed
 
     def take_counts(self) -> tuple[list[tuple[float, int]], int]:
@@ -164,28 +164,73 @@ class ConsumerWorker:
             num_failed, self._num_failed = self._num_failed, 0
         return pulls, num_failed
 
-    def _pull(self, link: Future[int], pull_since: tuple[Pull, float]) -> None:
-        pull, begun = pull_since
+    def close(self) -> None:
+        """Waits for the pulls that run; those that wait for their turn fail."""
+        self._leases.close()
+        self._producers.close()
+
+    def _begin(self, pull: Pull) -> None:
         try:
-            cluster_id = link.result()
-            for model_id, cache in self._caches.items():
-                self._manager.pull_blocks(
-                    BlocksCacheKey(cluster_id, model_id),
-                    cache,
-                    pull.src_blocks,
-                    pull.dst_blocks,
-                    tensor_num_per_layer=1,
-                )
-            if not self._board.holds(cluster_id, pull.source.remote_lease):
-                raise LookupError("the producer has freed the blocks: the lease had ended")
+            producer = self._producers.reach(pull.source)
+            producer.pulls.put(partial(self._pull, producer, pull, time.monotonic()))
         except Exception as error:  # whatever it is, the request must not wait
-            self._fail(pull, error)
+            self._failed(pull, error)
+
+    def _pull(self, producer: Producer, pull: Pull, asked: float) -> None:
+        try:
+            producer.check_patience(asked)
+            for is_last in (False, False, True):
+                try:
+                    self._read(producer, pull)
+                    break
+                except LLMException as error:
+                    if is_last or error.status_code in _FINAL:
+                        raise
+                # another's hand-over may have led to this producer by another of its addresses,
+                # and its link there have ended ours
+                producer = self._producers.reach(pull.source)
+        except BaseException as error:  # as above
+            self._failed(pull, error)
             return
         with self._lock:
-            self._pulls.append((time.monotonic() - begun, len(pull.dst_blocks)))
-        self._received.put(pull.request_id)
+            self._pulls.append((time.monotonic() - asked, len(pull.dst_blocks)))
+            self._ended.add(pull.request_id)
 
-    def _fail(self, pull: Pull, error: Exception) -> None:
+    def _read(self, producer: Producer, pull: Pull) -> None:
+        cluster_id = self._producers.cluster_of(producer, pull.source)
+        begun = time.monotonic()
+        try:
+            self._read_from(cluster_id, pull)
+        except LLMException as error:
+            if error.status_code is LLMStatusCode.LLM_TIMEOUT:
+                producer.timed_out(begun)
+            raise
+        producer.heard()
+
+    def _read_from(self, cluster_id: int, pull: Pull) -> None:
+        """Reads the blocks, if the lease and the hand-over are what the producer gave."""
+        lease = pull.source.remote_lease
+        key = self._board.key_of(cluster_id, lease)
+        if key is None:
+            raise _ended_lease()
+        if not pull.source.is_proved(key):
+            raise LookupError("the hand-over is not what the producer said")
+        for model_id, cache in self._caches.items():
+            self._manager.pull_blocks(
+                BlocksCacheKey(cluster_id, model_id),
+                cache,
+                pull.src_blocks,
+                pull.dst_blocks,
+                tensor_num_per_layer=1,
+            )
+        if self._board.key_of(cluster_id, lease) != key:
+            raise _ended_lease()
+
+    def _failed(self, pull: Pull, error: BaseException) -> None:
+        with self._lock:
+            self._ended.add(pull.request_id)
+            self._failed_blocks.update(pull.dst_blocks)
+            self._num_failed += 1
         source = pull.source
         logger.error(
             "%s: its KV cannot be read from %s at %s:%d: %s",
@@ -195,19 +240,7 @@ class ConsumerWorker:
             source.remote_port,
             error,
         )
-        with self._lock:
-            self._failed_blocks.update(pull.dst_blocks)
-            self._num_failed += 1
-        self._received.put(pull.request_id)
 
-    def _release(self, link: Future[int], source: Handover) -> None:
-        try:
-            self._board.release(link.result(), [source.remote_lease])
-        except Exception as error:  # its lease will end without us
-            logger.info("%s could not be told: %s", source.remote_engine_id, error)
 
-    def _renew(self, link: Future[int], sources: list[Handover]) -> None:
-        try:
-            self._board.renew(link.result(), [source.remote_lease for source in sources])
-        except Exception as error:  # the pull will say so, if it matters
-            logger.info("%s could not be told: %s", sources[0].remote_engine_id, error)
+def _ended_lease() -> LookupError:
+    return LookupError("the producer has freed the blocks: the lease had ended")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 #: rises with every change of what the two ends say to each other
-CONNECTOR_VERSION = 1
+CONNECTOR_VERSION = 2
 
 
 def facts_of(vllm_config: VllmConfig, attention_backends: list[str]) -> dict[str, Any]:
@@ -41,10 +41,15 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """The fields that are not equal, with both values, in words."""
     names = [*ours, *(name for name in theirs if name not in ours)]
     return [
-        f"{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
+        f"{_printable(name)}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
         for name in names
         if theirs.get(name) != ours.get(name)
     ]
+
+
+def _printable(name: str) -> str:
+    """The name as it stands in a log: it may be a peer's."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _short(value: object) -> str:

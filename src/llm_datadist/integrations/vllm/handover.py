@@ -1,40 +1,52 @@
-"""What travels from the prefill request's answer to the decode request, in `kv_transfer_params`."""
+"""What travels from the prefill request's answer to the decode request, in `kv_transfer_params`.
+
+On its way it passes through hands that may have changed it, or made it up. So it carries a *proof*
+over what it says, made with a key that the lease has on its producer's board and that never
+travels: only who is linked can check it, and only the producer could make it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 from typing import Annotated, Any
 
 import msgspec
 
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+
+#: of the key of a lease
+KEY_NBYTES = 16
 
 
 class Lease(msgspec.Struct, frozen=True, array_like=True):
     """A word on the producer's board: as long as it stands there, the blocks are the request's."""
 
     slot: _Count
-    #: never the same twice: a slot that was given to another request is not mistaken
+    #: random: nobody knows it who was not told, and who knew the slot's last one learns nothing
     generation: Annotated[int, msgspec.Meta(ge=1, lt=2**48)]
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
     """vLLM's convention for producers that are read from, and the lease."""
 
-    remote_engine_id: str
-    remote_request_id: str
-    remote_host: str
+    remote_engine_id: _Text
+    remote_request_id: _Text
+    remote_host: _Text
     remote_port: _Port
     #: by KV cache group, of which there is one
     remote_block_ids: list[list[_Count]]
     remote_num_tokens: _Count
     #: of these tokens, and what else their KV depends on
-    remote_digest: str
+    remote_digest: _Text
     remote_lease: Lease
     #: how long the lease lasts without a word
-    remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
-    tp_size: int = 1
+    remote_lease_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+    tp_size: _Count = 1
+    #: `proof_of` this, by the lease's key
+    remote_proof: _Text = ""
 
     @property
     def block_ids(self) -> list[int]:
@@ -46,16 +58,36 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         params: dict[str, Any] = msgspec.to_builtins(self)
         return {"do_remote_prefill": True, "do_remote_decode": False, **params}
 
+    def proved(self, key: bytes) -> Handover:
+        """The same with its proof."""
+        return msgspec.structs.replace(self, remote_proof=self._proof(key))
+
+    def is_proved(self, key: bytes) -> bool:
+        """Whether it says what was said by the producer that gave the lease this key."""
+        return hmac.compare_digest(self.remote_proof.encode(), self._proof(key).encode())
+
+    def _proof(self, key: bytes) -> str:
+        said = msgspec.msgpack.encode(msgspec.structs.replace(self, remote_proof=""))
+        return hashlib.blake2b(said, key=key, digest_size=16).hexdigest()
+
 
 def handover_of(params: dict[str, Any]) -> Handover:
     """Reads what a client sent. Raises ValueError that names the field which is wrong."""
     try:
-        return msgspec.convert(params, Handover)
+        handover = msgspec.convert(params, Handover)
     except msgspec.ValidationError as error:
         raise ValueError(f"kv_transfer_params are not this connector's: {error}") from None
+    for name in handover.__struct_fields__:
+        text = getattr(handover, name)
+        if isinstance(text, str) and not text.isprintable():  # it will be logged
+            raise ValueError(f"kv_transfer_params are not this connector's: {name} is no text")
+    return handover
 
 
-def cluster_id_of(engine_id: str, rank: int) -> int:
-    """The cluster id of a worker: engines know each other by name, clusters by number."""
-    digest = hashlib.sha256(f"{engine_id}/{rank}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+def cluster_id_of(engine_id: str, host: str, port: int) -> int:
+    """The cluster id of a producer's worker: engines are known by name, clusters by number.
+
+    The address belongs to the name: launch scripts give every engine the same one.
+    """
+    name = repr((engine_id, host, port)).encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:7], "big")

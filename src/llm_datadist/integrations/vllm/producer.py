@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 import time
@@ -10,8 +9,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llm_datadist.integrations.vllm.handover import Handover, Lease
+from llm_datadist.integrations.vllm.handover import KEY_NBYTES, Handover, Lease
 from llm_datadist.integrations.vllm.request import digest_of, wants_remote_decode
+from llm_datadist.integrations.vllm.step import Grant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,16 +38,14 @@ class ProducerScheduler:
         self._settings, self._tp_size = settings, tp_size
         # the one that was given back first is used first: its last reader may still be writing
         self._free_slots = deque(range(settings.extra.max_leases))
-        # an engine that starts again under its old name must not repeat itself
-        self._generations = itertools.count(1 + secrets.randbits(46))
-        self._leases: dict[str, Lease] = {}
-        self._grants: list[Lease] = []
+        self._granted: dict[str, Grant] = {}
+        self._grants: list[Grant] = []
         self._drops: list[Lease] = []
         self._holds: dict[str, Lease] = {}
 
     def scheduled(self, request: Request) -> None:
         """A request has got blocks. May be called again for the same one."""
-        if not wants_remote_decode(request) or request.request_id in self._leases:
+        if not wants_remote_decode(request) or request.request_id in self._granted:
             return
         if request.prompt_token_ids is None:
             logger.warning("%s will not be handed over: it has no tokens", request.request_id)
@@ -55,22 +53,23 @@ class ProducerScheduler:
         if not self._free_slots:
             logger.warning("%s will not be handed over: too many are waiting", request.request_id)
             return
-        lease = Lease(self._free_slots.popleft(), next(self._generations))
-        self._leases[request.request_id] = lease
-        self._grants.append(lease)
+        lease = Lease(self._free_slots.popleft(), 1 + secrets.randbelow(2**48 - 1))
+        grant = Grant(lease, secrets.token_bytes(KEY_NBYTES))
+        self._granted[request.request_id] = grant
+        self._grants.append(grant)
 
     def finished(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
         """What the decode request is to carry; the blocks are to be kept then. None: free them."""
-        lease = self._leases.get(request.request_id)
-        if lease is None:
+        grant = self._granted.get(request.request_id)
+        if grant is None:
             return None
         if request.status.name not in _COMPUTED or not block_ids:
-            self._drops.append(lease)
+            self._drops.append(grant.lease)
             self._end(request.request_id)
             return None
-        self._holds[request.request_id] = lease
+        self._holds[request.request_id] = grant.lease
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-        return Handover(
+        handover = Handover(
             remote_engine_id=self._settings.engine_id,
             remote_request_id=request.request_id,
             remote_host=self._settings.extra.host,
@@ -78,10 +77,11 @@ class ProducerScheduler:
             remote_block_ids=[block_ids],
             remote_num_tokens=num_tokens,
             remote_digest=digest_of(request, num_tokens),
-            remote_lease=lease,
+            remote_lease=grant.lease,
             remote_lease_s=self._settings.extra.kv_lease_duration,
             tp_size=self._tp_size,
-        ).to_params()
+        )
+        return handover.proved(grant.key).to_params()
 
     def sent(self, request_ids: Iterable[str]) -> None:
         """The blocks of these are needed no longer, on any worker."""
@@ -94,8 +94,8 @@ class ProducerScheduler:
         self._drops, self._grants, self._holds = [], [], {}
 
     def _end(self, request_id: str) -> None:
-        if lease := self._leases.pop(request_id, None):
-            self._free_slots.append(lease.slot)
+        if grant := self._granted.pop(request_id, None):
+            self._free_slots.append(grant.lease.slot)
 
 
 @dataclass
@@ -117,8 +117,8 @@ class ProducerWorker:
         """Does what the scheduler says."""
         for lease in step.drops:
             self._board.end(lease)
-        for lease in step.grants:
-            self._board.grant(lease)
+        for grant in step.grants:
+            self._board.grant(grant.lease, grant.key)
         for request_id, lease in step.holds.items():
             self._holds[request_id] = _Hold(lease, 0, time.monotonic() + self._lease_s)
 

@@ -29,7 +29,8 @@ class Request(Protocol):
     """The part of `vllm.v1.request.Request` that is used here."""
 
     request_id: str
-    kv_transfer_params: dict[str, Any] | None
+    #: a client may have put anything there
+    kv_transfer_params: Any
     num_computed_tokens: int
 
     prompt_token_ids: list[int] | None
@@ -46,12 +47,12 @@ class Request(Protocol):
 
 def wants_remote_decode(request: Request) -> bool:
     """Whether another engine will go on with this request."""
-    return bool((request.kv_transfer_params or {}).get("do_remote_decode"))
+    return bool(_params_of(request).get("do_remote_decode"))
 
 
 def wants_remote_prefill(request: Request) -> bool:
     """Whether another engine has computed the prompt, and its blocks were not asked for yet."""
-    return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+    return bool(_params_of(request).get("do_remote_prefill"))
 
 
 def digest_of(request: Request, num_tokens: int) -> str:
@@ -69,5 +70,9 @@ def digest_of(request: Request, num_tokens: int) -> str:
 
 def do_no_remote_prefill(request: Request) -> None:
     """From now on the request is one like any other."""
-    if request.kv_transfer_params is not None:
-        request.kv_transfer_params["do_remote_prefill"] = False
+    _params_of(request)["do_remote_prefill"] = False
+
+
+def _params_of(request: Request) -> dict[str, Any]:
+    params = request.kv_transfer_params
+    return params if isinstance(params, dict) else {}

@@ -11,7 +11,7 @@ from llm_datadist import LLMConfig
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig
 
-_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Grant:
+    """A lease that begins, and the key that proves what is said of it."""
+
+    lease: Lease
+    key: bytes
+
+
+@dataclass(frozen=True)
 class Pull:
     """Blocks of one request to be read, block by block."""
 
@@ -26,13 +34,11 @@ class Step:
     #: leases of requests that came to nothing
     drops: list[Lease] = field(default_factory=list)
     #: leases that begin, before anyone can know of them
-    grants: list[Lease] = field(default_factory=list)
+    grants: list[Grant] = field(default_factory=list)
     #: finished requests whose blocks are kept until they were read, or the lease ends
     holds: dict[str, Lease] = field(default_factory=dict)
-    #: producers that will be read from
+    #: what will be read, and must be kept there until it is
     expected: list[Handover] = field(default_factory=list)
     pulls: list[Pull] = field(default_factory=list)
-    #: what is waiting here, and must be kept there
-    renewals: list[Handover] = field(default_factory=list)
-    #: what is not needed after all
+    #: what is not needed any more, or not after all
     releases: list[Handover] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist import BlocksCacheKey, LLMConfig, LLMDataDist, LLMRole
@@ -43,7 +44,7 @@ class Worker:
     ) -> None:
         extra = settings.extra
         regions = regions_of(kv_caches, num_blocks)
-        cluster_id = cluster_id_of(settings.engine_id, rank)
+        cluster_id = _cluster_id(settings, rank)
         self._kv_caches = kv_caches  # the memory must outlive the cluster
         self._datadist = LLMDataDist(_ROLES[settings.role], cluster_id)
         config = LLMConfig()
@@ -63,18 +64,18 @@ class Worker:
             }
             layout = [(region.block_nbytes, region.layers) for region in regions]
             board = Board(manager, cluster_id, _BOARD, extra.max_leases)
-            self._producers = Producers(
+            producers = Producers(
                 self._datadist,
                 _FACTS,
                 rank,
                 {**facts, "layout of KV blocks": layout},
                 extra.link_timeout_s,
             )
+            self._consumer = ConsumerWorker(manager, caches, board, producers)
         except BaseException:
             self._datadist.finalize()
             raise
         self._producer = ProducerWorker(board, extra.kv_lease_duration)
-        self._consumer = ConsumerWorker(manager, caches, board, self._producers)
         self._block_nbytes = sum(region.block_nbytes * len(region.addrs) for region in regions)
 
     def apply(self, step: Step) -> None:
@@ -110,5 +111,14 @@ class Worker:
 
     def close(self) -> None:
         """Ends all links, and waits for what runs. The KV memory is the engine's again."""
-        self._producers.close()
-        self._datadist.finalize()
+        try:
+            self._consumer.close()
+        finally:
+            self._datadist.finalize()
+
+
+def _cluster_id(settings: Settings, rank: int) -> int:
+    """Readers find a producer by what its hand-overs say; nobody asks for a mere reader."""
+    if not settings.is_producer:
+        return secrets.randbits(56)
+    return cluster_id_of(settings.engine_id, settings.extra.host, settings.port + rank)

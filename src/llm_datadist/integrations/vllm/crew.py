@@ -1,0 +1,59 @@
+"""Threads that do what is handed to them, and lose nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+class Crew:
+    """At most so many threads, which come with the work and go when there is none. Thread-safe.
+
+    A job that `put` takes is called once, sooner or later, whatever other jobs raise: there is no
+    state in which one is kept and nobody comes for it.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self._name, self._size = name, size
+        self._changed = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._num_threads = 0
+
+    def put(self, job: Callable[[], None]) -> None:
+        """Has a job done. When this raises, no thread could be started, and the job is not kept."""
+        with self._changed:
+            if self._num_threads < self._size:
+                try:
+                    threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                    self._num_threads += 1
+                except (RuntimeError, MemoryError):
+                    if not self._num_threads:
+                        raise
+            self._jobs.append(job)
+
+    def wait(self) -> None:
+        """Returns when nothing is left to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_threads)
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            try:
+                job()
+            except BaseException:
+                logger.exception("a job of %s failed", self._name)
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            if self._jobs:
+                return self._jobs.popleft()
+            self._num_threads -= 1
+            self._changed.notify_all()
+            return None

@@ -1,0 +1,200 @@
+"""The vLLM connector: what a client made up in `kv_transfer_params` is its own request's loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from kv_engine import Engine
+from kv_processes import (
+    MORE,
+    OURS,
+    PROMPT,
+    THEIRS,
+    EngineProcess,
+    Processes,
+    hand_over,
+    opened,
+    two_processes,
+)
+
+from llm_datadist.testing.cluster import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHORT_S = 1.0
+#: of another user, in other blocks
+VICTIMS = [token + 1000 for token in PROMPT]
+THEIR_OTHERS = [21, 22, 23, 24, 25]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    with two_processes() as both:
+        yield both
+
+
+@pytest.fixture
+def prefill(processes: Processes) -> Iterator[EngineProcess]:
+    lease = {"kv_lease_duration": SHORT_S}
+    with opened(processes[0], "prefill", "kv_producer", free_port(), **lease) as engine:
+        yield engine
+
+
+@pytest.fixture
+def decode(processes: Processes) -> Iterator[EngineProcess]:
+    with opened(processes[1], "decode", "kv_consumer", link_timeout_s=2.0) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    "params",
+    ["do_remote_prefill", 1, [1], [["do_remote_prefill", True]], {"do_remote_prefill": True}, {}],
+)
+def test_parameters_that_are_no_hand_over_are_computed_here(
+    decode: EngineProcess, params: object
+) -> None:
+    decode.call(Engine.arrive, "d", PROMPT, params)
+    assert decode.call(Engine.schedule, "d", OURS) == 0
+    decode.call(Engine.abort, "d")
+    decode.call(Engine.step)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"remote_engine_id": "\ud800"},
+        {"remote_engine_id": "a\n[ERROR] forged"},
+        {"remote_engine_id": "a" * 10_000},
+        {"remote_host": "\x1b[31m"},
+        {"remote_host": None},
+        {"remote_digest": "\udfff"},
+        {"remote_proof": 7},
+        {"remote_port": 65_536},
+        {"remote_block_ids": [[10**30]]},
+        {"remote_block_ids": [[-1]]},
+        {"remote_block_ids": {}},
+        {"remote_num_tokens": 10**30},
+        {"remote_num_tokens": 1.5},
+        {"remote_lease": [10**30, 1]},
+        {"remote_lease": [1, 2**48]},
+        {"remote_lease": [-1, 1]},
+        {"remote_lease_s": float("nan")},
+        {"remote_lease_s": float("inf")},
+        {"remote_lease_s": 0},
+        {"remote_lease_s": 10**400},
+        {"tp_size": "1"},
+    ],
+    ids=ascii,
+)
+def test_a_hand_over_with_impossible_values_is_computed_here(
+    prefill: EngineProcess, decode: EngineProcess, change: dict[str, object]
+) -> None:
+    decode.call(Engine.arrive, "d", PROMPT, {**hand_over(prefill), **change})
+    assert decode.call(Engine.schedule, "d", OURS) == 0
+    decode.call(Engine.step)
+    log = decode.call(Engine.log_text)
+    assert "not this connector's" in log or "read as other tokens" in log
+    assert log.count("\n") == 1
+
+
+def forgeries(mine: dict[str, Any], victims: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a client can make of its own hand-over, and of what it can guess of another's."""
+    slot, generation = victims["remote_lease"]
+    own_slot, own = mine["remote_lease"]
+    changes: list[dict[str, Any]] = [
+        {"remote_block_ids": victims["remote_block_ids"]},
+        {"remote_block_ids": [[*THEIRS[:4], THEIR_OTHERS[0]]]},
+        {"remote_block_ids": [THEIRS[::-1]]},
+        {"remote_block_ids": [[2**31 - 1] * 5]},
+        {"remote_lease": [slot, own]},
+        {"remote_lease": [own_slot, generation]},
+        {"remote_lease": [slot, generation ^ 1]},
+        {"remote_lease": [2**31 - 1, own]},
+        {"remote_lease": [16_384, own]},
+        {"remote_proof": victims["remote_proof"]},
+        {"remote_proof": ""},
+        {"remote_proof": "ä"},
+        {"remote_request_id": victims["remote_request_id"]},
+        {"remote_engine_id": "another"},
+        {"remote_engine_id": "prefill/0"},
+        {"remote_host": "localhost"},
+        {"remote_port": free_port()},
+    ]
+    return [{**mine, **change} for change in changes]
+
+
+def test_forged_hand_overs_load_nothing_and_every_one_ends(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    mine = hand_over(prefill, "mine")
+    victims = hand_over(prefill, "victim", VICTIMS, THEIR_OTHERS)
+    for number, params in enumerate(forgeries(mine, victims)):
+        decode.call(Engine.failed_blocks_forgotten)
+        assert decode.call(Engine.read, f"d{number}", PROMPT, params, OURS) == "failed", params
+    assert decode.call(Engine.touched_blocks) == set()
+    decode.call(Engine.failed_blocks_forgotten)
+    params = hand_over(prefill, "next", VICTIMS, THEIR_OTHERS)
+    assert decode.call(Engine.read, "next", VICTIMS, params, MORE) == "right"
+
+
+def test_forged_hand_overs_neither_end_another_requests_lease_nor_keep_it_from_being_renewed(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    """They wait, and are given up, as often as they like."""
+    mine = hand_over(prefill, "mine")
+    victims = hand_over(prefill, "victim", VICTIMS, THEIR_OTHERS)
+    prefill.call(Engine.step)
+    decode.call(Engine.arrive, "victim", VICTIMS, victims)
+    for number, params in enumerate(forgeries(mine, victims)):
+        for lease_s in (1e-300, SHORT_S):
+            forged = {**params, "remote_lease_s": lease_s}
+            decode.call(Engine.arrive, f"w{number}-{lease_s}", PROMPT, forged)
+            decode.call(Engine.arrive, f"a{number}-{lease_s}", PROMPT, forged)
+    decode.call(Engine.step)
+    for number in range(len(forgeries(mine, victims))):
+        for lease_s in (1e-300, SHORT_S):
+            decode.call(Engine.abort, f"a{number}-{lease_s}")
+    decode.call(Engine.step)
+    assert not prefill.call(Engine.step_until_sent, "victim", 3 * SHORT_S)
+    decode.call(Engine.schedule, "victim", MORE)
+    assert decode.call(Engine.step_until_received, "victim")
+    assert decode.call(Engine.has, VICTIMS, MORE)
+    assert prefill.call(Engine.step_until_sent, "victim")
+
+
+def test_another_engine_id_at_the_address_makes_no_link_and_ends_no_link(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    params = hand_over(prefill, "first")
+    assert decode.call(Engine.read, "first", PROMPT, params, MORE) == "right"
+    forged = {**hand_over(prefill, "second"), "remote_engine_id": "another"}
+    assert decode.call(Engine.read, "forged", PROMPT, forged, OURS) == "failed"
+    assert "another engine is at its address" in decode.call(Engine.log_text)
+    assert decode.call(Engine.log_text).count("linked to 127.0.0.1") == 1
+    decode.call(Engine.failed_blocks_forgotten)
+    params = hand_over(prefill, "third")
+    assert decode.call(Engine.read, "third", PROMPT, params, OURS) == "right"
+
+
+def test_a_producers_other_addresses_keep_no_request_from_being_read(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    """Each spelling of its host is one more, and one more link, which ends the one before."""
+    mine = hand_over(prefill, "mine")
+    for number in range(2 ** len("local")):
+        host = "".join(
+            letter.upper() if number >> place & 1 else letter
+            for place, letter in enumerate("local")
+        )
+        params = hand_over(prefill, f"v{number}", VICTIMS, THEIR_OTHERS)
+        forged = {**mine, "remote_host": f"{host}host"}
+        decode.call(Engine.load, f"f{number}", PROMPT, forged, OURS)
+        decode.call(Engine.load, f"v{number}", VICTIMS, params, MORE)
+        assert decode.call(Engine.step_until_received, f"v{number}")
+        assert decode.call(Engine.has, VICTIMS, MORE)
+        assert not decode.call(Engine.has_failed, MORE)

@@ -1,0 +1,156 @@
+"""The vLLM connector: leases are renewed in time, and the address says whose they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+pytest.importorskip("torch")
+
+from kv_engine import Engine
+from kv_processes import (
+    MORE,
+    OURS,
+    PROMPT,
+    EngineProcess,
+    Processes,
+    hand_over,
+    opened,
+    two_processes,
+)
+
+from llm_datadist.testing.cluster import free_port
+from llm_datadist.testing.process import ObjectProcess
+from llm_datadist.testing.timing import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHORT_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    with two_processes() as both:
+        yield both
+
+
+@pytest.fixture
+def decode(processes: Processes) -> Iterator[EngineProcess]:
+    with opened(processes[1], "decode", "kv_consumer") as engine:
+        yield engine
+
+
+def waits_on(prefill: EngineProcess, request_id: str = "r") -> bool:
+    """Whether prefill keeps the blocks for three leases more."""
+    return not prefill.call(Engine.step_until_sent, request_id, 3 * SHORT_S)
+
+
+def test_a_lease_is_renewed_while_the_engine_is_in_one_long_step(
+    processes: Processes, decode: EngineProcess
+) -> None:
+    lease = {"kv_lease_duration": SHORT_S}
+    with opened(processes[0], "prefill", "kv_producer", free_port(), **lease) as prefill:
+        params = hand_over(prefill)
+        prefill.call(Engine.step)
+        decode.call(Engine.arrive, "d", PROMPT, params)
+        decode.call(Engine.step)  # and none until prefill was waited for
+        assert waits_on(prefill)
+        assert decode.call(Engine.schedule, "d", OURS) == len(PROMPT)
+        assert decode.call(Engine.step_until_received, "d")
+        assert decode.call(Engine.has, PROMPT, OURS)
+        assert prefill.call(Engine.step_until_sent, "r")
+
+
+@pytest.mark.parametrize("long_s", [3600.0, 1e9])
+def test_each_lease_is_renewed_by_its_own_duration(
+    processes: Processes, decode: EngineProcess, long_s: float
+) -> None:
+    with (
+        ObjectProcess(Engine) as patient,
+        opened(
+            processes[0], "hasty", "kv_producer", free_port(), kv_lease_duration=SHORT_S
+        ) as hasty,
+    ):
+        patient.call(Engine.open, "patient", "kv_producer", free_port(), kv_lease_duration=long_s)
+        decode.call(Engine.arrive, "first", PROMPT, hand_over(patient))
+        decode.call(Engine.step_for, 0.2)
+        params = hand_over(hasty)
+        hasty.call(Engine.step)
+        decode.call(Engine.arrive, "second", PROMPT, params)
+        decode.call(Engine.step)
+        assert waits_on(hasty)
+        decode.call(Engine.schedule, "second", OURS)
+        assert decode.call(Engine.step_until_received, "second")
+        assert decode.call(Engine.has, PROMPT, OURS)
+
+
+def test_a_producer_that_hangs_keeps_no_other_lease_from_being_renewed(
+    processes: Processes,
+) -> None:
+    tcp = {"llm_config": {"transfer_path": "tcp"}}
+    lease = {"kv_lease_duration": SHORT_S, **tcp}
+    with (
+        ObjectProcess(Engine) as hanging,
+        opened(processes[0], "hasty", "kv_producer", free_port(), **lease) as hasty,
+        opened(processes[1], "decode", "kv_consumer", **tcp) as decode,
+    ):
+        hanging.call(Engine.open, "hanging", "kv_producer", free_port(), **lease)
+        decode.call(Engine.arrive, "first", PROMPT, hand_over(hanging))
+        decode.call(Engine.step_for, 0.5)
+        hanging.pause()
+        params = hand_over(hasty)
+        hasty.call(Engine.step)
+        decode.call(Engine.arrive, "second", PROMPT, params)
+        decode.call(Engine.step)
+        assert waits_on(hasty)
+        hanging.kill()
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_producer_under_another_engine_id_at_the_address_ends_the_old_ones_requests(
+    processes: Processes, decode: EngineProcess, *, is_noticed: bool
+) -> None:
+    port = free_port()
+    lease = {"kv_lease_duration": SHORT_S}
+    with ObjectProcess(Engine) as old:
+        old.call(Engine.open, "old", "kv_producer", port, **lease)
+        for request in ("stale", "later"):
+            decode.call(Engine.arrive, request, PROMPT, hand_over(old, request))
+        decode.call(Engine.step_for, 0.4)
+    if is_noticed:
+        assert eventually(lambda: decode.call(Engine.paths) == [])
+    with opened(processes[0], "new", "kv_producer", port) as new:
+        decode.call(Engine.step_for, SHORT_S)
+        for request in ("a", "b", "c"):
+            assert decode.call(Engine.read, request, PROMPT, hand_over(new, request), OURS) == (
+                "right"
+            )
+        decode.call(Engine.schedule, "stale", MORE)
+        assert decode.call(Engine.step_until_received, "stale")
+        assert decode.call(Engine.has_failed, MORE)
+        decode.call(Engine.failed_blocks_forgotten)
+        decode.call(Engine.step_for, SHORT_S)
+        assert decode.call(Engine.read, "d", PROMPT, hand_over(new, "d"), OURS) == "right"
+        assert decode.call(Engine.log_text).count("linked to 127.0.0.1") == 2  # old, new
+        assert decode.call(Engine.paths) == ["cma"]
+
+
+def test_producers_with_one_engine_id_are_told_apart_by_their_addresses(
+    processes: Processes, decode: EngineProcess
+) -> None:
+    others = [token + 1000 for token in PROMPT]
+    with (
+        ObjectProcess(Engine) as one,
+        opened(processes[0], "0", "kv_producer", free_port()) as other,
+    ):
+        one.call(Engine.open, "0", "kv_producer", free_port())
+        for round_ in range(2):
+            there, here = f"one-{round_}", f"other-{round_}"
+            params = hand_over(one, there)
+            assert decode.call(Engine.read, there, PROMPT, params, OURS) == "right"
+            params = hand_over(other, here, others)
+            assert decode.call(Engine.read, here, others, params, MORE) == "right"
+            assert one.call(Engine.step_until_sent, there)
+            assert other.call(Engine.step_until_sent, here)
