@@ -31,12 +31,13 @@ from llm_datadist.owner.catalog import Catalog
 from llm_datadist.owner.fetching import Fetching
 from llm_datadist.owner.pools import open_pools
 from llm_datadist.owner.service import Serving
+from llm_datadist.running.bell import Latch
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.ending import Ending
 from llm_datadist.running.gate import Gate
 from llm_datadist.running.loop import Loop, cancel_all
 from llm_datadist.running.movers import Movers
-from llm_datadist.running.threads import Threads, start_thread
+from llm_datadist.running.threads import Errands, Threads, start_thread
 from llm_datadist.transfers.transfers import Transfers
 from llm_datadist.transport.installed import transports_for
 from llm_datadist.transport.shield import Shields
@@ -47,9 +48,11 @@ if TYPE_CHECKING:
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.linker import Outcome, Target
+    from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.options import Options
     from llm_datadist.transport.base import Transport
+    from llm_datadist.types import Placement
 
 T = TypeVar("T")
 
@@ -75,6 +78,9 @@ class Cluster:
         self.cluster_id = cluster_id
         self.options = options
         self._ending = Ending()
+        #: who ends it
+        self._stopper: dict[None, object] = {}
+        self._stopped = Latch()
         try:
             self._make()
         except BaseException:
@@ -95,7 +101,9 @@ class Cluster:
         movers = Movers(options.transfer_threads)
         process = ProcessMemory(movers)
         pools = open_pools(options, process)
-        self._ending.add("the memory pools", lambda _: self._close_pools())
+        self._ending.add("the memory pools", lambda _: self._close_pools(pools))
+        errands = Errands(f"{_OUR_THREADS}-errand")
+        self._ending.add("the errands", errands.end)
         transports = transports_for(options, movers)
         for transport in transports.values():
             self._ending.add(f"the transport {transport.name}", partial(_close, transport))
@@ -107,6 +115,7 @@ class Cluster:
             pools,
             list(transports.values()),
             peers_keep_tables=options.remote_accessible,
+            errands=errands,
         )
         self._make_links(self._make_context(movers, transports, recorder))
         #: what moves bytes
@@ -172,25 +181,38 @@ class Cluster:
 
     def start(self) -> None:
         """Listens, if the options say where. Raises LLMException when the address cannot be had."""
-        self._loop.start()
         try:
+            self._loop.start()
             self.listening.move(self.options.listen)
         except BaseException:
             self._ending.run(Deadline.after(_LAST_S))
             raise
 
     def stop(self) -> None:
-        """Ends all links, lets running calls end first, and gives everything back. May be again.
+        """Ends all links, lets running calls end first, and gives everything back.
 
-        Bounded by the cluster's time-out, for calls that run, and `_LAST_S` for all that is left:
-        links that cannot be ended in order, threads that wait for a name server or for a peer.
-        What runs then, fails; memory that it uses stays mapped.
+        May be called again, and from several threads: all return when it is done. It is done in a
+        thread of its own, which no interruption of a caller's stops. Bounded by the cluster's
+        time-out, for calls that run, and by `_LAST_S` for all that is left: links that cannot be
+        ended in order, threads that wait for a name server or for a peer. What runs then, fails;
+        memory that it uses stays mapped.
         """
-        if threading.current_thread().name.startswith(_OUR_THREADS):
-            # the garbage collector runs in any thread, and these cannot wait for themselves
-            start_thread(self._stop, f"{_OUR_THREADS}-end")
-        else:
-            self._stop()
+        if not self._stopper:
+            try:
+                start_thread(self._stop_once, f"{_OUR_THREADS}-end")
+            except LLMException:
+                self._stop_once()
+        # the garbage collector runs finalizers in any thread: ours cannot wait for themselves
+        if not threading.current_thread().name.startswith(_OUR_THREADS):
+            self._stopped.wait(None)
+
+    def _stop_once(self) -> None:
+        me = object()
+        if self._stopper.setdefault(None, me) is me:
+            try:
+                self._stop()
+            finally:
+                self._stopped.set()
 
     def _stop(self) -> None:
         self.gate.shut(self.gate.door, "the cluster is being finalized")
@@ -206,7 +228,7 @@ class Cluster:
         self._ending.run(deadline)
         entries.clear()  # not before: transports reached the memory until now
 
-    def _close_pools(self) -> None:
+    def _close_pools(self, pools: Mapping[Placement, MemoryPool]) -> None:
         """The memory of what still runs stays where it is."""
         if self.gate.count(self.gate.door):
             get_logger().error(
@@ -214,7 +236,7 @@ class Cluster:
                 self.cluster_id,
             )
             return
-        for pool in self.catalog.pools.values():
+        for pool in pools.values():
             pool.close()
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
@@ -249,6 +271,7 @@ class Cluster:
         return self.listening.endpoint
 
     async def _close_links(self) -> None:
+        self._loop.refuse()
         await self.listening.close()
         await self._groups.close()
         await self.listening.close_for_ranks()

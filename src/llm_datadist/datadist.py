@@ -111,13 +111,14 @@ class LLMDataDist:
         Peers notice at once. Memory that was registered stays the caller's.
         """
         cluster, manager = self._cluster, self._cache_manager or self._kv_cache_manager
-        self._cluster = self._cache_manager = self._kv_cache_manager = None
-        if LLMDataDist.llm_engine_instance is self:
-            LLMDataDist.llm_engine_instance = None
         if manager is not None:
             manager._detach()
         if cluster is not None:
             cluster.stop()
+        # not before: what was interrupted can be called again
+        self._cluster = self._cache_manager = self._kv_cache_manager = None
+        if LLMDataDist.llm_engine_instance is self:
+            LLMDataDist.llm_engine_instance = None
 
     @property
     def cache_manager(self) -> CacheManager:

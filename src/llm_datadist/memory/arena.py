@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import threading
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, final
 
 import numpy as np
@@ -22,6 +22,8 @@ from llm_datadist.core.slots import SlotPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
 
     from llm_datadist.core.pages import Pool, PoolUsage
@@ -85,7 +87,8 @@ class MemoryPool:
         self._arena = device.reserve(pool.capacity_nbytes)
         self._is_closed = False
         #: guards the pool; not taken by `free` and `close`, which a finalizer may call under it
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_changing = False
         #: what is allocated, and what was freed since the pool was looked at
         self._taken: set[int] = set()
         self._freed: deque[int] = deque()
@@ -107,9 +110,7 @@ class MemoryPool:
 
     def allocate(self, nbytes: int) -> int:
         """The address of `nbytes` that nobody else has. Raises as `allocate_many` does."""
-        with self._lock:
-            self._reclaim()
-            self._require_open()
+        with self._changing():
             addr = self._arena.addr + self._pool.allocate(nbytes)
             self._taken.add(addr)
             return addr
@@ -121,19 +122,16 @@ class MemoryPool:
         LLM_FAILED when it is closed.
         """
         addrs: list[int] = []
-        with self._lock:
-            self._reclaim()
+        with self._changing():
             try:
                 while len(addrs) < count:
-                    self._require_open()
                     addrs.append(self._arena.addr + self._pool.allocate(nbytes))
-            except BaseException as error:
+            except LLMException as error:
                 for addr in addrs:
                     self._pool.free(addr - self._arena.addr)
-                if isinstance(error, LLMException):
-                    text = f"piece {len(addrs) + 1} of {count}: {error}"
-                    raise LLMException(text, error.status_code) from error
-                raise
+                raise LLMException(
+                    f"piece {len(addrs) + 1} of {count}: {error}", error.status_code
+                ) from error
             self._taken.update(addrs)
         return addrs
 
@@ -156,13 +154,31 @@ class MemoryPool:
     def usage(self) -> tuple[PoolUsage, ...]:
         """How full each part of the pool is."""
         with self._lock:
-            self._reclaim()
+            if not self._is_changing:  # else a finalizer asks, in the middle of a change
+                self._reclaim()
             return self._pool.usage()
 
     def close(self) -> None:
         """Gives all memory back to the system, what is still allocated included."""
         self._is_closed = True
         self._arena.close()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The pool is changed, in steps that nothing else must come between."""
+        with self._lock:
+            if self._is_changing:
+                raise LLMException(
+                    "a finalizer cannot allocate: the pool is in the middle of a change",
+                    LLMStatusCode.LLM_FAILED,
+                )
+            self._is_changing = True
+            try:
+                self._reclaim()
+                self._require_open()
+                yield
+            finally:
+                self._is_changing = False
 
     def _reclaim(self) -> None:
         while self._freed:

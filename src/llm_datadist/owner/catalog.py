@@ -6,6 +6,9 @@ waits for its uses, and gets no new ones; an allocated cache that is freed while
 for everybody at once, but its memory goes back to its pool with a later look at the pools, when
 nothing uses it any more. So does memory that an array shows, which a Pin keeps.
 
+Changes of several steps are made where no signal's exception strikes (`Errands`): half of one would
+leave a key on memory that is free, or memory that is nobody's.
+
 Any thread may call. `_lock` guards the registry, the exposure's file and what is leaving or doomed;
 it is taken before the gate's and the pools', and no code of the program's runs under it: tensors
 are let go behind it, since their finalizers may call us. Rejected: memory that goes back with the
@@ -20,6 +23,7 @@ import secrets
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.core import messages as m
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.segments import U64
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.running.gate import Gate
+    from llm_datadist.running.threads import Errands
     from llm_datadist.transport.base import Transport
 
 #: the cache that holds the nonce of the hand-shake
@@ -73,11 +78,13 @@ class Catalog:
         transports: Sequence[Transport],
         *,
         peers_keep_tables: bool,
+        errands: Errands,
     ) -> None:
         #: where allocated caches lie, by placement
         self.pools = pools
         self._exposure = Exposure(transports)
         self._gate = gate
+        self._errands = errands
         self._lock = threading.RLock()
         #: being unregistered: no use may begin, or waiting for the last one might never end
         self._leaving: set[Entry] = set()
@@ -120,7 +127,17 @@ class Catalog:
         """
         layout = Layout.at(geometry, addrs)
         _warn_of_strays(addrs, geometry.tensor_nbytes, held)
-        return self._file(layout, placement, keys, held, is_remote_accessible=is_remote_accessible)
+        return self._errands.run(
+            partial(
+                self._file,
+                layout,
+                placement,
+                keys,
+                held,
+                is_remote_accessible=is_remote_accessible,
+            ),
+            lambda entry: self._forget(entry.cache_id),
+        )
 
     def unregister(self, cache_id: int, timeout_s: float) -> Entry | None:
         """Forgets a cache, once the calls of this process that use its memory have ended.
@@ -143,9 +160,7 @@ class Catalog:
                     f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
                     LLMStatusCode.LLM_TIMEOUT,
                 )
-            with self._lock:
-                if self._registry.unregister(cache_id) is not None:
-                    self._exposure.conceal(cache_id)
+            self._errands.run(lambda: self._forget(cache_id))
             return entry
         finally:
             with self._lock:
@@ -155,6 +170,21 @@ class Catalog:
         self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
     ) -> Entry:
         """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
+        return self._errands.run(lambda: self._allocate(geometry, placement, keys), self._take_back)
+
+    def _take_back(self, entry: Entry) -> None:
+        """Of an allocation that nobody got."""
+        with self._lock:
+            self._give_back(self._registry.unregister(entry.cache_id))
+
+    def _forget(self, cache_id: int) -> None:
+        with self._lock:
+            if self._registry.unregister(cache_id) is not None:
+                self._exposure.conceal(cache_id)
+
+    def _allocate(
+        self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
+    ) -> Entry:
         pool = self.pools[placement]
         self._reclaim()
         try:
@@ -183,13 +213,21 @@ class Catalog:
 
     def deallocate(self, cache_id: int) -> None:
         """Drops the id's reference; what no key holds is freed. Spec 6.5."""
-        with self._lock:
-            self._give_back(self._registry.deallocate(cache_id))
+
+        def drop() -> None:
+            with self._lock:
+                self._give_back(self._registry.deallocate(cache_id))
+
+        self._errands.run(drop)
 
     def remove_key(self, key: KeyName) -> None:
         """Drops a key of an allocated cache; what nothing else holds is freed. Spec 6.6."""
-        with self._lock:
-            self._give_back(self._registry.remove_key(key))
+
+        def drop() -> None:
+            with self._lock:
+                self._give_back(self._registry.remove_key(key))
+
+        self._errands.run(drop)
 
     def holdings(self) -> Holdings:
         """How many caches and keys there are, and the key that has waited longest for its pull."""
@@ -219,10 +257,7 @@ class Catalog:
         """
         with self._lock:
             entry = self._find(cache_id)
-            if entry in self._leaving:
-                raise LLMException(
-                    f"cache {cache_id} is being unregistered", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
-                )
+            self._refuse_leaving(entry)
             self._gate.enter(token, None, entry)
             return entry
 
@@ -255,14 +290,12 @@ class Catalog:
         with self._lock:
             ticket = self._tickets.get(cache_id)
             if ticket is not None and not ticket.is_over(self._gate):
+                self._refuse_leaving(ticket.ours)
                 permit.ticket = ticket.cell, ticket.entry.generation
                 self._gate.enter(token, None, ticket.ours, permit)
                 return ticket.entry
             entry = self._registry.find(cache_id)
-            if entry in self._leaving:
-                raise LLMException(
-                    f"cache {cache_id} is being unregistered", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
-                )
+            self._refuse_leaving(entry)
             self._gate.enter(token, None, entry, permit)
             return entry
 
@@ -326,7 +359,7 @@ class Catalog:
 
     def usage(self) -> dict[Placement, tuple[PoolUsage, ...]]:
         """How full each part of each pool is."""
-        self._reclaim()
+        self._errands.run(self._reclaim)
         return {placement: pool.usage() for placement, pool in self.pools.items()}
 
     def _hold(self, entry: Entry, index: int) -> object | None:
@@ -376,6 +409,13 @@ class Catalog:
             doomed, self._doomed = self._doomed, set()
             for entry in doomed:
                 self._give_back(entry)
+
+    def _refuse_leaving(self, entry: Entry) -> None:
+        if entry in self._leaving:
+            raise LLMException(
+                f"cache {entry.cache_id} is being unregistered",
+                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+            )
 
     def _find(self, cache_id: int) -> Entry:
         if cache_id <= PROBE_ID:

@@ -41,7 +41,9 @@ class Exposure:
         self._regions[cache_id] = region
 
     def conceal(self, cache_id: int) -> None:
-        self.conceal_region(self._regions.pop(cache_id))
+        region = self._regions.pop(cache_id, None)
+        if region is not None:
+            self.conceal_region(region)
 
     def conceal_region(self, region: Region) -> None:
         for transport in self._in_reach(region.space):

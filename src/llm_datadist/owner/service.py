@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.segments import U64
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.owner.answers import Answers
-    from llm_datadist.owner.fetching import Fetching
+    from llm_datadist.owner.fetching import Arrival, Fetching
     from llm_datadist.peer.peer import Peer
     from llm_datadist.running.gate import Gate
     from llm_datadist.running.threads import Threads
@@ -145,7 +145,9 @@ class StreamService:
     def _answer(self, request: m.AnyMessage) -> None:
         serving = self._serving
         if isinstance(request, m.Fetch):
-            self._work(serving.fetchers, partial(self._fetched, request))
+            arrival = serving.fetching.arrive(request)
+            if not self._work(serving.fetchers, partial(self._fetched, arrival)):
+                serving.fetching.depart(arrival)
         elif isinstance(request, m.ListExports):
             self._work(serving.workers, partial(serving.answers.exports, request))
         elif isinstance(request, m.Digest):
@@ -205,18 +207,22 @@ class StreamService:
             series = recorder.series("serve", peer.cluster_id, peer.path)
             series.add((NEVER, NEVER, NEVER, NEVER, 1, int(nbytes.sum()), len(nbytes)))
 
-    def _fetched(self, request: m.Fetch) -> m.Message:
-        peer = self._peer()
-        if peer is None:
-            raise LLMException("the link is still being made", LLMStatusCode.LLM_NOT_YET_LINK)
-        return self._serving.fetching.fetch(request, peer)
+    def _fetched(self, arrival: Arrival) -> m.Message:
+        peer, fetching = self._peer(), self._serving.fetching
+        try:
+            if peer is None:
+                raise LLMException("the link is still being made", LLMStatusCode.LLM_NOT_YET_LINK)
+            return fetching.fetch(arrival, peer)
+        finally:
+            fetching.depart(arrival)
 
     def _pause(self) -> None:
         """Another thread has the socket now, until `_resume`."""
         self._is_busy = True
         self._loop.remove_reader(self._socket)
 
-    def _work(self, threads: Threads, work: Callable[[], m.Message]) -> None:
+    def _work(self, threads: Threads, work: Callable[[], m.Message]) -> bool:
+        """Whether a thread does it; else the peer is told why not."""
         self._pause()
         try:
             threads.start(partial(self._work_and_answer, work))
@@ -224,6 +230,8 @@ class StreamService:
             self._is_busy = False
             self._loop.add_reader(self._socket, self._readable)
             self._send(FrameSender(self._socket, _refusal(error)), Deadline.after(MAX_ANSWER_S))
+            return False
+        return True
 
     def _work_and_answer(self, work: Callable[[], m.Message]) -> None:
         """In a thread of the fetchers or workers."""

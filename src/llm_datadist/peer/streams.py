@@ -24,6 +24,7 @@ import time
 import weakref
 from collections import deque
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
@@ -102,7 +103,7 @@ class StreamPool:
         Raises LLMException: LLM_TIMEOUT, LLM_NOT_YET_LINK.
         """
         loan = Loan(self)
-        if not self._claims(loan):
+        if self._wanting or not self._claims(loan):  # those that wait come first
             self._wait(loan, deadline)
         if self._closed_because is not None:
             loan.stream.shutdown()
@@ -155,7 +156,7 @@ class StreamPool:
         token = object()
         try:
             self._wanting[token] = None
-            while not self._claims(loan):
+            while not (self._is_next(token) and self._claims(loan)):
                 if self._closed_because is not None:
                     raise LLMException(self._closed_because, LLMStatusCode.LLM_NOT_YET_LINK)
                 if self._has_room():
@@ -168,14 +169,24 @@ class StreamPool:
                         self._ask()
                 left_s = deadline.require("waiting for a stream to the peer")
                 with self._recorder.waiting("stream") if self._recorder else nullcontext():
-                    self._bell.wait_until(self._is_worth_a_look, min(left_s, _ASK_AGAIN_S))
+                    self._bell.wait_until(
+                        partial(self._is_worth_a_look, token), min(left_s, _ASK_AGAIN_S)
+                    )
         finally:
             self._dialing.pop(token, None)
             self._wanting.pop(token, None)
+            self._bell.ring()
 
-    def _is_worth_a_look(self) -> bool:
-        if len(self._streams) > len(self._lent) or self._closed_because is not None:
+    def _is_next(self, token: object) -> bool:
+        """Whether no more threads came before it than there are free streams."""
+        num_free = max(1, len(self._streams) - len(self._lent))
+        return token in tuple(self._wanting)[:num_free]
+
+    def _is_worth_a_look(self, token: object) -> bool:
+        if self._closed_because is not None:
             return True
+        if len(self._streams) > len(self._lent):
+            return self._is_next(token)
         is_missing = self._dial is not None or len(self._asked) < len(self._wanting)
         return is_missing and self._has_room()
 
@@ -213,6 +224,8 @@ def dial_stream(at: Endpoint, token: bytes, shields: Shields, deadline: Deadline
     try:
         sock = socket.create_connection(at, deadline.require("opening a stream to the peer"))
     except TimeoutError:
+        if deadline.remaining_s() > 0:
+            raise  # a signal's handler did
         raise deadline.expired("opening a stream to the peer") from None
     except OSError as error:
         raise LLMException(

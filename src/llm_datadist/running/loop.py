@@ -33,6 +33,9 @@ class Loop:
         self._thread = threading.Thread(
             target=self.asyncio.run_forever, name="llm-datadist-loop", daemon=True
         )
+        #: what other threads wait for
+        self._jobs: dict[_Job[Any], None] = {}
+        self._is_ending = False
 
     def start(self) -> None:
         self._thread.start()
@@ -43,23 +46,39 @@ class Loop:
         At the deadline, and when the caller is interrupted, it is cancelled. Raises what it raises;
         LLMException with LLM_FAILED when the loop ends meanwhile, LLM_TIMEOUT at the deadline.
         """
+        if threading.current_thread() is self._thread:
+            work.close()  # a finalizer, which the garbage collector runs in any thread
+            raise LLMException(
+                "links cannot be made or ended from a finalizer that runs in the cluster's thread",
+                LLMStatusCode.LLM_FAILED,
+            )
         job = _Job(work)
         try:
-            self.asyncio.call_soon_threadsafe(job.start, self.asyncio)
-        except RuntimeError:  # the loop is closed
-            work.close()
-            raise _finalized() from None
-        try:
+            self._jobs[job] = None
+            if self._is_ending or not self._has_taken(job):
+                work.close()
+                raise _finalized()
             timeout_s = None if deadline is None else max(0.0, deadline.remaining_s())
-            is_over = job.over.wait(timeout_s)
+            if not job.over.wait(timeout_s):
+                assert deadline is not None
+                raise deadline.expired("work of the cluster's thread")
+            return job.result()
         except BaseException:
             self.call_soon(job.cancel)
             raise
-        if not is_over:
-            self.call_soon(job.cancel)
-            assert deadline is not None
-            raise deadline.expired("work of the cluster's thread")
-        return job.result()
+        finally:
+            self._jobs.pop(job, None)
+
+    def refuse(self) -> None:
+        """No more work is taken from other threads."""
+        self._is_ending = True
+
+    def _has_taken(self, job: _Job[Any]) -> bool:
+        try:
+            self.asyncio.call_soon_threadsafe(job.start, self.asyncio)
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
@@ -67,13 +86,28 @@ class Loop:
             self.asyncio.call_soon_threadsafe(call)
 
     def close(self, deadline: Deadline) -> None:
-        """Ends the thread. May be called before `start`. Raises LLMException(LLM_TIMEOUT)."""
+        """Ends the thread; whoever waits for work in it waits no more.
+
+        May be called before `start`. Raises LLMException(LLM_TIMEOUT).
+        """
+        self.refuse()
+        jobs = tuple(self._jobs)
         if self._thread.ident is not None:
-            self.call_soon(self.asyncio.stop)
+            self.call_soon(self._stop)
             self._thread.join(max(0.0, deadline.remaining_s()))
-            if self._thread.is_alive():
-                raise deadline.expired("the end of the cluster's thread")
+        for job in jobs:
+            job.over.set()
+        if self._thread.is_alive():
+            raise deadline.expired("the end of the cluster's thread")
+        for job in jobs:
+            job.drop()
         self.asyncio.close()
+
+    def _stop(self) -> None:
+        """In the loop's thread: what is left is cancelled, and then it ends."""
+        for task in asyncio.all_tasks(self.asyncio):
+            task.cancel()
+        self.asyncio.call_soon(self.asyncio.stop)
 
 
 class _Job(Generic[T]):
@@ -82,19 +116,31 @@ class _Job(Generic[T]):
     def __init__(self, work: Coroutine[object, object, T]) -> None:
         self._work = work
         self._task: asyncio.Task[T] | None = None
+        self._is_cancelled = False
         self.over = Latch()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._is_cancelled:
+            self._work.close()
+            return
         self._task = loop.create_task(self._work)
         self._task.add_done_callback(lambda _: self.over.set())
 
     def cancel(self) -> None:
-        if self._task is not None:
+        """In the loop's thread, or where the loop is closed. May be called again."""
+        self._is_cancelled = True
+        if self._task is None:
+            self._work.close()
+        else:
             self._task.cancel()
 
+    def drop(self) -> None:
+        """The loop has ended: what never began will not."""
+        if self._task is None:
+            self._work.close()
+
     def result(self) -> T:
-        assert self._task is not None
-        if self._task.cancelled():
+        if self._task is None or not self._task.done() or self._task.cancelled():
             raise _finalized()
         return self._task.result()
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 #: a part smaller than this costs more to hand to a thread than to move
 MIN_PART_NBYTES = 1024 * 1024
-_HELPER: Final = "helper"
-_CALLER: Final = "caller"
+_CALLER: Final = "the caller"
 
 
 class Call:
@@ -82,17 +81,17 @@ class _Part:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._taken_by: dict[None, str] = {}
+        self._taken_by: dict[None, object] = {}
         self.over = Latch()
         self.error: BaseException | None = None
 
-    def take(self, who: str) -> bool:
+    def take(self, who: object) -> bool:
         """Whether it is theirs; it may have been before."""
         return self._taken_by.setdefault(None, who) is who
 
     def help(self, call: Call) -> None:
         """In a helper's thread."""
-        if self.take(_HELPER):
+        if self.take(object()):
             try:
                 self.task(call)
             except BaseException as error:  # raised again by the caller

@@ -17,11 +17,11 @@ from collections import deque
 from concurrent.futures import Executor, Future
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
-from llm_datadist.running.bell import Bell
+from llm_datadist.running.bell import Bell, Latch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,9 @@ def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
     thread = threading.Thread(target=target, name=name, daemon=True)
     try:
         thread.start()
-    except RuntimeError as error:  # "can't start new thread"
+    except RuntimeError as error:
+        if "start new thread" not in str(error):  # an interrupted wait for the thread's first step
+            raise
         raise LLMException(
             f"the system gives this process no more threads ({error}): raise its limit on "
             "processes (ulimit -u, a container's pids limit)",
@@ -122,6 +124,72 @@ class Threads(Executor):
             work = self._work.get()
         self._ended.append(None)
         self._bell.ring()
+
+
+class Errands:
+    """Runs short work of the main thread's where no signal's exception strikes: in another thread.
+
+    For changes of several steps that must not stay half done. In other threads, and where none can
+    be started, the work is done at once. Thread-safe.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._threads = Threads(1, name)
+
+    def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+        """What work returns or raises; when the caller is interrupted, what it made is undone."""
+        if threading.current_thread() is not threading.main_thread():
+            return work()
+        errand = _Errand(work, undo)
+        try:
+            try:
+                self._threads.start(errand.do)
+            except LLMException:
+                errand.do()
+            errand.over.wait(None)
+        except BaseException:
+            errand.abandon()
+            raise
+        return errand.result()
+
+    def end(self, deadline: Deadline) -> None:
+        """Ends the thread. Raises LLMException(LLM_TIMEOUT)."""
+        self._threads.end(deadline)
+
+
+class _Errand(Generic[T]):
+    """Work that is done once, and undone if nobody takes what it made."""
+
+    def __init__(self, work: Callable[[], T], undo: Callable[[T], object] | None) -> None:
+        self._work = work
+        self._undo = undo
+        self._made: list[T] = []
+        self._error: BaseException | None = None
+        #: who came first: the work, or its caller's leaving
+        self._fate: dict[None, str] = {}
+        self.over = Latch()
+
+    def do(self) -> None:
+        try:
+            self._made.append(self._work())
+        except BaseException as error:  # the caller gets it
+            self._error = error
+        if self._fate.setdefault(None, "done") != "done":
+            self._take_back()
+        self.over.set()
+
+    def abandon(self) -> None:
+        if self._fate.setdefault(None, "abandoned") == "done":
+            self._take_back()
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return self._made[0]
+
+    def _take_back(self) -> None:
+        if self._undo is not None and self._made:
+            self._undo(self._made[0])
 
 
 def _complete(future: Future[T], call: Callable[[], T]) -> None:

@@ -127,13 +127,16 @@ class CmaChannel:
         local += word_addr + WORD_NBYTES, WORD_NBYTES
         remote += guard.word_addr, WORD_NBYTES
         ours, theirs = array("Q", local), array("Q", remote)
+        if self._is_closed:
+            return False
         try:
             moved = native.process_vm_readv(
                 self._pid, ours.buffer_info()[0], theirs.buffer_info()[0], len(local) // 2
             )
         except OSError:
             return False
-        return moved == total_nbytes and words[0] == words[1] == guard.generation
+        is_right = moved == total_nbytes and words[0] == words[1] == guard.generation
+        return is_right and not self._is_closed
 
     def _read_part(
         self, part: Segments, guard: Guard, deadline: Deadline, call: Call | None
@@ -141,7 +144,7 @@ class CmaChannel:
         words = np.zeros(2, dtype=np.uint64)
         ours, theirs = words.ctypes.data, guard.word_addr
         calls = max(1, _CALL_NBYTES // int(part.nbytes.max(initial=1)))
-        # the word goes in front of the first call's vectors and behind the last one's
+        # the word goes in front of each call's vectors, and behind the last one's
         windows = list(part.windows(min(native.IOV_MAX - 2, calls)))
         for window in windows:
             deadline.require("the transfer")
@@ -149,11 +152,13 @@ class CmaChannel:
                 raise LLMException("the link was cut", LLMStatusCode.LLM_NOT_YET_LINK)
             if call is not None:
                 call.require()
-            first, last = window is windows[0], window is windows[-1]
-            local = iovecs(window.dst, window.nbytes, *_words_at(first, ours, last, ours + 8))
-            remote = iovecs(window.src, window.nbytes, *_words_at(first, theirs, last, theirs))
+            last = window is windows[-1]
+            local = iovecs(window.dst, window.nbytes, *_words_at(ours, last, ours + 8))
+            remote = iovecs(window.src, window.nbytes, *_words_at(theirs, last, theirs))
             self._call(local, remote, guard)
-        if words[0] != guard.generation or words[1] != guard.generation:
+            if words[0] != guard.generation:  # nothing more is read of what is stale
+                raise StaleCache(guard)
+        if words[1] != guard.generation:
             raise StaleCache(guard)
 
     def _call(self, local: U64, remote: U64, guard: Guard) -> None:
@@ -215,10 +220,10 @@ def ptrace_scope() -> int:
 
 
 def _words_at(
-    is_first: bool, before: int, is_last: bool, behind: int
+    before: int, is_last: bool, behind: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The generation word's vectors in front of and behind a call's data, where they belong."""
-    return [(before, WORD_NBYTES)] * is_first, [(behind, WORD_NBYTES)] * is_last
+    return [(before, WORD_NBYTES)], [(behind, WORD_NBYTES)] * is_last
 
 
 def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:

@@ -160,6 +160,8 @@ class RequestRefused(LLMException):
 
 
 def _explain(error: OSError) -> LLMException:
+    if error.errno is None:  # no system call's: a signal's handler raised it (TimeoutError, often)
+        raise error
     if error.errno == errno.EFAULT:
         return LLMException(
             "a local address of the transfer is not mapped memory: "
