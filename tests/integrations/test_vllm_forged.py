@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -198,3 +199,24 @@ def test_a_producers_other_addresses_keep_no_request_from_being_read(
         assert decode.call(Engine.step_until_received, f"v{number}")
         assert decode.call(Engine.has, VICTIMS, MORE)
         assert not decode.call(Engine.has_failed, MORE)
+
+
+def test_made_up_addresses_keep_no_linked_producer_from_being_read(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    """Whoever is there says nothing: each is waited for, up to a number."""
+    params = hand_over(prefill, "first")
+    assert decode.call(Engine.read, "first", PROMPT, params, MORE) == "right"
+    requests = [f"d{number}" for number in range(300)]
+    with socket.create_server(("0.0.0.0", 0), backlog=512) as silent:
+        place = {"remote_port": silent.getsockname()[1]}
+        for number, request in enumerate(requests):
+            host = f"127.0.{number // 200}.{1 + number % 200}"
+            forged = {**params, **place, "remote_host": host}
+            decode.call(Engine.load, request, PROMPT, forged, OURS)
+        params = hand_over(prefill, "second", VICTIMS, THEIR_OTHERS)
+        decode.call(Engine.load, "second", VICTIMS, params, MORE)
+        assert decode.call(Engine.step_until_received, "second", within_s=1.0)
+        assert decode.call(Engine.has, VICTIMS, MORE)
+        assert decode.call(Engine.step_until_received, *requests)
+    assert "too many producers are being linked to" in decode.call(Engine.log_text)

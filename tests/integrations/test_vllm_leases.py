@@ -154,3 +154,24 @@ def test_producers_with_one_engine_id_are_told_apart_by_their_addresses(
             assert decode.call(Engine.read, here, others, params, MORE) == "right"
             assert one.call(Engine.step_until_sent, there)
             assert other.call(Engine.step_until_sent, here)
+
+
+def test_an_engine_that_is_silent_is_let_go_when_another_is_said_to_be_there(
+    processes: Processes,
+) -> None:
+    """Its host may have vanished without a word, and its successor have the address."""
+    settings = {"pull_timeout_s": SHORT_S, "llm_config": {"transfer_path": "tcp"}}
+    with (
+        ObjectProcess(Engine) as silent,
+        opened(processes[1], "decode", "kv_consumer", **settings) as decode,
+    ):
+        silent.call(Engine.open, "silent", "kv_producer", free_port())
+        assert decode.call(Engine.read, "d", PROMPT, hand_over(silent), OURS) == "right"
+        params = hand_over(silent, "s")
+        silent.pause()
+        successors = {**params, "remote_engine_id": "successor"}
+        assert decode.call(Engine.read, "e", PROMPT, successors, OURS) == "failed"
+        assert decode.call(Engine.paths) == []
+        silent.resume()
+        decode.call(Engine.failed_blocks_forgotten)
+        assert decode.call(Engine.read, "f", PROMPT, params, MORE) == "right"

@@ -22,13 +22,15 @@ class Crew:
 
     def __init__(self, name: str, size: int) -> None:
         self._name, self._size = name, size
-        self._changed = threading.Condition()
+        # taken by `with`, not the condition, whose own code a signal's handler may raise in
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._jobs: deque[Callable[[], None]] = deque()
         self._num_threads = 0
 
     def put(self, job: Callable[[], None]) -> None:
         """Has a job done. When this raises, no thread could be started, and the job is not kept."""
-        with self._changed:
+        with self._lock:
             if self._num_threads < self._size:
                 try:
                     threading.Thread(target=self._work, name=self._name, daemon=True).start()
@@ -40,8 +42,8 @@ class Crew:
 
     def wait(self) -> None:
         """Returns when nothing is left to do."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._num_threads)
+        with self._lock:
+            self._changed.wait_for(lambda: self._num_threads <= 0)
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -51,7 +53,7 @@ class Crew:
                 logger.exception("a job of %s failed", self._name)
 
     def _next(self) -> Callable[[], None] | None:
-        with self._changed:
+        with self._lock:
             if self._jobs:
                 return self._jobs.popleft()
             self._num_threads -= 1

@@ -52,7 +52,9 @@ class Leases:
 
     def __init__(self, board: Board, producers: Producers) -> None:
         self._board, self._producers = board, producers
-        self._changed = threading.Condition()
+        # taken by `with`, not the condition, whose own code a signal's handler may raise in
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._is_closed = False
         self._waits: dict[_Key, _Wait] = {}
         threading.Thread(target=self._run, name="kv-leases", daemon=True).start()
@@ -62,7 +64,7 @@ class Leases:
         wait = _Wait(source, time.monotonic())
         if is_read_now:
             wait.due += wait.interval_s
-        with self._changed:
+        with self._lock:
             self._waits.setdefault(_key_of(source), wait)
             self._changed.notify_all()
 
@@ -79,7 +81,7 @@ class Leases:
 
     def close(self) -> None:
         """Renews nothing any more."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             self._changed.notify_all()
 
@@ -90,7 +92,7 @@ class Leases:
 
     def _next_due(self) -> list[_Wait]:
         """Waits until some are to be renewed; none when we are closed."""
-        with self._changed:
+        with self._lock:
             while not self._is_closed:
                 now = time.monotonic()
                 idle = [wait for wait in self._waits.values() if not wait.is_asked]
@@ -152,13 +154,13 @@ class Leases:
             _could_not_tell(source, error)
 
     def _asked(self, waits: list[_Wait]) -> None:
-        with self._changed:
+        with self._lock:
             for wait in waits:
                 wait.is_asked = False
             self._changed.notify_all()
 
     def _forget(self, source: Handover) -> None:
-        with self._changed:
+        with self._lock:
             self._waits.pop(_key_of(source), None)
 
 
