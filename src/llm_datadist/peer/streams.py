@@ -159,14 +159,15 @@ class StreamPool:
             while not (self._is_next(token) and self._claims(loan)):
                 if self._closed_because is not None:
                     raise LLMException(self._closed_because, LLMStatusCode.LLM_NOT_YET_LINK)
-                if self._has_room():
+                if self._is_one_missing():
                     if self._dial is not None:
                         self._dialing[token] = None
                         self._keep(self._dial(deadline))
+                        del self._dialing[token]
+                        self._bell.ring()
                         continue
-                    if len(self._asked) < len(self._wanting):
-                        self._asked.append(time.monotonic())
-                        self._ask()
+                    self._asked.append(time.monotonic())
+                    self._ask()
                 left_s = deadline.require("waiting for a stream to the peer")
                 with self._recorder.waiting("stream") if self._recorder else nullcontext():
                     self._bell.wait_until(
@@ -179,16 +180,22 @@ class StreamPool:
 
     def _is_next(self, token: object) -> bool:
         """Whether no more threads came before it than there are free streams."""
-        num_free = max(1, len(self._streams) - len(self._lent))
-        return token in tuple(self._wanting)[:num_free]
+        return token in tuple(self._wanting)[: max(1, self._num_free())]
 
     def _is_worth_a_look(self, token: object) -> bool:
         if self._closed_because is not None:
             return True
-        if len(self._streams) > len(self._lent):
-            return self._is_next(token)
-        is_missing = self._dial is not None or len(self._asked) < len(self._wanting)
-        return is_missing and self._has_room()
+        if self._num_free() > 0 and self._is_next(token):
+            return True
+        return self._is_one_missing()
+
+    def _num_free(self) -> int:
+        return len(self._streams) - len(self._lent)
+
+    def _is_one_missing(self) -> bool:
+        """Whether more threads want a stream than there will be, and one more may be opened."""
+        coming = self._num_free() + len(self._dialing) + len(self._asked)
+        return coming < len(self._wanting) and self._has_room()
 
     def _has_room(self) -> bool:
         """Whether one more stream may be opened."""
