@@ -7,22 +7,35 @@ import random
 import signal
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from edges.user import EVERY, KEY, LATER, SMALL, SUCCESS, User, holds_only, settings, status_of
-from llm_datadist import LayerSynchronizer, LLMException, LLMRole, TransferWithCacheKeyConfig
-from llm_datadist.testing.cluster import Node
+from llm_datadist import (
+    LayerSynchronizer,
+    LLMException,
+    LLMRole,
+    TransferWithCacheKeyConfig,
+)
 from llm_datadist.testing.timing import eventually
+from soak.stage import Doing
 from soak.tally import descriptors, threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from llm_datadist import LLMStatusCode
+    from llm_datadist.testing.cluster import Node
+
 #: the longest delay of the timer, in seconds: longer than most of the calls take
 LONGEST_S = 6e-4
+#: more calls than the longest delay has room for
+MANY = 1000
+#: of a call, beside its own thread
+HELPERS = 3
 
 
-class Interrupted(Exception):  # noqa: N818  (a KeyboardInterrupt, a test's time-out)
+class Interrupted(Exception):
     """What the handler raises."""
 
 
@@ -53,12 +66,13 @@ def is_interrupted(call: Callable[[], object], delay_s: float) -> bool:
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, delay_s)
-            while True:
+            for _ in range(MANY):
                 call()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     except Interrupted:
         return True
+    return False  # it struck where no exception passes: a finalizer
 
 
 class Ready(LayerSynchronizer):
@@ -66,6 +80,16 @@ class Ready(LayerSynchronizer):
 
     def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
         return True
+
+
+class Held(LayerSynchronizer):
+    """Has its layers ready when it is let go."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+
+    def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
+        return self.let_go.wait(60)
 
 
 class Victim:
@@ -83,7 +107,8 @@ class Victim:
             "push": self._user.push,
             "copy": self._user.copy,
             "swap": self._user.swap,
-            "wait for layers": self._transfer,
+            "transfer": self._transfer,
+            "wait for layers": self._wait_for_layers,
             "register": self._register,
             "link": self._relink,
             "links": self._look,
@@ -97,30 +122,45 @@ class Victim:
                 break
             name = names[turn % len(names)]
             self._user.into[:] = 0
+            if name == "wait for layers":
+                self._begin_transfer()
             try:
                 found += is_interrupted(self.calls[name], draw.uniform(2e-5, LONGEST_S))
             except LLMException as error:
                 failed.append(f"{name}: {error}")
             if name == "link":
                 self._mend()
+            elif name == "wait for layers" and self._end_transfer() != SUCCESS:
+                wrong.append("a transfer failed whose waiting caller was interrupted")
             wrong += self._what_is_late(name)
         return Found(found, failed, wrong)
+
+    def warm_up(self) -> None:
+        """Has all helper threads started: to be struck while one starts is another affair."""
+        for _ in range(MANY):
+            for thread in [Doing(self._user.pull) for _ in range(HELPERS)]:
+                thread.result()
+            if sum("mover" in thread.name for thread in threading.enumerate()) == HELPERS:
+                return
+        raise AssertionError("not all helpers were started")
 
     def is_well(self) -> list[str]:
         """What does not work any more, after all."""
         user, bad = self._user, []
         self._mend()
-        for name in ("pull", "copy", "swap", "push", "wait for layers", "register", "link"):
+        for name in ("pull", "copy", "swap", "push", "transfer", "register", "link"):
             status = status_of(self.calls[name])
             if status != SUCCESS:
                 bad.append(f"{name} afterwards: {status}")
         user.into[:] = 0
         if status_of(user.pull) != SUCCESS or not user.into.all():
             bad.append("a pull afterwards moved nothing, or not all")
-        for cache in (user.sink, user.source, user.host, *self._spare):
-            if status_of(lambda: user.manager.unregister_cache(cache.cache_id)) != SUCCESS:  # noqa: B023
-                bad.append(f"cache {cache.cache_id} cannot be unregistered")
-        return bad
+        caches = (user.sink, user.source, user.host, *self._spare)
+        return bad + [
+            f"cache {cache.cache_id} cannot be unregistered"
+            for cache in caches
+            if status_of(partial(self._manager.unregister_cache, cache.cache_id)) != SUCCESS
+        ]
 
     def _what_is_late(self, name: str) -> list[str]:
         """Of a call that has ended, nothing more is written into our memory."""
@@ -137,6 +177,18 @@ class Victim:
     def _transfer(self) -> None:
         args = (self._user.source, self._ready, [self._config], EVERY, EVERY)
         self._manager.transfer_cache_async(*args).synchronize(5000)
+
+    def _begin_transfer(self) -> None:
+        self._held = Held()
+        args = (self._user.source, self._held, [self._config], EVERY, EVERY)
+        self._task = self._manager.transfer_cache_async(*args)
+
+    def _wait_for_layers(self) -> None:
+        self._task.synchronize(50)
+
+    def _end_transfer(self) -> LLMStatusCode:
+        self._held.let_go.set()
+        return self._task.synchronize(5000)
 
     def _register(self) -> None:
         addrs = [int(tensor.ctypes.data) for tensor in self._memory]
@@ -165,14 +217,16 @@ def run(
     count: int,
     seed: int = 1,
     *,
-    counts_threads: bool = False,
+    is_warm: bool = True,
 ) -> Found:
     """In a process of its own: interruptions, and what is left of them when all has ended."""
     tasks = threads()
     node.start(LLMRole.DECODER, 2, **settings(path))  # what is opened once is open then
     node.stop()
-    before = descriptors(), tasks if counts_threads else 1000
+    before = descriptors(), tasks
     victim = Victim(node, path, port)
+    if is_warm:
+        victim.warm_up()
     with interrupts():
         found = victim.interrupt(names, count, seed)
     wrong = [*found.wrong, *victim.is_well()]

@@ -8,9 +8,20 @@ import os
 import pkgutil
 import resource
 from contextlib import suppress
+
 _PR_SET_DUMPABLE = 4
 #: what a cluster may import when it is first needed
-_PARTS = "core links memory observe owner peer running transfers transport".split()
+_PARTS = (
+    "core",
+    "links",
+    "memory",
+    "observe",
+    "owner",
+    "peer",
+    "running",
+    "transfers",
+    "transport",
+)
 
 
 def become_nobody(uid: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+from edges.calling import Calling
 from edges.user import (
     EMPTY,
     HALF,
@@ -22,42 +22,15 @@ from edges.user import (
     start_owner,
     values_of,
 )
-from llm_datadist import LLMException
 from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import takes_at_most
-from soak.stage import Doing
 
 if TYPE_CHECKING:
-    from llm_datadist import LLMStatusCode
     from llm_datadist.testing.cluster import Node, NodeProcess
 
 ROUNDS = 8
 #: what finalize may take after the calls' own time-out, on a busy machine
 LAST_S = 3.0
-
-
-class Calling:
-    """A thread that calls a verb until it fails."""
-
-    def __init__(self, user: User, verb: str) -> None:
-        self._call = user.verbs[verb]
-        self.succeeded = 0
-        self.began = threading.Event()
-        self._thread = Doing(self._run)
-
-    def _run(self) -> LLMStatusCode:
-        self.began.set()
-        try:
-            while True:
-                self._call()
-                self.succeeded += 1
-        except LLMException as error:
-            return error.status_code
-
-    def ended_with(self) -> LLMStatusCode:
-        """Raises what is no LLMException, and TimeoutError for a call that hangs."""
-        status: LLMStatusCode = self._thread.result(10)
-        return status
 
 
 VERBS = [("copy", "cma"), ("swap", "cma"), ("pull", "cma"), ("pull", "tcp"), ("push", "cma")]

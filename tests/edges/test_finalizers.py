@@ -120,10 +120,10 @@ def drop_clusters(node: Node, path: str, port: int, rounds: int) -> list[str]:
         cache, blocks = node.blocks_cache(*SMALL), list(range(SMALL[1]))
         manager = node.manager
         node._datadist = None
-        gc.set_threshold(1)
+        gc.set_threshold(10)
         del cluster
         try:
-            for _ in range(1000):
+            for _ in range(100):
                 manager.pull_blocks(KEY, cache, blocks, blocks)
         except LLMException:
             pass
@@ -140,7 +140,7 @@ def drop_clusters(node: Node, path: str, port: int, rounds: int) -> list[str]:
 def node_options(path: str) -> dict[str, str]:
     config = LLMConfig()
     config.enable_cache_manager = True
-    for name, value in settings(path).items():
+    for name, value in settings(path, 300).items():
         setattr(config, name, value)
     return config.generate_options()
 

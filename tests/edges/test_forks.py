@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING
-
-import numpy as np
-import pytest
 
 from edges.user import KEY, OWNED, SHAPE, SMALL, SUCCESS, User, settings, start_owner
 from llm_datadist import CacheDesc, DataType, LLMDataDist, LLMException, LLMRole
 from llm_datadist.cpp import LlmDataDist, LlmRole
-from llm_datadist.testing.cluster import Node, NodeProcess
-from llm_datadist.testing.timing import eventually, takes_at_most
+from llm_datadist.testing.cluster import Node
+from llm_datadist.testing.timing import eventually
 from soak.stage import Doing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SOON_S = 2.0
+    from llm_datadist.testing.cluster import NodeProcess
+
 CHILD_S = 20.0
 
 
@@ -151,14 +145,16 @@ def test_a_child_may_initialise_and_link_to_the_peer_of_its_parent(
     assert victim.call(fork_and_begin_anew, path, port) == ("pulled: True", True)
 
 
-def fork_while_threads_pull(node: Node, path: str, port: int, count: int) -> list[str]:
+def fork_while_threads_pull(
+    node: Node, path: str, port: int, count: int, shape: tuple[int, int, int] = SHAPE
+) -> list[str]:
     """Another thread forks; what a child, or the parent, found wrong."""
-    user = User(node, path, port)
+    user = User(node, path, port, shape=shape)
     ended, wrong = threading.Event(), []
 
     def pull() -> None:
-        cache = node.blocks_cache(*SHAPE)
-        array, blocks = node.arrays[cache.cache_id], list(range(SHAPE[1]))
+        cache = node.blocks_cache(*shape)
+        array, blocks = node.arrays[cache.cache_id], list(range(shape[1]))
         while not ended.is_set():
             array[:] = 0
             user.manager.pull_blocks(KEY, cache, blocks, blocks)
@@ -187,58 +183,3 @@ def test_a_fork_while_other_threads_pull_harms_neither_end(
 ) -> None:
     port = peer.call(start_owner, path)
     assert victim.call(fork_while_threads_pull, path, port, 20) == []
-
-
-def start_and_leave_a_child(node: Node, path: str) -> tuple[int, int]:
-    """The port, and a child that lives on."""
-    port = start_owner(node, path, shape=SMALL)
-    child = os.fork()
-    if not child:
-        signal.pause()
-        os._exit(0)
-    return port, child
-
-
-def test_the_death_of_the_parent_is_seen_and_its_port_is_free_while_the_child_lives(
-    node: Node, peer: NodeProcess, victim: NodeProcess, path: str
-) -> None:
-    port, child = victim.call(start_and_leave_a_child, path)
-    try:
-        user = User(node, path, port, shape=SMALL)
-        user.pull()
-        victim.kill()
-        assert eventually(lambda: not node.datadist.links(), SOON_S)
-        assert peer.call(start_owner, path, shape=SMALL, port=port) == port
-        assert node.link(port, 1) == SUCCESS
-        user.pull()
-        assert np.all(user.into == OWNED)
-        os.kill(child, 0)  # it has been there all the time
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-
-
-PROGRAM = """
-    import os, sys, threading
-    from llm_datadist import LLMConfig, LLMDataDist, LLMRole
-
-    config = LLMConfig()
-    config.enable_cache_manager = True
-    config.listen_ip_info = "127.0.0.1:0"
-    datadist = LLMDataDist(LLMRole.PROMPT, 1)
-    datadist.init(config.generate_options())
-    child = os.fork()
-    if not child:
-        {end}
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert datadist.listen_endpoint.port
-    datadist.finalize()
-"""
-
-
-@pytest.mark.parametrize("end", ["sys.exit(7)", "os._exit(7)", "datadist.finalize(); sys.exit(7)"])
-def test_a_child_ends_at_once_however_it_leaves(end: str) -> None:
-    program = textwrap.dedent(PROGRAM.format(end=end))
-    with takes_at_most(10):
-        run = subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True)
-    assert (run.returncode, run.stderr.decode()) == (0, "")

@@ -96,9 +96,7 @@ def is_left_alone(node: Node) -> bool:
 
 
 @pytest.mark.parametrize("verb", ["pull", "push"])
-def test_after_a_deadline_nothing_is_written(
-    node: Node, peer: NodeProcess, verb: str
-) -> None:
+def test_after_a_deadline_nothing_is_written(node: Node, peer: NodeProcess, verb: str) -> None:
     with FaultProxy(peer.call(start_owner, "tcp", 60_000)) as proxy:
         user = User(node, "tcp", proxy.port, 300)
         proxy.slow(1 << 20)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode, Placement
-from llm_datadist.testing.cluster import Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llm_datadist.testing.cluster import Bytes
+    from llm_datadist.testing.cluster import Bytes, Node
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 #: of each cache: large enough to be moved by several threads
@@ -45,9 +44,7 @@ def start_owner(
 ) -> int:
     """Cluster 1, whose cache 1 can be pulled and pushed to; its port."""
     address = f"127.0.0.1:{port}"
-    port = node.start(
-        LLMRole.PROMPT, 1, listen_ip_info=address, **settings(path, timeout_ms)
-    )
+    port = node.start(LLMRole.PROMPT, 1, listen_ip_info=address, **settings(path, timeout_ms))
     cache = node.blocks_cache(*shape, key=BlocksCacheKey(0, 0))
     node.arrays[cache.cache_id][:] = OWNED
     return port
