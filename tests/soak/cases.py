@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from soak.churn import churn
 from soak.cuts import cuts
 from soak.deaths import kill_owner, kill_puller, restarts, stop_and_continue
+from soak.endings import finalizes, forks, interruptions, revoked_pushes, scarce_threads
 from soak.mixture import mixture
 from soak.resources import link_cycles, many_links, small_pulls
 
@@ -36,5 +37,10 @@ CASES = [
     Case("many_links", many_links, short=1, long=1),
     Case("link_cycles", link_cycles, short=50, long=10_000),
     Case("small_pulls", small_pulls, short=2_000, long=1_000_000),
+    Case("interruptions", interruptions, short=200, long=10_000),
+    Case("scarce_threads", scarce_threads, short=4, long=1_000),
+    Case("forks", forks, short=10, long=1_000),
+    Case("finalizes", finalizes, short=10, long=1_000),
+    Case("revoked_pushes", revoked_pushes, short=6, long=1_000),
     Case("mixture", mixture, short=2, long=60, unit="seconds"),
 ]

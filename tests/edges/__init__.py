@@ -1,0 +1,1 @@
+"""How things end: calls that are interrupted, clusters that end under them, forks, finalizers."""

@@ -1,0 +1,152 @@
+"""Objects whose __del__ calls the library, in cycles: the garbage collector strikes anywhere."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from edges.user import KEY, OWNED, SMALL, SUCCESS, settings, start_owner
+from llm_datadist import CacheDesc, DataType, LLMConfig, LLMDataDist, LLMException, LLMRole
+from llm_datadist.testing.timing import eventually, takes_at_most
+from soak.stage import Doing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llm_datadist.cache_manager import CacheManager
+    from llm_datadist.testing.cluster import Node, NodeProcess
+
+POOL = json.dumps({"memory_size": 8 << 20, "page_shift": 12})
+DESC = CacheDesc(1, [4, 512], DataType.DT_UINT8)
+
+
+class Registered:
+    """A buffer that is registered as long as somebody knows it."""
+
+    def __init__(self, manager: CacheManager) -> None:
+        self._manager = manager
+        self._memory = np.zeros(4 * 512, np.uint8)
+        self._cache = manager.register_blocks_cache(DESC, [self._memory])
+        self._me = self  # only the garbage collector ends it
+
+    def __del__(self) -> None:
+        self._manager.unregister_cache(self._cache.cache_id)
+
+
+class Allocated:
+    """A cache in pool memory, as long as somebody knows it."""
+
+    def __init__(self, manager: CacheManager) -> None:
+        self._manager = manager
+        self._cache = manager.allocate_blocks_cache(DESC)
+        self._me = self
+
+    def __del__(self) -> None:
+        self._manager.deallocate_blocks_cache(self._cache)
+
+
+def work(node: Node, path: str, port: int, threshold: int, rounds: int) -> list[str]:
+    """Threads make such objects and pull meanwhile; what was wrong, or is left of it."""
+    gc.set_threshold(threshold)
+    node.start(LLMRole.DECODER, 2, mem_pool_cfg=POOL, **settings(path))
+    assert node.link(port, 1) == SUCCESS
+    manager, blocks, wrong = node.manager, list(range(SMALL[1])), []
+    before = node.datadist.stats().num_caches
+
+    def make(kind: Callable[[CacheManager], object]) -> None:
+        for _ in range(rounds):
+            kind(manager)
+
+    def pull() -> None:
+        cache = node.blocks_cache(*SMALL)
+        for _ in range(rounds):
+            manager.pull_blocks(KEY, cache, blocks, blocks)
+        if not (node.arrays[cache.cache_id] == OWNED).all():
+            wrong.append("a pull has other bytes")
+        manager.unregister_cache(cache.cache_id)
+
+    def look() -> None:
+        for _ in range(rounds):
+            node.datadist.stats(), node.datadist.links(), node.datadist.pools()
+
+    jobs = [lambda: make(Registered), lambda: make(Allocated), pull, look]
+    for thread in [Doing(job) for job in jobs for _ in range(2)]:
+        thread.result(60)
+    gc.set_threshold(700)
+    gc.collect()
+    manager.deallocate_blocks_cache(manager.allocate_blocks_cache(DESC))  # looks at the pools
+    ((usage,),) = node.datadist.pools().values()
+    if usage.free_nbytes != usage.capacity_nbytes:
+        wrong.append(f"the pool did not come back: {usage}")
+    if node.datadist.stats().num_caches != before:
+        wrong.append(f"{node.datadist.stats().num_caches} caches are left of {before}")
+    return wrong
+
+
+@pytest.mark.parametrize(("threshold", "rounds"), [(1, 30), (20, 500), (700, 2000)])
+def test_finalizers_that_unregister_and_deallocate_strike_anywhere(
+    peer: NodeProcess, victim: NodeProcess, path: str, threshold: int, rounds: int
+) -> None:
+    port = peer.call(start_owner, path, shape=SMALL)
+    victim.begin(work, path, port, threshold, rounds)
+    assert victim.result(60) == []
+
+
+class Cluster:
+    """A cluster that is finalized when nobody knows it any more, in whichever thread that is."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self.datadist, self._ended, self._me = LLMDataDist(LLMRole.MIX, 2), ended, self
+
+    def __del__(self) -> None:
+        self.datadist.finalize()
+        self._ended.set()
+
+
+def drop_clusters(node: Node, path: str, port: int, rounds: int) -> list[str]:
+    """Each is dropped while its threads work, and collected in one of them or in ours."""
+    wrong = []
+    for _ in range(rounds):
+        ended = threading.Event()
+        cluster = Cluster(ended)
+        node._datadist = cluster.datadist
+        cluster.datadist.init(node_options(path))
+        assert node.link(port, 1) == SUCCESS
+        cache, blocks = node.blocks_cache(*SMALL), list(range(SMALL[1]))
+        manager = node.manager
+        node._datadist = None
+        gc.set_threshold(10)
+        del cluster
+        try:
+            for _ in range(100):
+                manager.pull_blocks(KEY, cache, blocks, blocks)
+        except LLMException:
+            pass
+        gc.set_threshold(700)
+        with takes_at_most(10):
+            gc.collect()
+            if not ended.wait(10):
+                wrong.append("finalize in a finalizer hangs")
+        if not eventually(lambda: LLMDataDist.llm_engine_instance is None, 10):
+            wrong.append("the cluster is still there")
+    return wrong
+
+
+def node_options(path: str) -> dict[str, str]:
+    config = LLMConfig()
+    config.enable_cache_manager = True
+    for name, value in settings(path, 300).items():
+        setattr(config, name, value)
+    return config.generate_options()
+
+
+def test_a_cluster_that_the_garbage_collector_ends(
+    peer: NodeProcess, victim: NodeProcess, path: str
+) -> None:
+    victim.begin(drop_clusters, path, peer.call(start_owner, path, shape=SMALL), 5)
+    assert victim.result(60) == []
