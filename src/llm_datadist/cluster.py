@@ -98,11 +98,11 @@ class Cluster:
         self._ending.add("the loop", self._loop.close)
         #: what runs here
         self.gate = Gate(recorder)
-        movers = Movers(options.transfer_threads)
+        self._errands = errands = Errands(f"{_OUR_THREADS}-errand")
+        movers = Movers(options.transfer_threads, errands)
         process = ProcessMemory(movers)
         pools = open_pools(options, process)
         self._ending.add("the memory pools", lambda _: self._close_pools(pools))
-        errands = Errands(f"{_OUR_THREADS}-errand")
         self._ending.add("the errands", errands.end)
         transports = transports_for(options, movers)
         for transport in transports.values():
@@ -126,6 +126,7 @@ class Cluster:
             {process.space: process},
             self._observer,
             options.sync_timeout_s,
+            errands,
         )
 
     def _make_context(
@@ -183,6 +184,7 @@ class Cluster:
         """Listens, if the options say where. Raises LLMException when the address cannot be had."""
         try:
             self._loop.start()
+            self._errands.begin()
             self.listening.move(self.options.listen)
         except BaseException:
             self._ending.run(Deadline.after(_LAST_S))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.bell import Latch
+from llm_datadist.running.threads import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -30,15 +31,14 @@ class Loop:
 
     def __init__(self) -> None:
         self.asyncio = _new_loop()
-        self._thread = threading.Thread(
-            target=self.asyncio.run_forever, name="llm-datadist-loop", daemon=True
-        )
+        self._thread: threading.Thread | None = None
         #: what other threads wait for
         self._jobs: dict[_Job[Any], None] = {}
         self._is_ending = False
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises LLMException(LLM_FAILED) when the system has no thread to give."""
+        self._thread = start_thread(self.asyncio.run_forever, "llm-datadist-loop")
 
     def run(self, work: Coroutine[object, object, T], deadline: Deadline | None = None) -> T:
         """Runs a coroutine in the loop's thread, from any other one, and waits for it.
@@ -92,12 +92,13 @@ class Loop:
         """
         self.refuse()
         jobs = tuple(self._jobs)
-        if self._thread.ident is not None:
+        thread = self._thread
+        if thread is not None:
             self.call_soon(self._stop)
-            self._thread.join(max(0.0, deadline.remaining_s()))
+            thread.join(max(0.0, deadline.remaining_s()))
         for job in jobs:
             job.over.set()
-        if self._thread.is_alive():
+        if thread is not None and thread.is_alive():
             raise deadline.expired("the end of the cluster's thread")
         for job in jobs:
             job.drop()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.bell import Latch
-from llm_datadist.running.threads import Threads
+from llm_datadist.running.threads import Errands, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -108,9 +108,9 @@ class _Part:
 class Movers:
     """Runs parts side by side: the caller's thread takes some, helpers the others. Thread-safe."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, errands: Errands | None = None) -> None:
         self.threads = threads
-        self._helpers = Threads(max(1, self.threads - 1), "llm-datadist-mover")
+        self._helpers = Threads(max(1, self.threads - 1), "llm-datadist-mover", errands)
         #: those that run
         self._calls: dict[Call, None] = {}
         self._is_stopped = False

@@ -51,7 +51,9 @@ def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
 class Threads(Executor):
     """At most `max_threads` daemon threads, started when first needed. Thread-safe."""
 
-    def __init__(self, max_threads: int, name: str) -> None:
+    def __init__(self, max_threads: int, name: str, errands: Errands | None = None) -> None:
+        """`errands` starts threads for the main thread, which may be interrupted at it."""
+        self._errands = errands
         self._max_threads = max_threads
         self._name = name
         self._lock = threading.RLock()
@@ -93,26 +95,29 @@ class Threads(Executor):
         """
         with self._lock:
             self._is_shut = True
-            for _ in self._threads:
+            for _ in range(self._max_threads):
                 self._work.put(None)
         if not self._bell.wait_until(self._is_over, max(0.0, deadline.remaining_s())):
             raise deadline.expired(f"the end of {self._name}")
 
     def _is_over(self) -> bool:
-        return len(self._ended) == len(self._threads)
+        return len(self._ended) >= len(self._threads)
 
     def _has_started(self, work: Callable[[], object]) -> bool:
         """Whether a new thread does the work; False when those that are there must."""
+        name = f"{self._name}-{len(self._threads)}"
+        begin = partial(start_thread, partial(self._run, work), name)
         try:
-            thread = start_thread(partial(self._run, work), f"{self._name}-{len(self._threads)}")
+            begin() if self._errands is None else self._errands.run(begin)
         except LLMException:
             if not self._threads:
                 raise
             return False
-        self._threads.append(thread)
         return True
 
     def _run(self, first: Callable[[], object]) -> None:
+        # here, since whoever starts a thread may be interrupted behind its first step
+        self._threads.append(threading.current_thread())
         work: Callable[[], object] | None = first
         while work is not None:
             try:
@@ -135,6 +140,10 @@ class Errands:
 
     def __init__(self, name: str) -> None:
         self._threads = Threads(1, name)
+
+    def begin(self) -> None:
+        """Starts the thread. Raises LLMException(LLM_FAILED) when the system has none to give."""
+        self._threads.start(lambda: None)
 
     def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """What work returns or raises; when the caller is interrupted, what it made is undone."""

@@ -119,7 +119,8 @@ def begin(
     when no thread can be started.
     """
     run = contextvars.copy_context().run  # spans belong to the caller's
-    start_thread(partial(run, _run, transfers, asked, synchronizer, task), "llm-datadist-transfer")
+    work = partial(run, _run, transfers, asked, synchronizer, task)
+    transfers.errands.run(partial(start_thread, work, "llm-datadist-transfer"))
 
 
 def _run(

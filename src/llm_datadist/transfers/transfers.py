@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llm_datadist.owner.catalog import Catalog
     from llm_datadist.peer.peer import Peer
     from llm_datadist.running.gate import Gate
+    from llm_datadist.running.threads import Errands
 
 
 class Token:
@@ -53,6 +54,7 @@ class Transfers:
         devices: Mapping[str, Device],
         observer: Observer | None,
         timeout_s: float,
+        errands: Errands,
     ) -> None:
         self._catalog = catalog
         self._links = links
@@ -62,6 +64,8 @@ class Transfers:
         self._observer = observer
         self._timeout_s = timeout_s
         self._has_warned = False
+        #: starts threads where no signal strikes
+        self.errands = errands
 
     def run(self, asked: Pull | Push | Copy) -> None:
         """Moves what is asked, within the cluster's time-out.
