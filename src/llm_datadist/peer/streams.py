@@ -126,7 +126,7 @@ class StreamPool:
     @property
     def is_full(self) -> bool:
         """Whether there are as many as there may be, or more."""
-        return len(self._streams) >= 2 * MAX_STREAMS
+        return len(self._streams) >= MAX_STREAMS
 
     def close(self, because: str) -> None:
         """Ends all streams; whoever waits on one gets LLM_NOT_YET_LINK."""
