@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 from edges.user import KEY, SUCCESS, User, settings, start_owner, status_of
 from llm_datadist import (
@@ -20,10 +20,13 @@ from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info
 from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import takes_at_most
 from soak.stage import Doing
+from soak.tally import descriptors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from pathlib import Path
+
+    import pytest
 
 TIMEOUT_MS = 500
 #: the time-out of the calls that run, two seconds for the rest, and a busy machine
@@ -88,48 +91,56 @@ def test_a_transport_that_cannot_be_closed_is_said_and_the_rest_ends(
     assert start_owner(node, "tcp", TIMEOUT_MS, port=port) == port
 
 
-@pytest.fixture
-def silent_name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A host whose name server says nothing."""
-    answered, look_up = threading.Event(), socket.getaddrinfo
+def finalize_while_it_links(
+    node: Node, host: str, port: int, has_begun: Callable[[], object]
+) -> None:
+    """A link call of a minute, and finalize in its middle: both end, and nothing is left."""
+    node.start(LLMRole.DECODER, 2, **settings("tcp", TIMEOUT_MS))
+    datadist = node.datadist
+    infos = [cluster_info(port, 1, host)]
+    linking = Doing(lambda: status_of(lambda: datadist.link_clusters(infos, 60_000)))
+    has_begun()
+    finalize_in_time(node)
+    assert linking.result(BOUND_S) == LLMStatusCode.LLM_FAILED
+
+
+def finalize_beside_a_silent_name_server(node: Node) -> int:
+    """The name of the peer is being looked up; how many descriptors are left afterwards."""
+    asked, look_up = threading.Semaphore(0), socket.getaddrinfo
 
     def getaddrinfo(host: str, *args: Any, **options: Any) -> list[Any]:
         if host == "silent.test":
-            answered.wait(60)
-        return look_up("127.0.0.1", *args, **options)
+            asked.release()
+            threading.Event().wait()
+        return look_up(host, *args, **options)
 
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    yield "silent.test"
-    answered.set()
-
-
-def link_that_is_cut_short(node: Node, host: str, port: int) -> None:
-    """A link call of a minute, and finalize in its middle: both end."""
-    datadist = node.datadist
-    begun = threading.Event()
-
-    def link() -> Any:
-        begun.set()
-        return datadist.link_clusters([cluster_info(port, 1, host)], 60_000)
-
-    linking = Doing(lambda: status_of(link))
-    assert begun.wait(10)
-    finalize_in_time(node)
-    linking.result(BOUND_S)
-    assert datadist is not LLMDataDist.llm_engine_instance
+    socket.getaddrinfo = getaddrinfo  # type: ignore[assignment]  # of this process, which ends
+    node.start(LLMRole.DECODER, 2, **settings("tcp", TIMEOUT_MS))  # opens what is opened once
+    node.stop()
+    before = descriptors()
+    for _ in range(2):
+        finalize_while_it_links(node, "silent.test", 1, lambda: asked.acquire(timeout=10))
+    gc.collect()
+    return descriptors() - before
 
 
-def test_a_name_server_that_says_nothing(node: Node, silent_name: str) -> None:
-    for _ in range(3):
-        node.start(LLMRole.DECODER, 2, **settings("tcp", TIMEOUT_MS))
-        link_that_is_cut_short(node, silent_name, 1)
+def test_a_name_server_that_says_nothing(victim: NodeProcess) -> None:
+    """The bound is checked there."""
+    victim.call(finalize_beside_a_silent_name_server)
 
 
 def test_a_listener_that_accepts_and_says_nothing(node: Node) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        for _ in range(3):
-            node.start(LLMRole.DECODER, 2, **settings("tcp", TIMEOUT_MS))
-            link_that_is_cut_short(node, "127.0.0.1", server.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as kept:
+        before = descriptors()
+        for count in range(1, 4):
+            finalize_while_it_links(
+                node,
+                "127.0.0.1",
+                server.getsockname()[1],
+                lambda: kept.enter_context(server.accept()[0]),
+            )
+            gc.collect()
+            assert descriptors() <= before + count
 
 
 class Hanging(LayerSynchronizer):

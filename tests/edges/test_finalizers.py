@@ -148,5 +148,5 @@ def node_options(path: str) -> dict[str, str]:
 def test_a_cluster_that_the_garbage_collector_ends(
     peer: NodeProcess, victim: NodeProcess, path: str
 ) -> None:
-    victim.begin(drop_clusters, path, peer.call(start_owner, path, shape=SMALL), 5)
+    victim.begin(drop_clusters, path, peer.call(start_owner, path, shape=SMALL), 3)
     assert victim.result(60) == []

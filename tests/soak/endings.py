@@ -167,7 +167,8 @@ def _revoke(
         proxy.slow(rng.choice([1 << 16, 1 << 18, 1 << 20]))
     else:
         owner.pause()
-    first = status_of(user.push)
+    with tally.deadline(PUSH_MS / 1000):
+        first = status_of(user.push)
     source[:] = SECOND
     proxy.restore() if is_slow else owner.resume()
     for _ in range(50):
