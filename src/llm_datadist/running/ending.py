@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException
 from llm_datadist.observe.log import get_logger
+from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llm_datadist.running.deadline import Deadline
+
+#: what each step has, however late it is
+_LEAST_S = 0.25
 
 
 class Ending:
@@ -32,7 +35,8 @@ class Ending:
         while self._steps:
             what, end = self._steps.pop()
             try:
-                end(deadline)
+                # one that used up the time does not leave the others without any
+                end(Deadline.after(max(_LEAST_S, deadline.remaining_s())))
             except Exception as error:
                 is_expected = isinstance(error, LLMException)
                 get_logger().error(
