@@ -148,13 +148,6 @@ class Session:
         assert self._link.peer is not None
         return self._link.peer
 
-    def supersedes(self, other: Session) -> bool:
-        """Whether this session is what became of the other one's link."""
-        if self.group != other.group:
-            return False
-        same_way = self.is_caller == other.is_caller and self.instance == other.instance
-        return same_way or (self.endpoint is not None and self.endpoint == other.endpoint)
-
     def drain(self, timeout_s: float) -> bool:
         """Lets no new call use the link, and waits for those that do; False when some still do.
 

@@ -49,7 +49,7 @@ class LinkTable:
         """Files a live session; returns those of the same peer that it replaces."""
         with self._lock:
             others = self._sessions.setdefault(session.cluster_id, [])
-            replaced = [other for other in others if session.supersedes(other)]
+            replaced = [other for other in others if _supersedes(session, other)]
             others[:] = [session, *(other for other in others if other not in replaced)]
             self.paths[session.cluster_id] = session.path
             self._endings.pop(session.cluster_id, None)
@@ -121,3 +121,11 @@ class LinkTable:
             LinkInfo(session.cluster_id, session.path, session.path_reason, session.endpoint)
             for session in self.all()
         ]
+
+
+def _supersedes(session: Session, other: Session) -> bool:
+    """Whether the session is what became of the other one's link."""
+    if session.group != other.group:
+        return False
+    same_way = session.is_caller == other.is_caller and session.instance == other.instance
+    return same_way or (session.endpoint is not None and session.endpoint == other.endpoint)

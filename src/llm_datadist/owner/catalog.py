@@ -18,11 +18,9 @@ one wherever the garbage collector strikes).
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import threading
 import time
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,20 +28,22 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
-from llm_datadist.core.remote import Guard, describe
+from llm_datadist.core.remote import describe
 from llm_datadist.core.stats import HeldKey
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
 from llm_datadist.memory.host import unmapped
 from llm_datadist.memory.views import held_bytes
 from llm_datadist.observe.log import get_logger
+from llm_datadist.owner.allocations import Allocations
 from llm_datadist.owner.exposure import Exposure
+from llm_datadist.owner.tickets import Tickets
 from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
 from llm_datadist.transport.tcp import Permit
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.pages import PoolUsage
     from llm_datadist.core.segments import U64
     from llm_datadist.memory.arena import MemoryPool
+    from llm_datadist.owner.tickets import Ticket
     from llm_datadist.running.gate import Gate
     from llm_datadist.running.threads import Errands
     from llm_datadist.transport.base import Transport
@@ -88,15 +89,11 @@ class Catalog:
         self._lock = threading.RLock()
         #: being unregistered: no use may begin, or waiting for the last one might never end
         self._leaving: set[Entry] = set()
-        #: freed while in use: their memory is still to go back to its pool
-        self._doomed: set[Entry] = set()
-        self._generations = Generations(secrets.randbits(62), self._exposure.expose_words)
-        self._tickets: dict[int, Ticket] = {}
-        self._ticket_ids = itertools.count(-1, -1)
+        self._allocations = Allocations(pools, gate, self._exposure)
+        generations = Generations(secrets.randbits(62), self._exposure.expose_words)
+        self._tickets = Tickets(generations, gate)
         self._registry = Registry(
-            self._generations,
-            first_id=PROBE_ID,
-            peers_keep_tables=peers_keep_tables,
+            generations, first_id=PROBE_ID, peers_keep_tables=peers_keep_tables
         )
         self._nonce = ProbeNonce()
         geometry = Geometry(CacheKind.CONTINUOUS, 1, 1, NONCE_NBYTES)
@@ -174,8 +171,7 @@ class Catalog:
 
     def _take_back(self, entry: Entry) -> None:
         """Of an allocation that nobody got."""
-        with self._lock:
-            self._give_back(self._registry.unregister(entry.cache_id))
+        self._drop(partial(self._registry.unregister, entry.cache_id))
 
     def _forget(self, cache_id: int) -> None:
         with self._lock:
@@ -185,49 +181,29 @@ class Catalog:
     def _allocate(
         self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
     ) -> Entry:
-        pool = self.pools[placement]
         self._reclaim()
+        layout = self._allocations.take(geometry, placement)
+        region, space = None, self.pools[placement].space
         try:
-            addrs = pool.allocate_many(geometry.num_tensors, geometry.tensor_nbytes)
-        except LLMException as error:
-            kept = len(self._doomed)
-            hint = f"; {kept} freed caches are still held by arrays or transfers" if kept else ""
-            text = f"no memory for a cache in the {placement.name} pool: {error}{hint}"
-            get_logger().error(text)
-            raise LLMException(text, error.status_code) from error
-        region = None
-        try:
-            layout = Layout.at(geometry, addrs)
-            region = self._exposure.expose(layout, pool.space, is_remote_accessible=True)
+            region = self._exposure.expose(layout, space, is_remote_accessible=True)
             with self._lock:
                 entry = self._registry.allocate(layout, placement, keys)
-                entry.allocated_at, entry.space = time.monotonic(), pool.space
+                entry.allocated_at, entry.space = time.monotonic(), space
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
             if region is not None:
                 self._exposure.conceal_region(region)
-            for addr in addrs:
-                pool.free(addr)
+            self._allocations.free(layout, placement)
             raise
         return entry
 
     def deallocate(self, cache_id: int) -> None:
         """Drops the id's reference; what no key holds is freed. Spec 6.5."""
-
-        def drop() -> None:
-            with self._lock:
-                self._give_back(self._registry.deallocate(cache_id))
-
-        self._errands.run(drop)
+        self._errands.run(lambda: self._drop(partial(self._registry.deallocate, cache_id)))
 
     def remove_key(self, key: KeyName) -> None:
         """Drops a key of an allocated cache; what nothing else holds is freed. Spec 6.6."""
-
-        def drop() -> None:
-            with self._lock:
-                self._give_back(self._registry.remove_key(key))
-
-        self._errands.run(drop)
+        self._errands.run(lambda: self._drop(partial(self._registry.remove_key, key)))
 
     def holdings(self) -> Holdings:
         """How many caches and keys there are, and the key that has waited longest for its pull."""
@@ -267,20 +243,7 @@ class Catalog:
         The call revokes it in one step: `ticket.cell[0] = STALE`.
         """
         with self._lock:
-            for old in [each for each in list(self._tickets.values()) if each.is_over(self._gate)]:
-                if self._tickets.pop(old.entry.cache_id, None) is not None:
-                    self._generations.close(old.entry.word_addr)
-            word_addr, generation = self._generations.open()
-            entry = replace(
-                ours,
-                cache_id=next(self._ticket_ids),
-                word_addr=word_addr,
-                generation=generation,
-                keys={},
-            )
-            ticket = Ticket(entry, ours, token, self._generations.cell(word_addr))
-            self._tickets[entry.cache_id] = ticket
-            return ticket
+            return self._tickets.issue(token, ours)
 
     def serve(self, token: object, cache_id: int, permit: Permit) -> Entry:
         """A cache or a ticket that an answer reads from, as `use`; the permit can end that.
@@ -288,8 +251,8 @@ class Catalog:
         Raises LLMException(LLM_KV_CACHE_NOT_EXIST).
         """
         with self._lock:
-            ticket = self._tickets.get(cache_id)
-            if ticket is not None and not ticket.is_over(self._gate):
+            ticket = self._tickets.find(cache_id)
+            if ticket is not None:
                 self._refuse_leaving(ticket.ours)
                 permit.ticket = ticket.cell, ticket.entry.generation
                 self._gate.enter(token, None, ticket.ours, permit)
@@ -337,8 +300,7 @@ class Catalog:
 
     def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
         """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7."""
-        with self._lock:
-            self._give_back(self._registry.use_up(cache_id, row, tensors))
+        self._drop(partial(self._registry.use_up, cache_id, row, tensors))
 
     def view(self, cache_id: int, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one tensor of ours; the array keeps them, whatever becomes of the cache.
@@ -364,11 +326,9 @@ class Catalog:
 
     def _hold(self, entry: Entry, index: int) -> object | None:
         """What keeps the memory of a tensor, beyond `close` too; None if only the program does."""
-        if not entry.is_owned:
-            return entry.held[index] if entry.held else None
-        nbytes = entry.layout.geometry.tensor_nbytes
-        memory = self.pools[entry.placement].view(int(entry.layout.addrs[index]), nbytes)
-        return memory, Pin(self._gate, entry)
+        if entry.is_owned:
+            return self._allocations.hold(entry, index)
+        return entry.held[index] if entry.held else None
 
     def _file(
         self,
@@ -391,24 +351,16 @@ class Catalog:
             raise
         return entry
 
-    def _give_back(self, freed: Entry | None) -> None:
-        """Returns the memory of an allocated cache, now or when nothing uses it any more."""
-        if freed is None:
-            return
-        if self._gate.count(freed):
-            self._doomed.add(freed)
-            return
-        self._exposure.conceal(freed.cache_id)
-        pool = self.pools[freed.placement]
-        for addr in freed.layout.addrs.tolist():
-            pool.free(addr)
+    def _drop(self, drop: Callable[[], Entry | None]) -> None:
+        """Drops a reference; the memory of a cache that is free then goes back."""
+        with self._lock:
+            freed = drop()
+            if freed is not None:
+                self._allocations.give_back(freed)
 
     def _reclaim(self) -> None:
-        """Returns the memory of freed caches whose last use has ended."""
         with self._lock:
-            doomed, self._doomed = self._doomed, set()
-            for entry in doomed:
-                self._give_back(entry)
+            self._allocations.reclaim()
 
     def _refuse_leaving(self, entry: Entry) -> None:
         if entry in self._leaving:
@@ -424,39 +376,6 @@ class Catalog:
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
             )
         return self._registry.find(cache_id)
-
-
-class Ticket(NamedTuple):
-    """What a push runs under: a generation of its own, in a word of its own."""
-
-    #: what the peer is told, and asks for: our cache under another id
-    entry: Entry
-    ours: Entry
-    token: object
-    #: the word; STALE in it ends the ticket
-    cell: U64
-
-    @property
-    def guard(self) -> Guard:
-        """What the peer must find unchanged."""
-        return Guard.of(self.entry)
-
-    def is_over(self, gate: Gate) -> bool:
-        """Whether its call has ended, or is ending."""
-        return self.token not in gate.running or int(self.cell[0]) != self.entry.generation
-
-
-class Pin:
-    """A use of a cache that ends when nobody holds the pin, wherever that is found out."""
-
-    __slots__ = ("_gate", "_token")
-
-    def __init__(self, gate: Gate, entry: Entry) -> None:
-        self._gate, self._token = gate, object()
-        gate.running[self._token] = (entry,)  # no call: it goes through no door
-
-    def __del__(self) -> None:
-        self._gate.leave(self._token)
 
 
 def _warn_of_strays(addrs: Sequence[int], nbytes: int, held: Sequence[object | None]) -> None:
