@@ -115,7 +115,7 @@ class Peer:
             watch.moves(segments)
         if ticket is None:
             self.read(segments, remote.guard, ours, deadline)
-            if isinstance(asked, Pull) and not self._is_one_sided and remote.has_key_at(row):
+            if not self._is_one_sided and remote.has_key_at(row) and isinstance(asked, Pull):
                 self._use_up(remote, row, asked.tensors, deadline)
         else:
             self.send(segments, ticket, remote.guard, deadline)

@@ -12,14 +12,14 @@ with it, once, however it ends. That is why there is a table of tokens and no co
 `leave` is spelled out where a program's own thread passes (`transfers/transfers.py`): a signal may
 strike at the beginning of a function of ours. `running/bell.py` says more.
 
-Any thread may call anything here. `_lock` guards that a door is seen open and gone through at once;
-it is taken last, and nothing is called under it. Rejected: a count for each link and each cache
-under locks of their own (an exception between two of them left one raised for ever).
+Any thread may call anything here, and there is no lock: a call enters first and looks whether the
+door is shut then, and whoever shuts a door looks for those inside then, so that one of the two sees
+the other. Rejected: a count for each link and each cache under locks of their own (an exception
+between two of them left one raised for ever).
 """
 
 from __future__ import annotations
 
-import threading
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,6 @@ class Gate:
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self._recorder = recorder
-        self._lock = threading.RLock()
         #: by token, what the call uses
         self.running: dict[object, tuple[object, ...]] = {}
         #: rung when a call has ended
@@ -55,17 +54,17 @@ class Gate:
         self.door = Door()
 
     def enter(self, token: object, door: Door | None = None, *used: object) -> None:
-        """The call begins, or begins to use one thing more.
+        """The call begins, or uses one thing more. `leave` must follow, also when it raises.
 
         Raises LLMException: LLM_NOT_YET_LINK when the door is shut, LLM_FAILED when the cluster is.
         """
-        with self._lock:
-            if self.door.shut_because is not None:
-                raise LLMException(self.door.shut_because, LLMStatusCode.LLM_FAILED)
-            if door is not None and door.shut_because is not None:
-                raise LLMException(door.shut_because, LLMStatusCode.LLM_NOT_YET_LINK)
-            before = self.running.get(token) or (self.door,)
-            self.running[token] = (*before, *used) if door is None else (*before, door, *used)
+        before = self.running.get(token) or (self.door,)
+        self.running[token] = (*before, *used) if door is None else (*before, door, *used)
+        # not before: whoever shuts a door looks behind that for those who are inside
+        if self.door.shut_because is not None:
+            raise LLMException(self.door.shut_because, LLMStatusCode.LLM_FAILED)
+        if door is not None and door.shut_because is not None:
+            raise LLMException(door.shut_because, LLMStatusCode.LLM_NOT_YET_LINK)
 
     def leave(self, token: object) -> None:
         """The call has ended. May be called again."""
@@ -85,13 +84,11 @@ class Gate:
 
     def shut(self, door: Door, because: str) -> None:
         """Nothing goes through from here on."""
-        with self._lock:
-            door.shut_because = because
+        door.shut_because = because
 
     def open(self, door: Door) -> None:
         """The end of `shut`."""
-        with self._lock:
-            door.shut_because = None
+        door.shut_because = None
 
     def count(self, used: object) -> int:
         """How many calls use it."""

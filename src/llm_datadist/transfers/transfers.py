@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from llm_datadist.core.registry import Entry
+    from llm_datadist.core.remote import Guard
     from llm_datadist.core.segments import U64
     from llm_datadist.links.table import LinkTable
     from llm_datadist.memory.device import Device
@@ -118,31 +119,42 @@ class Transfers:
         return self._observer.watch(operation, cluster_id, path)
 
     def _run(self, token: Token, asked: Pull | Push | Copy) -> None:
-        if isinstance(asked, Copy):
+        if isinstance(asked, Pull):
+            cluster_id = asked.place.cluster_id
+            if self._links.is_self(cluster_id):
+                raise invalid("the key names this cluster itself; only a linked peer can be pulled")
+            ours = self._catalog.use(token, asked.cache_id)
+            asked.check(ours)
+            if self._observer is None:
+                self._move(token, asked, ours, None)
+            else:
+                with self.watching("pull", cluster_id) as watch:
+                    self._move(token, asked, ours, None, watch)
+        elif isinstance(asked, Push):
+            self._push(token, asked)
+        else:
             self._copy(token, asked)
-            return
-        cluster_id, is_pull = asked.place.cluster_id, isinstance(asked, Pull)
-        if is_pull and self._links.is_self(cluster_id):
-            raise invalid("the key names this cluster itself; only a linked peer can be pulled")
+
+    def _push(self, token: Token, asked: Push) -> None:
         ours = self._catalog.use(token, asked.cache_id)
         asked.check(ours)
-        if isinstance(asked, Push) and asked.layers.moves_nothing(ours.layout.geometry):
+        if asked.layers.moves_nothing(ours.layout.geometry):
             self._warn_of_nothing(asked, ours)
-        if self._observer is None:
-            self._move(token, asked, ours)
-        else:
-            with self.watching("pull" if is_pull else "push", cluster_id) as watch:
-                self._move(token, asked, ours, watch)
+        ticket = self._catalog.issue(token, ours)
+        token.cell = ticket.cell
+        with self.watching("push", asked.place.cluster_id) as watch:
+            self._move(token, asked, ours, ticket.guard, watch)
 
     def _move(
-        self, token: Token, asked: Pull | Push, ours: Entry, watch: Watch | None = None
+        self,
+        token: Token,
+        asked: Pull | Push,
+        ours: Entry,
+        ticket: Guard | None,
+        watch: Watch | None = None,
     ) -> None:
         peer = self._enter(token, asked.place.cluster_id)
-        guard = None
-        if isinstance(asked, Push):
-            ticket = self._catalog.issue(token, ours)
-            token.cell, guard = ticket.cell, ticket.guard
-        peer.move(asked, ours, guard, Deadline.after(self._timeout_s), watch)
+        peer.move(asked, ours, ticket, Deadline.after(self._timeout_s), watch)
 
     def _warn_of_nothing(self, asked: Push, ours: Entry) -> None:
         """It is a success, as in the reference (O14); the log says once what that means."""
