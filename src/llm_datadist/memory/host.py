@@ -6,8 +6,10 @@ import bisect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_datadist.observe.log import get_logger
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 _MAPS = Path("/proc/self/maps")
 
@@ -22,6 +24,22 @@ def unmapped(addrs: Iterable[int], nbytes: int) -> list[int]:
     except OSError:
         return []
     return [addr for addr in addrs if not _lies_within(ranges, addr, addr + nbytes)]
+
+
+def warn_of_strays(addrs: Sequence[int], nbytes: int, held: Sequence[object | None]) -> None:
+    """Says which tensors to be registered are not mapped, of those that nothing keeps.
+
+    What is kept is there, and to look takes milliseconds in a process that has torch.
+    """
+    keepers = held or [None] * len(addrs)
+    loose = [addr for addr, keeper in zip(addrs, keepers, strict=True) if keeper is None]
+    strays = unmapped(loose, nbytes) if loose else []
+    if strays:
+        get_logger().warning(
+            "register: no memory is mapped at %d of %d addresses, the first is %#x (+%d bytes); "
+            "transfers that use it will fail",
+            len(strays), len(addrs), strays[0], nbytes,
+        )  # fmt: skip
 
 
 def _mapped_ranges(maps: str) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.core.geometry import Geometry, Layout
 from llm_datadist.errors import LLMException
-from llm_datadist.observe.log import get_logger
+from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from llm_datadist.owner.exposure import Exposure
     from llm_datadist.running.gate import Gate
     from llm_datadist.types import Placement
+
+#: how long an answer may take to be seen as sent
+_NOTICED_S = 0.05
 
 
 class Allocations:
@@ -39,7 +42,6 @@ class Allocations:
             kept = len(self._doomed)
             hint = f"; {kept} freed caches are still held by arrays or transfers" if kept else ""
             text = f"no memory for a cache in the {placement.name} pool: {error}{hint}"
-            get_logger().error(text)
             raise LLMException(text, error.status_code) from error
         try:
             return Layout.at(geometry, addrs)
@@ -66,6 +68,18 @@ class Allocations:
         else:
             self._exposure.conceal(freed.cache_id)
             self.free(freed.layout, freed.placement)
+
+    def await_last_uses(self) -> bool:
+        """Whether the memory of a freed cache may go back, after a short wait.
+
+        A peer that has the last byte of an answer may act on it before this end has noticed that
+        the answer is sent.
+        """
+        deadline = Deadline.after(_NOTICED_S)
+        return any(
+            self._gate.drain(entry, max(0.0, deadline.remaining_s()))
+            for entry in tuple(self._doomed)
+        )
 
     def reclaim(self) -> None:
         """Returns the memory of freed caches whose last use has ended."""

@@ -32,7 +32,7 @@ from llm_datadist.core.remote import describe
 from llm_datadist.core.stats import HeldKey
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
-from llm_datadist.memory.host import unmapped
+from llm_datadist.memory.host import warn_of_strays
 from llm_datadist.memory.views import held_bytes
 from llm_datadist.observe.log import get_logger
 from llm_datadist.owner.allocations import Allocations
@@ -123,7 +123,7 @@ class Catalog:
         LLMException(LLM_PARAM_INVALID).
         """
         layout = Layout.at(geometry, addrs)
-        _warn_of_strays(addrs, geometry.tensor_nbytes, held)
+        warn_of_strays(addrs, geometry.tensor_nbytes, held)
         return self._errands.run(
             partial(
                 self._file,
@@ -181,8 +181,7 @@ class Catalog:
     def _allocate(
         self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
     ) -> Entry:
-        self._reclaim()
-        layout = self._allocations.take(geometry, placement)
+        layout = self._take_memory(geometry, placement)
         region, space = None, self.pools[placement].space
         try:
             region = self._exposure.expose(layout, space, is_remote_accessible=True)
@@ -196,6 +195,17 @@ class Catalog:
             self._allocations.free(layout, placement)
             raise
         return entry
+
+    def _take_memory(self, geometry: Geometry, placement: Placement) -> Layout:
+        self._reclaim()
+        try:
+            return self._allocations.take(geometry, placement)
+        except LLMException as error:
+            if self._allocations.await_last_uses():
+                self._reclaim()
+                return self._allocations.take(geometry, placement)
+            get_logger().error(str(error))
+            raise
 
     def deallocate(self, cache_id: int) -> None:
         """Drops the id's reference; what no key holds is freed. Spec 6.5."""
@@ -376,19 +386,6 @@ class Catalog:
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
             )
         return self._registry.find(cache_id)
-
-
-def _warn_of_strays(addrs: Sequence[int], nbytes: int, held: Sequence[object | None]) -> None:
-    """What is kept is there, and to look takes milliseconds in a process that has torch."""
-    keepers = held or [None] * len(addrs)
-    loose = [addr for addr, keeper in zip(addrs, keepers, strict=True) if keeper is None]
-    strays = unmapped(loose, nbytes) if loose else []
-    if strays:
-        get_logger().warning(
-            "register: no memory is mapped at %d of %d addresses, the first is %#x (+%d bytes); "
-            "transfers that use it will fail",
-            len(strays), len(addrs), strays[0], nbytes,
-        )  # fmt: skip
 
 
 def _held(entry: Entry) -> HeldKey:
