@@ -90,6 +90,8 @@ def _readv(dst_addr: int, src_addr: int, count: int) -> int:
     try:
         return native.process_vm_readv(os.getpid(), dst_addr, src_addr, count)
     except OSError as error:
+        if error.errno is None:  # no system call's: a signal's handler raised it
+            raise
         if error.errno == errno.EFAULT:
             return 0
         raise LLMException(

@@ -133,7 +133,9 @@ class CmaChannel:
             moved = native.process_vm_readv(
                 self._pid, ours.buffer_info()[0], theirs.buffer_info()[0], len(local) // 2
             )
-        except OSError:
+        except OSError as error:
+            if error.errno is None:  # no system call's: a signal's handler raised it
+                raise
             return False
         is_right = moved == total_nbytes and words[0] == words[1] == guard.generation
         return is_right and not self._is_closed
@@ -168,6 +170,8 @@ class CmaChannel:
                 self._pid, local.ctypes.data, remote.ctypes.data, len(local)
             )
         except OSError as error:
+            if error.errno is None:
+                raise
             raise self._explain(error, local, remote, guard) from error
         if moved != wanted:
             raise self._bad_address(first_unfinished(local[:, 1], moved), local, remote, guard)
