@@ -89,10 +89,10 @@ class StreamPool:
         self._streams: dict[Stream, None] = {}
         #: those of them that are lent, and to whom
         self._lent: dict[Stream, weakref.ref[Loan]] = {}
-        #: threads that have no stream yet
-        self._wanting: dict[object, None] = {}
+        #: loans of threads that have no stream yet, in the order in which they came
+        self._wanting: dict[weakref.ref[Loan], None] = {}
         #: those of them that are dialling
-        self._dialing: dict[object, None] = {}
+        self._dialing: dict[weakref.ref[Loan], None] = {}
         #: when the peer was asked for those that have not come
         self._asked: deque[float] = deque()
         self._closed_because: str | None = None
@@ -153,17 +153,17 @@ class StreamPool:
 
     def _wait(self, loan: Loan, deadline: Deadline) -> None:
         """Until the loan has a stream. Whoever waits opens what is missing, for all that wait."""
-        token = object()
+        mine = weakref.ref(loan)
         try:
-            self._wanting[token] = None
-            while not (self._is_next(token) and self._claims(loan)):
+            self._wanting[mine] = None
+            while not (self._is_next(mine) and self._claims(loan)):
                 if self._closed_because is not None:
                     raise LLMException(self._closed_because, LLMStatusCode.LLM_NOT_YET_LINK)
                 if self._is_one_missing():
                     if self._dial is not None:
-                        self._dialing[token] = None
+                        self._dialing[mine] = None
                         self._keep(self._dial(deadline))
-                        del self._dialing[token]
+                        del self._dialing[mine]
                         self._bell.ring()
                         continue
                     self._asked.append(time.monotonic())
@@ -171,44 +171,43 @@ class StreamPool:
                 left_s = deadline.require("waiting for a stream to the peer")
                 with self._recorder.waiting("stream") if self._recorder else nullcontext():
                     self._bell.wait_until(
-                        partial(self._is_worth_a_look, token), min(left_s, _ASK_AGAIN_S)
+                        partial(self._is_worth_a_look, mine), min(left_s, _ASK_AGAIN_S)
                     )
         finally:
-            self._dialing.pop(token, None)
-            self._wanting.pop(token, None)
+            self._dialing.pop(mine, None)
+            self._wanting.pop(mine, None)
             self._bell.ring()
 
-    def _is_next(self, token: object) -> bool:
+    def _is_next(self, mine: weakref.ref[Loan]) -> bool:
         """Whether no more threads came before it than there are free streams."""
-        return token in tuple(self._wanting)[: max(1, self._num_free())]
+        self._collect_lost()
+        return mine in tuple(self._wanting)[: max(1, self._num_free())]
 
-    def _is_worth_a_look(self, token: object) -> bool:
+    def _is_worth_a_look(self, mine: weakref.ref[Loan]) -> bool:
         if self._closed_because is not None:
             return True
-        if self._num_free() > 0 and self._is_next(token):
+        if self._is_next(mine) and self._num_free() > 0:
             return True
         return self._is_one_missing()
 
     def _num_free(self) -> int:
-        return len(self._streams) - len(self._lent)
+        return sum(stream not in self._lent for stream in tuple(self._streams))
 
     def _is_one_missing(self) -> bool:
         """Whether more threads want a stream than there will be, and one more may be opened."""
-        coming = self._num_free() + len(self._dialing) + len(self._asked)
-        return coming < len(self._wanting) and self._has_room()
-
-    def _has_room(self) -> bool:
-        """Whether one more stream may be opened."""
         while self._asked and self._asked[0] < time.monotonic() - _ASK_AGAIN_S:
             self._asked.popleft()
-        if self._num_open() >= MAX_STREAMS:
-            self._collect_lost()
-        return self._num_open() < MAX_STREAMS
-
-    def _num_open(self) -> int:
-        return len(self._streams) + len(self._dialing) + len(self._asked)
+        coming = len(self._dialing) + len(self._asked)
+        if len(self._streams) + coming >= MAX_STREAMS:
+            return False
+        return self._num_free() + coming < len(self._wanting)
 
     def _collect_lost(self) -> None:
+        """Takes out what interrupted threads have left: claims, with their streams, and wishes."""
+        for loans in (self._wanting, self._dialing):
+            for loan in tuple(loans):
+                if loan() is None:
+                    loans.pop(loan, None)
         for stream, loan in tuple(self._lent.items()):
             if loan() is None:
                 self._drop(stream)
