@@ -95,8 +95,7 @@ class Threads(Executor):
         """
         with self._lock:
             self._is_shut = True
-            for _ in range(self._max_threads):
-                self._work.put(None)
+            self._work.put(None)
         if not self._bell.wait_until(self._is_over, max(0.0, deadline.remaining_s())):
             raise deadline.expired(f"the end of {self._name}")
 
@@ -127,6 +126,7 @@ class Threads(Executor):
             del work  # it would hold the last work's objects while this thread waits
             self._idle.append(None)
             work = self._work.get()
+        self._work.put(None)  # for the next one: there may be more of them than were counted
         self._ended.append(None)
         self._bell.ring()
 
