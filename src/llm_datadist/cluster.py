@@ -12,7 +12,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from llm_datadist.core.link import Identity
+from llm_datadist.core.link import SAME_HOST, Identity
 from llm_datadist.errors import LLMException
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
@@ -40,6 +40,7 @@ from llm_datadist.running.movers import Movers
 from llm_datadist.running.threads import Errands, Threads, start_thread
 from llm_datadist.transfers.transfers import Transfers
 from llm_datadist.transport.installed import transports_for
+from llm_datadist.transport.same_host import SameHost
 from llm_datadist.transport.shield import Shields
 
 if TYPE_CHECKING:
@@ -140,6 +141,10 @@ class Cluster:
         answers = Answers(self.cluster_id, self.catalog, transports, self.gate)
         fetching = Fetching(answers, self.gate, recorder, options.sync_timeout_s)
         offers = {name: transport.offer() for name, transport in transports.items()}
+        meets = options.path in ("auto", SAME_HOST) and offers[SAME_HOST] is not None
+        same_host = SameHost.new() if meets else None
+        if same_host is not None:
+            offers[SAME_HOST] = same_host.offer()
         me = Identity(
             self.cluster_id,
             secrets.token_bytes(16),
@@ -157,6 +162,7 @@ class Cluster:
             # apart from both: strangers and name servers can make these wait as long as they like
             self._threads(_WAITERS, "waiter"),
             Shields(options.link_security),
+            same_host,
             movers if options.verify_transfers else None,
             options.sync_timeout_s,
             options.transfer_backend is not None,

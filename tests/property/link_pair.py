@@ -16,7 +16,7 @@ from llm_datadist.errors import LLMStatusCode
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
 
-EVENTS: Final = ("deliver", "probed", "drained", "leave", "stay", "cut", "lost", "timed_out")
+EVENTS: Final = ("deliver", "met", "probed", "drained", "leave", "stay", "cut", "lost", "timed_out")
 
 
 def make_identity(
@@ -45,6 +45,10 @@ class End:
     inbox: deque[m.Message | None] = field(default_factory=deque)
     #: what this end put on the connection
     sent: list[m.Message] = field(default_factory=list)
+    #: it is linking over the peer's same-host socket
+    is_meeting: bool = False
+    #: that link is made, and has taken this one's place
+    has_met: bool = False
     #: the path that is being probed
     probing: str | None = None
     verified: set[str] = field(default_factory=set)
@@ -59,6 +63,8 @@ class End:
 
     def due(self) -> str | None:
         """The next event that will come by itself."""
+        if self.is_meeting:
+            return "met"
         if self.probing is not None:
             return "probed"
         if self.drains:
@@ -69,6 +75,14 @@ class End:
         """One of EVENTS, if it can be now."""
         if event == "deliver" and self.inbox:
             self._deliver(self.inbox.popleft())
+        elif event == "met" and self.is_meeting:
+            assert isinstance(self.link, lk.CallerLink)
+            self.is_meeting = False
+            self.has_met = all(
+                lk.SAME_HOST not in end.failing and end.link.me.path in ("auto", lk.SAME_HOST)
+                for end in (self, self._peer)
+            )
+            self.perform(self.link.met(None if self.has_met else "it fails"))
         elif event == "probed" and self.probing is not None:
             path, self.probing = self.probing, None
             if path in self.failing:
@@ -99,6 +113,9 @@ class End:
             elif isinstance(action, lk.Probe):
                 assert self.probing is None
                 self.probing = action.path
+            elif isinstance(action, lk.Meet):
+                assert not self.link.is_same_host
+                self.is_meeting = True
             elif isinstance(action, lk.Publish):
                 assert action.path in self.verified
                 assert self.published is None
@@ -111,7 +128,10 @@ class End:
             elif isinstance(action, lk.Dial):
                 self.dialled += action.count
             else:
-                assert action.status is not LLMStatusCode.LLM_SUCCESS
+                if action.status is LLMStatusCode.LLM_SUCCESS:  # the link goes on elsewhere
+                    assert self.has_met or isinstance(self.link, lk.ListenerLink)
+                    assert self.published is None
+                self.is_meeting = False
                 self.close = action
                 self.inbox.clear()
                 self._put(None)
@@ -147,10 +167,12 @@ class Pair:
         failing: Sequence[Container[str]] = ((), ()),
         is_known: bool = False,
         is_fresh: bool = True,
+        is_same_host: bool = False,
     ) -> None:
-        link = lk.CallerLink(caller)
+        link = lk.CallerLink(caller, is_same_host)
+        answering = lk.ListenerLink(listener, is_same_host, token=b"t" * 16)
         self.caller = End(link, failing[0])
-        self.listener = End(lk.ListenerLink(listener, token=b"t" * 16), failing[1], is_known)
+        self.listener = End(answering, failing[1], is_known)
         self.caller.join(self.listener)
         self.caller.perform(link.start(is_fresh=is_fresh, timeout_ms=3000))
 

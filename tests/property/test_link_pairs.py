@@ -35,7 +35,7 @@ def statuses(pair: Pair) -> list[LLMStatusCode | None]:
 
 
 def make_pair() -> Pair:
-    return Pair(make_identity(1, PATHS), make_identity(2, PATHS))
+    return Pair(make_identity(1, PATHS[1:]), make_identity(2, PATHS[1:]))
 
 
 def linked_pair() -> Pair:
@@ -81,6 +81,10 @@ def test_a_link_takes_the_best_path_that_both_ends_offer_allow_and_verify(
         )
     ]
     expected = usable[0] if usable else None
+    if expected == lk.SAME_HOST:
+        assert statuses(pair) == [LLMStatusCode.LLM_SUCCESS] * 2
+        pair = Pair(caller, listener, failing=failing, is_same_host=True)
+        pair.settle()
     assert [end.published for end in pair.ends] == [expected, expected]
     if usable:
         assert pair.states == LINKED
@@ -95,7 +99,7 @@ def test_the_caller_knows_why_every_better_path_is_not_used(
 ) -> None:
     pair = Pair(make_identity(1, PATHS), make_identity(2, PATHS), failing=failing)
     pair.settle()
-    path = pair.caller.published
+    path = "cma" if pair.caller.has_met else pair.caller.published
     better = PATHS[: PATHS.index(path)] if path else PATHS
     rejected = pair.caller.link.rejected
     assert rejected == [(name, "it fails", True) for name in better]
@@ -169,9 +173,43 @@ def test_a_caller_that_knows_its_link_is_told_that_it_is_linked_already() -> Non
 
 @pytest.mark.shows("link.again_after_crash")
 def test_a_caller_that_forgot_its_link_gets_a_new_one() -> None:
-    pair = Pair(make_identity(1, PATHS), make_identity(2, PATHS), is_known=True, is_fresh=True)
+    tcp = PATHS[-1:]
+    pair = Pair(make_identity(1, tcp), make_identity(2, tcp), is_known=True, is_fresh=True)
     pair.settle()
     assert pair.states == LINKED
+
+
+# -- ends of one host --
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_said_on_the_first_connection_makes_no_link_over_the_same_host(side: int) -> None:
+    pair = Pair(make_identity(1, PATHS), make_identity(2, PATHS))
+    pair.step()
+    end = pair.ends[side]
+    said: m.Message = m.Linked(lk.SAME_HOST) if side == 0 else m.Ready(lk.SAME_HOST)
+    end.perform(end.link.received(said))
+    pair.settle()
+    assert [end.published for end in pair.ends] == [None, None]
+    assert not pair.listener.verified
+
+
+def test_another_process_than_the_one_that_was_called_is_no_peer() -> None:
+    pair = Pair(make_identity(1, PATHS), make_identity(2, PATHS), is_same_host=True)
+    assert isinstance(pair.caller.link, lk.CallerLink)
+    pair.caller.link.expected = b"who was reached."
+    pair.settle()
+    assert statuses(pair) == [LLMStatusCode.LLM_LINK_FAILED] * 2
+
+
+def test_a_first_connection_that_breaks_while_the_ends_meet_is_not_missed() -> None:
+    pair = Pair(make_identity(1, PATHS), make_identity(2, PATHS))
+    pair.step()
+    pair.caller.happens("deliver")
+    pair.caller.happens("lost")
+    pair.caller.happens("met")
+    assert pair.caller.has_met
+    assert statuses(pair)[0] is LLMStatusCode.LLM_SUCCESS
 
 
 # -- what goes wrong on the way --

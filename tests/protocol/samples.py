@@ -69,6 +69,7 @@ def samples() -> Iterator[m.Message]:
     yield m.Forget(_INSTANCE)
     yield m.Attach(_TOKEN, True)
     yield m.Attached()
+    yield m.Moved()
     yield m.Resolve(7, 0, 0, False)
     yield m.Resolve(None, 5, 1, True)
     yield m.Resolved(_INFO, 2)

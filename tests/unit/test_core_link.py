@@ -80,9 +80,9 @@ def test_candidates_are_what_both_ends_offer_best_first(
 
 
 def test_a_caller_begins_with_hello() -> None:
-    link = lk.CallerLink(make_identity("cma", "tcp"))
+    link = lk.CallerLink(make_identity("nixl", "tcp"))
     hello = m.Hello(
-        m.PROTOCOL_VERSION, 1, b"i" * 16, False, True, 1000, {"cma": b"", "tcp": b""}, PROBE
+        m.PROTOCOL_VERSION, 1, b"i" * 16, False, True, 1000, {"nixl": b"", "tcp": b""}, PROBE
     )
     assert link.start(is_fresh=True, timeout_ms=1000) == [lk.Send(hello)]
 
@@ -94,22 +94,22 @@ def test_a_caller_proposes_a_path_only_when_it_has_verified_it() -> None:
 
 
 def test_a_caller_tries_the_next_path_when_its_peer_cannot_use_one() -> None:
-    link = agreeing_caller("cma", "tcp")
-    assert link.received(m.Unusable("cma", "not allowed", False)) == [lk.Probe("tcp")]
-    assert link.rejected == [("cma", "not allowed", False)]
+    link = agreeing_caller("nixl", "tcp")
+    assert link.received(m.Unusable("nixl", "not allowed", False)) == [lk.Probe("tcp")]
+    assert link.rejected == [("nixl", "not allowed", False)]
 
 
 def test_a_caller_without_a_path_left_says_what_it_tried() -> None:
-    link = agreeing_caller("cma")
-    refusal, close = link.received(m.Unusable("cma", "another user", True))
+    link = agreeing_caller("nixl")
+    refusal, close = link.received(m.Unusable("nixl", "another user", True))
     assert isinstance(close, lk.Close)
     assert close.status is LLMStatusCode.LLM_LINK_FAILED
-    assert "cma: another user" in close.reason
+    assert "nixl: another user" in close.reason
     assert refusal == lk.Send(m.Refused(LLMStatusCode.LLM_LINK_FAILED, close.reason))
 
 
 def test_a_caller_does_not_link_by_another_path_than_it_proposed() -> None:
-    link = agreeing_caller("cma", "tcp")
+    link = agreeing_caller("nixl", "tcp")
     link.received(m.Linked("tcp"))
     assert link.state is lk.State.CLOSED
 
@@ -156,25 +156,25 @@ def test_a_listener_publishes_before_it_tells_the_caller() -> None:
 
 
 def test_a_listener_waits_for_another_path_after_one_that_fails() -> None:
-    link = offering_listener("cma", "tcp")
-    link.received(m.Ready("cma"))
-    assert link.probed("cma", "another user", is_remarkable=True) == [
-        lk.Send(m.Unusable("cma", "another user", True))
+    link = offering_listener("nixl", "tcp")
+    link.received(m.Ready("nixl"))
+    assert link.probed("nixl", "another user", is_remarkable=True) == [
+        lk.Send(m.Unusable("nixl", "another user", True))
     ]
     assert link.received(m.Ready("tcp")) == [lk.Probe("tcp")]
 
 
 def test_a_reason_of_any_length_fits_into_the_message_that_carries_it() -> None:
-    link = offering_listener("cma", "tcp")
-    link.received(m.Ready("cma"))
-    [answer] = link.probed("cma", "why " * 5000, is_remarkable=True)
+    link = offering_listener("nixl", "tcp")
+    link.received(m.Ready("nixl"))
+    [answer] = link.probed("nixl", "why " * 5000, is_remarkable=True)
     assert isinstance(answer, lk.Send)
     assert m.decode(m.encode(answer.message)[m.HEADER.size :]) == answer.message
 
 
-@pytest.mark.parametrize("path", ["cma", "carrier pigeon"])
+@pytest.mark.parametrize("path", ["nixl", "carrier pigeon"])
 def test_a_listener_does_not_probe_a_path_that_it_does_not_allow(path: str) -> None:
-    link = offering_listener("cma", "tcp", path="tcp")
+    link = offering_listener("nixl", "tcp", path="tcp")
     [answer] = link.received(m.Ready(path))
     assert answer == lk.Send(m.Unusable(path, "cluster 1 does not allow it", False))
 

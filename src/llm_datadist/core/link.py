@@ -11,6 +11,11 @@
               <-- Linked(path) --         LINKED
     LINKED    publishes the link
 
+Ends of one host meet: the caller goes to the listener's same-host socket, where the kernel says who
+is at the other end, and begins anew there (MEETING); when that link is made the first connection
+ends with Moved. What was said on it counts for nothing, so nobody who passed it on is part of the
+link. Where they cannot meet the hand-shake goes on, and the link has another path.
+
 A listener that cannot use the path answers Unusable, and the caller proposes its next one. A link
 is published only after both ends have moved bytes over the path; whatever fails before that closes
 the connection, which the other end sees, so that neither keeps half a link. Each side's state
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 
 #: best first; a transport from outside that is not named here comes after "cma"
 PREFERENCE = ("cma", "nixl", "tcp")
+#: the path of links over a same-host socket, and of no others
+SAME_HOST = "cma"
 #: a caller that proposes more paths than there can be is none
 _MAX_PROPOSALS = 16
 
@@ -39,6 +46,7 @@ _MAX_PROPOSALS = 16
 class State(enum.Enum):
     NEW = "new"
     GREETING = "greeting"
+    MEETING = "meeting"
     OFFERED = "offered"
     PROBING = "probing"
     AGREEING = "agreeing"
@@ -67,6 +75,13 @@ class Probe:
     """Verify `path` end to end, then report `probed`."""
 
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Meet:
+    """Link to the peer over its same-host socket, then report `met`."""
+
+    offer: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +116,7 @@ class Close:
     reason: str
 
 
-Action: TypeAlias = Send | Probe | Publish | Dial | Drain | Retract | Close
+Action: TypeAlias = Send | Probe | Meet | Publish | Dial | Drain | Retract | Close
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +143,8 @@ class Link(abc.ABC):
     """One end of a link. Subclasses do the hand-shake; this part is common to both ends."""
 
     me: Identity
+    #: the connection is one to the listener's same-host socket
+    is_same_host: bool = False
     state: State = State.NEW
     peer: Peer | None = None
     path: str = ""
@@ -194,6 +211,11 @@ class Link(abc.ABC):
             return self._close(LLMStatusCode.LLM_NOT_YET_LINK, "it was unlinked")
         return self._unexpected(message)
 
+    def _paths(self, theirs: Mapping[str, bytes]) -> list[str]:
+        """The paths that may be proposed on this connection, best first."""
+        common = candidates(self.me.offers, theirs, self.me.path)
+        return [path for path in common if (path == SAME_HOST) == self.is_same_host]
+
     @abc.abstractmethod
     def _greet(self, message: m.Message) -> list[Action]: ...
 
@@ -238,6 +260,8 @@ class Link(abc.ABC):
 class CallerLink(Link):
     """The end that called `link_clusters`."""
 
+    #: who must answer, where that is known
+    expected: bytes = b""
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
 
@@ -284,9 +308,34 @@ class CallerLink(Link):
         if refusal is not None:
             return self._refuse(LLMStatusCode.LLM_PARAM_INVALID, refusal)
         self.peer = Peer(message.cluster_id, message.instance, message.offers, message.probe)
+        if self.expected not in (b"", message.instance):
+            return self._refuse(
+                LLMStatusCode.LLM_LINK_FAILED,
+                f"cluster {message.cluster_id} answers there, and not the process that was called",
+            )
         self.token = message.token
-        self._candidates = candidates(self.me.offers, message.offers, self.me.path)
+        self._candidates = self._paths(message.offers)
+        best = candidates(self.me.offers, message.offers, self.me.path)[:1]
+        if best != [SAME_HOST] or self.is_same_host:
+            return self._propose()
+        self.state = State.MEETING
+        if message.offers[SAME_HOST]:
+            return [Meet(message.offers[SAME_HOST])]
+        return self.met(f"cluster {message.cluster_id} does not allow it", is_remarkable=False)
+
+    def met(self, failure: str | None, *, is_remarkable: bool = True) -> list[Action]:
+        """The result of a Meet; `failure` is None when the link is made there."""
+        if self.state is not State.MEETING:
+            return []
+        if failure is None:
+            ending = self._close(LLMStatusCode.LLM_SUCCESS, "it goes on over a same-host socket")
+            return [Send(m.Moved()), *ending]
+        self.rejected.append((SAME_HOST, failure, is_remarkable))
         return self._propose()
+
+    def lost(self, reason: str) -> list[Action]:
+        """As above; while the ends meet elsewhere, the first connection may end."""
+        return [] if self.state is State.MEETING else super().lost(reason)
 
     def _propose(self) -> list[Action]:
         if not self._candidates:
@@ -346,9 +395,11 @@ class ListenerLink(Link):
     def _greet(self, message: m.Message) -> list[Action]:
         if len(self.rejected) > _MAX_PROPOSALS:
             return self._unexpected(message)
+        if isinstance(message, m.Moved) and self.state is State.OFFERED:
+            return self._close(LLMStatusCode.LLM_SUCCESS, "it goes on over a same-host socket")
         if isinstance(message, m.Ready) and self.state is State.OFFERED and self.peer is not None:
             self.state = State.PROBING
-            if message.path in candidates(self.me.offers, self.peer.offers, self.me.path):
+            if message.path in self._paths(self.peer.offers):
                 return [Probe(message.path)]
             return self.probed(
                 message.path, f"cluster {self.me.cluster_id} does not allow it", is_remarkable=False

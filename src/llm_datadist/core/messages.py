@@ -144,6 +144,10 @@ class Attached(Message, tag=12):
     pass
 
 
+class Moved(Message, tag=13):
+    """The link goes on over the listener's same-host socket: nothing follows on this connection."""
+
+
 class Resolve(Message, tag=20):
     """Which cache is it? By id when `cache_id` is given, else by key."""
 
@@ -286,6 +290,7 @@ AnyMessage: TypeAlias = (
     | Forget
     | Attach
     | Attached
+    | Moved
     | Resolve
     | Resolved
     | ListCaches

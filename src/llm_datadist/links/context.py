@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llm_datadist.running.gate import Gate
     from llm_datadist.running.movers import Movers
     from llm_datadist.transport.base import Transport
+    from llm_datadist.transport.same_host import SameHost
     from llm_datadist.transport.shield import Shields
 
 
@@ -32,6 +33,8 @@ class Context:
     #: threads that verify paths, look names up, and wait for calls to end
     waiters: Executor
     shields: Shields
+    #: where peers of this host are met; None when that path is not to be had
+    same_host: SameHost | None
     #: compares what is moved by checksum; None: it is not compared
     checking: Movers | None
     sync_timeout_s: float

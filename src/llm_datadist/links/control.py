@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.frames import FrameReader
-from llm_datadist.endpoint import is_ip_literal
+from llm_datadist.endpoint import Endpoint, is_ip_literal
 from llm_datadist.running import forks
+from llm_datadist.transport.same_host import Process, SameHost
 from llm_datadist.transport.shield import NotAuthentic
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from llm_datadist.transport.same_host import Address
     from llm_datadist.transport.shield import Shield
 
 _CHUNK_NBYTES = 64 * 1024
@@ -29,6 +31,7 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
 _VANISHED_MS = 25_000
+_QUEUE_FULL_S = 0.01
 
 
 class ConnectionEnded(Exception):
@@ -42,13 +45,19 @@ class Unwelcome(ConnectionEnded):
 class Control:
     """One connection. Belongs to the loop's thread."""
 
-    def __init__(self, sock: socket.socket, address: tuple[Any, ...], shield: Shield) -> None:
+    def __init__(self, sock: socket.socket, at: Address, shield: Shield) -> None:
+        """Raises OSError when it has ended meanwhile."""
         sock.setblocking(False)
-        for level, option, value in _KEEPALIVE:
-            sock.setsockopt(level, option, value)
+        #: the peer, where the kernel says who that is
+        self.process: Process | None = None
+        if sock.family == socket.AF_UNIX:
+            self.process = Process.of(sock)
+        else:
+            for level, option, value in _KEEPALIVE:
+                sock.setsockopt(level, option, value)
         self.socket = forks.own(sock)
         #: the peer's; the socket no longer knows it when the peer has reset the connection
-        self.address = address
+        self.at = at
         self.shield = shield
         #: holds what came behind the message received last
         self.frames = FrameReader()
@@ -62,7 +71,8 @@ class Control:
 
         Keep-alive leaves that to the retransmissions, which go on for a quarter of an hour.
         """
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _VANISHED_MS)
+        if self.process is None:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _VANISHED_MS)
 
     async def greet(self) -> None:
         """The shield's hand-shake, first of all. Raises Unwelcome."""
@@ -113,12 +123,15 @@ class Control:
         self.socket.close()
 
 
-async def dial(host: str, port: int, waiters: Executor, shield: Shield) -> Control:
+async def dial(at: Address, waiters: Executor, shield: Shield) -> Control:
     """Connects and greets; a name is looked up in a thread of the waiters.
 
     Raises OSError, Unwelcome.
     """
-    control = await _dial(host, port, waiters, shield)
+    if isinstance(at, SameHost):
+        control = await _dial_same_host(at, shield)
+    else:
+        control = await _dial(*at, waiters, shield)
     try:
         if not shield.is_done:
             await control.greet()
@@ -141,13 +154,26 @@ async def _dial(host: str, port: int, waiters: Executor, shield: Shield) -> Cont
     return await _connect(infos[-1], shield)
 
 
+async def _dial_same_host(at: SameHost, shield: Shield) -> Control:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        # nothing tells the loop that the listener's queue has room again
+        while not at.try_to_connect(sock):  # noqa: ASYNC110
+            await asyncio.sleep(_QUEUE_FULL_S)
+        return Control(sock, at, shield)
+    except BaseException:
+        sock.close()
+        raise
+
+
 async def _connect(info: tuple[Any, ...], shield: Shield) -> Control:
     family, kind, protocol, _, address = info
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, address)
-        return Control(sock, address, shield)
+        return Control(sock, Endpoint(*address[:2]), shield)
     except BaseException:
         sock.close()
         raise

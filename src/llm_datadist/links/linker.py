@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
+
+import msgspec
 
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
@@ -14,6 +17,8 @@ from llm_datadist.errors import LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome, dial
 from llm_datadist.links.session import Session
 from llm_datadist.running.deadline import Deadline
+from llm_datadist.transport.base import PathUnavailable
+from llm_datadist.transport.same_host import SameHost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,11 +103,47 @@ class Linker:
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
         link = lk.CallerLink(self._context.me)
         session = Session(self._context, self._registrar, control, link, endpoint, group)
+        session.meeting = partial(self._meet, session, is_fresh)
         left_s = max(0.001, deadline.remaining_s())
-        timeout_ms = max(1, int(left_s * 1000))
-        first = link.start(is_fresh=is_fresh, timeout_ms=timeout_ms, group=group)
-        await session.greet(first, left_s)
+        await session.greet(_hello(link, left_s, is_fresh, group), left_s)
         return Outcome(session.status, session.reason) if session.is_closed else _OK
+
+    async def _meet(self, first: Session, is_fresh: bool, offer: bytes, left_s: float) -> Session:
+        """Links to the peer of a first session over its same-host socket.
+
+        Raises PathUnavailable.
+        """
+        try:
+            at, is_here = SameHost.offered(offer)
+        except (ValueError, msgspec.DecodeError) as error:
+            raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
+        deadline = Deadline.after(left_s)
+        control = await self._reach(at, is_here, left_s)
+        link = lk.CallerLink(self._context.me, is_same_host=True, expected=first.instance)
+        session = Session(
+            self._context, self._registrar, control, link, first.endpoint, first.group
+        )
+        left_s = max(0.001, deadline.remaining_s())
+        await session.greet(_hello(link, left_s, is_fresh, first.group), left_s)
+        if session.is_closed:
+            raise PathUnavailable(session.path_reason or session.reason)
+        return session
+
+    async def _reach(self, at: SameHost, is_here: bool, left_s: float) -> Control:
+        """A connection to a same-host socket. Raises PathUnavailable."""
+        shield = self._context.shields.make(is_caller=True)
+        try:
+            return await asyncio.wait_for(dial(at, self._context.waiters, shield), left_s)
+        except asyncio.TimeoutError:
+            raise PathUnavailable(f"{at} did not answer") from None
+        except ConnectionRefusedError:
+            if not is_here:
+                raise PathUnavailable("the peer is on another host", is_remarkable=False) from None
+            raise PathUnavailable(
+                "the peer is in another network namespace: let the containers share one (--network)"
+            ) from None
+        except (OSError, Unwelcome) as error:
+            raise PathUnavailable(f"{at}: {error}") from error
 
     async def cut(self, target: Target, timeout_s: float) -> Outcome:
         """Drops the links to a target without asking anybody."""
@@ -183,7 +224,7 @@ class Linker:
     ) -> tuple[Control | None, Outcome]:
         try:
             shield = self._context.shields.make(is_caller=True)
-            dialling = dial(*endpoint, self._context.waiters, shield)
+            dialling = dial(endpoint, self._context.waiters, shield)
             return await asyncio.wait_for(dialling, timeout_s), _OK
         except asyncio.TimeoutError:
             reason = f"no connection to {endpoint} within {timeout_s:.3f} s{_REMEDY}"
@@ -194,6 +235,11 @@ class Linker:
             remedy = "" if error.errno in _OURS else _REMEDY
             reason = f"cannot connect to {endpoint}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
+
+
+def _hello(link: lk.CallerLink, left_s: float, is_fresh: bool, group: str) -> list[lk.Action]:
+    timeout_ms = max(1, int(left_s * 1000))
+    return link.start(is_fresh=is_fresh, timeout_ms=timeout_ms, group=group)
 
 
 def _explain(error: OSError) -> str:

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
+from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome
 from llm_datadist.links.session import Session
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running import forks
 from llm_datadist.running.loop import cancel_all
+from llm_datadist.transport.same_host import SameHost
 from llm_datadist.transport.sealed import open_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llm_datadist.core.stats import ClusterStats
-    from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.context import Context
     from llm_datadist.links.groups import Groups
     from llm_datadist.links.session import Registrar
@@ -115,7 +116,13 @@ class Listener:
         if len(self._greetings) >= _MAX_GREETINGS:
             sock.close()
             return
-        control = Control(sock, address, self._context.shields.make(is_caller=False))
+        is_same_host = sock.family == socket.AF_UNIX
+        at = SameHost.nameless() if is_same_host else Endpoint(*address[:2])
+        try:
+            control = Control(sock, at, self._context.shields.make(is_caller=False))
+        except OSError:  # it has ended again
+            sock.close()
+            return
         task = loop.create_task(self._greet(control))
         self._greetings[task] = control
         task.add_done_callback(self._greeted)
@@ -152,7 +159,7 @@ class Listener:
 
     def _turn_away(self, control: Control, error: Unwelcome) -> None:
         """Says so once for each address: strangers may come often."""
-        host = str(control.address[0])
+        host = control.at.host if isinstance(control.at, Endpoint) else str(control.at)
         if host not in self._strangers and len(self._strangers) < _MAX_STRANGERS:
             self._strangers.add(host)
             get_logger().warning("refused a connection from %s: %s", host, error)
@@ -185,7 +192,8 @@ class Listener:
         await control.send(m.Stats(stats.told(to_stranger=not context.shields.is_secure)))
 
     async def _open_session(self, control: Control, hello: m.Hello) -> bool:
-        link = ListenerLink(self._context.me, token=secrets.token_bytes(16))
+        is_same_host = control.process is not None
+        link = ListenerLink(self._context.me, is_same_host, token=secrets.token_bytes(16))
         session = Session(self._context, self._registrar, control, link, None, hello.group)
         known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
         self._sessions[session.token] = session
@@ -202,7 +210,8 @@ class Listener:
 
     async def _attach(self, control: Control, attach: m.Attach) -> bool:
         session = self._sessions.get(attach.token)
-        if session is None or not control.frames.is_empty:
+        is_right = session is not None and session.process == control.process
+        if session is None or not is_right or not control.frames.is_empty:
             await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "there is no such link"))
             return False
         if session.is_full(is_reverse=attach.is_reverse):

@@ -48,6 +48,8 @@ class Listening:
         self._asked: Endpoint | None = None
         #: where the listener really is, the port that was taken for 0 included
         self.endpoint: Endpoint | None = None
+        #: where peers of this host are met, while there is any other listener
+        self._same_host: Listener | None = None
         self._rank_listeners: list[Listener] = []
         self._rank_ports: dict[Endpoint, int] = {}
 
@@ -102,6 +104,7 @@ class Listening:
         """In the loop's thread."""
         for listener in self._rank_listeners:
             await listener.close()
+        await self._close_same_host()
 
     def _open(self, endpoint: Endpoint | None) -> None:
         if endpoint is None:
@@ -117,6 +120,14 @@ class Listening:
         self._listener = self._loop.run(self._make(sock))
 
     async def _make(self, sock: socket.socket) -> Listener:
+        if self._same_host is None and self._context.same_host is not None:
+            try:
+                self._same_host = self._listener_on(self._context.same_host.listen())
+            except OSError as error:
+                get_logger().warning("peers of this host cannot be met: %s", error)
+        return self._listener_on(sock)
+
+    def _listener_on(self, sock: socket.socket) -> Listener:
         return Listener(
             sock, self._context, self._links, self._groups, self._registrar, self._take_snapshot
         )
@@ -125,3 +136,10 @@ class Listening:
         if self._listener is not None:
             await self._listener.close()
         self._listener = self.endpoint = None
+        if not self._rank_listeners:
+            await self._close_same_host()
+
+    async def _close_same_host(self) -> None:
+        if self._same_host is not None:
+            await self._same_host.close()
+        self._same_host = None

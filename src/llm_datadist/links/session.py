@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
-from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, dial
 from llm_datadist.links.services import Services
@@ -35,9 +34,11 @@ from llm_datadist.running.gate import Door
 from llm_datadist.transport.base import Channel, PathUnavailable, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
+    from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.context import Context
+    from llm_datadist.transport.same_host import Process
     from llm_datadist.transport.stream import Stream
 
 
@@ -78,14 +79,16 @@ class Session:
         self.endpoint = endpoint
         #: the rank-table link that this one belongs to, if any
         self.group = group
-        #: where more connections to the peer go
-        self._address = Endpoint(*control.address[:2])
+        #: how the caller links over the peer's same-host socket; raises PathUnavailable
+        self.meeting: Callable[[bytes, float], Awaitable[Session]] | None = None
+        self._meeting_task: asyncio.Task[None] | None = None
         #: calls that use this link go through it
         self.door = Door("the link is still being made")
         self._streams = StreamPool(
             self._dial_stream if isinstance(link, lk.CallerLink) else None,
             self._ask_for_stream,
             context.recorder,
+            control.process,
         )
         self._channels: dict[str, Channel] = {}
         #: the other end, for the threads that move bytes; None while the link is being made
@@ -133,6 +136,11 @@ class Session:
     @property
     def is_caller(self) -> bool:
         return isinstance(self._link, lk.CallerLink)
+
+    @property
+    def process(self) -> Process | None:
+        """The peer, where the kernel says which process that is."""
+        return self._control.process
 
     @property
     def token(self) -> bytes:
@@ -211,6 +219,8 @@ class Session:
                 todo.extend(await self._send(action.message))
             elif isinstance(action, lk.Probe):
                 self._spawn(self._probe(action.path))
+            elif isinstance(action, lk.Meet):
+                self._meeting_task = self._spawn(self._meet(action.offer))
             elif isinstance(action, lk.Publish):
                 await self._publish()
             elif isinstance(action, lk.Dial):
@@ -233,18 +243,20 @@ class Session:
 
     async def _listen(self) -> None:
         try:
-            while not self.is_closed:
-                await self._receive()
+            while not self.is_closed and await self._has_received():
+                pass
         finally:
             self._control.close()
 
-    async def _receive(self) -> None:
+    async def _has_received(self) -> bool:
+        """Whether the connection goes on."""
         try:
             message = await self._control.receive()
         except ConnectionEnded as error:
             await self.perform(self._link.lost(str(error)))
-        else:
-            await self.perform(self._link.received(message))
+            return False
+        await self.perform(self._link.received(message))
+        return True
 
     async def _send(self, message: m.Message) -> Sequence[lk.Action]:
         try:
@@ -252,6 +264,19 @@ class Session:
         except ConnectionEnded as error:
             return self._link.lost(str(error))
         return ()
+
+    async def _meet(self, offer: bytes) -> None:
+        link = self._link
+        assert isinstance(link, lk.CallerLink)
+        assert self.meeting is not None
+        try:
+            met = await self.meeting(offer, max(0.001, self._deadline.remaining_s()))
+        except PathUnavailable as error:
+            await self.perform(link.met(error.reason, is_remarkable=error.is_remarkable))
+            return
+        if self.is_closed:
+            await met.cut("the call that it was made for has ended")
+        await self.perform(link.met(None))
 
     async def _probe(self, path: str) -> None:
         await self.perform(await self._verify(path))
@@ -345,7 +370,7 @@ class Session:
     async def _dial_service(self) -> Control | None:
         """A connection on which the peer asks; None when the link is no more."""
         shield = self._context.shields.make(is_caller=True)
-        control = await dial(*self._address, self._context.waiters, shield)
+        control = await dial(self._control.at, self._context.waiters, shield)
         try:
             await control.send(m.Attach(self.token, is_reverse=True))
             answer = await control.receive()
@@ -359,7 +384,9 @@ class Session:
 
     def _dial_stream(self, deadline: Deadline) -> Stream:
         """In any thread."""
-        return dial_stream(self._address, self.token, self._context.shields, deadline)
+        return dial_stream(
+            self._control.at, self._control.process, self.token, self._context.shields, deadline
+        )
 
     def _ask_for_stream(self) -> None:
         """In any thread."""
@@ -370,8 +397,11 @@ class Session:
         self.status, self.reason = action.status, action.reason
         ending = f"the link ended because {action.reason}"
         self._context.gate.shut(self.door, ending)
-        if self._link.peer is not None:
+        if self.peer is not None:
             self._registrar.ended(self, action.reason)
+        meeting = self._meeting_task
+        if meeting is not None and meeting is not asyncio.current_task():
+            meeting.cancel()
         self._streams.close(ending)
         self._close_channels()
         self.services.close()

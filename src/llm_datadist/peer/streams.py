@@ -31,6 +31,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.bell import Bell
 from llm_datadist.transport.base import StaleCache
+from llm_datadist.transport.same_host import Process, SameHost
 from llm_datadist.transport.sealed import open_stream
 from llm_datadist.transport.stream import RequestRefused, Stream
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.running.deadline import Deadline
+    from llm_datadist.transport.same_host import Address
     from llm_datadist.transport.shield import Shields
 
 #: more threads than this on one link wait for each other's streams
@@ -79,7 +81,9 @@ class StreamPool:
         dial: Callable[[Deadline], Stream] | None,
         ask: Callable[[], object],
         recorder: Recorder | None = None,
+        process: Process | None = None,
     ) -> None:
+        self.process = process
         self._dial = dial
         self._ask = ask
         self._recorder = recorder
@@ -225,8 +229,31 @@ class StreamPool:
         stream.close()
 
 
-def dial_stream(at: Endpoint, token: bytes, shields: Shields, deadline: Deadline) -> Stream:
-    """A new stream of the link that the token names. Raises LLMException."""
+def dial_stream(
+    at: Address, process: Process | None, token: bytes, shields: Shields, deadline: Deadline
+) -> Stream:
+    """A new stream of the link that the token names, to the process of that link.
+
+    Raises LLMException.
+    """
+    if isinstance(at, SameHost):
+        sock = at.connect(deadline)
+        if Process.of(sock) != process:
+            sock.close()
+            raise LLMException(f"{at} is another process's by now", LLMStatusCode.LLM_NOT_YET_LINK)
+    else:
+        sock = _connect(at, deadline)
+    stream = open_stream(sock, shields.make(is_caller=True))
+    try:
+        stream.greet(deadline)
+        stream.ask(m.Attach(token, is_reverse=False), deadline)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _connect(at: Endpoint, deadline: Deadline) -> socket.socket:
     try:
         sock = socket.create_connection(at, deadline.require("opening a stream to the peer"))
     except TimeoutError:
@@ -238,11 +265,4 @@ def dial_stream(at: Endpoint, token: bytes, shields: Shields, deadline: Deadline
             f"no stream to {at} could be opened: {error}", LLMStatusCode.LLM_NOT_YET_LINK
         ) from error
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    stream = open_stream(sock, shields.make(is_caller=True))
-    try:
-        stream.greet(deadline)
-        stream.ask(m.Attach(token, is_reverse=False), deadline)
-    except BaseException:
-        stream.close()
-        raise
-    return stream
+    return sock

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.messages import ProbeTarget
     from llm_datadist.running.deadline import Deadline
+    from llm_datadist.transport.same_host import Process
     from llm_datadist.transport.stream import Stream
 
 NONCE_NBYTES = 16
@@ -61,6 +62,9 @@ class Region:
 
 class Streams(Protocol):
     """Request streams to one peer: connections on which this end asks and the other answers."""
+
+    #: the peer, where the kernel says which process that is: both ends are on one host
+    process: Process | None
 
     def borrow(self, deadline: Deadline) -> AbstractContextManager[Stream]:
         """A stream for one exchange. One that an exchange fails on is closed, not given back."""

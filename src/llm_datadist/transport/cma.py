@@ -1,7 +1,10 @@
 """Same host: `process_vm_readv`, one copy from the peer's memory to ours, without its doing.
 
-Needs the same host, PID namespace and user, and under Yama a ptracer grant. Whether it works is
-found out by reading the peer's nonce, not by guessing from such facts; they only serve to say why.
+Which process the peer is, the kernel says (`same_host.py`), and never the peer.
+
+Needs the same host, network and PID namespace and user, and under Yama a ptracer grant. Whether it
+works is found out by reading the peer's nonce, not by guessing from such facts; they only serve to
+say why.
 """
 
 from __future__ import annotations
@@ -9,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 from array import array
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -36,19 +39,11 @@ if TYPE_CHECKING:
     from llm_datadist.core.segments import U64, Segments
     from llm_datadist.running.deadline import Deadline
     from llm_datadist.running.movers import Call, Movers
+    from llm_datadist.transport.same_host import Process
 
 #: one system call moves at most this much, so that a deadline is looked at in time
 _CALL_NBYTES = 64 * 1024 * 1024
 _PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
-
-
-class CmaOffer(msgspec.Struct, frozen=True, array_like=True):
-    """Where a process is to be found."""
-
-    boot_id: str
-    pid_namespace: str
-    pid: int
-    uid: int
 
 
 class CmaTransport(AllMemory):
@@ -60,32 +55,22 @@ class CmaTransport(AllMemory):
 
     def __init__(self, movers: Movers) -> None:
         self._movers = movers
-        self._here = CmaOffer(
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.readlink("/proc/self/ns/pid"),
-            os.getpid(),
-            os.getuid(),
-        )
 
     def offer(self) -> bytes | None:
         if ptrace_scope() == 1:
             with contextlib.suppress(OSError):  # the peer's probe then fails and says why
                 native.allow_tracing_by_same_user()
-        return msgspec.msgpack.encode(self._here)
+        return b""  # where we are to be met is the link's to say
 
     def open(self, offer: bytes, streams: Streams) -> Channel:
-        try:
-            peer = msgspec.msgpack.decode(offer, type=CmaOffer)
-        except msgspec.DecodeError as error:
-            raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
-        here = self._here
-        if peer.boot_id != here.boot_id:
-            raise PathUnavailable("the peer is on another host", is_remarkable=False)
-        if peer.pid_namespace != here.pid_namespace:
+        process = streams.process
+        if process is None:
+            raise PathUnavailable("the ends did not meet on one host")
+        if process.pid == 0:
             raise PathUnavailable(
                 "the peer is in another PID namespace: let the containers share one (--pid)"
             )
-        return CmaChannel(peer.pid, self._movers, _why_denied(peer.uid, here.uid))
+        return CmaChannel(process, self._movers)
 
     def close(self) -> None:
         pass
@@ -94,10 +79,12 @@ class CmaTransport(AllMemory):
 class CmaChannel:
     """Reads one peer's memory."""
 
-    def __init__(self, pid: int, movers: Movers, why_denied: str) -> None:
-        self._pid = pid
+    def __init__(self, process: Process, movers: Movers) -> None:
+        self._process = process
+        self._pid = process.pid
+        # before the nonce is read: it is the process that had the nonce, as long as it lives
+        self._pidfd = _pidfd(process.pid)
         self._movers = movers
-        self._why_denied = why_denied
         self._is_closed = False
 
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
@@ -111,6 +98,10 @@ class CmaChannel:
 
     def close(self) -> None:
         self._is_closed = True
+        if self._pidfd is not None:
+            # a thread that looks at it still is about to fail anyway
+            pidfd, self._pidfd = self._pidfd, None
+            os.close(pidfd)
 
     def _read_few(self, segments: Segments, guard: Guard) -> bool:
         """Reads in one call; False when it is too much, or anything went wrong: read again then."""
@@ -162,6 +153,8 @@ class CmaChannel:
                 raise StaleCache(guard)
         if words[1] != guard.generation:
             raise StaleCache(guard)
+        if _has_ended(self._pidfd):  # its number may be another process's by now
+            raise self._gone()
 
     def _call(self, local: U64, remote: U64, guard: Guard) -> None:
         wanted = int(local[:, 1].sum())
@@ -178,18 +171,22 @@ class CmaChannel:
 
     def _explain(self, error: OSError, local: U64, remote: U64, guard: Guard) -> LLMException:
         if error.errno == errno.ESRCH:
-            return LLMException(
-                f"process {self._pid} of the peer is gone", LLMStatusCode.LLM_NOT_YET_LINK
-            )
+            return self._gone()
         if error.errno == errno.EFAULT:
             return self._bad_address(0, local, remote, guard)
         if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
             return LLMException(
-                f"process_vm_readv of process {self._pid}: {error.strerror}; {self._why_denied}",
+                f"process_vm_readv of process {self._pid}: {error.strerror}; "
+                + _why_denied(self._process.uid, os.getuid()),
                 LLMStatusCode.LLM_FAILED,
             )
         return LLMException(
             f"process_vm_readv of process {self._pid}: {error}", LLMStatusCode.LLM_FAILED
+        )
+
+    def _gone(self) -> LLMException:
+        return LLMException(
+            f"process {self._pid} of the peer is gone", LLMStatusCode.LLM_NOT_YET_LINK
         )
 
     def _bad_address(self, index: int, local: U64, remote: U64, guard: Guard) -> LLMException:
@@ -213,6 +210,27 @@ class CmaChannel:
             return native.process_vm_readv(pid, base, base + 16, 1) == nbytes
         except OSError:
             return False
+
+
+def _pidfd(pid: int) -> int | None:
+    """What stands for the process even when its number is another's; None where it cannot be had.
+
+    Raises PathUnavailable when there is no such process.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError as error:
+        raise PathUnavailable(f"process {pid} of the peer is gone") from error
+    except OSError:  # an old kernel, or a sandbox
+        return None
+
+
+def _has_ended(pidfd: int | None) -> bool:
+    if pidfd is None:
+        return False
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def ptrace_scope() -> int:

@@ -1,0 +1,151 @@
+"""The same-host socket: where ends of one host meet, and the kernel says who is there.
+
+Its name is an abstract one: no file, no permissions, no directory that both would need; it is seen
+by all that share a network namespace, and by nobody else. What an offer says is only the name.
+Whoever connects is told by the kernel which process listens, and the listener which one called; so
+no end believes the other's word for a process that it then reads from.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import msgspec
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.transport.stream import timeval
+
+if TYPE_CHECKING:
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.running.deadline import Deadline
+
+#: an offer can lead nowhere but to sockets of this library
+_PREFIX = b"\0llm-datadist-"
+_ID_NBYTES = 16
+_BACKLOG = 512
+_UCRED = struct.Struct("3i")
+
+
+class SameHostOffer(msgspec.Struct, frozen=True, array_like=True):
+    """What a listener says of its same-host socket."""
+
+    #: which host, for the reason why the socket is not found there; empty when it cannot be told
+    host: str
+    id: bytes
+
+
+class SameHost(NamedTuple):
+    """The address of a same-host socket."""
+
+    id: bytes
+
+    def __str__(self) -> str:
+        return f"the same-host socket {self.id.hex()[:8]}" if self.id else "this host"
+
+    @property
+    def sockaddr(self) -> bytes:
+        """What sockets take."""
+        return _PREFIX + self.id.hex().encode()
+
+    @classmethod
+    def new(cls) -> SameHost:
+        """One that nobody can guess."""
+        return cls(secrets.token_bytes(_ID_NBYTES))
+
+    @classmethod
+    def nameless(cls) -> SameHost:
+        """That of an end which called: nobody can connect to it."""
+        return cls(b"")
+
+    @classmethod
+    def offered(cls, offer: bytes) -> tuple[SameHost, bool]:
+        """The address in an offer, and whether it says that it is on this host.
+
+        Raises ValueError when it cannot be read.
+        """
+        said = msgspec.msgpack.decode(offer, type=SameHostOffer)
+        if len(said.id) != _ID_NBYTES:
+            raise ValueError(f"a name of {len(said.id)} bytes")
+        return cls(said.id), said.host == _host()
+
+    def offer(self) -> bytes:
+        """The reverse of `offered`."""
+        return msgspec.msgpack.encode(SameHostOffer(_host(), self.id))
+
+    def listen(self) -> socket.socket:
+        """A listening socket. Raises OSError."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(self.sockaddr)
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def try_to_connect(self, sock: socket.socket) -> bool:
+        """Connects without a wait; False while the listener's queue is full. Raises OSError."""
+        try:
+            sock.connect(self.sockaddr)
+        except BlockingIOError:
+            return False
+        return True
+
+    def connect(self, deadline: Deadline) -> socket.socket:
+        """A connection, when the listener takes it within the deadline.
+
+        Raises LLMException: LLM_TIMEOUT, LLM_NOT_YET_LINK.
+        """
+        what = f"connecting to {self}"
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # the kernel waits while the listener's queue is full, as long as it may
+            left_s = timeval(deadline.require(what))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, left_s)
+            sock.connect(self.sockaddr)
+        except BlockingIOError:
+            sock.close()
+            raise deadline.expired(what) from None
+        except OSError as error:
+            sock.close()
+            if error.errno is None:  # a signal's handler raised it
+                raise
+            raise LLMException(
+                f"{what}: {error.strerror}", LLMStatusCode.LLM_NOT_YET_LINK
+            ) from error
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+#: where connections of a link go
+Address: TypeAlias = "Endpoint | SameHost"
+
+
+class Process(NamedTuple):
+    """The process at the other end of a same-host connection: it connected, or listened."""
+
+    #: 0: it is in a PID namespace that this process does not see
+    pid: int
+    uid: int
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Process:
+        """As the kernel knows it. Raises OSError."""
+        ucred = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        pid, uid, _ = _UCRED.unpack(ucred)
+        return cls(pid, uid)
+
+
+def _host() -> str:
+    """Names this host until its next start."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
