@@ -204,14 +204,17 @@ class Cluster:
         time-out, for calls that run, and by `_LAST_S` for all that is left: links that cannot be
         ended in order, threads that wait for a name server or for a peer. What runs then, fails;
         memory that it uses stays mapped.
+        Inside a call of its own thread it only begins: the end comes when that call has ended.
         """
         if not self._stopper:
             try:
                 start_thread(self._stop_once, f"{_OUR_THREADS}-end")
             except LLMException:
                 self._stop_once()
-        # the garbage collector runs finalizers in any thread: ours cannot wait for themselves
-        if not threading.current_thread().name.startswith(_OUR_THREADS):
+        # the garbage collector runs finalizers in any thread, and a signal's handler runs in the
+        # middle of a call: who is waited for cannot wait
+        is_ours = threading.current_thread().name.startswith(_OUR_THREADS)
+        if not (is_ours or self.transfers.is_in_this_thread()):
             self._stopped.wait(None)
 
     def _stop_once(self) -> None:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from edges.user import KEY, OWNED, SMALL, SUCCESS, settings, start_owner
-from llm_datadist import CacheDesc, DataType, LLMConfig, LLMDataDist, LLMException, LLMRole
+from llm_datadist import (
+    CacheDesc,
+    DataType,
+    LLMConfig,
+    LLMDataDist,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+)
 from llm_datadist.testing.timing import eventually, takes_at_most
 from soak.stage import Doing
 
@@ -21,7 +31,8 @@ if TYPE_CHECKING:
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.testing.cluster import Node, NodeProcess
 
-POOL = json.dumps({"memory_size": 8 << 20, "page_shift": 12})
+#: room for all that the test makes, should nobody collect it in time
+POOL = json.dumps({"memory_size": 32 << 20, "page_shift": 12})
 DESC = CacheDesc(1, [4, 512], DataType.DT_UINT8)
 
 
@@ -150,3 +161,39 @@ def test_a_cluster_that_the_garbage_collector_ends(
 ) -> None:
     victim.begin(drop_clusters, path, peer.call(start_owner, path, shape=SMALL), 3)
     assert victim.result(60) == []
+
+
+def link_to(node: Node, port: int) -> None:
+    node.start(LLMRole.DECODER, 2, **settings("tcp", 3000))
+    assert node.link(port, 1) == SUCCESS
+
+
+def finalize_inside_a_pull(node: Node) -> tuple[float, LLMStatusCode]:
+    """A handler does, while its thread waits; how long that took, and how the pull ended."""
+    cache, blocks, took = node.blocks_cache(*SMALL), list(range(SMALL[1])), []
+
+    def handle(*_: object) -> None:
+        begun = time.monotonic()
+        node.datadist.finalize()
+        took.append(time.monotonic() - begun)
+
+    signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(LLMException) as raised:
+        node.manager.pull_blocks(KEY, cache, blocks, blocks)
+    return took[0], raised.value.status_code
+
+
+def test_a_finalize_inside_a_call_of_its_own_thread_does_not_wait_for_that(
+    peer: NodeProcess, victim: NodeProcess
+) -> None:
+    port = peer.call(start_owner, "tcp", shape=SMALL)
+    victim.call(link_to, port)
+    peer.pause()
+    try:
+        took_s, status = victim.call(finalize_inside_a_pull)
+    finally:
+        peer.resume()
+    assert took_s < 1
+    assert status in (LLMStatusCode.LLM_TIMEOUT, LLMStatusCode.LLM_NOT_YET_LINK)
+    victim.call(link_to, port)

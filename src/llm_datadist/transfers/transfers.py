@@ -8,6 +8,7 @@ the peer is found (`links/table.py`); it looks its own cache up, has the value p
 from __future__ import annotations
 
 from contextlib import nullcontext
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from llm_datadist.core.generations import STALE
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
 class Token:
     """A call. It ends in single steps, which a signal's exception cannot come between."""
 
-    __slots__ = ("cell",)
+    __slots__ = ("cell", "thread")
 
     def __init__(self) -> None:
+        self.thread = get_ident()
         #: the word of the ticket that it issued; STALE is written there when it ends
         self.cell: U64 | list[int] = [STALE]
 
@@ -108,6 +110,12 @@ class Transfers:
                     peer.send(segments, ticket.guard, None, deadline)
                 finally:
                     ticket.cell[0] = STALE
+
+    def is_in_this_thread(self) -> bool:
+        """Whether a call of this very thread is under way: a finalizer, or a handler, is in it."""
+        mine = get_ident()
+        tokens = tuple(self._gate.running)
+        return any(isinstance(token, Token) and token.thread == mine for token in tokens)
 
     def watching(
         self, operation: str, cluster_id: int | None = None
