@@ -133,11 +133,13 @@ class Forget(Message, tag=10):
 class Attach(Message, tag=11):
     """First frame of a stream: it joins the link of `token`.
 
-    The dialling side makes the requests on it, unless `is_reverse`.
+    The dialling side makes the requests on it, unless `is_reverse`. With a shared secret `proof`
+    shows that it is the very end of that link.
     """
 
     token: Token
     is_reverse: bool
+    proof: Annotated[bytes, Meta(max_length=64)] = b""
 
 
 class Attached(Message, tag=12):
@@ -333,6 +335,15 @@ def body_nbytes(header: bytes | bytearray | memoryview, max_nbytes: int) -> int:
     if nbytes > max_nbytes:
         raise ProtocolError(f"a frame of {nbytes} bytes is over the cap of {max_nbytes}")
     return int(nbytes)
+
+
+def decode_frame(frame: bytes | bytearray) -> AnyMessage:
+    """The message of a whole frame. Raises ProtocolError."""
+    if len(frame) < HEADER.size or len(frame) != HEADER.size + body_nbytes(
+        memoryview(frame)[: HEADER.size], MAX_BODY_NBYTES
+    ):
+        raise ProtocolError(f"{len(frame)} bytes are not one frame")
+    return decode(memoryview(frame)[HEADER.size :])
 
 
 def columns_of(data: bytes, count: int) -> list[U64]:

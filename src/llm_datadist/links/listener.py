@@ -210,7 +210,7 @@ class Listener:
 
     async def _attach(self, control: Control, attach: m.Attach) -> bool:
         session = self._sessions.get(attach.token)
-        is_right = session is not None and session.process == control.process
+        is_right = session is not None and session.owns(control, attach.proof)
         if session is None or not is_right or not control.frames.is_empty:
             await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "there is no such link"))
             return False

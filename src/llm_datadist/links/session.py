@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.context import Context
-    from llm_datadist.transport.same_host import Process
+    from llm_datadist.transport.shield import Shield
     from llm_datadist.transport.stream import Stream
 
 
@@ -136,11 +136,6 @@ class Session:
     @property
     def is_caller(self) -> bool:
         return isinstance(self._link, lk.CallerLink)
-
-    @property
-    def process(self) -> Process | None:
-        """The peer, where the kernel says which process that is."""
-        return self._control.process
 
     @property
     def token(self) -> bytes:
@@ -372,7 +367,7 @@ class Session:
         shield = self._context.shields.make(is_caller=True)
         control = await dial(self._control.at, self._context.waiters, shield)
         try:
-            await control.send(m.Attach(self.token, is_reverse=True))
+            await control.send(self._attach(shield, is_reverse=True))
             answer = await control.receive()
         except BaseException:
             control.close()
@@ -384,9 +379,16 @@ class Session:
 
     def _dial_stream(self, deadline: Deadline) -> Stream:
         """In any thread."""
-        return dial_stream(
-            self._control.at, self._control.process, self.token, self._context.shields, deadline
-        )
+        control, shield = self._control, self._context.shields.make(is_caller=True)
+        return dial_stream(control.at, control.process, shield, self._attach, deadline)
+
+    def _attach(self, shield: Shield, *, is_reverse: bool = False) -> m.Attach:
+        return m.Attach(self.token, is_reverse, shield.proof(self._control.shield))
+
+    def owns(self, control: Control, proof: bytes) -> bool:
+        """Whether a connection that names this link is its peer's."""
+        same_process = control.process == self._control.process
+        return same_process and control.shield.proves(self._control.shield, proof)
 
     def _ask_for_stream(self) -> None:
         """In any thread."""

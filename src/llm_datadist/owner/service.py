@@ -26,7 +26,7 @@ from llm_datadist.observe.log import get_logger
 from llm_datadist.observe.recorder import NEVER
 from llm_datadist.owner.answers import MAX_ANSWER_S
 from llm_datadist.running.deadline import Deadline
-from llm_datadist.transport.sealed import sealed
+from llm_datadist.transport.sealed import framed, sealed
 from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.tcp import FrameSender, Permit, Sender
 
@@ -169,11 +169,15 @@ class StreamService:
             entry, addrs, nbytes = serving.answers.readable(token, request, permit)
         except LLMException as error:
             serving.gate.leave(token)
-            return FrameSender(self._socket, _refusal(error))
+            return self._sender_of(_refusal(error))
         self._token = token
         if serving.recorder is not None and not serving.answers.is_probe(request):
             self._count(serving.recorder, nbytes)
-        return Sender(self._socket, addrs, nbytes, entry.word_addr, permit)
+        frame = framed(m.Sending(int(nbytes.sum())), self._shield)
+        return Sender(self._socket, frame, addrs, nbytes, entry.word_addr, permit)
+
+    def _sender_of(self, message: m.Message) -> FrameSender:
+        return FrameSender(self._socket, framed(message, self._shield))
 
     def _made(self, work: Callable[[], m.Message]) -> FrameSender:
         """What work answers, or why it cannot. Raises ProtocolError.
@@ -181,15 +185,15 @@ class StreamService:
         What nobody has thought of is said, too: the peer would wait until its deadline.
         """
         try:
-            return FrameSender(self._socket, work())
+            return self._sender_of(work())
         except LLMException as error:
-            return FrameSender(self._socket, _refusal(error))
+            return self._sender_of(_refusal(error))
         except m.ProtocolError:
             raise
         except Exception as error:
             get_logger().exception("answering a peer failed")
             text = m.as_text(f"the peer cannot answer: {type(error).__name__}: {error}")
-            return FrameSender(self._socket, m.Refused(LLMStatusCode.LLM_FAILED, text))
+            return self._sender_of(m.Refused(LLMStatusCode.LLM_FAILED, text))
 
     def _send(self, answer: FrameSender, deadline: Deadline) -> None:
         """At once, if that is quick; else in a thread of the workers."""
@@ -229,7 +233,7 @@ class StreamService:
         except LLMException as error:  # no thread is to be had: said at once
             self._is_busy = False
             self._loop.add_reader(self._socket, self._readable)
-            self._send(FrameSender(self._socket, _refusal(error)), Deadline.after(MAX_ANSWER_S))
+            self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))
             return False
         return True
 

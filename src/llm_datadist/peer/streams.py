@@ -27,7 +27,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.bell import Bell
 from llm_datadist.transport.base import StaleCache
@@ -38,11 +37,12 @@ from llm_datadist.transport.stream import RequestRefused, Stream
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llm_datadist.core import messages as m
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.running.deadline import Deadline
     from llm_datadist.transport.same_host import Address
-    from llm_datadist.transport.shield import Shields
+    from llm_datadist.transport.shield import Shield
 
 #: more threads than this on one link wait for each other's streams
 MAX_STREAMS = 16
@@ -230,12 +230,13 @@ class StreamPool:
 
 
 def dial_stream(
-    at: Address, process: Process | None, token: bytes, shields: Shields, deadline: Deadline
+    at: Address,
+    process: Process | None,
+    shield: Shield,
+    attach: Callable[[Shield], m.Attach],
+    deadline: Deadline,
 ) -> Stream:
-    """A new stream of the link that the token names, to the process of that link.
-
-    Raises LLMException.
-    """
+    """A new stream of a link, to the process of that link. Raises LLMException."""
     if isinstance(at, SameHost):
         sock = at.connect(deadline)
         if Process.of(sock) != process:
@@ -243,10 +244,10 @@ def dial_stream(
             raise LLMException(f"{at} is another process's by now", LLMStatusCode.LLM_NOT_YET_LINK)
     else:
         sock = _connect(at, deadline)
-    stream = open_stream(sock, shields.make(is_caller=True))
+    stream = open_stream(sock, shield)
     try:
         stream.greet(deadline)
-        stream.ask(m.Attach(token, is_reverse=False), deadline)
+        stream.ask(attach(shield), deadline)
     except BaseException:
         stream.close()
         raise

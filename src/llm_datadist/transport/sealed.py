@@ -1,7 +1,8 @@
-"""TLS on the data: streams and answers whose bytes are sealed on the way.
+"""Streams and answers whose bytes, or whose frames, go through their connection's shield.
 
-What is sealed cannot be sent from where it lies: each chunk is copied, sealed and sent. The copies
-are the kernel's (`local.py`), so memory that is not mapped is an error here as well.
+With a shared secret frames are keyed, and what is in between passes as it is. Under TLS all bytes
+are sealed. What is sealed cannot be sent from where it lies: each chunk is copied, sealed and sent.
+The copies are the kernel's (`local.py`), so memory that is not mapped is an error here as well.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llm_datadist.core import messages as m
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.memory import native
 from llm_datadist.memory.local import scatter
-from llm_datadist.transport.shield import NotAuthentic
+from llm_datadist.transport.shield import KEYED_HEAD_NBYTES, NotAuthentic, Secret
 from llm_datadist.transport.stream import Stream, lost
 from llm_datadist.transport.tcp import FrameSender
 
@@ -28,17 +30,41 @@ _CHUNK_NBYTES = 256 * 1024
 
 
 def open_stream(sock: socket.socket, shield: Shield) -> Stream:
-    """The asking end of a connection, sealed if its shield says so."""
-    return Stream(sock, shield) if shield.is_transparent else SealedStream(sock, shield)
+    """The asking end of a connection, as its shield wants it."""
+    if isinstance(shield, Secret):
+        return KeyedStream(sock, shield)
+    return SealedStream(sock, shield) if shield.seals_all else Stream(sock, shield)
+
+
+def framed(message: m.Message, shield: Shield) -> bytes:
+    """A message as it is sent on a connection, or by `sealed`."""
+    frame = m.encode(message)
+    return frame if shield.seals_all else shield.seal(frame)
 
 
 def sealed(sender: FrameSender, sock: socket.socket, shield: Shield) -> FrameSender:
     """An answer, sealed if the connection's shield says so."""
-    return sender if shield.is_transparent else SealedSender(sender, sock, shield)
+    return SealedSender(sender, sock, shield) if shield.seals_all else sender
+
+
+class KeyedStream(Stream):
+    """A stream whose frames are keyed."""
+
+    def __init__(self, sock: socket.socket, shield: Secret) -> None:
+        super().__init__(sock, shield)
+        self._secret = shield
+
+    def _receive_message(self, deadline: Deadline) -> m.AnyMessage:
+        try:
+            head = self._receive_exactly(KEYED_HEAD_NBYTES, deadline)
+            frame = self._receive_exactly(self._secret.frame_nbytes(head), deadline)
+            return m.decode_frame(self._secret.open_frame(head, frame))
+        except NotAuthentic as error:
+            raise lost(str(error)) from error
 
 
 class SealedStream(Stream):
-    """A stream whose shield seals."""
+    """A stream whose shield seals all bytes."""
 
     def __init__(self, sock: socket.socket, shield: Shield) -> None:
         super().__init__(sock, shield)
@@ -54,9 +80,6 @@ class SealedStream(Stream):
             vectors = skip_bytes(vectors, moved, native.IOV_MAX)
             del self._plain[:moved]
             left -= moved
-
-    def _send(self, frame: bytes, deadline: Deadline) -> None:
-        super()._send(self._shield.seal(frame), deadline)
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
         while len(self._plain) < nbytes:

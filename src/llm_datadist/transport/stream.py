@@ -39,11 +39,11 @@ class Stream:
 
     def greet(self, deadline: Deadline) -> None:
         """The shield's hand-shake, first of all. Raises LLMException."""
-        Stream._send(self, self._shield.start(), deadline)
+        self._send(self._shield.start(), deadline)
         try:
             while not self._shield.is_done:
                 answer = self._shield.answer(self._receive_some(_CHUNK_NBYTES, deadline))
-                Stream._send(self, answer, deadline)
+                self._send(answer, deadline)
         except NotAuthentic as error:
             raise lost(str(error)) from error
 
@@ -54,7 +54,7 @@ class Stream:
 
     def tell(self, message: m.Message, deadline: Deadline) -> None:
         """Sends a question whose `answer` is asked for later. Raises LLMException."""
-        self._send(m.encode(message), deadline)
+        self._send(self._shield.seal(m.encode(message)), deadline)
 
     def answer(self, deadline: Deadline) -> m.AnyMessage:
         """The answer to what was told. Raises as `ask` does."""
@@ -65,9 +65,7 @@ class Stream:
 
     def receive(self, deadline: Deadline) -> m.AnyMessage:
         try:
-            header = self._receive_exactly(m.HEADER.size, deadline)
-            body = self._receive_exactly(m.body_nbytes(header, m.MAX_BODY_NBYTES), deadline)
-            return m.decode(body)
+            return self._receive_message(deadline)
         except m.ProtocolError as error:
             raise LLMException(
                 f"the peer answered garbage: {error}", LLMStatusCode.LLM_FAILED
@@ -113,6 +111,11 @@ class Stream:
             except OSError as error:
                 raise _explain(error) from error
             view = view[sent:]
+
+    def _receive_message(self, deadline: Deadline) -> m.AnyMessage:
+        """Raises ProtocolError, too."""
+        header = self._receive_exactly(m.HEADER.size, deadline)
+        return m.decode(self._receive_exactly(m.body_nbytes(header, m.MAX_BODY_NBYTES), deadline))
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
         buffer = bytearray(nbytes)

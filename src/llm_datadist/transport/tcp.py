@@ -179,9 +179,9 @@ class Permit:
 class FrameSender:
     """An answer of the owner, sent in as many steps as the socket asks for."""
 
-    def __init__(self, sock: socket.socket, message: m.Message) -> None:
+    def __init__(self, sock: socket.socket, frame: bytes) -> None:
         self._socket = sock
-        self._frame = array("B", m.encode(message))  # kept for its memory
+        self._frame = array("B", frame)  # kept for its memory
         self._vectors = np.array([self._frame.buffer_info()], dtype=np.uint64)
         self._window = native.IOV_MAX
         #: what is left to send
@@ -229,19 +229,24 @@ class FrameSender:
 
 
 class Sender(FrameSender):
-    """The answer to one read: a frame, the bytes as they lie in memory, the trailer.
+    """The answer to one read: a frame that says Sending, the bytes as they lie, the trailer.
 
     The trailer is the cache's generation word and the address of what could not be read. The kernel
     takes the vectors in order, so the word says what held when all bytes in front had been taken.
     """
 
     def __init__(
-        self, sock: socket.socket, addrs: U64, nbytes: U64, word_addr: int, permit: Permit
+        self,
+        sock: socket.socket,
+        frame: bytes,
+        addrs: U64,
+        nbytes: U64,
+        word_addr: int,
+        permit: Permit,
     ) -> None:
-        total_nbytes = int(nbytes.sum())
-        super().__init__(sock, m.Sending(total_nbytes))
+        super().__init__(sock, frame)
         self._permit: Permit | None = permit
-        self._total_nbytes = total_nbytes
+        self._total_nbytes = total_nbytes = int(nbytes.sum())
         self._stale_word = array("Q", (STALE,))
         self._bad_addr = array("Q", (0,))
         trailer = [(word_addr, WORD_NBYTES), (self._bad_addr.buffer_info()[0], WORD_NBYTES)]
