@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,11 +16,12 @@ from llm_datadist.errors import LLMException
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
 from llm_datadist.links.groups import Groups
-from llm_datadist.links.linker import Linker
+from llm_datadist.links.linker import Linker, Outcome
 from llm_datadist.links.listening import Listening
 from llm_datadist.links.ranks import RankLinks
 from llm_datadist.links.snapshot import Snapshots
 from llm_datadist.links.table import LinkTable
+from llm_datadist.locks import holds_lock
 from llm_datadist.memory.checksum import require_checksums
 from llm_datadist.memory.process import ProcessMemory
 from llm_datadist.observe.log import get_logger
@@ -35,9 +35,9 @@ from llm_datadist.running.bell import Latch
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.ending import Ending
 from llm_datadist.running.gate import Gate
-from llm_datadist.running.loop import Loop, cancel_all
+from llm_datadist.running.loop import CannotWait, Loop, cancel_all
 from llm_datadist.running.movers import Movers
-from llm_datadist.running.threads import Errands, Threads, start_thread
+from llm_datadist.running.threads import Errands, Threads, is_ours, start_thread
 from llm_datadist.transfers.transfers import Transfers
 from llm_datadist.transport.installed import transports_for
 from llm_datadist.transport.same_host import SameHost
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.links.linker import Outcome, Target
+    from llm_datadist.links.linker import Target
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.options import Options
@@ -59,6 +59,8 @@ T = TypeVar("T")
 
 #: how long the end may take, beside waiting for running calls
 _LAST_S = 2.0
+#: each step of the end has a little more, however late it is
+_GRACE_S = 3.0
 #: what the names of our threads begin with
 _OUR_THREADS = "llm-datadist"
 _WORKERS = 16
@@ -179,7 +181,13 @@ class Cluster:
         self._snapshots = Snapshots(cluster_id, self.links, self.catalog, recorder)
         #: where peers reach us
         self.listening = Listening(
-            self._loop, context, self.links, self._groups, filing, self._snapshots.take
+            self._loop,
+            self._errands,
+            context,
+            self.links,
+            self._groups,
+            filing,
+            self._snapshots.take,
         )
         #: links by rank table
         self.ranks = RankLinks(
@@ -203,19 +211,28 @@ class Cluster:
         thread of its own, which no interruption of a caller's stops. Bounded by the cluster's
         time-out, for calls that run, and by `_LAST_S` for all that is left: links that cannot be
         ended in order, threads that wait for a name server or for a peer. What runs then, fails;
-        memory that it uses stays mapped.
-        Inside a call of its own thread it only begins: the end comes when that call has ended.
+        memory that it uses stays mapped. Where a signal's handler or a finalizer calls it in the
+        middle of a call of its own thread, it only begins: the end comes when that call has ended.
+        Raises LLMException(LLM_FAILED) when there is no thread to be had for that.
         """
+        if self._ending.is_over and not self._stopper:  # it could not start, and has ended itself
+            return
+        cannot_wait = is_ours() or holds_lock() or self.transfers.is_in_this_thread()
         if not self._stopper:
             try:
-                start_thread(self._stop_once, f"{_OUR_THREADS}-end")
+                begin = partial(start_thread, self._stop_once, f"{_OUR_THREADS}-end")
+                self._errands.run(begin)
             except LLMException:
+                if cannot_wait:
+                    raise
                 self._stop_once()
-        # the garbage collector runs finalizers in any thread, and a signal's handler runs in the
-        # middle of a call: who is waited for cannot wait
-        is_ours = threading.current_thread().name.startswith(_OUR_THREADS)
-        if not (is_ours or self.transfers.is_in_this_thread()):
-            self._stopped.wait(None)
+        if cannot_wait:
+            return
+        if not self._stopped.wait(self.options.sync_timeout_s + _LAST_S + _GRACE_S):
+            get_logger().error(
+                "cluster %d: its end waits for a thread that was interrupted, and goes on without "
+                "finalize", self.cluster_id,
+            )  # fmt: skip
 
     def _stop_once(self) -> None:
         me = object()
@@ -253,8 +270,7 @@ class Cluster:
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
         with self.transfers.watching("link") as watch:
-            work = _gather(self._linker.link(target, timeout_s) for target in targets)
-            outcomes = self._loop.run(work)
+            outcomes = self._for_each(targets, partial(self._linker.link, timeout_s=timeout_s))
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
@@ -263,10 +279,21 @@ class Cluster:
         """Unlinks from all targets at once; `force` asks nobody. Spec 5.5."""
         with self.transfers.watching("unlink") as watch:
             unlink = self._linker.cut if force else self._linker.leave
-            outcomes = self._loop.run(_gather(unlink(target, timeout_s) for target in targets))
+            outcomes = self._for_each(targets, partial(unlink, timeout_s=timeout_s))
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
+
+    def _for_each(
+        self,
+        targets: Sequence[Target],
+        do: Callable[[Target], Coroutine[object, object, Outcome]],
+    ) -> list[Outcome]:
+        """What comes of each target, all at once, in the loop's thread."""
+        try:
+            return self._loop.run(_gather(map(do, targets)))
+        except CannotWait as error:
+            return [Outcome(error.status_code, str(error)) for _ in targets]
 
     def stats(self) -> ClusterStats:
         """What there is, and what was counted so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar, final
 
 from llm_datadist.checks import (
@@ -89,21 +90,28 @@ class LLMDataDist:
         from llm_datadist.cluster import Cluster
         from llm_datadist.kv_cache_manager import KvCacheManager
 
+        cluster = None
         try:
             cluster = Cluster(self._cluster_id, parsed)
             cluster.start()
-        except OSError as error:
-            raise LLMException(f"cannot start: {error}", LLMStatusCode.LLM_FAILED) from error
-        self._cluster = cluster
-        if parsed.cache_manager:
-            self._cache_manager = CacheManager(cluster)
-        else:
-            self._kv_cache_manager = KvCacheManager(cluster, parsed.role)
-        LLMDataDist.llm_engine_instance = self
-        self._why_not = ""
-        forks.watch(self)
-        atexit.unregister(_shutdown_handler)  # one is enough, however often this is called
-        atexit.register(_shutdown_handler)
+            if parsed.cache_manager:
+                self._cache_manager = CacheManager(cluster)
+            else:
+                self._kv_cache_manager = KvCacheManager(cluster, parsed.role)
+            LLMDataDist.llm_engine_instance = self
+            self._why_not = ""
+            forks.watch(self)
+            _register_at_exit()
+            self._cluster = cluster
+        except BaseException as error:
+            self._cache_manager = self._kv_cache_manager = None
+            if LLMDataDist.llm_engine_instance is self:
+                LLMDataDist.llm_engine_instance = None
+            if cluster is not None:  # interrupted behind its start, nobody else would end it
+                cluster.stop()
+            if isinstance(error, OSError) and error.errno is not None:
+                raise LLMException(f"cannot start: {error}", LLMStatusCode.LLM_FAILED) from error
+            raise
 
     def finalize(self) -> None:
         """Ends all links, waits for running calls, frees everything. May be called again. Spec 5.2.
@@ -349,6 +357,12 @@ def _target(info: LLMClusterInfo) -> Target:
     from llm_datadist.links.linker import Target
 
     return Target(info.remote_cluster_id, tuple(info.remote_endpoints))
+
+
+@cache
+def _register_at_exit() -> None:
+    """Once: whatever is taken out again leaves its place there."""
+    atexit.register(_shutdown_handler)
 
 
 def _shutdown_handler() -> None:

@@ -80,10 +80,14 @@ class LlmDataDist(LlmTransfers):
             if self._cluster is None:
                 cluster_id = check_uint64("cluster_id", self._cluster_id)
                 cluster = open_cluster(cluster_id, parse_options(self._role, options))
-                cluster.start()
-                self._cluster = cluster
-                self._end = weakref.finalize(self, cluster.stop)
-                forks.watch(self)
+                try:
+                    cluster.start()
+                    self._end = weakref.finalize(self, cluster.stop)
+                    forks.watch(self)
+                    self._cluster = cluster
+                except BaseException:  # interrupted behind its start, nobody else would end it
+                    cluster.stop()
+                    raise
         return call.status
 
     def Finalize(self) -> None:
@@ -92,9 +96,12 @@ class LlmDataDist(LlmTransfers):
         Does nothing when not initialised. Initialize may be called again; ids then start anew.
         """
         with self._lifecycle:
+            if self._cluster is not None:
+                self._cluster.stop()
+            # not before: what was interrupted can be called again
             self._cluster = None
             if self._end is not None:
-                self._end()
+                self._end.detach()
 
     def SetRole(self, role: LlmRole, options: dict[str, str] | None = None) -> Status:
         """Changes the role, and where this cluster listens. Spec 5.7, 7.4; seed 002.

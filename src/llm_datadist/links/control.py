@@ -55,7 +55,7 @@ class Control:
         else:
             for level, option, value in _KEEPALIVE:
                 sock.setsockopt(level, option, value)
-        self.socket = forks.own(sock)
+        self.socket = sock
         #: the peer's; the socket no longer knows it when the peer has reset the connection
         self.at = at
         self.shield = shield
@@ -155,7 +155,7 @@ async def _dial(host: str, port: int, waiters: Executor, shield: Shield) -> Cont
 
 
 async def _dial_same_host(at: SameHost, shield: Shield) -> Control:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = forks.open_socket(socket.AF_UNIX)
     try:
         sock.setblocking(False)
         # nothing tells the loop that the listener's queue has room again
@@ -168,8 +168,8 @@ async def _dial_same_host(at: SameHost, shield: Shield) -> Control:
 
 
 async def _connect(info: tuple[Any, ...], shield: Shield) -> Control:
-    family, kind, protocol, _, address = info
-    sock = socket.socket(family, kind, protocol)
+    family, _, _, _, address = info
+    sock = forks.open_socket(family)
     try:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, address)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.locks import make_lock
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.types import RegisterMemStatus
@@ -86,7 +86,7 @@ class Groups:
     def __init__(self, cluster_id: int, links: LinkTable) -> None:
         self._cluster_id = cluster_id
         self._links = links
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._groups: dict[int, Group] = {}
         self._ids = itertools.count(1)
 

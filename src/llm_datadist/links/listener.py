@@ -47,7 +47,7 @@ def bind(endpoint: Endpoint, *, is_v6_only: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
     sock = None
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = forks.open_socket(family)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if is_v6_only:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -82,7 +82,7 @@ class Listener:
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
         """`take_snapshot` is what whoever asks is told, made in a thread of the waiters."""
-        self._socket = forks.own(sock)
+        self._socket = sock
         self._context = context
         self._links = links
         self._groups = groups
@@ -105,7 +105,7 @@ class Listener:
     def _accept(self) -> None:
         loop = self._context.loop
         try:
-            sock, address = self._socket.accept()
+            sock, address = forks.accept(self._socket)
         except BlockingIOError:
             return
         except OSError as error:

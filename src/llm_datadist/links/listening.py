@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.endpoint import Endpoint
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llm_datadist.links.table import LinkTable
     from llm_datadist.options import Options
     from llm_datadist.running.loop import Loop
+    from llm_datadist.running.threads import Errands
 
 
 _CLOSE_S = 10.0
@@ -32,6 +34,7 @@ class Listening:
     def __init__(
         self,
         loop: Loop,
+        errands: Errands,
         context: Context,
         links: LinkTable,
         groups: Groups,
@@ -39,6 +42,8 @@ class Listening:
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
         self._loop = loop
+        #: an interruption must not leave a port open that nobody knows of
+        self._errands = errands
         self._context = context
         self._links = links
         self._groups = groups
@@ -57,8 +62,11 @@ class Listening:
         """Listens there, or no more. Spec 5.7.
 
         Raises LLMException: LLM_EXIST_LINK while there are links, LLM_FAILED when the address
-        cannot be had; all is then as it was.
+        cannot be had; all is then as it was. A caller that is interrupted leaves it to be done.
         """
+        self._errands.run(partial(self._move, endpoint))
+
+    def _move(self, endpoint: Endpoint | None) -> None:
         if self._links.all():
             raise LLMException("unlink all clusters first", LLMStatusCode.LLM_EXIST_LINK)
         if endpoint == self._asked:
@@ -89,11 +97,15 @@ class Listening:
 
     def open_for_ranks(self, endpoint: Endpoint) -> int:
         """The port of the listener there; one for each endpoint asked for. Raises LLM_FAILED."""
+        return self._errands.run(partial(self._open_for_ranks, endpoint))
+
+    def _open_for_ranks(self, endpoint: Endpoint) -> int:
         port = self._rank_ports.get(endpoint)
         if port is None:
             sock = bind(endpoint, is_v6_only=endpoint.host == "::")  # 0.0.0.0 has its own
-            port = self._rank_ports[endpoint] = sock.getsockname()[1]
+            port = sock.getsockname()[1]
             self._rank_listeners.append(self._loop.run(self._make(sock)))
+            self._rank_ports[endpoint] = port
         return port
 
     async def close(self) -> None:

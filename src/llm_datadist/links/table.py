@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.locks import make_lock
 
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
@@ -38,7 +38,7 @@ class LinkTable:
         self._cluster_id = cluster_id
         self._instance = instance
         self._recorder = recorder
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._sessions: dict[int, list[Session]] = {}
         #: of the links that operations use; may be read without the lock
         self.paths: dict[int, str] = {}

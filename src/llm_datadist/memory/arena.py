@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, final
@@ -20,6 +19,7 @@ import numpy as np
 from llm_datadist.core.pages import PagePool
 from llm_datadist.core.slots import SlotPool
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.locks import make_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +87,7 @@ class MemoryPool:
         self._arena = device.reserve(pool.capacity_nbytes)
         self._is_closed = False
         #: guards the pool; not taken by `free` and `close`, which a finalizer may call under it
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._is_changing = False
         #: what is allocated, and what was freed since the pool was looked at
         self._taken: set[int] = set()

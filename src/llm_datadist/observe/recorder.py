@@ -6,7 +6,6 @@ counters and histograms are filled from there, for many operations at once.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter, deque
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 
 from llm_datadist.core.stats import BOUNDS_S, Histogram, LinkEvents, OperationStats, WaitStats
+from llm_datadist.locks import make_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ class Series:
     """The counters of one operation with one peer over one path. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         #: to be counted; threads append to it without the lock
         self._records: deque[Record] = deque()
         self._totals = np.zeros(3, dtype=np.int64)
@@ -88,7 +88,7 @@ class Recorder:
     """Counters and histograms. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._series: dict[tuple[str, int | None, str], Series] = {}
         self._waits: dict[str, _Times] = {}
         self._made: Counter[str] = Counter()

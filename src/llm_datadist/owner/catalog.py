@@ -19,8 +19,8 @@ one wherever the garbage collector strikes).
 from __future__ import annotations
 
 import secrets
-import threading
 import time
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +31,7 @@ from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import describe
 from llm_datadist.core.stats import HeldKey
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.locks import make_lock
 from llm_datadist.memory.device import HOST
 from llm_datadist.memory.host import warn_of_strays
 from llm_datadist.memory.views import held_bytes
@@ -60,6 +61,12 @@ if TYPE_CHECKING:
 PROBE_ID = 0
 
 
+class Leave:
+    """A call that unregisters a cache."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Holdings(NamedTuple):
     """What a catalog holds at a moment."""
 
@@ -86,9 +93,10 @@ class Catalog:
         self._exposure = Exposure(transports)
         self._gate = gate
         self._errands = errands
-        self._lock = threading.RLock()
-        #: being unregistered: no use may begin, or waiting for the last one might never end
-        self._leaving: set[Entry] = set()
+        self._lock = make_lock()
+        #: being unregistered: no use may begin, or waiting for the last one might never end; and by
+        #: which call, which an interruption loses
+        self._leaving: dict[Entry, weakref.ref[Leave]] = {}
         self._allocations = Allocations(pools, gate, self._exposure)
         generations = Generations(secrets.randbits(62), self._exposure.expose_words)
         self._tickets = Tickets(generations, gate)
@@ -143,11 +151,10 @@ class Catalog:
         An unknown id is no error, nor is that of an allocated cache, which stays (O19). Raises
         LLMException(LLM_TIMEOUT) when the calls do not end; the cache then stays.
         """
-        with self._lock:
-            entry = self._registry.get(cache_id)
-            if entry is None or entry.is_owned or entry is self.probe:
-                return None
-            self._leaving.add(entry)
+        leave = Leave()
+        entry = self._begin_to_leave(cache_id, leave)
+        if entry is None:
+            return None
         try:
             for permit in self._gate.uses_beside(entry):
                 if isinstance(permit, Permit):
@@ -160,8 +167,15 @@ class Catalog:
             self._errands.run(lambda: self._forget(cache_id))
             return entry
         finally:
-            with self._lock:
-                self._leaving.discard(entry)
+            self._leaving.pop(entry, None)
+
+    def _begin_to_leave(self, cache_id: int, leave: Leave) -> Entry | None:
+        with self._lock:
+            entry = self._registry.get(cache_id)
+            if entry is None or entry.is_owned or entry is self.probe:
+                return None
+            self._leaving[entry] = weakref.ref(leave)
+            return entry
 
     def allocate(
         self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
@@ -373,7 +387,8 @@ class Catalog:
             self._allocations.reclaim()
 
     def _refuse_leaving(self, entry: Entry) -> None:
-        if entry in self._leaving:
+        leave = self._leaving.get(entry)
+        if leave is not None and leave() is not None:
             raise LLMException(
                 f"cache {entry.cache_id} is being unregistered",
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,

@@ -14,6 +14,7 @@ stream (a thousand peers), and answers in the loop's thread (one slow peer would
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.tcp import FrameSender, Permit, Sender
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
     from llm_datadist.core.frames import FrameReader
@@ -162,9 +162,7 @@ class StreamService:
     def _read(self, request: m.Read) -> FrameSender:
         """What a peer asks to be sent, as it lies in memory. Raises ProtocolError."""
         serving, token = self._serving, object()
-        permit = Permit(
-            partial(serving.gate.leave, token), lambda: self._loop.call_soon_threadsafe(self._look)
-        )
+        permit = Permit(partial(serving.gate.leave, token), self._wake)
         try:
             entry, addrs, nbytes = serving.answers.readable(token, request, permit)
         except LLMException as error:
@@ -284,6 +282,13 @@ class StreamService:
         self._timer = self._loop.call_later(left_s, self._go_on)
         self._loop.add_writer(self._socket, self._go_on)
         self._look()
+
+    def _wake(self) -> None:
+        """In any thread; a finalizer may be in the loop's, which then must not wait for itself."""
+        if asyncio._get_running_loop() is self._loop:
+            self._look()
+        else:
+            self._loop.call_soon_threadsafe(self._look)
 
     def _look(self) -> None:
         """Lets go of memory that was taken back from an answer which waits for the peer."""

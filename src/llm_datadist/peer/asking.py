@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.deadline import Deadline
+from llm_datadist.transport.dialing import connect
 from llm_datadist.transport.sealed import open_stream
 from llm_datadist.transport.shield import Shields
 
@@ -29,7 +29,8 @@ def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: floa
     """
     shield = Shields(security).make(is_caller=True)
     deadline = Deadline.after(timeout_s)
-    stream = open_stream(_connect(endpoint, deadline), shield)
+    sock = connect(endpoint, deadline, LLMStatusCode.LLM_LINK_FAILED)
+    stream = open_stream(sock, shield)
     try:
         if not shield.is_done:
             stream.greet(deadline)
@@ -45,14 +46,3 @@ def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: floa
     if not isinstance(answer, m.Stats):
         raise LLMException(f"{endpoint} answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
     return answer.stats
-
-
-def _connect(endpoint: Endpoint, deadline: Deadline) -> socket.socket:
-    try:
-        return socket.create_connection(endpoint, deadline.require(f"connecting to {endpoint}"))
-    except TimeoutError:
-        raise deadline.expired(f"connecting to {endpoint}") from None
-    except OSError as error:
-        raise LLMException(
-            f"cannot connect to {endpoint}: {error.strerror}", LLMStatusCode.LLM_LINK_FAILED
-        ) from error

@@ -18,8 +18,6 @@ that nothing is added to what is closed; nothing is waited for under it.
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 import weakref
 from collections import deque
@@ -28,9 +26,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.locks import make_lock
 from llm_datadist.running.bell import Bell
 from llm_datadist.transport.base import StaleCache
-from llm_datadist.transport.same_host import Process, SameHost
+from llm_datadist.transport.dialing import connect
+from llm_datadist.transport.same_host import Process
 from llm_datadist.transport.sealed import open_stream
 from llm_datadist.transport.stream import RequestRefused, Stream
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llm_datadist.core import messages as m
-    from llm_datadist.endpoint import Endpoint
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.running.deadline import Deadline
     from llm_datadist.transport.same_host import Address
@@ -87,7 +86,7 @@ class StreamPool:
         self._dial = dial
         self._ask = ask
         self._recorder = recorder
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._bell = Bell()
         #: all that are open
         self._streams: dict[Stream, None] = {}
@@ -237,13 +236,10 @@ def dial_stream(
     deadline: Deadline,
 ) -> Stream:
     """A new stream of a link, to the process of that link. Raises LLMException."""
-    if isinstance(at, SameHost):
-        sock = at.connect(deadline)
-        if Process.of(sock) != process:
-            sock.close()
-            raise LLMException(f"{at} is another process's by now", LLMStatusCode.LLM_NOT_YET_LINK)
-    else:
-        sock = _connect(at, deadline)
+    sock = connect(at, deadline, LLMStatusCode.LLM_NOT_YET_LINK)
+    if process is not None and Process.of(sock) != process:
+        sock.close()
+        raise LLMException(f"{at} is another process's by now", LLMStatusCode.LLM_NOT_YET_LINK)
     stream = open_stream(sock, shield)
     try:
         stream.greet(deadline)
@@ -252,18 +248,3 @@ def dial_stream(
         stream.close()
         raise
     return stream
-
-
-def _connect(at: Endpoint, deadline: Deadline) -> socket.socket:
-    try:
-        sock = socket.create_connection(at, deadline.require("opening a stream to the peer"))
-    except TimeoutError:
-        if deadline.remaining_s() > 0:
-            raise  # a signal's handler did
-        raise deadline.expired("opening a stream to the peer") from None
-    except OSError as error:
-        raise LLMException(
-            f"no stream to {at} could be opened: {error}", LLMStatusCode.LLM_NOT_YET_LINK
-        ) from error
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock

@@ -30,6 +30,11 @@ class Ending:
         """This has been started; ending it must not outlast the deadline it is given."""
         self._steps.append((what, end))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to be ended."""
+        return not self._steps
+
     def run(self, deadline: Deadline) -> None:
         """Ends all, the last one first. May be called again."""
         while self._steps:

@@ -18,7 +18,7 @@ import threading
 import weakref
 from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     import socket
@@ -52,14 +52,27 @@ def watch(face: Inherited) -> None:
     _faces.append(weakref.ref(face))
 
 
-def own(sock: socket.socket) -> socket.socket:
-    """A child that is forked from here on closes the socket."""
-    global _most_sockets
+def open_socket(family: int) -> socket.socket:
+    """A stream socket, which a forked child closes. Raises OSError."""
+    import socket
+
+    with _lock:  # no fork happens meanwhile
+        return _own(socket.socket(family, socket.SOCK_STREAM))
+
+
+def accept(listening: socket.socket) -> tuple[socket.socket, Any]:
+    """As `socket.accept`, of a listening socket that does not wait; a forked child closes it."""
     with _lock:
-        if len(_sockets) > _most_sockets:
-            _sockets[:] = [known for known in _sockets if known() is not None]
-            _most_sockets = max(_MANY, 2 * len(_sockets))
-        _sockets.append(weakref.ref(sock))
+        sock, address = listening.accept()
+        return _own(sock), address
+
+
+def _own(sock: socket.socket) -> socket.socket:
+    global _most_sockets
+    if len(_sockets) > _most_sockets:
+        _sockets[:] = [known for known in _sockets if known() is not None]
+        _most_sockets = max(_MANY, 2 * len(_sockets))
+    _sockets.append(weakref.ref(sock))
     return sock
 
 
@@ -69,12 +82,12 @@ def _register() -> None:
 
     keep = ctypes.pythonapi.Py_IncRef  # no finalizer of it will ever run
     keep.argtypes = [ctypes.py_object]
-    os.register_at_fork(after_in_child=lambda: _in_child(keep))
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=lambda: _in_child(keep)
+    )
 
 
 def _in_child(keep: Callable[[object], object]) -> None:
-    global _lock
-    _lock = threading.RLock()  # a thread of the parent's may have had it
     for sock in [known() for known in _sockets]:
         if sock is not None:
             with suppress(OSError):
@@ -85,3 +98,4 @@ def _in_child(keep: Callable[[object], object]) -> None:
         if kept is not None:
             keep(kept)
     _faces.clear()
+    _lock.release()

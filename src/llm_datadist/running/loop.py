@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.locks import holds_lock
 from llm_datadist.running.bell import Latch
 from llm_datadist.running.threads import start_thread
 
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _INSIST_S = 0.1
+
+
+class CannotWait(LLMException):
+    """This thread cannot wait for the loop's, which may need what this one holds."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "links cannot be made or ended here: a finalizer or a signal's handler has interrupted "
+            "what the cluster's thread waits for",
+            LLMStatusCode.LLM_FAILED,
+        )
 
 
 class Loop:
@@ -44,14 +56,12 @@ class Loop:
         """Runs a coroutine in the loop's thread, from any other one, and waits for it.
 
         At the deadline, and when the caller is interrupted, it is cancelled. Raises what it raises;
-        LLMException with LLM_FAILED when the loop ends meanwhile, LLM_TIMEOUT at the deadline.
+        LLMException with LLM_FAILED when the loop ends meanwhile, LLM_TIMEOUT at the deadline;
+        CannotWait.
         """
-        if threading.current_thread() is self._thread:
-            work.close()  # a finalizer, which the garbage collector runs in any thread
-            raise LLMException(
-                "links cannot be made or ended from a finalizer that runs in the cluster's thread",
-                LLMStatusCode.LLM_FAILED,
-            )
+        if threading.current_thread() is self._thread or holds_lock():
+            work.close()
+            raise CannotWait
         job = _Job(work)
         try:
             self._jobs[job] = None

@@ -20,21 +20,37 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.locks import holds_lock, make_lock
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import Bell, Latch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llm_datadist.locks import Lock
     from llm_datadist.running.deadline import Deadline
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 
+class _OurThread(threading.Thread):
+    """A thread of the library's own."""
+
+
+def is_ours() -> bool:
+    """Whether this thread is the library's, which no call in it can wait for.
+
+    The garbage collector runs finalizers in any thread. A child that one forks has it as its main
+    thread, and is the program's.
+    """
+    me = threading.current_thread()
+    return isinstance(me, _OurThread) and me is not threading.main_thread()
+
+
 def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
     """A daemon thread. Raises LLMException(LLM_FAILED) when the system has none to give."""
-    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread = _OurThread(target=target, name=name, daemon=True)
     try:
         thread.start()
     except RuntimeError as error:
@@ -56,7 +72,7 @@ class Threads(Executor):
         self._errands = errands
         self._max_threads = max_threads
         self._name = name
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._threads: list[threading.Thread] = []
         #: one for each thread that waits for work
         self._idle: deque[None] = deque()
@@ -69,12 +85,14 @@ class Threads(Executor):
     def start(self, work: Callable[[], object]) -> None:
         """Has a thread do this, now or when one is free.
 
-        Raises LLMException(LLM_FAILED) when there is no thread and the system gives none, and
-        RuntimeError after `end`; the work is not done then.
+        Raises LLMException(LLM_FAILED) when there is no thread and the system gives none, and after
+        `end`; the work is not done then.
         """
         with self._lock:
             if self._is_shut:
-                raise RuntimeError(f"{self._name} has been shut down")
+                raise LLMException(
+                    f"{self._name} has ended: the cluster was finalized", LLMStatusCode.LLM_FAILED
+                )
             try:
                 self._idle.pop()
             except IndexError:
@@ -107,7 +125,10 @@ class Threads(Executor):
         name = f"{self._name}-{len(self._threads)}"
         begin = partial(start_thread, partial(self._run, work), name)
         try:
-            begin() if self._errands is None else self._errands.run(begin)
+            if self._errands is None:
+                begin()
+            else:
+                self._errands.run(begin, besides=self._lock)
         except LLMException:
             if not self._threads:
                 raise
@@ -134,20 +155,30 @@ class Threads(Executor):
 class Errands:
     """Runs short work of the main thread's where no signal's exception strikes: in another thread.
 
-    For changes of several steps that must not stay half done. In other threads, and where none can
-    be started, the work is done at once. Thread-safe.
+    For changes of several steps that must not stay half done. In other threads, where none can be
+    started, and in the middle of another step of this thread (`holds_lock`), which the errand could
+    wait for in vain, the work is done at once. Thread-safe.
     """
 
     def __init__(self, name: str) -> None:
-        self._threads = Threads(1, name)
+        # one, and one for when an interrupted caller has left it something that takes its time
+        self._threads = Threads(2, name)
 
     def begin(self) -> None:
         """Starts the thread. Raises LLMException(LLM_FAILED) when the system has none to give."""
         self._threads.start(lambda: None)
 
-    def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
-        """What work returns or raises; when the caller is interrupted, what it made is undone."""
-        if threading.current_thread() is not threading.main_thread():
+    def run(
+        self,
+        work: Callable[[], T],
+        undo: Callable[[T], object] | None = None,
+        besides: Lock | None = None,
+    ) -> T:
+        """What work returns or raises; when the caller is interrupted, what it made is undone.
+
+        `besides` is a lock that the caller holds, and the work does not need.
+        """
+        if threading.current_thread() is not threading.main_thread() or holds_lock(besides):
             return work()
         errand = _Errand(work, undo)
         try:

@@ -9,7 +9,6 @@ also how a peer that was lost comes back.
 from __future__ import annotations
 
 import secrets
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.generations import STALE, WORD_NBYTES
 from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.locks import make_lock
 from llm_datadist.memory.device import HOST
 from llm_datadist.running.bell import Turn, Turns
 from llm_datadist.transport.base import Channel, Region, StaleCache, Streams
@@ -69,7 +69,7 @@ class NixlTransport:
             )
         self._threads = movers.threads
         self._owner = Agent(f"owner-{secrets.token_hex(8)}", serves=True)
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         #: what is exposed: our readers read into it, and peers read it by the owner's registration
         self._regions: dict[Region, object] = {}
 

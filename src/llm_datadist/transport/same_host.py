@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
 
-from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.running import forks
 from llm_datadist.transport.stream import timeval
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class SameHost(NamedTuple):
 
     def listen(self) -> socket.socket:
         """A listening socket. Raises OSError."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = forks.open_socket(socket.AF_UNIX)
         try:
             sock.bind(self.sockaddr)
             sock.listen(_BACKLOG)
@@ -98,27 +98,15 @@ class SameHost(NamedTuple):
         return True
 
     def connect(self, deadline: Deadline) -> socket.socket:
-        """A connection, when the listener takes it within the deadline.
+        """A connection. Raises OSError: BlockingIOError when the listener does not take it in time.
 
-        Raises LLMException: LLM_TIMEOUT, LLM_NOT_YET_LINK.
+        The kernel waits while the listener's queue is full, as long as it may.
         """
-        what = f"connecting to {self}"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = forks.open_socket(socket.AF_UNIX)
         try:
-            # the kernel waits while the listener's queue is full, as long as it may
-            left_s = timeval(deadline.require(what))
+            left_s = timeval(deadline.require(f"connecting to {self}"))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, left_s)
             sock.connect(self.sockaddr)
-        except BlockingIOError:
-            sock.close()
-            raise deadline.expired(what) from None
-        except OSError as error:
-            sock.close()
-            if error.errno is None:  # a signal's handler raised it
-                raise
-            raise LLMException(
-                f"{what}: {error.strerror}", LLMStatusCode.LLM_NOT_YET_LINK
-            ) from error
         except BaseException:
             sock.close()
             raise

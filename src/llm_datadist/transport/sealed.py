@@ -54,13 +54,16 @@ class KeyedStream(Stream):
         super().__init__(sock, shield)
         self._secret = shield
 
-    def _receive_message(self, deadline: Deadline) -> m.AnyMessage:
+    def receive(self, deadline: Deadline) -> m.AnyMessage:
         try:
             head = self._receive_exactly(KEYED_HEAD_NBYTES, deadline)
             frame = self._receive_exactly(self._secret.frame_nbytes(head), deadline)
             return m.decode_frame(self._secret.open_frame(head, frame))
-        except NotAuthentic as error:
+        except (NotAuthentic, m.ProtocolError) as error:
             raise lost(str(error)) from error
+
+    def _send(self, frame: bytes, deadline: Deadline) -> None:
+        super()._send(self._shield.seal(frame), deadline)
 
 
 class SealedStream(Stream):
@@ -80,6 +83,9 @@ class SealedStream(Stream):
             vectors = skip_bytes(vectors, moved, native.IOV_MAX)
             del self._plain[:moved]
             left -= moved
+
+    def _send(self, frame: bytes, deadline: Deadline) -> None:
+        super()._send(self._shield.seal(frame), deadline)
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
         while len(self._plain) < nbytes:

@@ -13,7 +13,6 @@ from llm_datadist.core.link import status_of
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
-from llm_datadist.running import forks
 from llm_datadist.transport.shield import NotAuthentic
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class Stream:
 
     def __init__(self, sock: socket.socket, shield: Shield) -> None:
         sock.setblocking(True)  # the kernel keeps the deadlines (SO_RCVTIMEO, SO_SNDTIMEO)
-        self._socket = forks.own(sock)
+        self._socket = sock
         self._shield = shield
         #: somebody ended it, maybe behind an exchange that was complete
         self.is_shut = False
@@ -39,11 +38,11 @@ class Stream:
 
     def greet(self, deadline: Deadline) -> None:
         """The shield's hand-shake, first of all. Raises LLMException."""
-        self._send(self._shield.start(), deadline)
+        Stream._send(self, self._shield.start(), deadline)
         try:
             while not self._shield.is_done:
                 answer = self._shield.answer(self._receive_some(_CHUNK_NBYTES, deadline))
-                self._send(answer, deadline)
+                Stream._send(self, answer, deadline)
         except NotAuthentic as error:
             raise lost(str(error)) from error
 
@@ -54,7 +53,7 @@ class Stream:
 
     def tell(self, message: m.Message, deadline: Deadline) -> None:
         """Sends a question whose `answer` is asked for later. Raises LLMException."""
-        self._send(self._shield.seal(m.encode(message)), deadline)
+        self._send(m.encode(message), deadline)
 
     def answer(self, deadline: Deadline) -> m.AnyMessage:
         """The answer to what was told. Raises as `ask` does."""
@@ -65,7 +64,9 @@ class Stream:
 
     def receive(self, deadline: Deadline) -> m.AnyMessage:
         try:
-            return self._receive_message(deadline)
+            header = self._receive_exactly(m.HEADER.size, deadline)
+            body = self._receive_exactly(m.body_nbytes(header, m.MAX_BODY_NBYTES), deadline)
+            return m.decode(body)
         except m.ProtocolError as error:
             raise LLMException(
                 f"the peer answered garbage: {error}", LLMStatusCode.LLM_FAILED
@@ -111,11 +112,6 @@ class Stream:
             except OSError as error:
                 raise _explain(error) from error
             view = view[sent:]
-
-    def _receive_message(self, deadline: Deadline) -> m.AnyMessage:
-        """Raises ProtocolError, too."""
-        header = self._receive_exactly(m.HEADER.size, deadline)
-        return m.decode(self._receive_exactly(m.body_nbytes(header, m.MAX_BODY_NBYTES), deadline))
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
         buffer = bytearray(nbytes)

@@ -1,0 +1,42 @@
+"""Locks, and whether this thread holds one: then it must not wait for another thread.
+
+A signal's handler, or a finalizer, runs in the middle of whatever its thread does, under one of our
+locks too. It may call us: the locks are re-entrant. But what another thread does for that call may
+need the lock, which this one does not give back before the call returns. So whoever hands work to
+another thread and waits asks here first: it does the work itself, or does not wait, or refuses.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Protocol, cast
+
+
+class Lock(Protocol):
+    """What `threading.RLock` makes: entering and leaving it are one step each (running/bell.py)."""
+
+    def __enter__(self) -> bool: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+    def _is_owned(self) -> bool: ...
+
+
+_locks: list[weakref.ref[Lock]] = []
+_guard = threading.RLock()
+
+
+def make_lock() -> Lock:
+    """A re-entrant lock that `holds_lock` knows of."""
+    lock = cast("Lock", threading.RLock())
+    with _guard:
+        _locks[:] = [known for known in _locks if known() is not None]
+        _locks.append(weakref.ref(lock))
+    return lock
+
+
+def holds_lock(besides: Lock | None = None) -> bool:
+    """Whether this thread holds a lock of the library's, besides one that is not waited for."""
+    locks = [known() for known in tuple(_locks)]
+    return any(lock._is_owned() for lock in locks if lock is not None and lock is not besides)

@@ -1,0 +1,55 @@
+"""Dialling, in a thread that waits: connections of streams, and of those that only ask."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from llm_datadist.errors import LLMException
+from llm_datadist.running import forks
+from llm_datadist.transport.same_host import SameHost
+
+if TYPE_CHECKING:
+    from llm_datadist.errors import LLMStatusCode
+    from llm_datadist.running.deadline import Deadline
+    from llm_datadist.transport.same_host import Address
+
+
+def connect(at: Address, deadline: Deadline, failure: LLMStatusCode) -> socket.socket:
+    """A connection, by the deadline; of a name with several addresses, to the first that answers.
+
+    Raises LLMException: LLM_TIMEOUT, or `failure` when nobody can be reached there.
+    """
+    what = f"connecting to {at}"
+    deadline.require(what)
+    try:
+        if isinstance(at, SameHost):
+            return at.connect(deadline)
+        infos = socket.getaddrinfo(*at, type=socket.SOCK_STREAM)
+        for info in infos[:-1]:
+            with suppress(ConnectionError):
+                return _connect(info[0], info[4], deadline.require(what))
+        return _connect(infos[-1][0], infos[-1][4], deadline.require(what))
+    except BlockingIOError:
+        raise deadline.expired(what) from None
+    except TimeoutError as error:
+        if error.errno is None and deadline.remaining_s() > 0:
+            raise  # a signal's handler did
+        raise deadline.expired(what) from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise LLMException(f"cannot connect to {at}: {error.strerror}", failure) from error
+
+
+def _connect(family: int, sockaddr: tuple[Any, ...], timeout_s: float) -> socket.socket:
+    sock = forks.open_socket(family)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(sockaddr)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
