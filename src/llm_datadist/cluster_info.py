@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from llm_datadist.checks import check_type, check_uint16, check_uint32, check_uint64
 from llm_datadist.endpoint import Endpoint, host_of, parse_ip
+from llm_datadist.near_names import NamedAttributes
 from llm_datadist.types import LLMRole
 
 
-class LLMClusterInfo:
+class LLMClusterInfo(NamedAttributes):
     """One peer of `link_clusters` or `unlink_clusters`. Spec 3.11.
 
     IPv4 addresses are held as little-endian ints, as programs expect to read them back. IPv6
-    addresses and host names, which the reference does not know, are held as text.
+    addresses and host names, which the reference does not know, are held as text. Names that are
+    no attributes are treated as by LLMConfig.
     """
 
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ from llm_datadist.checks import (
 )
 from llm_datadist.endpoint import ipv4_to_int
 from llm_datadist.errors import invalid
+from llm_datadist.near_names import NamedAttributes
 from llm_datadist.options import MAX_TRANSFER_THREADS, check_transfer_path
 
 if TYPE_CHECKING:
@@ -166,13 +167,14 @@ def _device_entries(ids: DeviceIds | None) -> dict[str, str]:
     return {key.DEVICE_ID: ";".join(map(str, each)), key.SESSION_DEVICE_ID: str(each[0])}
 
 
-class LLMConfig:
+class LLMConfig(NamedAttributes):
     """Builds the options of `LLMDataDist.init`, one property each. Spec 4.
 
     Setters raise TypeError for a wrong type, ValueError for a number that does not fit its width,
     LLMException for a value that is not allowed. Assigning None unsets an option, except where it
-    is a number that has a range: there it is a TypeError. Attributes that are no option may be
-    assigned, and have no effect.
+    is a number that has a range: there it is a TypeError. Assigning to a name that is nearly an
+    option's is an AttributeError; another that is no option has no effect, and a UserWarning says
+    so, once for each name.
     """
 
     device_id = Option[DeviceIds | None](

@@ -8,6 +8,7 @@ from typing import TypeAlias, final
 from llm_datadist.checks import check_type, check_uint32, check_uint64, check_uint64_sequence
 from llm_datadist.errors import invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKeyByIdAndIndex
+from llm_datadist.near_names import NamedAttributes
 
 LayerKey: TypeAlias = BlocksCacheKey | CacheKeyByIdAndIndex
 
@@ -41,13 +42,16 @@ def check_optional_layer_range(name: str, value: object) -> range | None:
 
 
 @final
-class TransferConfig:
+class TransferConfig(NamedAttributes):
     """One destination of a layer-wise transfer, by address. Spec 3.10, 6.12.
 
     `dst_addrs` are addresses in the destination process, two for each layer of `src_layer_range`
     (key, then value). Constructor and setters raise TypeError for a wrong type, ValueError for a
     number out of range, LLMException for a range of layers that cannot be.
     """
+
+    #: of no meaning here; the other config has one
+    dst_layer_range: range | None = None
 
     def __init__(
         self,
@@ -60,8 +64,6 @@ class TransferConfig:
         self.dst_addrs = dst_addrs
         self.src_layer_range = src_layer_range
         self.src_batch_index = src_batch_index
-        #: of no meaning here; the other config has one
-        self.dst_layer_range: range | None = None
 
     def __repr__(self) -> str:
         return (
@@ -107,7 +109,7 @@ class TransferConfig:
 
 
 @final
-class TransferWithCacheKeyConfig:
+class TransferWithCacheKeyConfig(NamedAttributes):
     """One destination of a layer-wise transfer, by key (remote-accessible mode). Spec 3.10.
 
     Layer i of `src_layer_range` goes to layer i of `dst_layer_range`, counted from their starts

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from llm_datadist.errors import invalid
+from llm_datadist.near_names import nearest, warn_of_unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 DEVICE_ID: Final = "ge.exec.deviceId"
 SESSION_DEVICE_ID: Final = "ge.session_device_id"
@@ -42,3 +48,31 @@ METRICS: Final = "llm_datadist.Metrics"
 TRACING: Final = "llm_datadist.Tracing"
 #: ours alone: over how many threads a large transfer is spread
 TRANSFER_THREADS: Final = "llm_datadist.Threads"
+
+_PREFIX: Final = "llm_datadist."
+_OURS: Final = (
+    TRANSFER_PATH, LINK_SECURITY, VERIFY_TRANSFERS, METRICS, TRACING, TRANSFER_THREADS,
+)  # fmt: skip
+_KNOWN: Final = frozenset(
+    value
+    for name, value in tuple(globals().items())
+    if isinstance(value, str) and name.isupper() and not name.startswith("_")
+)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Warns of keys that are nearly known; the reference passes over what it does not know.
+
+    One that begins as ours do is refused: LLMException (LLM_PARAM_INVALID). Ours without their
+    beginning, or behind another, do nothing: that is said as well.
+    """
+    for name in names:
+        if name in _KNOWN:
+            continue
+        meant = nearest(name, _KNOWN)
+        if meant in _OURS and name.startswith(_PREFIX):
+            raise invalid(f"there is no option {name!r}: is {meant!r} meant?")
+        if meant is None:
+            meant = nearest(_PREFIX + name.rpartition(".")[2], _OURS)
+        if meant is not None or name.startswith(_PREFIX):
+            warn_of_unknown("init", name, meant)

@@ -11,6 +11,7 @@ from llm_datadist.checks import INT32_MAX, UINT32_MAX, check_dict, check_type
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import invalid
 from llm_datadist.link_security import LinkSecurity
+from llm_datadist.near_names import nearest, warn_of_unknown
 from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 from llm_datadist.types import LLMRole
 
@@ -37,6 +38,7 @@ SECURITY_VARIABLE: Final = "LLM_DATADIST_LINK_SECURITY"
 #: switch counting and spans on when no option says
 METRICS_VARIABLE: Final = "LLM_DATADIST_METRICS"
 TRACING_VARIABLE: Final = "LLM_DATADIST_TRACING"
+_VARIABLES: Final = "LLM_DATADIST_"
 
 _DEFAULT_SYNC_TIMEOUT_MS: Final = 1000
 _MAX_LINK_RETRIES: Final = 100
@@ -75,11 +77,14 @@ class Options:
     def parse(cls, role: LLMRole, options: object) -> Options:
         """Read an option dict; it is not changed, and keys that nobody knows are passed over.
 
-        Raises TypeError unless it is a dict of str to str; ValueError when the listening port is no
-        number of [0, 65535]; LLMException (LLM_PARAM_INVALID) for everything else that is refused.
-        Spec 4.4, 5.1, decisions D30 and O34.
+        One that is nearly a known key is passed over with a UserWarning, or refused where it begins
+        as ours do. Raises TypeError unless it is a dict of str to str; ValueError when the
+        listening port is no number of [0, 65535]; LLMException (LLM_PARAM_INVALID) for everything
+        else that is refused. Spec 4.4, 5.1, decisions D30 and O34.
         """
         raw = check_dict("options", options, str, str)
+        key.check_names(raw)
+        _check_variables()
         _check_graph_memory(raw)
         _check_rdma(raw)
         cache_manager = _cache_manager(raw)
@@ -142,6 +147,19 @@ def check_transfer_path(name: str, value: object) -> str:
             names = ", ".join((*TRANSFER_PATHS, *sorted(others)))
             raise invalid(f"{name} must be one of {names}, got {path!r}")
     return path
+
+
+def _check_variables() -> None:
+    """Warns of environment variables that are nearly ours."""
+    known = {
+        each.removeprefix(_VARIABLES): each
+        for each in (PATH_VARIABLE, SECURITY_VARIABLE, METRICS_VARIABLE, TRACING_VARIABLE)
+    }
+    for name in os.environ:
+        end = name.removeprefix(_VARIABLES)
+        meant = None if end in (name, *known) else nearest(end, known)
+        if meant is not None:
+            warn_of_unknown("init", name, known[meant])
 
 
 def _role(role: object) -> LLMRole:

@@ -15,6 +15,7 @@ from llm_datadist import (
     CacheKeyByIdAndIndex,
     DataType,
     LLMClusterInfo,
+    LLMConfig,
     LLMDataDist,
     LLMRole,
 )
@@ -361,7 +362,22 @@ def _(scene: Scene) -> None:
     scene.peer.call(Node.link, port, 2)
 
 
-# -- wrong types and numbers --
+# -- wrong names, types and numbers --
+
+
+@provokes("… has no attribute …: is … meant?")
+def _(scene: Scene) -> None:
+    LLMConfig().link_securty = SECRET  # type: ignore[attr-defined]
+
+
+@provokes("there is no option …: is … meant?")
+def _(scene: Scene) -> None:
+    scene.start(ge_options={"llm_datadist.LinkSecurty": SECRET})
+
+
+@provokes("… does not know … in this release: it has no effect")
+def _(scene: Scene) -> None:
+    LLMConfig().of_a_newer_release = 1  # type: ignore[attr-defined]
 
 
 @provokes("… only supports …, got …")

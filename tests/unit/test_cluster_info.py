@@ -122,3 +122,25 @@ def test_an_info_prints_whom_it_means() -> None:
     info.remote_cluster_id = 7
     info.append_remote_ip_info("::1", 6)
     assert repr(info) == "LLMClusterInfo(remote_cluster_id=7, [::1]:6)"
+
+
+@pytest.mark.shows("cluster_info")
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("remote_cluster_ids", "remote_cluster_id"),
+        ("remote_clusterid", "remote_cluster_id"),
+        ("remoteRoleType", "remote_role_type"),
+        ("remote_ip_infos", "remote_ip_info_list"),
+    ],
+)
+def test_a_slip_of_an_attribute_is_refused_and_the_nearest_named(name: str, meant: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{name}': is '{meant}' meant"):
+        setattr(LLMClusterInfo(), name, 1)
+
+
+def test_an_attribute_of_a_newer_release_is_warned_of() -> None:
+    info: Any = LLMClusterInfo()
+    with pytest.warns(UserWarning, match="LLMClusterInfo does not know 'weight'"):
+        info.weight = 1
+    assert info.weight == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,8 +339,56 @@ def test_both_names_are_the_same_class() -> None:
 
 
 @pytest.mark.shows("config.merge_order")
-def test_an_attribute_that_is_no_option_may_be_assigned() -> None:
-    assert options_with(enable_cahce_manager=True) == ALWAYS
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("link_securty", "link_security"),
+        ("LinkSecurity", "link_security"),
+        ("link_security_", "link_security"),
+        ("security", "link_security"),
+        ("enable_cahce_manager", "enable_cache_manager"),
+        ("device_ids", "device_id"),
+        ("sync_timeout", "sync_kv_timeout"),
+        ("mem_pool_config", "mem_pool_cfg"),
+        ("metric", "metrics"),
+    ],
+)
+def test_a_slip_of_an_option_is_refused_and_the_nearest_named(name: str, meant: str) -> None:
+    config = LLMConfig()
+    with pytest.raises(AttributeError, match=f"no attribute '{name}': is '{meant}' meant"):
+        setattr(config, name, "1")
+    assert not hasattr(config, name)
+    assert config.generate_options() == ALWAYS
+
+
+@pytest.mark.shows("config.merge_order")
+@pytest.mark.parametrize("name", ["numa_node", "link_keepalive", "kv_pool_cfg", "output_min_size"])
+def test_an_option_of_a_newer_release_is_warned_of_once_and_has_no_effect(name: str) -> None:
+    with pytest.warns(UserWarning, match=name) as warned:
+        generated = [options_with(**{name: 1}) for _ in range(2)]
+    assert [Path(each.filename).name for each in warned] == [Path(__file__).name]
+    assert generated == [ALWAYS, ALWAYS]
+
+
+def test_an_option_that_nobody_knows_cannot_be_read() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'numa_nodes'"):
+        _ = LLMConfig().numa_nodes  # type: ignore[attr-defined]
+
+
+def test_private_names_are_free_and_methods_may_be_replaced() -> None:
+    config: Any = LLMConfig()
+    config._link_securty = config.__note__ = "mine"
+    config.gen_options = dict
+    assert config.gen_options() == {}
+
+
+def test_a_program_may_add_options_of_its_own_by_a_class() -> None:
+    class Config(LLMConfig):
+        link_securities: tuple[str, ...] = ()
+
+    config = Config()
+    config.link_securities = ("a",)
+    assert config.link_securities == ("a",)
 
 
 @pytest.mark.shows("config.enable_remote_cache_accessible")

@@ -235,3 +235,15 @@ def test_a_config_by_key_prints_its_fields() -> None:
         "TransferWithCacheKeyConfig(cache_key=BlocksCacheKey(cluster_id=7, model_id=0), "
         "src_layer_range=range(0, 1), dst_layer_range=range(2, 3), src_batch_index=0)"
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (TransferConfig(1, [1, 2]), "dst_adrs"),
+        (TransferWithCacheKeyConfig(BLOCKS, range(1), range(1)), "src_layers_range"),
+    ],
+)
+def test_a_slip_of_an_attribute_is_refused(config: object, name: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+        setattr(config, name, 1)

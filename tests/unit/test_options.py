@@ -112,6 +112,46 @@ def test_unknown_keys_are_passed_over() -> None:
     assert parse({**MANAGER, "llm.Role": "Decoder", "my.own": ""}) == parse(MANAGER)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["llm_datadist.LinkSecurty", "llm_datadist.linkSecurity", "llm_datadist.Security"],
+)
+def test_a_slip_of_a_key_of_ours_is_refused(name: str) -> None:
+    with pytest.raises(LLMException, match=r"is 'llm_datadist\.LinkSecurity' meant") as caught:
+        parse({**MANAGER, name: "{}"})
+    assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
+
+
+@pytest.mark.shows("datadist.init.options")
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("llm.MemPoolCfg", "llm.MemPoolConfig"),
+        ("ge.exec.deviceID", "ge.exec.deviceId"),
+        ("LinkSecurity", "llm_datadist.LinkSecurity"),
+        ("llm.LinkSecurty", "llm_datadist.LinkSecurity"),
+    ],
+)
+def test_a_slip_of_another_key_is_passed_over_with_one_warning(name: str, meant: str) -> None:
+    with pytest.warns(UserWarning, match=f"is '{meant}' meant") as warned:
+        parsed = [parse({**MANAGER, name: "1"}) for _ in range(2)]
+    assert (parsed, len(warned)) == ([parse(MANAGER)] * 2, 1)
+
+
+def test_a_key_of_ours_of_a_newer_release_is_passed_over_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"does not know 'llm_datadist\.Retries'"):
+        assert parse({**MANAGER, "llm_datadist.Retries": "3"}) == parse(MANAGER)
+
+
+def test_a_slip_in_the_environment_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_DATADIST_LINK_SECURTY", "{}")
+    monkeypatch.setenv("LLM_DATADIST_LINK_BASE_PORT", "26000")
+    monkeypatch.setenv("LLM_DATADIST_HOME", "/")
+    with pytest.warns(UserWarning, match="is 'LLM_DATADIST_LINK_SECURITY' meant") as warned:
+        assert parse(MANAGER).link_security is None
+    assert len(warned) == 1
+
+
 def test_no_role_is_param_invalid() -> None:
     none: Any = None
     with pytest.raises(LLMException, match="role is None") as caught:
