@@ -32,6 +32,20 @@ def test_a_table_of_thousands_of_caches_fits_a_frame() -> None:
     assert len(m.encode(m.Caches([info] * 25_000))) < m.MAX_BODY_NBYTES
 
 
+@pytest.mark.parametrize("at", [float("nan"), float("inf"), -1.0])
+def test_a_moment_that_cannot_be_is_a_protocol_error(at: float) -> None:
+    frame = m.encode(m.Fetch(1, 1, 1, 1, 8, 1, at, bytes(24)))
+    with pytest.raises(m.ProtocolError, match="float"):
+        m.decode(frame[m.HEADER.size :])
+
+
+@pytest.mark.parametrize("timeout_ms", [2**41 + 1, 2**64 - 1, -1])
+def test_a_timeout_that_no_program_can_set_is_a_protocol_error(timeout_ms: int) -> None:
+    frame = m.encode(m.Read(1, 1, timeout_ms, b""))
+    with pytest.raises(m.ProtocolError, match="int"):
+        m.decode(frame[m.HEADER.size :])
+
+
 @pytest.mark.parametrize("nbytes", [0, 1, 64])
 def test_a_header_announces_a_body_up_to_the_cap(nbytes: int) -> None:
     assert m.body_nbytes(m.HEADER.pack(m.MAGIC, nbytes), 64) == nbytes

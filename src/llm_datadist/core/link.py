@@ -166,8 +166,9 @@ class Link(abc.ABC):
         if self.state is not State.PROBING:
             return []
         if failure is not None:
-            self.rejected.append((path, failure, is_remarkable))
-            return self._path_failed(path, failure, is_remarkable)
+            reason = m.as_text(failure)  # a transport may quote what the peer offered
+            self.rejected.append((path, reason, is_remarkable))
+            return self._path_failed(path, reason, is_remarkable)
         return self._path_works(path)
 
     def leave(self) -> list[Action]:
@@ -238,7 +239,7 @@ class Link(abc.ABC):
         if self.state is State.CLOSED:
             return []
         self.state = State.CLOSED
-        return [Close(status, reason)]
+        return [Close(status, m.as_text(reason))]
 
     def _check_terms(self, version: int, is_remote_accessible: bool | None) -> str | None:
         """Why the two ends cannot link, or None."""
@@ -412,7 +413,7 @@ class ListenerLink(Link):
 
     def _path_failed(self, path: str, reason: str, is_remarkable: bool) -> list[Action]:
         self.state = State.OFFERED
-        return [Send(m.Unusable(m.as_text(path), m.as_text(reason), is_remarkable))]
+        return [Send(m.Unusable(path, reason, is_remarkable))]
 
 
 def status_of(number: int) -> LLMStatusCode:

@@ -1,7 +1,8 @@
 """What two clusters say to each other: message types, their encoding, their caps.
 
 A frame is a magic word, a length and a msgpack body that msgspec decodes into one of the types of
-this file; nothing else is accepted, and a length is checked before anything is allocated.
+this file; nothing else is accepted, and a length is checked before anything is allocated. Numbers
+are within the bounds of their fields, and words that will be shown to people are printable.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from msgspec import Meta
 
 from llm_datadist.core.stats import ClusterStats  # noqa: TC001  (msgspec reads it)
+from llm_datadist.core.words import heard, printable
 
 if TYPE_CHECKING:
     from llm_datadist.core.segments import U64
@@ -26,6 +28,8 @@ HEADER = struct.Struct("<II")
 MAX_GREETING_NBYTES = 64 * 1024
 #: largest body on a link: 16 Mi bytes hold the table of 30,000 caches of 64 tensors
 MAX_BODY_NBYTES = 16 * 1024 * 1024
+#: largest body of an answer to AskStats, which need not come from anybody known
+MAX_STATS_NBYTES = 1024 * 1024
 #: segments in one read request; larger transfers are asked for in several
 MAX_REQUEST_SEGMENTS = 65536
 #: bytes in one read request: an owner answers no more at a time
@@ -35,6 +39,10 @@ MAX_REQUEST_NBYTES = 2**40
 MAX_KEYS = 65536
 
 UInt: TypeAlias = Annotated[int, Meta(ge=0)]
+#: as many as the longest timeout has that a program can set, 2**31 seconds
+Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
+#: of a monotonic clock, in seconds
+Moment: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
@@ -65,7 +73,7 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     is_remote_accessible: bool
     #: the caller has no link to this cluster yet, so one that the listener remembers is stale
     is_fresh: bool
-    timeout_ms: UInt
+    timeout_ms: Millis
     offers: dict[str, bytes]
     probe: ProbeTarget
     #: names the rank-table link that this is to be part of
@@ -201,7 +209,7 @@ class Read(Message, tag=25):
 
     cache_id: int
     generation: UInt
-    timeout_ms: UInt
+    timeout_ms: Millis
     columns: bytes
     claim: tuple[UInt, UInt, bool, UInt] | None = None
 
@@ -237,8 +245,8 @@ class Fetch(Message, tag=28):
     src_cache_id: int
     src_generation: UInt
     src_word_addr: UInt
-    timeout_ms: UInt
-    deadline_at: float
+    timeout_ms: Millis
+    deadline_at: Moment
     columns: bytes
 
 
@@ -247,7 +255,7 @@ class Digest(Message, tag=30):
 
     cache_id: int
     generation: UInt
-    timeout_ms: UInt
+    timeout_ms: Millis
     columns: bytes
 
 
@@ -310,13 +318,16 @@ AnyMessage: TypeAlias = (
     | Stats
 )
 
+#: what has words in it that are shown; names that are only compared are left as they are
+_SPOKEN = (Ready, Unusable, Linked, Refused, Stats)
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def as_text(reason: str) -> str:
     """A reason that fits into a message, whatever is in it."""
-    return reason.encode("utf-8", "replace").decode()[:4000]
+    return printable(reason)
 
 
 def encode(message: Message) -> bytes:
@@ -359,8 +370,12 @@ def pack_columns(*columns: U64) -> bytes:
 
 
 def decode(body: bytes | bytearray | memoryview) -> AnyMessage:
-    """The message of a frame's body. Raises ProtocolError, and nothing else."""
+    """The message of a frame's body. Raises ProtocolError, and nothing else.
+
+    The words in it that people will see are printable.
+    """
     try:
-        return _decoder.decode(body)
+        message = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"undecodable frame: {error}") from error
+    return heard(message) if isinstance(message, _SPOKEN) else message
