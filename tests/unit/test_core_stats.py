@@ -13,6 +13,7 @@ from llm_datadist.core.stats import (
     Histogram,
     LinkStats,
     OperationStats,
+    PoolStats,
 )
 
 
@@ -67,13 +68,17 @@ def test_strangers_are_not_told_addresses_reasons_and_ids() -> None:
 
 def test_the_answer_of_the_busiest_cluster_fits_a_frame() -> None:
     link = LinkStats(2**64 - 1, "tcp", "leaving", "x" * 10_000, "[" + "f" * 39 + "]:65535", 2**30)
-    full = Histogram((2**63,) * (len(BOUNDS_S) + 1), 1e300)
-    failures = (("LLM_KV_CACHE_NOT_EXIST", 2**63),) * 30
+    full = Histogram((2**62,) * (len(BOUNDS_S) + 1), 1e12)
+    failures = (("LLM_KV_CACHE_NOT_EXIST", 2**62),) * 30
+    pools = (PoolStats("DEVICE", "buffers of 2097152", 2**62, 2**62, 2**62),) * 1000
     busy = [
         OperationStats("transfer", n, "tcp", n, failures, n, n, full, full, full, full)
         for n in range(1024)
     ]
-    told = cluster(links=(link,) * 5000, operations=tuple(busy)).told(to_stranger=False)
+    whole = cluster(links=(link,) * 5000, operations=tuple(busy), pools=pools)
+    told = whole.told(to_stranger=False)
     assert (len(told.links), len(told.operations)) == (MAX_TOLD, MAX_TOLD)
     assert told.operations[0].nbytes == 1023, "the busiest first"
-    assert len(m.encode(m.Stats(told))) < 1024 * 1024
+    frame = m.encode(m.Stats(told))
+    assert len(frame) < m.MAX_STATS_NBYTES
+    assert m.decode(frame[m.HEADER.size :]) == m.Stats(told)

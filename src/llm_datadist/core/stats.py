@@ -1,6 +1,7 @@
 """What a cluster says of itself at a moment: its links, pools, keys, and what it has counted.
 
-The same values are what `LLMDataDist.stats` returns and what travels to whoever asks a cluster.
+The same values are what `LLMDataDist.stats` returns and what travels to whoever asks a cluster. The
+bounds of the fields are for what comes from others: whoever shows it can calculate with it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ from msgspec import Meta
 #: each other counts only, so these are part of the protocol
 BOUNDS_S: Final = (*(float(f"{m}e{e}") for e in range(-6, 1) for m in (1, 2.5, 5)), 10.0)
 _NUM_BUCKETS: Final = len(BOUNDS_S) + 1
-#: so many links, and operations, a cluster tells of at most, so that the answer fits a frame
+#: so many links, pools, operations a cluster tells of at most, so that the answer is a small one
 MAX_TOLD: Final = 256
+_AT_MOST: Final = Meta(max_length=MAX_TOLD)
 _MAX_REASON: Final = 500
 
-Count: TypeAlias = Annotated[int, Meta(ge=0)]
+#: a cluster's or a request's: 64 bits
+Id: TypeAlias = Annotated[int, Meta(ge=0)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
+#: a span of time; not NaN, and within what Python's types for dates and times can hold
+Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
+Word: TypeAlias = Annotated[str, Meta(max_length=1024)]
 Counts: TypeAlias = Annotated[
     tuple[Count, ...], Meta(min_length=_NUM_BUCKETS, max_length=_NUM_BUCKETS)
 ]
@@ -30,7 +37,7 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True):
     """How long something took, how often: `counts[i]` times of at most `BOUNDS_S[i]` seconds."""
 
     counts: Counts = (0,) * _NUM_BUCKETS
-    total_s: float = 0.0
+    total_s: Seconds = 0.0
 
     @property
     def count(self) -> int:
@@ -58,19 +65,19 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True):
 class LinkStats(msgspec.Struct, frozen=True):
     """A link as it is now."""
 
-    peer: Count  #: the peer's cluster id
-    path: str  #: how its bytes travel: "cma" or "tcp"
-    state: str  #: "linked", or "leaving" while it is being unlinked
-    path_reason: str = ""  #: why no better path is used
-    endpoint: str = ""  #: where we called the peer; empty when it called us
+    peer: Id  #: the peer's cluster id
+    path: Word  #: how its bytes travel: "cma" or "tcp"
+    state: Word  #: "linked", or "leaving" while it is being unlinked
+    path_reason: Word = ""  #: why no better path is used
+    endpoint: Word = ""  #: where we called the peer; empty when it called us
     num_running: Count = 0  #: transfers that run on it now
 
 
 class PoolStats(msgspec.Struct, frozen=True):
     """One part of a memory pool, in bytes."""
 
-    placement: str  #: "HOST" or "DEVICE"
-    part: str
+    placement: Word  #: "HOST" or "DEVICE"
+    part: Word
     capacity_nbytes: Count
     used_nbytes: Count
     largest_free_nbytes: Count  #: what a single allocation can have at most
@@ -79,21 +86,21 @@ class PoolStats(msgspec.Struct, frozen=True):
 class HeldKey(msgspec.Struct, frozen=True):
     """A key that holds memory of a pool until somebody pulls or removes it."""
 
-    cache_id: Count
-    age_s: float  #: since the cache was allocated
-    id: Count | None = None  #: the request's or the prefix's; not told to strangers
-    model_id: Count | None = None
+    cache_id: Id
+    age_s: Seconds  #: since the cache was allocated
+    id: Id | None = None  #: the request's or the prefix's; not told to strangers
+    model_id: Id | None = None
     is_prefix: bool = False
 
 
 class OperationStats(msgspec.Struct, frozen=True):
     """What one kind of operation has done with one peer over one path. docs/observability.md."""
 
-    operation: str
-    peer: Count | None  #: its cluster id; None where there is no one peer
-    path: str  #: empty where no link was used
+    operation: Word
+    peer: Id | None  #: its cluster id; None where there is no one peer
+    path: Word  #: empty where no link was used
     succeeded: Count
-    failures: tuple[tuple[str, Count], ...]  #: by the name of the status
+    failures: Annotated[tuple[tuple[Word, Count], ...], _AT_MOST]  #: by the name of the status
     nbytes: Count
     num_segments: Count
     duration: Histogram  #: of the whole, failures included
@@ -109,14 +116,14 @@ class OperationStats(msgspec.Struct, frozen=True):
 class WaitStats(msgspec.Struct, frozen=True):
     """How long threads waited for something other than bytes."""
 
-    waited_for: str  #: "stream" (a free connection to the peer) or "gate" (transfers on a link)
+    waited_for: Word  #: "stream" (a free connection to the peer) or "gate" (transfers on a link)
     duration: Histogram
 
 
 class LinkEvents(msgspec.Struct, frozen=True):
     """How many links over a path there have been."""
 
-    path: str
+    path: Word
     made: Count
     ended: Count
 
@@ -124,21 +131,21 @@ class LinkEvents(msgspec.Struct, frozen=True):
 class ClusterStats(msgspec.Struct, frozen=True):
     """A cluster at a moment. Immutable; what is counted is counted since `init`."""
 
-    cluster_id: Count
-    uptime_s: float
+    cluster_id: Id
+    uptime_s: Seconds
     num_links: Count
     num_caches: Count
     num_keys: Count  #: of registered and allocated caches
     is_counting: bool  #: metrics are on; without them, the last three are empty
     oldest_key: HeldKey | None = None
-    links: tuple[LinkStats, ...] = ()
-    pools: tuple[PoolStats, ...] = ()
-    operations: tuple[OperationStats, ...] = ()
-    waits: tuple[WaitStats, ...] = ()
-    link_events: tuple[LinkEvents, ...] = ()
+    links: Annotated[tuple[LinkStats, ...], _AT_MOST] = ()
+    pools: Annotated[tuple[PoolStats, ...], _AT_MOST] = ()
+    operations: Annotated[tuple[OperationStats, ...], _AT_MOST] = ()
+    waits: Annotated[tuple[WaitStats, ...], _AT_MOST] = ()
+    link_events: Annotated[tuple[LinkEvents, ...], _AT_MOST] = ()
 
     def told(self, *, to_stranger: bool) -> ClusterStats:
-        """What others get to know: the first MAX_TOLD links and the busiest operations.
+        """What others get to know: the first MAX_TOLD links, pools, and the busiest operations.
 
         Strangers get neither the addresses of peers, nor what explains a path, nor ids of keys.
         """
@@ -155,5 +162,9 @@ class ClusterStats(msgspec.Struct, frozen=True):
             key = HeldKey(key.cache_id, key.age_s)
         busiest = sorted(self.operations, key=lambda each: each.nbytes, reverse=True)
         return msgspec.structs.replace(
-            self, links=tuple(links), operations=tuple(busiest[:MAX_TOLD]), oldest_key=key
+            self,
+            links=tuple(links),
+            pools=self.pools[:MAX_TOLD],
+            operations=tuple(busiest[:MAX_TOLD]),
+            oldest_key=key,
         )

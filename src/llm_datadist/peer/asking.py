@@ -21,7 +21,9 @@ def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: floa
     """What the cluster that listens at the endpoint says of itself. In any thread.
 
     `security` must be that of the cluster; `options.read_link_security({})` is what the environment
-    says. Without it the cluster keeps addresses and ids of keys to itself.
+    says. Without it the cluster keeps addresses and ids of keys to itself. Whoever answers may be
+    anybody: an answer is at most m.MAX_STATS_NBYTES long and complete within `timeout_s`, its
+    numbers are within the bounds of their fields, its words printable.
 
     Raises LLMException: LLM_LINK_FAILED when nobody listens there, LLM_TIMEOUT; LLM_NOT_YET_LINK
     when whoever listens hangs up or LLM_FAILED when it answers otherwise, as for another link
@@ -34,7 +36,7 @@ def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: floa
     try:
         if not shield.is_done:
             stream.greet(deadline)
-        answer = stream.ask(m.AskStats(), deadline)
+        answer = stream.ask(m.AskStats(), deadline, m.MAX_STATS_NBYTES)
     except LLMException as error:
         hint = "; the cluster must have the same link security, and a version that can be asked"
         is_clear = error.status_code is LLMStatusCode.LLM_TIMEOUT

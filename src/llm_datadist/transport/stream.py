@@ -46,26 +46,31 @@ class Stream:
         except NotAuthentic as error:
             raise lost(str(error)) from error
 
-    def ask(self, message: m.Message, deadline: Deadline) -> m.AnyMessage:
-        """The peer's answer. Raises LLMException with the peer's status when it refuses."""
+    def ask(
+        self, message: m.Message, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES
+    ) -> m.AnyMessage:
+        """The peer's answer. Raises LLMException with the peer's status when it refuses.
+
+        One whose body has more than `max_nbytes` is none.
+        """
         self.tell(message, deadline)
-        return self.answer(deadline)
+        return self.answer(deadline, max_nbytes)
 
     def tell(self, message: m.Message, deadline: Deadline) -> None:
         """Sends a question whose `answer` is asked for later. Raises LLMException."""
         self._send(m.encode(message), deadline)
 
-    def answer(self, deadline: Deadline) -> m.AnyMessage:
+    def answer(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
         """The answer to what was told. Raises as `ask` does."""
-        answer = self.receive(deadline)
+        answer = self.receive(deadline, max_nbytes)
         if isinstance(answer, m.Refused):
             raise RequestRefused(answer.message, status_of(answer.status))
         return answer
 
-    def receive(self, deadline: Deadline) -> m.AnyMessage:
+    def receive(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
         try:
             header = self._receive_exactly(m.HEADER.size, deadline)
-            body = self._receive_exactly(m.body_nbytes(header, m.MAX_BODY_NBYTES), deadline)
+            body = self._receive_exactly(m.body_nbytes(header, max_nbytes), deadline)
             return m.decode(body)
         except m.ProtocolError as error:
             raise LLMException(

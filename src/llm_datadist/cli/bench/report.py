@@ -48,7 +48,8 @@ class Report:
 
     def write_json(self, path: Path) -> None:
         """All figures, with what they were measured on."""
-        path.write_text(json.dumps({**self._machine(), "groups": self._groups()}, indent=2) + "\n")
+        figures = {**self._machine(), "groups": self._groups()}
+        path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
     def _machine(self) -> dict[str, object]:
         return {

@@ -50,6 +50,9 @@ def demo(
     Prefill computes a prompt's KV cache; decode pulls it over llm_datadist and goes on generating
     without ever seeing the prompt. The answers are then compared, token by token, with plain greedy
     generation in one process.
+
+    Exit code 0: every answer is identical; 1: one differs, or a worker failed; 2: wrong usage, or
+    something is to be set up.
     """
     with explained("demo"):
         settings = Settings(find_model(model), max_new_tokens, block_tokens, port, path)

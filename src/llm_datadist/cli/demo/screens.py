@@ -187,7 +187,7 @@ class Report:
             "num_identical": self.num_identical,
             "requests": [_figures(request) for request in self.requests],
         }
-        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _figures(request: Request) -> dict[str, object]:

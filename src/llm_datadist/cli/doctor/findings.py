@@ -88,7 +88,7 @@ class Report:
             for finding in section.findings
         ]
         state = State.PROBLEM if self._problems else State.OK
-        return json.dumps({"state": state, "findings": findings}, indent=2)
+        return json.dumps({"state": state, "findings": findings}, indent=2, allow_nan=False)
 
     def to_screen(self) -> Group:
         """One row a finding, the remedy below it."""

@@ -1,11 +1,15 @@
-"""The verb `top`: its options. Exit code 2 for what is asked for wrongly, else 0."""
+"""The verb `top`: its options, and its exit codes.
+
+0: every cluster answered, or Ctrl-C ended the view. 2: wrong usage. 3: with --once or --json, a
+cluster did not answer.
+"""
 
 # No `from __future__ import annotations`: typer reads the types when it runs.
 
 import json as jsonlib
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.link_security import LinkSecurity
 
+_NO_ANSWER = 3
+_LONGEST_S = 24 * 3600.0
 #: of a table that goes to a file or a pipe
 _WIDTH = 200
 
@@ -22,16 +28,23 @@ def top(
     clusters: Annotated[
         list[str], typer.Argument(metavar="HOST:PORT", help="Where the clusters listen.")
     ],
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=_LONGEST_S, help="Seconds between looks.")
+    ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one table and exit.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print all figures once and exit.")] = False,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 2.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=_LONGEST_S, help="Seconds that an answer may take.")
+    ] = 2.0,
 ) -> None:
     """Watch running clusters: links, throughput, latency, pools and keys.
 
     Clusters answer without being linked. Those with link security want the same one here, in the
     environment variable LLM_DATADIST_LINK_SECURITY. Figures of operations need metrics to be on in
     the cluster (LLM_DATADIST_METRICS=1); --once gives them since the cluster was initialised.
+
+    Exit code 0: every cluster answered, or Ctrl-C; 2: wrong usage; 3: with --once or --json, a
+    cluster did not answer, or with what is no answer.
     """
     from llm_datadist.cli.top.view import take_samples
     from llm_datadist.endpoint import Endpoint
@@ -41,17 +54,20 @@ def top(
     try:
         endpoints = [Endpoint.parse(text, "HOST:PORT") for text in clusters]
         security = read_link_security({})
-        if json:
-            typer.echo(_to_json(take_samples(endpoints, security, timeout)))
-        elif once:
-            _print(take_samples(endpoints, security, timeout))
-        else:
+        if not (json or once):
             _watch(endpoints, security, timeout, interval)
+        samples = take_samples(endpoints, security, timeout)
     except (LLMException, ValueError) as error:
         typer.secho(f"top: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         return
+    if json:
+        typer.echo(_to_json(samples))
+    else:
+        _print(samples)
+    if any(each.stats is None for each in samples):
+        raise typer.Exit(_NO_ANSWER)
 
 
 def _print(samples: "list[Sample]") -> None:
@@ -67,7 +83,7 @@ def _watch(
     security: "LinkSecurity | None",
     timeout_s: float,
     interval_s: float,
-) -> None:
+) -> "NoReturn":
     """Until Ctrl-C."""
     from rich.live import Live
 
@@ -93,4 +109,6 @@ def _to_json(samples: "list[Sample]") -> str:
         else {"address": str(each.endpoint), "stats": msgspec.to_builtins(each.stats)}
         for each in samples
     ]
-    return jsonlib.dumps({"histogram_bounds_s": BOUNDS_S, "clusters": answers}, indent=1)
+    return jsonlib.dumps(
+        {"histogram_bounds_s": BOUNDS_S, "clusters": answers}, indent=1, allow_nan=False
+    )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llm_datadist.link_security import LinkSecurity
 
 _NONE = "-"
+#: what went on in less is no rate: of a cluster that has just started, or of one that lies
+_LEAST_SPAN_S = 1e-3
 _GIB = 2**30
 
 
@@ -80,8 +82,9 @@ def _activity(now: OperationStats, before: OperationStats | None, span_s: float)
     duration, nbytes, ended = now.duration, now.nbytes, now.succeeded + now.num_failed
     if before is not None:
         duration = duration.since(before.duration)
-        nbytes -= before.nbytes
-        ended -= before.succeeded + before.num_failed
+        nbytes = max(0, nbytes - before.nbytes)
+        ended = max(0, ended - before.succeeded - before.num_failed)
+    span_s = max(span_s, _LEAST_SPAN_S)
     return Activity(
         now, nbytes / span_s, ended / span_s, duration.quantile_s(0.5), duration.quantile_s(0.99)
     )
