@@ -70,14 +70,38 @@ class NamedAttributes:
             super().__setattr__(name, value)
 
 
+class NamedMembers:
+    """Base of structs with slots: nothing but a member can be assigned to, and the error helps."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # as above
+
+        def __setattr__(self, name: str, value: object) -> None:
+            try:
+                super().__setattr__(name, value)
+            except AttributeError:
+                _refuse_near(type(self), name, _names_of(type(self)))
+                raise
+
+
 def _check_known(kind: type, name: str) -> None:
-    known = {each for base in kind.__mro__ for each in vars(base) if not each.startswith("_")}
-    if name in known:
-        return
+    known = _names_of(kind)
+    if name not in known:
+        _refuse_near(kind, name, known)
+        warn_of_unknown(kind.__name__, name)
+
+
+def _names_of(kind: type) -> set[str]:
+    return {each for base in kind.__mro__ for each in vars(base) if not each.startswith("_")}
+
+
+def _refuse_near(kind: type, name: str, known: Iterable[str]) -> None:
     meant = nearest(name, known)
     if meant is not None:
-        raise AttributeError(f"{kind.__name__} has no attribute {name!r}: is {meant!r} meant?")
-    warn_of_unknown(kind.__name__, name)
+        raise AttributeError(
+            f"{kind.__name__} has no attribute {name!r}: is {meant!r} meant?"
+        ) from None
 
 
 def _is_near(words: Sequence[str], known: Sequence[str]) -> bool:

@@ -1,7 +1,8 @@
 """The structs and enums of the C++ interface, by their C++ names. Spec 7.3.
 
 They are plain values to be filled in, with the defaults of the header; the methods of LlmDataDist
-check them. Members called `reserved` are left out.
+check them. Members called `reserved` are left out. As in C++ there are no other members: assigning
+to a name that is none is an AttributeError.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.cpp.data_type import GeDataType
 from llm_datadist.named_enum import NamedIntEnum
+from llm_datadist.near_names import NamedMembers
 
 if TYPE_CHECKING:
     from llm_datadist.types import DataType
@@ -33,7 +35,7 @@ class CachePlacement(NamedIntEnum):
 
 
 @dataclass(slots=True)
-class IpInfo:
+class IpInfo(NamedMembers):
     """An address. Spec 7.3."""
 
     ip: str = ""  #: an IPv4 or IPv6 literal
@@ -41,7 +43,7 @@ class IpInfo:
 
 
 @dataclass(slots=True)
-class ClusterInfo:
+class ClusterInfo(NamedMembers):
     """A cluster to link to or to unlink. Spec 7.3."""
 
     #: found out in the hand-shake: linking with 0 to a cluster of another id works
@@ -52,7 +54,7 @@ class ClusterInfo:
 
 
 @dataclass(slots=True)
-class CacheIndex:
+class CacheIndex(NamedMembers):
     """Names a cache of a cluster, or a batch row of it. Spec 7.3."""
 
     cluster_id: int = 0
@@ -61,7 +63,7 @@ class CacheIndex:
 
 
 @dataclass(slots=True)
-class CacheDesc:
+class CacheDesc(NamedMembers):
     """What a cache looks like: `num_tensors` tensors of one shape and type. Spec 7.3.
 
     Dim 0 of the shape counts the batch rows, which are the blocks as well.
@@ -74,7 +76,7 @@ class CacheDesc:
 
 
 @dataclass(slots=True)
-class Cache:
+class Cache(NamedMembers):
     """A cache of this cluster. Spec 7.3.
 
     `AllocateCache` returns one that is filled in. For a registered cache the program makes its own,
@@ -87,7 +89,7 @@ class Cache:
 
 
 @dataclass(slots=True)
-class KvCacheExtParam:
+class KvCacheExtParam(NamedMembers):
     """Which layers a transfer moves. Spec 7.3, 7.4.
 
     Ranges are inclusive: (0, 1) is two layers, and (-1, -1) means all. A layer is
@@ -100,5 +102,5 @@ class KvCacheExtParam:
 
 
 @dataclass(slots=True)
-class RegisterCfg:
+class RegisterCfg(NamedMembers):
     """Settings of RegisterKvCache; there are none. Spec 7.3."""
