@@ -116,6 +116,11 @@ def test_what_is_no_address_is_said_in_a_line(wrong: str) -> None:
     assert wrong in output or "65535" in output
 
 
+@pytest.mark.parametrize("verb", ["top", "doctor", "demo", "bench"])
+def test_help_says_what_exit_codes_mean(verb: str) -> None:
+    assert "Exit code 0: " in CliRunner().invoke(app, [verb, "--help"]).output
+
+
 def heed_interrupts() -> None:
     """Whatever runs the tests may have had them ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
