@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, final
 
 from llm_datadist.checks import check_json_object, describe
+from llm_datadist.credential_file import read_credential
 from llm_datadist.errors import LLMException, invalid
 
 _MIN_SECRET_NBYTES: Final = 16
@@ -25,7 +25,10 @@ class LinkSecurity:
     The secret does not show in the repr.
     """
 
+    #: as it was when the option was read; None for TLS
     secret: bytes | None = field(default=None, repr=False)
+    #: where it is read again when it was renewed; empty for a secret that the option itself has
+    secret_file: str = ""
     ca: str = ""
     certificate: str = ""
     key: str = ""
@@ -47,23 +50,23 @@ class LinkSecurity:
         if set(given) == {"secret"}:
             return cls(secret=_long_enough(name, given["secret"].encode()))
         if set(given) == {"secret_file"}:
-            return cls(secret=_long_enough(name, _read_secret(name, given["secret_file"])))
+            file = given["secret_file"]
+            return cls(secret=read_secret(file, name), secret_file=file)
         if set(given) == set(_TLS_FIELDS):
             for file in given.values():
-                if not Path(file).is_file():
-                    raise invalid(f"{name}: there is no file {file}")
-            return cls(None, *(given[each] for each in _TLS_FIELDS))
+                read_credential(name, file)
+            return cls(None, "", *(given[each] for each in _TLS_FIELDS))
         raise invalid(f"{name} has the fields {sorted(given)}; it must be {_FORMS}")
 
 
-def _read_secret(name: str, file: str) -> bytes:
-    try:
-        return Path(file).read_bytes().strip()
-    except OSError as error:
-        raise invalid(f"{name}: {file} cannot be read: {error.strerror}") from None
+def read_secret(file: str, name: str = "link_security") -> bytes:
+    """The secret in a file. Raises LLMException (LLM_PARAM_INVALID)."""
+    return _long_enough(name, read_credential(name, file).strip(), f" in {file}")
 
 
-def _long_enough(name: str, secret: bytes) -> bytes:
+def _long_enough(name: str, secret: bytes, place: str = "") -> bytes:
     if len(secret) < _MIN_SECRET_NBYTES:
-        raise invalid(f"{name}: a secret has at least {_MIN_SECRET_NBYTES} bytes; take random ones")
+        raise invalid(
+            f"{name}{place}: a secret has at least {_MIN_SECRET_NBYTES} bytes; take random ones"
+        )
     return secret

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _ROOT = str(Path(llm_datadist.__file__).parent)
 #: the rows of the house, from the bottom up (the layers of pyproject.toml); a row has no order
 _ROWS = (
-    ("named_enum", "errors", "checks"),
+    ("named_enum", "errors", "checks", "credential_file"),
     ("endpoint", "option_keys", "types", "keys", "pool_config", "link_security", "cluster_info"),
     ("options", "config"),
     ("core",),
