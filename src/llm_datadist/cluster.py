@@ -39,6 +39,7 @@ from llm_datadist.running.loop import CannotWait, Loop, cancel_all
 from llm_datadist.running.movers import Movers
 from llm_datadist.running.threads import Errands, Threads, is_ours, start_thread
 from llm_datadist.transfers.transfers import Transfers
+from llm_datadist.transport.credentials import warn_of_public_files
 from llm_datadist.transport.installed import transports_for
 from llm_datadist.transport.same_host import SameHost
 from llm_datadist.transport.shield import Shields
@@ -147,6 +148,7 @@ class Cluster:
         same_host = SameHost.new() if meets else None
         if same_host is not None:
             offers[SAME_HOST] = same_host.offer()
+        warn_of_public_files(options.link_security)
         me = Identity(
             self.cluster_id,
             secrets.token_bytes(16),

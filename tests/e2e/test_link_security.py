@@ -146,7 +146,7 @@ def test_wrong_or_missing_credentials_are_refused_and_logged_once(
     is_secret = security == BY_SECRET
     other_secret = json.dumps({"secret": "another secret of many bytes"})
     attempts = {
-        "other": other_secret if is_secret else theirs.option(trusted=ours),
+        "other": other_secret if is_secret else theirs.option(),
         "none": "",
         "other-kind": ours.option() if is_secret else BY_SECRET,
     }

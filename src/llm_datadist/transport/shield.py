@@ -17,10 +17,14 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, Protocol
 
 from llm_datadist.core.messages import HEADER, MAX_BODY_NBYTES
-from llm_datadist.errors import invalid
+from llm_datadist.link_security import read_secret
+from llm_datadist.transport.certificate import REMEDY, Certificate, explain
+from llm_datadist.transport.credentials import load_tls
+from llm_datadist.transport.renewed import Renewed
 
 if TYPE_CHECKING:
     from llm_datadist.link_security import LinkSecurity
+    from llm_datadist.transport.credentials import TlsContexts
 
 _NONCE_NBYTES: Final = 32
 _MAC_NBYTES: Final = 32
@@ -40,6 +44,15 @@ _COUNT: Final = struct.Struct("<Q")
 class NotAuthentic(Exception):
     """The other end did not prove that it may link."""
 
+    def __init__(
+        self, reason: str, parting: bytes = b"", remedy: str = "both ends need the same"
+    ) -> None:
+        super().__init__(reason)
+        #: what to send before the connection is closed, so that the other end knows why
+        self.parting = parting
+        #: what to do about it
+        self.remedy = remedy
+
 
 class Shield(Protocol):
     """One connection's. Used by one thread at a time."""
@@ -48,6 +61,8 @@ class Shield(Protocol):
     is_done: bool
     #: the bytes of caches are sealed, too; else only frames go through `seal` and `open`
     seals_all: bool
+    #: the peer's, once the hand-shake is over; None where there are none
+    peer_certificate: Certificate | None
 
     def start(self) -> bytes:
         """What to send first."""
@@ -79,6 +94,7 @@ class Open:
 
     is_done = True
     seals_all = False
+    peer_certificate: Certificate | None = None
 
     def start(self) -> bytes:
         return b""
@@ -239,6 +255,7 @@ class Tls(Open):
             if not self._is_tls_done:
                 self._tls.do_handshake()
                 self._is_tls_done = True
+                self.peer_certificate = Certificate.of_peer(self._tls)
                 if not self._is_caller:
                     self._tls.write(_ACCEPTED)
                     self.is_done = True
@@ -247,7 +264,10 @@ class Tls(Open):
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
-            raise NotAuthentic(_explain(error)) from None
+            # the alert says why, to the peer
+            raise NotAuthentic(explain(error), self._outgoing.read(), REMEDY) from None
+        except ValueError as error:
+            raise NotAuthentic(f"the peer's certificate {error}", remedy=REMEDY) from None
         return self._outgoing.read()
 
     def seal(self, data: bytes | bytearray | memoryview) -> bytes:
@@ -265,45 +285,36 @@ class Tls(Open):
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
-            raise NotAuthentic(_explain(error)) from None
+            raise NotAuthentic(explain(error)) from None
         return b"".join(pieces)
 
 
 class Shields:
-    """Makes the shield of each connection of a cluster. Thread-safe."""
+    """Makes the shield of each connection of a cluster, of files as they are then. Thread-safe."""
 
     def __init__(self, security: LinkSecurity | None) -> None:
-        """Raises LLMException(LLM_PARAM_INVALID) for files that are no certificates or keys."""
-        self._security = security
-        self._contexts: dict[bool, ssl.SSLContext] = {}
-        if security is not None and security.secret is None:
-            self._contexts = {end: tls_context(security, is_caller=end) for end in (True, False)}
+        """Raises LLMException(LLM_PARAM_INVALID) for files that no link can be made with."""
+        self._secret: Renewed[bytes] | None = None
+        self._contexts: Renewed[TlsContexts] | None = None
+        if security is None:
+            return
+        if (secret := security.secret) is None:
+            files = (security.ca, security.certificate, security.key)
+            self._contexts = Renewed(files, lambda: load_tls(security))
+        elif file := security.secret_file:
+            self._secret = Renewed((file,), lambda: read_secret(file))
+        else:
+            self._secret = Renewed((), lambda: secret)
 
     @property
     def is_secure(self) -> bool:
-        return self._security is not None
+        return self._secret is not None or self._contexts is not None
 
     def make(self, *, is_caller: bool) -> Shield:
-        if self._security is None:
-            return Open()
-        if self._security.secret is not None:
-            return Secret(self._security.secret, is_caller=is_caller)
-        return Tls(self._contexts[is_caller], is_caller=is_caller)
-
-
-def tls_context(security: LinkSecurity, *, is_caller: bool) -> ssl.SSLContext:
-    """Of one end of mutual TLS. Raises LLMException(LLM_PARAM_INVALID)."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if is_caller else ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # the authority says who is a cluster; clusters move
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_verify_locations(security.ca)
-        context.load_cert_chain(security.certificate, security.key)
-    except (ssl.SSLError, OSError) as error:
-        raise invalid(f"link_security: the certificate, its key or the CA: {error}") from None
-    return context
-
-
-def _explain(error: ssl.SSLError) -> str:
-    return f"TLS: {error.reason or error}"
+        if self._secret is not None:
+            return Secret(self._secret.get(), is_caller=is_caller)
+        if self._contexts is not None:
+            contexts = self._contexts.get()
+            context = contexts.caller if is_caller else contexts.listener
+            return Tls(context, is_caller=is_caller)
+        return Open()

@@ -6,12 +6,9 @@ import errno
 import json
 import os
 import shutil
-import ssl
-import stat
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +16,7 @@ import numpy as np
 
 from llm_datadist.cli.doctor.findings import Case, Finding, State
 from llm_datadist.cli.doctor.host import STATUS, field_of, text_of, version_of
+from llm_datadist.credential_file import is_public
 from llm_datadist.errors import LLMException
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.links.listener import bind
@@ -26,7 +24,7 @@ from llm_datadist.memory import native
 from llm_datadist.options import PATH_VARIABLE, SECURITY_VARIABLE, check_transfer_path
 from llm_datadist.transport import nixl_agent
 from llm_datadist.transport.cma import ptrace_scope
-from llm_datadist.transport.shield import tls_context
+from llm_datadist.transport.credentials import load_tls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,47 +196,21 @@ def _certificate(security: LinkSecurity) -> Finding:
     """Has both ends of a link with this certificate shake hands. Raises LLMException."""
     if (finding := _kept(security.key)) is not None:
         return finding
-    try:
-        ends_at = _tls_ends_at(security)
-    except ssl.SSLError as error:
-        reason = getattr(error, "verify_message", "") or error.reason or str(error)
-        found = f"{security.certificate} does not pass {security.ca}: {reason}"
-        return Finding(_SECURITY, State.PROBLEM, found, "have that CA issue a new certificate")
-    days = (ends_at - time.time()) / _DAY_S
+    days = (load_tls(security).ends_at - time.time()) / _DAY_S
     data: Data = {"kind": "tls", "days_left": round(days, 1)}
     found = f"mutual TLS; {security.certificate} or its CA ends in {days:.0f} days"
     if days < _SOON_DAYS:
-        return Finding(
-            _SECURITY, State.PROBLEM, found, "renew it now, and start the clusters anew", data
-        )
+        remedy = "renew it now; clusters that run take the new files by themselves"
+        return Finding(_SECURITY, State.PROBLEM, found, remedy, data)
     return Finding(_SECURITY, State.OK, found, data=data)
 
 
 def _kept(file: str) -> Finding | None:
     """That everybody on this host can read what must be secret."""
-    if not Path(file).stat().st_mode & stat.S_IROTH:
+    if not is_public(file):
         return None
     found = f"every user of this host can read {file}"
     return Finding(_SECURITY, State.PROBLEM, found, f"chmod o-r {file}")
-
-
-def _tls_ends_at(security: LinkSecurity) -> float:
-    """When the certificate or the CA that signed it ends. Raises ssl.SSLError, LLMException."""
-    to_caller, to_listener = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = tls_context(security, is_caller=True)
-    caller = context.wrap_bio(to_caller, to_listener)
-    listener = tls_context(security, is_caller=False).wrap_bio(
-        to_listener, to_caller, server_side=True
-    )
-    for end in (caller, listener, caller):
-        with suppress(ssl.SSLWantReadError):
-            end.do_handshake()
-    listener.do_handshake()
-    certificate = caller.getpeercert() or {}
-    chain = [certificate] + [
-        ca for ca in context.get_ca_certs() if ca.get("subject") == certificate.get("issuer")
-    ]
-    return min(ssl.cert_time_to_seconds(str(each["notAfter"])) for each in chain)
 
 
 # -- other paths: NIXL, RDMA, GPUs --
