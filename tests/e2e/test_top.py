@@ -104,7 +104,8 @@ def test_clusters_with_link_security_want_it(
     node: Node, peer: NodeProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, _ = start(node, peer, SECRET)
-    assert "same link security" in rows(top(ours, "--once", code=NO_ANSWER))[0][9]
+    told = rows(top(ours, "--once", code=NO_ANSWER))[0][9]
+    assert "link security: the peer has a shared" in told
     monkeypatch.setenv("LLM_DATADIST_LINK_SECURITY", SECRET)
     assert rows(top(ours, "--once"))[0][1] == "2"
 

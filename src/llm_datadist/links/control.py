@@ -81,7 +81,10 @@ class Control:
             while not self.shield.is_done:
                 await self._send(self.shield.answer(await self._receive()))
             self.frames.feed(self.shield.open(b""))
-        except (NotAuthentic, ConnectionEnded) as error:
+        except NotAuthentic as error:
+            await self._part(error)
+            raise Unwelcome(f"link security: {error}; {error.remedy}") from error
+        except ConnectionEnded as error:
             raise Unwelcome(f"link security: {error}; both ends need the same") from error
 
     async def send(self, message: m.Message) -> None:
@@ -95,8 +98,16 @@ class Control:
                 for message in self.frames:
                     return message
                 self.frames.feed(self.shield.open(await self._receive()))
-        except (m.ProtocolError, NotAuthentic) as error:
+        except NotAuthentic as error:
+            await self._part(error)
+            raise Unwelcome(f"link security: {error}") from error
+        except m.ProtocolError as error:
             raise ConnectionEnded(str(error)) from error
+
+    async def _part(self, error: NotAuthentic) -> None:
+        """Tells the peer why, as far as the shield has words for it."""
+        with suppress(ConnectionEnded):  # it has left already
+            await self._send(error.parting)
 
     async def _send(self, data: bytes) -> None:
         try:

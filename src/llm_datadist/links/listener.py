@@ -90,8 +90,8 @@ class Listener:
         self._take_snapshot = take_snapshot
         self._greetings: dict[asyncio.Task[bool], Control] = {}
         self._sessions: dict[bytes, Session] = {}
-        #: addresses that were refused for want of a credential
-        self._strangers: set[str] = set()
+        #: addresses that were refused for want of a credential, each with why
+        self._strangers: set[tuple[str, str]] = set()
         context.loop.add_reader(sock, self._accept)
 
     async def close(self) -> None:
@@ -158,10 +158,11 @@ class Listener:
         return await control.receive()
 
     def _turn_away(self, control: Control, error: Unwelcome) -> None:
-        """Says so once for each address: strangers may come often."""
+        """Says so once for each address and reason: strangers may come often."""
         host = control.at.host if isinstance(control.at, Endpoint) else str(control.at)
-        if host not in self._strangers and len(self._strangers) < _MAX_STRANGERS:
-            self._strangers.add(host)
+        why = host, str(error)
+        if why not in self._strangers and len(self._strangers) < _MAX_STRANGERS:
+            self._strangers.add(why)
             get_logger().warning("refused a connection from %s: %s", host, error)
 
     async def _welcome(self, control: Control, first: m.AnyMessage) -> bool:

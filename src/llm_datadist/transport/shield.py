@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from llm_datadist.core.messages import HEADER, MAX_BODY_NBYTES
 from llm_datadist.link_security import read_secret
+from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
 from llm_datadist.transport.certificate import REMEDY, Certificate, explain
 from llm_datadist.transport.credentials import load_tls
 from llm_datadist.transport.renewed import Renewed
@@ -95,6 +96,7 @@ class Open:
     is_done = True
     seals_all = False
     peer_certificate: Certificate | None = None
+    _has_met = False
 
     def start(self) -> bytes:
         return b""
@@ -106,7 +108,14 @@ class Open:
         return bytes(data)
 
     def open(self, data: bytes | bytearray | memoryview) -> bytes:
-        return bytes(data)
+        opened = bytes(data)
+        if opened and not self._has_met:
+            self._has_met = True
+            if reason := why_to_leave(opened, Kind.OPEN):
+                raise NotAuthentic(reason)
+            if reason := why_to_refuse(opened, Kind.OPEN):
+                raise NotAuthentic(reason, Kind.OPEN.value)
+        return opened
 
     def proof(self, link: Shield) -> bytes:
         return b""
@@ -182,6 +191,8 @@ class Secret(Open):
         return hmac.compare_digest(proof, self.proof(link))
 
     def _answer_listener(self) -> bytes:
+        if not self._nonces and (reason := why_to_leave(self._came, Kind.SECRET)):
+            raise NotAuthentic(reason)
         if len(self._came) < _NONCE_NBYTES + _MAC_NBYTES:
             return b""
         self._nonces = self._mine + self._take(_NONCE_NBYTES)
@@ -192,7 +203,8 @@ class Secret(Open):
     def _answer_caller(self) -> bytes:
         if not self._nonces:
             if not _GREETING.startswith(bytes(self._came[: len(_GREETING)])):
-                raise NotAuthentic("it does not begin with the hand-shake of a shared secret")
+                reason = why_to_refuse(self._came, Kind.SECRET)
+                raise NotAuthentic(reason, Kind.SECRET.value)
             if len(self._came) < len(_GREETING) + _NONCE_NBYTES:
                 return b""
             self._take(len(_GREETING))
@@ -250,6 +262,9 @@ class Tls(Open):
         return self.answer(b"") if self._is_caller else b""
 
     def answer(self, data: bytes) -> bytes:
+        if data and not self._has_met:
+            self._has_met = True
+            self._meet(data)
         self._incoming.write(data)
         try:
             if not self._is_tls_done:
@@ -287,6 +302,13 @@ class Tls(Open):
         except ssl.SSLError as error:
             raise NotAuthentic(explain(error)) from None
         return b"".join(pieces)
+
+    def _meet(self, first: bytes) -> None:
+        if self._is_caller:
+            if reason := why_to_leave(first, Kind.TLS):
+                raise NotAuthentic(reason)
+        elif reason := why_to_refuse(first, Kind.TLS):
+            raise NotAuthentic(reason, Kind.TLS.value)
 
 
 class Shields:

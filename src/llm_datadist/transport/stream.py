@@ -13,6 +13,7 @@ from llm_datadist.core.link import status_of
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
+from llm_datadist.transport.beginnings import Kind, why_to_leave
 from llm_datadist.transport.shield import NotAuthentic
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ class Stream:
                 answer = self._shield.answer(self._receive_some(_CHUNK_NBYTES, deadline))
                 Stream._send(self, answer, deadline)
         except NotAuthentic as error:
-            raise lost(str(error)) from error
+            with suppress(LLMException):  # it has left already
+                Stream._send(self, error.parting, deadline)
+            raise _unwelcome(str(error)) from error
 
     def ask(
         self, message: m.Message, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES
@@ -68,11 +71,12 @@ class Stream:
         return answer
 
     def receive(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
+        header = self._receive_exactly(m.HEADER.size, deadline)
         try:
-            header = self._receive_exactly(m.HEADER.size, deadline)
-            body = self._receive_exactly(m.body_nbytes(header, max_nbytes), deadline)
-            return m.decode(body)
+            return m.decode(self._receive_exactly(m.body_nbytes(header, max_nbytes), deadline))
         except m.ProtocolError as error:
+            if reason := why_to_leave(header, Kind.OPEN):
+                raise _unwelcome(reason) from error
             raise LLMException(
                 f"the peer answered garbage: {error}", LLMStatusCode.LLM_FAILED
             ) from error
@@ -179,6 +183,10 @@ def timeval(seconds: float) -> bytes:
     """What SO_RCVTIMEO and SO_SNDTIMEO take."""
     whole = int(seconds)
     return _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1e6)))
+
+
+def _unwelcome(reason: str) -> LLMException:
+    return LLMException(f"link security: {reason}", LLMStatusCode.LLM_NOT_YET_LINK)
 
 
 def lost(reason: str) -> LLMException:
