@@ -32,7 +32,7 @@ READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 LANGUAGES = {"", "python", "console", "sh", "bash", "text", "json", "yaml", "toml", "ini"}
 TERMINALS = {"console", "sh", "bash"}
 OURS = {"python", "llm-datadist", "pytest"}
-SETS_UP = {"pip", "make", "git", "sudo", "docker", "kubectl", "openssl"}
+SETS_UP = {"pip", "make", "git", "sudo", "docker", "kubectl", "openssl", "chmod"}
 NOT_RUN = "# not run by the tests: "
 
 _FENCE = re.compile(r"^( *)```(\w*)([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

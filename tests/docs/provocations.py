@@ -6,8 +6,13 @@ A scene is a node in this process and one in another, neither of which is starte
 from __future__ import annotations
 
 import socket
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
+from certificates import Authority
 from llm_datadist import (
     BlocksCacheKey,
     CacheDesc,
@@ -22,8 +27,9 @@ from llm_datadist import (
 from llm_datadist.testing.cluster import Node
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from certificates import Files
     from llm_datadist.cache import Cache
     from llm_datadist.testing.cluster import NodeProcess
 
@@ -132,6 +138,26 @@ def _(scene: Scene) -> None:
     scene.start(link_security='{"secret": "short"}')
 
 
+@provokes("… is …; it must be a regular file")
+def _(scene: Scene) -> None:
+    scene.start(link_security='{"secret_file": "/dev/zero"}')
+
+
+@contextmanager
+def files_of(authority: Authority) -> Iterator[Files]:
+    with TemporaryDirectory() as folder:
+        yield authority.issue(Path(folder))
+
+
+@provokes("…: the key … is encrypted, and nobody is asked for its pass phrase")
+def _(scene: Scene) -> None:
+    with files_of(Authority()) as files:
+        encrypt = ["openssl", "pkey", "-aes256", "-passout", "pass:1234", "-in", str(files.key)]
+        key = files.key.with_name("encrypted.pem")
+        subprocess.run([*encrypt, "-out", str(key)], check=True)
+        scene.start(link_security=files.option(key=key))
+
+
 # -- it does not link --
 
 
@@ -167,6 +193,17 @@ def _(scene: Scene) -> None:
 @provokes("link security: …; both ends need the same")
 def _(scene: Scene) -> None:
     scene.link_differently({"link_security": SECRET}, {"link_security": ANOTHER})
+
+
+@provokes("the peer has …, and this end has …")
+def _(scene: Scene) -> None:
+    scene.link_differently({"link_security": SECRET}, {})
+
+
+@provokes("each end needs a valid certificate of an authority in the other end's CA file")
+def _(scene: Scene) -> None:
+    with files_of(Authority()) as theirs, files_of(Authority()) as ours:
+        scene.link_differently({"link_security": theirs.option()}, {"link_security": ours.option()})
 
 
 @provokes("clusters … and … are linked already")
@@ -353,6 +390,21 @@ def _(scene: Scene) -> None:
 )
 def _(scene: Scene) -> None:
     scene.start(listen_ip_info="0.0.0.0:0")
+
+
+@provokes("link_security: every user of this host can read …; chmod o-r …")
+def _(scene: Scene) -> None:
+    with files_of(Authority()) as files:
+        files.key.chmod(0o644)
+        scene.start(link_security=files.option())
+
+
+@provokes("what was renewed cannot be used, what was there before goes on: …")
+def _(scene: Scene) -> None:
+    with files_of(Authority()) as files:
+        scene.start(link_security=files.option())
+        files.key.write_text("")
+        scene.node.link(scene.start_peer(), 1)
 
 
 @provokes("refused a connection from …: …")

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 #: of a URI among the alternative names: a cluster that the certificate is for
 CLUSTER_URI: Final = "llm-datadist:cluster:"
 #: what to do where two ends do not accept each other's certificates
-REMEDY: Final = "each end needs a valid certificate of an authority that the other end's `ca` has"
+REMEDY: Final = "each end needs a valid certificate of an authority in the other end's CA file"
 _OF_ANOTHER: Final = "is of another authority than those of `ca`"
 #: by OpenSSL's X509_V_ERR_...
 _FAULTS: Final = {

@@ -52,8 +52,8 @@ def load_tls(security: LinkSecurity) -> TlsContexts:
         if f"{kind}-----".encode() not in read_credential(_NAME, file):
             what = "private key" if kind == "PRIVATE KEY" else "certificate"
             raise invalid(f"{_NAME}: {file} holds no {what} in PEM format")
-    contexts = [_context(security, protocol) for protocol in _PROTOCOLS]
-    caller, listener = contexts
+    caller = _context(security, ssl.PROTOCOL_TLS_CLIENT)
+    listener = _context(security, ssl.PROTOCOL_TLS_SERVER)
     try:
         certificate = _rehearse(caller, listener)
     except ssl.SSLCertVerificationError as error:
@@ -76,9 +76,6 @@ def warn_of_public_files(security: LinkSecurity | None) -> None:
                 get_logger().warning(
                     "link_security: every user of this host can read %s; chmod o-r %s", file, file
                 )
-
-
-_PROTOCOLS: Final = (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)
 
 
 def _context(security: LinkSecurity, protocol: ssl._SSLMethod) -> ssl.SSLContext:
