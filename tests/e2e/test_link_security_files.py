@@ -30,11 +30,18 @@ KEY = BlocksCacheKey(1, 0)
 def refusal(option: str) -> str:
     """Why a cluster does not begin with it."""
     datadist = LLMDataDist(LLMRole.PROMPT, 1)
-    with takes_at_most(5), pytest.raises(LLMException) as error:
-        datadist.init({"llm.EnableCacheManager": "1", "llm_datadist.LinkSecurity": option})
+    try:
+        with takes_at_most(5), pytest.raises(LLMException) as error:
+            datadist.init({"llm.EnableCacheManager": "1", "llm_datadist.LinkSecurity": option})
+    finally:
+        datadist.finalize()  # else one that begins would have all other tests fail
     assert error.value.status_code == LLMStatusCode.LLM_PARAM_INVALID
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def openssl(*arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
 def make_pipe(folder: Path) -> Path:
@@ -105,22 +112,19 @@ def test_a_certificate_of_another_authority_is_refused(tmp_path: Path) -> None:
     assert str(theirs.ca) in said
 
 
-def test_a_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
-    authority = Authority()
-    files, others = (authority.issue(tmp_path / name) for name in ("one", "other"))
-    said = refusal(files.option(key=others.key))
-    assert f"the key {others.key} is not that of the certificate {files.certificate}" in said
+@pytest.mark.parametrize("algorithm", ["EC", "RSA"])
+def test_a_key_of_another_certificate_is_refused(tmp_path: Path, algorithm: str) -> None:
+    files, other = Authority().issue(tmp_path), tmp_path / "other.pem"
+    bits = {"EC": "ec_paramgen_curve:P-256", "RSA": "rsa_keygen_bits:2048"}[algorithm]
+    openssl("genpkey", "-algorithm", algorithm, "-pkeyopt", bits, "-out", str(other))
+    said = refusal(files.option(key=other))
+    assert f"the key {other} is not that of the certificate {files.certificate}" in said
 
 
 def test_nobody_is_asked_for_the_pass_phrase_of_a_key(tmp_path: Path) -> None:
     files, encrypted = Authority().issue(tmp_path), tmp_path / "encrypted.pem"
-    subprocess.run(
-        [
-            "openssl", "pkey", "-in", files.key, "-aes256", "-passout", "pass:hush-hush",
-            "-out", encrypted,
-        ],
-        check=True,
-    )  # fmt: skip
+    encrypting = "pkey", "-aes256", "-passout", "pass:hush-hush"
+    openssl(*encrypting, "-in", str(files.key), "-out", str(encrypted))
     said = refusal(files.option(key=encrypted))
     assert f"the key {encrypted} is encrypted" in said
     assert "openssl pkey" in said

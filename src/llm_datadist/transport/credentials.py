@@ -24,6 +24,9 @@ _NAME: Final = "link_security"
 _NO_CHECK_TIME: Final = 0x200000
 _TIMES: Final = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 
+#: the last for a key of another kind than the certificate's: OpenSSL sees two pairs, both by halves
+_OTHER_KEY: Final = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+
 
 class TlsContexts(NamedTuple):
     """What both ends of mutual TLS are made of. Thread-safe."""
@@ -96,7 +99,7 @@ def _context(security: LinkSecurity, protocol: ssl._SSLMethod) -> ssl.SSLContext
             f"decrypt it (openssl pkey -in {key} -out ...)"
         ) from None
     except (ssl.SSLError, OSError) as error:
-        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+        if getattr(error, "reason", None) in _OTHER_KEY:
             raise invalid(
                 f"{_NAME}: the key {key} is not that of the certificate {certificate}"
             ) from None
