@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from llm_datadist.errors import LLMException
 from llm_datadist.running import forks
+from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.same_host import SameHost
 
 if TYPE_CHECKING:
     from llm_datadist.errors import LLMStatusCode
-    from llm_datadist.running.deadline import Deadline
     from llm_datadist.transport.same_host import Address
 
 
@@ -27,28 +27,31 @@ def connect(at: Address, deadline: Deadline, failure: LLMStatusCode) -> socket.s
         if isinstance(at, SameHost):
             return at.connect(deadline)
         infos = socket.getaddrinfo(*at, type=socket.SOCK_STREAM)
-        for info in infos[:-1]:
-            with suppress(ConnectionError):
-                return _connect(info[0], info[4], deadline.require(what))
+        for index, info in enumerate(infos[:-1]):
+            fair_s = deadline.require(what) / (len(infos) - index)
+            with suppress(ConnectionError, BlockingIOError):
+                return _connect(info[0], info[4], fair_s)
         return _connect(infos[-1][0], infos[-1][4], deadline.require(what))
     except BlockingIOError:
         raise deadline.expired(what) from None
-    except TimeoutError as error:
-        if error.errno is None and deadline.remaining_s() > 0:
-            raise  # a signal's handler did
-        raise deadline.expired(what) from None
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None:  # a signal's handler raised it
             raise
         raise LLMException(f"cannot connect to {at}: {error.strerror}", failure) from error
 
 
 def _connect(family: int, sockaddr: tuple[Any, ...], timeout_s: float) -> socket.socket:
-    sock = forks.open_socket(family)
+    """Raises OSError: BlockingIOError when it takes too long."""
+    sock, limit = forks.open_socket(family), Deadline.after(timeout_s)
     try:
         sock.settimeout(timeout_s)
         sock.connect(sockaddr)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except TimeoutError as error:
+        sock.close()
+        if error.errno is None and limit.remaining_s() > 0:
+            raise  # a signal's handler did
+        raise BlockingIOError from None
     except BaseException:
         sock.close()
         raise

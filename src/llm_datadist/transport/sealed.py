@@ -54,10 +54,10 @@ class KeyedStream(Stream):
         super().__init__(sock, shield)
         self._secret = shield
 
-    def receive(self, deadline: Deadline) -> m.AnyMessage:
+    def receive(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
         try:
             head = self._receive_exactly(KEYED_HEAD_NBYTES, deadline)
-            frame = self._receive_exactly(self._secret.frame_nbytes(head), deadline)
+            frame = self._receive_exactly(self._secret.frame_nbytes(head, max_nbytes), deadline)
             return m.decode_frame(self._secret.open_frame(head, frame))
         except (NotAuthentic, m.ProtocolError) as error:
             raise lost(str(error)) from error

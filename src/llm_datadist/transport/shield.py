@@ -38,7 +38,6 @@ _TAG_NBYTES: Final = 16
 #: what stands in front of a keyed frame: its length and its MAC
 _KEYED: Final = struct.Struct(f"<I{_TAG_NBYTES}s")
 KEYED_HEAD_NBYTES: Final = _KEYED.size
-_MAX_FRAME_NBYTES: Final = HEADER.size + MAX_BODY_NBYTES
 _COUNT: Final = struct.Struct("<Q")
 
 
@@ -168,10 +167,10 @@ class Secret(Open):
             )
         return b"".join(frames)
 
-    def frame_nbytes(self, head: bytes | bytearray) -> int:
+    def frame_nbytes(self, head: bytes | bytearray, max_nbytes: int = MAX_BODY_NBYTES) -> int:
         """How long the frame behind its head is. Raises NotAuthentic."""
         nbytes: int = _KEYED.unpack_from(head)[0]
-        if nbytes > _MAX_FRAME_NBYTES:
+        if nbytes > HEADER.size + max_nbytes:
             raise NotAuthentic("it sent what is no keyed frame")
         return nbytes
 
