@@ -16,6 +16,7 @@ from llm_datadist.errors import LLMException
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
 from llm_datadist.links.groups import Groups
+from llm_datadist.links.ids import Ids
 from llm_datadist.links.linker import Linker, Outcome
 from llm_datadist.links.listening import Listening
 from llm_datadist.links.ranks import RankLinks
@@ -170,6 +171,7 @@ class Cluster:
             movers if options.verify_transfers else None,
             options.sync_timeout_s,
             options.transfer_backend is not None,
+            set(),
             recorder,
         )
 
@@ -178,7 +180,8 @@ class Cluster:
         #: our live links
         self.links = LinkTable(cluster_id, instance, recorder)
         self._groups = Groups(cluster_id, self.links)
-        filing = Filing(cluster_id, instance, self.links, self._groups)
+        ids = Ids(self.links)
+        filing = Filing(cluster_id, instance, self.links, self._groups, ids)
         self._linker = Linker(context, self.links, filing)
         self._snapshots = Snapshots(cluster_id, self.links, self.catalog, recorder)
         #: where peers reach us
@@ -188,6 +191,7 @@ class Cluster:
             context,
             self.links,
             self._groups,
+            ids,
             filing,
             self._snapshots.take,
         )

@@ -99,7 +99,7 @@ def test_hosts_are_linked_by_tcp_and_say_why(hosts: Hosts, addresses: tuple[str,
     assert other.call(Node.link, port, 1, host=addresses[0]) == SUCCESS
     ((path, reason, endpoint),) = other.call(link_infos)
     assert (path, endpoint) == ("tcp", (addresses[0], port))
-    assert "cma: the peer is in another PID namespace" in reason
+    assert "cma: the peer is in another network namespace" in reason
     ((path, _, endpoint),) = one.call(link_infos)
     assert (path, endpoint) == ("tcp", None)
     move_both_ways(hosts, is_accessible=False)

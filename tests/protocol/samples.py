@@ -70,6 +70,8 @@ def samples() -> Iterator[m.Message]:
     yield m.Attach(_TOKEN, True)
     yield m.Attached()
     yield m.Moved()
+    yield m.Vouch(_TOKEN)
+    yield m.Vouched(_TOKEN, True)
     yield m.Resolve(7, 0, 0, False)
     yield m.Resolve(None, 5, 1, True)
     yield m.Resolved(_INFO, 2)

@@ -21,11 +21,13 @@ from llm_datadist.transport.same_host import SameHost
 from llm_datadist.transport.sealed import open_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from llm_datadist.core.link import Action
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.links.context import Context
     from llm_datadist.links.groups import Groups
+    from llm_datadist.links.ids import Ids
     from llm_datadist.links.session import Registrar
     from llm_datadist.links.table import LinkTable
 
@@ -37,6 +39,7 @@ _MAX_HAND_SHAKE_S = 60.0
 #: how long to leave new connections in the backlog when descriptors have run out
 _EXHAUSTED_S = 0.2
 _MAX_STRANGERS = 1024
+_FORGET_S = 1.0
 
 
 def bind(endpoint: Endpoint, *, is_v6_only: bool = False) -> socket.socket:
@@ -78,6 +81,7 @@ class Listener:
         context: Context,
         links: LinkTable,
         groups: Groups,
+        ids: Ids,
         registrar: Registrar,
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
@@ -86,6 +90,7 @@ class Listener:
         self._context = context
         self._links = links
         self._groups = groups
+        self._ids = ids
         self._registrar = registrar
         self._take_snapshot = take_snapshot
         self._greetings: dict[asyncio.Task[bool], Control] = {}
@@ -173,7 +178,8 @@ class Listener:
             return await self._attach(control, first)
         if isinstance(first, m.Forget):
             for session in self._links.with_instance(first.instance):
-                await session.cut("the peer unlinked")
+                if await session.vouches_for(first.call, _FORGET_S):
+                    await session.cut("the peer unlinked")
             await control.send(m.ByeDone())
             return False
         if isinstance(first, m.AskStats):
@@ -196,24 +202,39 @@ class Listener:
         is_same_host = control.process is not None
         link = ListenerLink(self._context.me, is_same_host, token=secrets.token_bytes(16))
         session = Session(self._context, self._registrar, control, link, None, hello.group)
-        known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
         self._sessions[session.token] = session
         session.when_closed(lambda: self._sessions.pop(session.token, None))
         timeout_s = min(hello.timeout_ms / 1000, _MAX_HAND_SHAKE_S)
-        refusal = self._groups.refusal_of(hello) if hello.group else None
-        if refusal is None:
-            self._groups.answer(session, hello.cluster_id)
-            first = link.admit(hello, is_known=known and not hello.group)
-        else:
-            first = link.turn_away(*refusal)
+        first = await self._admit(session, link, hello, timeout_s)
         await session.greet(first, timeout_s)
         return not session.is_closed
+
+    async def _admit(
+        self, session: Session, link: ListenerLink, hello: m.Hello, timeout_s: float
+    ) -> Sequence[Action]:
+        """What is answered to a Hello."""
+        known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
+        is_known = known and not hello.group
+        if link.objection_to(hello) is None and (hello.is_fresh or not is_known):
+            verdict = await self._ids.of_caller(
+                hello.cluster_id, hello.call, session.certificate, timeout_s
+            )
+            if verdict.objection:
+                get_logger().warning("refused a caller: %s", verdict.objection)
+                return link.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
+            session.displaced = verdict.displaced
+        refusal = self._groups.refusal_of(hello) if hello.group else None
+        if refusal is not None:
+            return link.refuse(*refusal)
+        self._groups.answer(session, hello.cluster_id)
+        return link.admit(hello, is_known=is_known)
 
     async def _attach(self, control: Control, attach: m.Attach) -> bool:
         session = self._sessions.get(attach.token)
         is_right = session is not None and session.owns(control, attach.proof)
         if session is None or not is_right or not control.frames.is_empty:
-            await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "there is no such link"))
+            text = f"cluster {self._context.me.cluster_id} has no such link"
+            await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, text))
             return False
         if session.is_full(is_reverse=attach.is_reverse):
             text = "the link has as many streams as it may have"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.links.context import Context
     from llm_datadist.links.groups import Groups
+    from llm_datadist.links.ids import Ids
     from llm_datadist.links.session import Registrar
     from llm_datadist.links.table import LinkTable
     from llm_datadist.options import Options
@@ -38,6 +39,7 @@ class Listening:
         context: Context,
         links: LinkTable,
         groups: Groups,
+        ids: Ids,
         registrar: Registrar,
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
@@ -47,6 +49,7 @@ class Listening:
         self._context = context
         self._links = links
         self._groups = groups
+        self._ids = ids
         self._registrar = registrar
         self._take_snapshot = take_snapshot
         self._listener: Listener | None = None
@@ -141,7 +144,13 @@ class Listening:
 
     def _listener_on(self, sock: socket.socket) -> Listener:
         return Listener(
-            sock, self._context, self._links, self._groups, self._registrar, self._take_snapshot
+            sock,
+            self._context,
+            self._links,
+            self._groups,
+            self._ids,
+            self._registrar,
+            self._take_snapshot,
         )
 
     async def _close_main(self) -> None:
