@@ -359,7 +359,7 @@ def test_made_up_addresses_keep_no_linked_producer_from_being_read(
             decode.call(Engine.load, request, PROMPT, forged, OURS)
         params = hand_over(prefill, "second", VICTIMS, THEIR_OTHERS)
         decode.call(Engine.load, "second", VICTIMS, params, MORE)
-        assert decode.call(Engine.step_until_received, "second", within_s=1.0)
+        assert decode.call(Engine.step_until_received, "second", within_s=1.8)
         assert decode.call(Engine.has, VICTIMS, MORE)
         assert decode.call(Engine.step_until_received, *requests)
     assert "too many producers are being linked to" in decode.call(Engine.log_text)
