@@ -294,7 +294,7 @@ def test_who_says_two_things_keeps_no_request_from_being_read(
         )
         forged = {**mine, "remote_port": port}
         assert decode.call(Engine.read, "forged", PROMPT, forged, OURS) == "failed"
-        assert "who is at its address says that it is" in decode.call(Engine.log_text)
+        assert "cannot link to it" in decode.call(Engine.log_text)  # the id is in use
         decode.call(Engine.failed_blocks_forgotten)
         params = hand_over(prefill, "next", VICTIMS, THEIR_OTHERS)
         assert decode.call(Engine.read, "next", VICTIMS, params, MORE) == "right"

@@ -108,6 +108,10 @@ class ConsumerScheduler:
             self._releases.append(source)
 
 
+#: how long a pull may take, unless it is told
+PULL_TIMEOUT_S = 10.0
+
+
 class ConsumerWorker:
     """In a worker: reads blocks in threads of its own, while the engine goes on.
 
@@ -121,7 +125,7 @@ class ConsumerWorker:
         caches: Mapping[int, Cache],
         board: Board,
         producers: Producers,
-        pull_timeout_s: float,
+        pull_timeout_s: float = PULL_TIMEOUT_S,
     ) -> None:
         self._manager, self._caches, self._board = manager, caches, board
         self._producers, self._pull_timeout_s = producers, pull_timeout_s
@@ -137,6 +141,10 @@ class ConsumerWorker:
             return
         if step.expected or step.pulls or step.releases:
             self._orders.put(step)
+
+    def take_received(self) -> set[str]:
+        """The requests whose pulls have ended since the last call."""
+        return self.outcomes.take_received()
 
     def close(self) -> None:
         """Waits for the pulls that run; those that wait for their turn fail."""

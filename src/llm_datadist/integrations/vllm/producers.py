@@ -12,17 +12,18 @@ import threading
 import time
 from concurrent import futures
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_datadist.integrations.vllm.crew import Crew
 from llm_datadist.integrations.vllm.handover import cluster_id_of
-from llm_datadist.integrations.vllm.linking import Misfit
+from llm_datadist.integrations.vllm.linking import Linking, Misfit
 from llm_datadist.integrations.vllm.printable import printable
 
 if TYPE_CHECKING:
+    from llm_datadist import LLMDataDist
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.integrations.vllm.handover import Handover
-    from llm_datadist.integrations.vllm.linking import Linking
+    from llm_datadist.link_security import LinkSecurity
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,22 @@ class Producer:
 
 
 class Producers:
-    """The workers of our own rank of all engines that are read from. Thread-safe.
+    """The workers of our own rank of all engines that are read from. Thread-safe."""
 
-    `patience_s`: how long is waited for a link.
-    """
-
-    def __init__(self, linking: Linking, rank: int, patience_s: float) -> None:
-        self._linking, self._rank, self._patience_s = linking, rank, patience_s
+    def __init__(
+        self,
+        datadist: LLMDataDist,
+        model_id: int,
+        rank: int,
+        facts: dict[str, Any],
+        link_timeout_s: float,
+        patience_s: float | None = None,
+        security: LinkSecurity | None = None,
+    ) -> None:
+        """`patience_s`: how long is waited for a link, and for all who ask about it before."""
+        self._linking = Linking(datadist, model_id, facts, security, link_timeout_s)
+        self._rank = rank
+        self._patience_s = link_timeout_s if patience_s is None else patience_s
         self._lock = threading.Lock()
         self._producers: dict[int, Producer] = {}
 

@@ -9,7 +9,6 @@ from llm_datadist import BlocksCacheKey, LLMConfig, LLMDataDist, LLMRole
 from llm_datadist.integrations.vllm.board import Board
 from llm_datadist.integrations.vllm.consumer import ConsumerWorker
 from llm_datadist.integrations.vllm.handover import cluster_id_of
-from llm_datadist.integrations.vllm.linking import Linking
 from llm_datadist.integrations.vllm.producer import ProducerWorker
 from llm_datadist.integrations.vllm.producers import Producers
 from llm_datadist.integrations.vllm.regions import regions_of
@@ -67,14 +66,15 @@ class Worker:
             }
             layout = [(region.block_nbytes, region.layers) for region in regions]
             board = Board(manager, cluster_id, _BOARD, extra.max_leases)
-            linking = Linking(
+            producers = Producers(
                 self._datadist,
                 _FACTS,
+                rank,
                 {**facts, "layout of KV blocks": layout},
-                read_link_security(options),
                 extra.link_timeout_s,
+                extra.link_timeout_s + extra.pull_timeout_s,
+                read_link_security(options),
             )
-            producers = Producers(linking, rank, extra.link_timeout_s + extra.pull_timeout_s)
             self._consumer = ConsumerWorker(manager, caches, board, producers, extra.pull_timeout_s)
         except BaseException:
             self._datadist.finalize()
@@ -93,7 +93,7 @@ class Worker:
 
     def take_received(self) -> set[str]:
         """Requests whose blocks are here, or could not be had."""
-        return self._consumer.outcomes.take_received()
+        return self._consumer.take_received()
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that were to be received and hold nothing of use."""
