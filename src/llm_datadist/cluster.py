@@ -20,6 +20,7 @@ from llm_datadist.links.linker import Linker, Outcome
 from llm_datadist.links.listening import Listening
 from llm_datadist.links.ranks import RankLinks
 from llm_datadist.links.snapshot import Snapshots
+from llm_datadist.links.strangers import Strangers
 from llm_datadist.links.table import LinkTable
 from llm_datadist.locks import holds_lock
 from llm_datadist.memory.checksum import require_checksums
@@ -180,7 +181,8 @@ class Cluster:
         self._groups = Groups(cluster_id, self.links)
         filing = Filing(cluster_id, instance, self.links, self._groups)
         self._linker = Linker(context, self.links, filing)
-        self._snapshots = Snapshots(cluster_id, self.links, self.catalog, recorder)
+        strangers = Strangers()
+        self._snapshots = Snapshots(cluster_id, self.links, self.catalog, strangers, recorder)
         #: where peers reach us
         self.listening = Listening(
             self._loop,
@@ -189,6 +191,7 @@ class Cluster:
             self.links,
             self._groups,
             filing,
+            strangers,
             self._snapshots.take,
         )
         #: links by rank table

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llm_datadist.links.context import Context
     from llm_datadist.links.groups import Groups
     from llm_datadist.links.session import Registrar
+    from llm_datadist.links.strangers import Strangers
     from llm_datadist.links.table import LinkTable
     from llm_datadist.options import Options
     from llm_datadist.running.loop import Loop
@@ -39,6 +40,7 @@ class Listening:
         links: LinkTable,
         groups: Groups,
         registrar: Registrar,
+        strangers: Strangers,
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
         self._loop = loop
@@ -48,6 +50,7 @@ class Listening:
         self._links = links
         self._groups = groups
         self._registrar = registrar
+        self._strangers = strangers
         self._take_snapshot = take_snapshot
         self._listener: Listener | None = None
         self._asked: Endpoint | None = None
@@ -117,6 +120,7 @@ class Listening:
         for listener in self._rank_listeners:
             await listener.close()
         await self._close_same_host()
+        self._strangers.close()
 
     def _open(self, endpoint: Endpoint | None) -> None:
         if endpoint is None:
@@ -141,7 +145,13 @@ class Listening:
 
     def _listener_on(self, sock: socket.socket) -> Listener:
         return Listener(
-            sock, self._context, self._links, self._groups, self._registrar, self._take_snapshot
+            sock,
+            self._context,
+            self._links,
+            self._groups,
+            self._registrar,
+            self._strangers,
+            self._take_snapshot,
         )
 
     async def _close_main(self) -> None:

@@ -123,8 +123,20 @@ def _cluster_cells(stats: ClusterStats) -> list[str]:
         str(stats.num_keys),
         _NONE if key is None else _age(key.age_s),
         "\n".join(map(_pool, stats.pools)) or _NONE,
-        "" if stats.is_counting else "metrics are off: LLM_DATADIST_METRICS=1",
+        "\n".join(_remarks(stats)),
     ]
+
+
+def _remarks(stats: ClusterStats) -> Iterable[str]:
+    if not stats.is_counting:
+        yield "metrics are off: LLM_DATADIST_METRICS=1"
+    for count, what in (
+        (stats.num_silent, "connections say nothing"),
+        (stats.num_half_open, "hand-shakes are half open"),
+        (stats.num_turned_away, "connections were turned away"),
+    ):
+        if count:
+            yield f"{count} {what}"
 
 
 def _pool(pool: PoolStats) -> str:
