@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,11 +51,14 @@ class Fetching:
         In the loop's thread, so that the order is that in which the requests came. Raises
         ProtocolError.
         """
-        timeout_s = min(request.timeout_ms / 1000, self._timeout_s)
         segments = Segments(*m.columns_of(request.columns, 3))
-        arrival = Arrival(request, segments, Deadline.after(timeout_s))
+        arrival = Arrival(request, segments, self.deadline_of(request.timeout_ms))
         self._arrived[arrival] = None
         return arrival
+
+    def deadline_of(self, timeout_ms: int) -> Deadline:
+        """Of what a peer asks us to do: at most as long as calls of our own may take."""
+        return Deadline.after(min(timeout_ms / 1000, self._timeout_s))
 
     def depart(self, arrival: Arrival) -> None:
         """The push is over, or will not be. May be called again."""
@@ -90,13 +94,11 @@ class Fetching:
         What is told to have arrived must not be overwritten by that. Raises LLM_TIMEOUT.
         """
         left_s = deadline.require("a push by the peer")
-        if not self._bell.wait_until(lambda: not self._is_behind(arrival), left_s):
+        earlier = self._earlier(arrival)
+        if not self._bell.wait_until(lambda: self._arrived.keys().isdisjoint(earlier), left_s):
             raise deadline.expired("waiting for an earlier push to the same blocks")
 
-    def _is_behind(self, arrival: Arrival) -> bool:
-        for other in tuple(self._arrived):
-            if other is arrival:
-                return False
-            if other.segments.overlap(arrival.segments):
-                return True
-        return False
+    def _earlier(self, arrival: Arrival) -> set[Arrival]:
+        """The pushes to the same bytes that came before: looked for once, it takes its time."""
+        before = itertools.takewhile(lambda other: other is not arrival, tuple(self._arrived))
+        return {other for other in before if other.segments.overlap(arrival.segments)}
