@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -103,9 +104,7 @@ def test_a_crowd_that_takes_all_descriptors_makes_room(
 
 
 def limit_descriptors(_: Node, more: int) -> None:
-    import os
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + more, hard))
 
 

@@ -139,11 +139,9 @@ class Listener:
         if loop.time() > self._complained_at + _COMPLAIN_S:
             self._complained_at = loop.time()
             get_logger().error("cannot accept a connection: %s", error)
-        if error.errno in _EXHAUSTED:
-            self._strangers.make_room()
         loop.remove_reader(self._socket)
-        is_short = error.errno in _EXHAUSTED
-        loop.call_later(_MAKING_ROOM_S if is_short else _EXHAUSTED_S, self._go_on)
+        has_made_room = error.errno in _EXHAUSTED and self._strangers.make_room()
+        loop.call_later(_MAKING_ROOM_S if has_made_room else _EXHAUSTED_S, self._go_on)
 
     def _go_on(self) -> None:
         if self._socket.fileno() >= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from llm_datadist.links.control import ConnectionEnded
@@ -93,8 +94,9 @@ class Services:
                 self.start(control)
         except (OSError, asyncio.TimeoutError, ConnectionEnded) as error:
             peer = self._guest.peer
-            get_logger().warning(
-                "could not open a stream for cluster %s: %s",
+            level = logging.WARNING if self._guest.may_warn() else logging.DEBUG
+            get_logger().log(
+                level, "could not open a stream for cluster %s: %s",
                 "that is linking" if peer is None else peer.cluster_id, error,
             )  # fmt: skip
         finally:

@@ -256,6 +256,7 @@ class Session:
             await self.perform(self._link.lost(str(error)))
             return False
         await self.perform(self._link.received(message))
+        await asyncio.sleep(0)  # what has come already would be received without a wait
         return True
 
     async def _send(self, message: m.Message) -> Sequence[lk.Action]:

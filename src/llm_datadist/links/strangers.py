@@ -126,8 +126,8 @@ class Strangers:
         crowds = self._silent, self._asking, self._half_open
         return any(crowd.discard(control) for crowd in crowds)
 
-    def make_room(self) -> None:
-        """Half of those who say nothing go, or else of the others: descriptors ran out."""
+    def make_room(self) -> bool:
+        """Half of those who say nothing go, or else of the others; False when there are none."""
         for crowd, why in (
             (self._silent, WHY.crowded),
             (self._asking, WHY.asking),
@@ -136,7 +136,8 @@ class Strangers:
             if crowd.count:
                 for _ in range((crowd.count + 1) // 2):
                     self._evict(crowd, crowd.oldest_of_most(), why)
-                return
+                return True
+        return False
 
     def turned_away(self, why: str) -> None:
         """Counts it, and says so: now, or when a minute is over."""

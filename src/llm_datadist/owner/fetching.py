@@ -10,6 +10,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.plan import NOTHING
 from llm_datadist.core.remote import Guard
 from llm_datadist.core.segments import Segments
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.watch import Watch
 from llm_datadist.running.bell import Bell
 from llm_datadist.running.deadline import Deadline
@@ -65,6 +66,10 @@ class Fetching:
         self._arrived.pop(arrival, None)
         self._bell.ring()
 
+    def look(self) -> None:
+        """A link has ended: pushes of its peer that wait are over."""
+        self._bell.ring()
+
     def fetch(self, arrival: Arrival, peer: Peer) -> m.Message:
         """Reads what the peer pushes into a cache of ours. Raises LLMException."""
         if self._recorder is None:
@@ -84,19 +89,26 @@ class Fetching:
         with self._gate.passing() as token:
             self._gate.enter(token, peer.door)
             ours = self._answers.writable(token, request, segments.dst, segments.nbytes)
-            self._wait_for_earlier(arrival, deadline)
+            self._wait_for_earlier(arrival, peer, deadline)
             peer.read(NOTHING, ticket, ours, deadline)  # it may be stale by now
             peer.read(segments, ticket, ours, deadline)
 
-    def _wait_for_earlier(self, arrival: Arrival, deadline: Deadline) -> None:
+    def _wait_for_earlier(self, arrival: Arrival, peer: Peer, deadline: Deadline) -> None:
         """An earlier push to the same bytes may have failed at its sender, and still be under way.
 
-        What is told to have arrived must not be overwritten by that. Raises LLM_TIMEOUT.
+        What is told to have arrived must not be overwritten by that. Raises LLMException:
+        LLM_TIMEOUT, LLM_NOT_YET_LINK.
         """
         left_s = deadline.require("a push by the peer")
         earlier = self._earlier(arrival)
-        if not self._bell.wait_until(lambda: self._arrived.keys().isdisjoint(earlier), left_s):
+
+        def is_over() -> bool:
+            return peer.is_gone or self._arrived.keys().isdisjoint(earlier)
+
+        if not self._bell.wait_until(is_over, left_s):
             raise deadline.expired("waiting for an earlier push to the same blocks")
+        if peer.is_gone:
+            raise LLMException("the link has ended", LLMStatusCode.LLM_NOT_YET_LINK)
 
     def _earlier(self, arrival: Arrival) -> set[Arrival]:
         """The pushes to the same bytes that came before: looked for once, it takes its time."""

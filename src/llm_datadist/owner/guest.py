@@ -7,6 +7,8 @@ before the word: the end that called puts them off for a moment.
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 #: whole tables that are made or sent to one peer: an honest one asks for one at a time
 _MAX_TABLES = 4
+_WARN_AGAIN_S = 60.0
 
 
 class Guest:
@@ -31,6 +34,7 @@ class Guest:
         self._when_linked: list[Callable[[], object]] = []
         #: who answers it with a whole table
         self._tables: set[object] = set()
+        self._warned_at = -math.inf
 
     @property
     def max_request_nbytes(self) -> int:
@@ -59,3 +63,11 @@ class Guest:
     def has_table(self, who: object) -> None:
         """The end of `takes_table`. May be called again."""
         self._tables.discard(who)
+
+    def may_warn(self) -> bool:
+        """Whether the last warning about it is long ago; one is given now, then."""
+        now = time.monotonic()
+        if now < self._warned_at + _WARN_AGAIN_S:
+            return False
+        self._warned_at = now
+        return True

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -126,6 +127,12 @@ class StreamService:
             self._serving.gate.leave(self._token)
             self._socket.close()
         self._when_closed(self)
+        self._serving.fetching.look()
+
+    def _complain(self, why: object) -> None:
+        """A peer may break streams as often as it likes: a warning a minute says enough."""
+        level = logging.WARNING if self._guest.may_warn() else logging.DEBUG
+        get_logger().log(level, "closing a stream of a peer: %s", why)
 
     def _readable(self) -> None:
         if self._has_turn:
@@ -143,7 +150,7 @@ class StreamService:
         try:
             self._frames.feed(self._shield.open(data))
         except NotAuthentic as error:
-            get_logger().warning("closing a stream of a peer: %s", error)
+            self._complain(error)
             self.close()
             return
         self._serve()
@@ -158,7 +165,7 @@ class StreamService:
             if request is not None:
                 self._answer(request)
         except (m.ProtocolError, OSError) as error:
-            get_logger().warning("closing a stream of a peer: %s", error)
+            self._complain(error)
             self.close()
             return
         if request is not None and not self._frames.is_empty:
@@ -180,7 +187,7 @@ class StreamService:
         try:
             self._answer(request, is_late=True)
         except (m.ProtocolError, OSError) as error:
-            get_logger().warning("closing a stream of a peer: %s", error)
+            self._complain(error)
             self.close()
             return
         self._serve()
@@ -388,7 +395,7 @@ class StreamService:
             try:
                 self._waiting[0].look()
             except OSError as error:
-                get_logger().warning("closing a stream of a peer: %s", _describe(error))
+                self._complain(_describe(error))
                 self.close()
 
     def _go_on(self) -> None:
@@ -410,7 +417,7 @@ class StreamService:
         if self._is_closed:
             self._socket.close()
         elif failure:
-            get_logger().warning("closing a stream of a peer: %s", failure)
+            self._complain(failure)
             self.close()
         else:
             self._loop.add_reader(self._socket, self._readable)

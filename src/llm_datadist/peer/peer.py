@@ -74,6 +74,11 @@ class Peer:
         """The name of the transport that moves this peer's bytes."""
         return self._transport.name
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the link has ended."""
+        return self._streams.is_closed
+
     def move(
         self,
         asked: Pull | Push,

@@ -130,6 +130,10 @@ class StreamPool:
         """Whether there are as many as there may be, or more."""
         return len(self._streams) >= most
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed_because is not None
+
     def close(self, because: str) -> None:
         """Ends all streams; whoever waits on one gets LLM_NOT_YET_LINK."""
         with self._lock:

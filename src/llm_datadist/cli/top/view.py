@@ -130,13 +130,10 @@ def _cluster_cells(stats: ClusterStats) -> list[str]:
 def _remarks(stats: ClusterStats) -> Iterable[str]:
     if not stats.is_counting:
         yield "metrics are off: LLM_DATADIST_METRICS=1"
-    for count, what in (
-        (stats.num_silent, "connections say nothing"),
-        (stats.num_half_open, "hand-shakes are half open"),
-        (stats.num_turned_away, "connections were turned away"),
-    ):
-        if count:
-            yield f"{count} {what}"
+    if stats.num_silent:
+        yield f"silent connections: {stats.num_silent}"
+    if stats.num_half_open:
+        yield f"half-open hand-shakes: {stats.num_half_open}"
 
 
 def _pool(pool: PoolStats) -> str:
