@@ -13,6 +13,7 @@ from llm_datadist.memory.device import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import TypeGuard
 
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.segments import U64
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: a peer that takes no more of an answer for this long, or asks for longer, is cut off
 MAX_ANSWER_S = 600.0
+#: so many caches and keys are told of in the loop's thread
+_FEW = 256
 
 
 class Answers:
@@ -41,6 +44,8 @@ class Answers:
             if request.cache_id is not None:
                 name = request.cache_id
             return m.Resolved(*self._catalog.describe(name))
+        if isinstance(request, m.ListCaches):
+            return self.table(request)
         if isinstance(request, m.UseUp):
             first, count = request.first_tensor, request.num_tensors
             tensors = range(first, first + count) if count else None
@@ -54,10 +59,16 @@ class Answers:
             return self.is_probe(request)
         return isinstance(request, m.ListExports)
 
+    def is_table(self, request: m.AnyMessage) -> TypeGuard[m.ListCaches | m.ListExports]:
+        """Whether the answer tells of so much that it may be large, and take its time."""
+        if isinstance(request, m.ListCaches):
+            return self._catalog.num_entries > _FEW
+        return isinstance(request, m.ListExports)
+
     def table(self, request: m.ListCaches | m.ListExports) -> m.Message:
         """All caches that peers may reach, or what channels over a path need to know of them.
 
-        May take its time. Raises LLMException(LLM_PARAM_INVALID) for a path that is not to be had.
+        Raises LLMException(LLM_PARAM_INVALID) for a path that is not to be had.
         """
         if isinstance(request, m.ListCaches):
             return m.Caches(self._catalog.describe_all())

@@ -286,6 +286,11 @@ class Catalog:
             self._gate.enter(token, None, entry, permit)
             return entry
 
+    @property
+    def num_entries(self) -> int:
+        """Caches, the probe's among them, and keys."""
+        return len(self._registry) + self._registry.num_keys
+
     def num_tensors(self, cache_id: int) -> int:
         """Of a cache of ours. Raises LLM_KV_CACHE_NOT_EXIST."""
         with self._lock:

@@ -204,7 +204,7 @@ class StreamService:
             arrival = serving.fetching.arrive(request)
             if not self._work(serving.fetchers, partial(self._fetched, arrival)):
                 serving.fetching.depart(arrival)
-        elif isinstance(request, m.ListExports | m.ListCaches):
+        elif serving.answers.is_table(request):
             if guest.takes_table(self):
                 self._work(serving.workers, partial(serving.answers.table, request))
             else:
