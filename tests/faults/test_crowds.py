@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from wire import Wire
+from wire import Wire, hello
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
+from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
 from llm_datadist.testing.timing import eventually, takes_at_most
+from llm_datadist.transport.same_host import SameHost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,6 +91,44 @@ def test_a_silent_crowd_keeps_no_link_from_its_streams(
         assert eventually(lambda: victim.call(stats).num_turned_away >= CROWD - MOST_OF_ONE_ADDRESS)
         assert victim.call(stats).num_silent <= MOST_OF_ONE_ADDRESS
     assert eventually(lambda: victim.call(stats).num_silent == 0)
+
+
+def test_a_silent_crowd_at_the_same_host_socket_keeps_no_link_from_its_streams(
+    node: Node, victim: NodeProcess
+) -> None:
+    settings = {"sync_kv_timeout": 5000, "transfer_threads": 4}
+    port = victim.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
+    victim.call(own)
+    node.start(LLMRole.DECODER, 2, **settings)
+    assert node.link(port, 1) == SUCCESS
+    with ExitStack() as stack, Wire.dial(port) as caller:
+        caller.send(hello())
+        at, _ = SameHost.offered(caller.expect(m.Welcome).offers["cma"])
+        for _ in range(CROWD):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.settimeout(SOON_S)
+            sock.connect(at.sockaddr)
+        with takes_at_most(SOON_S):
+            assert pulls(node)
+            assert node.unlink(port, 1) == SUCCESS
+            assert node.link(port, 1) == SUCCESS
+            assert node.datadist.links()[0].path == "cma"
+            assert pulls(node)
+
+
+def test_hand_shakes_that_take_all_descriptors_make_room(
+    node: Node, victim: NodeProcess, linked: int
+) -> None:
+    victim.call(limit_descriptors, 40)
+    with ExitStack() as stack:
+        for index in range(60):
+            caller = stack.enter_context(Wire.dial(linked))
+            caller.send(hello(instance=index.to_bytes(16, "big"), timeout_ms=60_000))
+        with takes_at_most(SOON_S):
+            assert pulls(node)
+            assert node.unlink(linked, 1) == SUCCESS
+            assert node.link(linked, 1) == SUCCESS
+            assert pulls(node)
 
 
 def test_a_crowd_that_takes_all_descriptors_makes_room(

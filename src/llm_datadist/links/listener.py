@@ -140,8 +140,8 @@ class Listener:
             self._complained_at = loop.time()
             get_logger().error("cannot accept a connection: %s", error)
         loop.remove_reader(self._socket)
-        has_made_room = error.errno in _EXHAUSTED and self._strangers.make_room()
-        loop.call_later(_MAKING_ROOM_S if has_made_room else _EXHAUSTED_S, self._go_on)
+        is_short = error.errno in _EXHAUSTED and self._strangers.make_room()
+        loop.call_later(_MAKING_ROOM_S if is_short else _EXHAUSTED_S, self._go_on)
 
     def _go_on(self) -> None:
         if self._socket.fileno() >= 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,9 @@ _MAX_SILENT = 256, 512
 _MAX_HALF_OPEN = 128, 256
 #: one that is not linked has stayed too long by then, whatever it asked for
 HAND_SHAKE_S = 10.0
+#: so long nobody has to make room when descriptors run out: to say something, to shake hands
+_FRESH_S = 0.05
+_SHAKING_S = 0.5
 _REPORT_S = 60.0
 
 
@@ -55,14 +59,14 @@ class _Crowd:
     def __init__(self, most_of_one: int, most: int) -> None:
         self._most_of_one = most_of_one
         self._most = most
-        #: of each origin, in the order in which they came
-        self._by_origin: dict[object, dict[Control, None]] = {}
+        #: of each origin, in the order in which they came, and when
+        self._by_origin: dict[object, dict[Control, float]] = {}
         self.count = 0
 
     def add(self, control: Control) -> Control | None:
         """Whom to turn away for it, if anybody."""
         own = self._by_origin.setdefault(origin_of(control), {})
-        own[control] = None
+        own[control] = time.monotonic()
         self.count += 1
         if len(own) > self._most_of_one:
             return next(iter(own))
@@ -80,10 +84,13 @@ class _Crowd:
         self.count -= 1
         return True
 
-    def oldest_of_most(self) -> Control | None:
-        """The one that was first of the origin that has the most."""
+    def oldest_of_most(self, fresh_s: float = 0.0) -> Control | None:
+        """The one that was first of the origin that has the most, unless it has just come."""
         most = max(self._by_origin.values(), key=len, default=None)
-        return None if most is None else next(iter(most))
+        if most is None:
+            return None
+        control, came_at = next(iter(most.items()))
+        return control if came_at <= time.monotonic() - fresh_s else None
 
 
 class Strangers:
@@ -127,17 +134,17 @@ class Strangers:
         return any(crowd.discard(control) for crowd in crowds)
 
     def make_room(self) -> bool:
-        """Half of those who say nothing go, or else of the others; False when there are none."""
-        for crowd, why in (
-            (self._silent, WHY.crowded),
-            (self._asking, WHY.asking),
-            (self._half_open, WHY.half_open),
+        """Half of each crowd go, but for those who have just come; whether there is anybody."""
+        is_anybody = False
+        for crowd, why, fresh_s in (
+            (self._silent, WHY.crowded, _FRESH_S),
+            (self._asking, WHY.asking, _FRESH_S),
+            (self._half_open, WHY.half_open, _SHAKING_S),
         ):
-            if crowd.count:
-                for _ in range((crowd.count + 1) // 2):
-                    self._evict(crowd, crowd.oldest_of_most(), why)
-                return True
-        return False
+            is_anybody |= crowd.count > 0
+            for _ in range((crowd.count + 1) // 2):
+                self._evict(crowd, crowd.oldest_of_most(fresh_s), why)
+        return is_anybody
 
     def turned_away(self, why: str) -> None:
         """Counts it, and says so: now, or when a minute is over."""

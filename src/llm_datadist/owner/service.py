@@ -21,6 +21,7 @@ import asyncio
 import errno
 import logging
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,8 @@ _CHUNK_NBYTES = 256 * 1024
 _INLINE_NBYTES = 256 * 1024
 #: a checksum gives its thread to others after so long
 _SLICE_S = 0.1
+#: so long a stream may have the loop's thread, where no other is to be had
+_TURN_S = 0.01
 #: the word that the link is made is at most so far behind the first request
 _EARLY_S = 1.0
 
@@ -349,7 +352,7 @@ class StreamService:
             self._serving.workers.start(self._guest, partial(self._finish, sender, deadline))
         except LLMException:
             try:
-                is_sent = sender.advance()
+                is_sent = sender.advance(time.monotonic() + _TURN_S)
             except OSError as error:
                 self._resume(_describe(error))
             else:
