@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.memory.checksum import Checksum
 from llm_datadist.observe.log import get_logger
 from llm_datadist.observe.recorder import NEVER
 from llm_datadist.owner.answers import MAX_ANSWER_S
+from llm_datadist.owner.checking import Checking
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.sealed import framed, sealed
 from llm_datadist.transport.shield import NotAuthentic
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 _CHUNK_NBYTES = 256 * 1024
 #: larger answers would keep the loop's thread from its other peers
 _INLINE_NBYTES = 256 * 1024
-#: a checksum gives its thread to others after so long
-_SLICE_S = 0.1
 #: so long a stream may have the loop's thread, where no other is to be had
 _TURN_S = 0.01
 #: the word that the link is made is at most so far behind the first request
@@ -238,38 +236,18 @@ class StreamService:
         return Sender(self._socket, frame, addrs, nbytes, entry.word_addr, permit)
 
     def _begin_digest(self, request: m.Digest) -> None:
-        """The checksum of our end of a transfer. Raises ProtocolError."""
-        serving, token = self._serving, object()
-        permit = Permit(partial(serving.gate.leave, token), lambda: None)
+        """Raises ProtocolError."""
+        serving = self._serving
+        deadline = serving.fetching.deadline_of(request.timeout_ms)
+        checking = Checking(serving.gate, deadline, lambda: self._is_closed)
         try:
-            _, addrs, nbytes = serving.answers.readable(token, request, permit)
-            checksum = Checksum(addrs, nbytes)
+            checking.begin(serving.answers, request)
         except LLMException as error:
-            serving.gate.leave(token)
+            checking.end()
             self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))
             return
-        self._token = token
-        deadline = serving.fetching.deadline_of(request.timeout_ms)
-        self._work(serving.workers, partial(self._digest, checksum, permit, deadline))
-
-    def _digest(self, checksum: Checksum, permit: Permit, deadline: Deadline) -> m.Message | None:
-        """In a thread of the workers. None: it is to be gone on with."""
-
-        def require() -> None:
-            deadline.require("the checksum of a transfer")
-            if self._is_closed:
-                raise LLMException("the link has ended", LLMStatusCode.LLM_NOT_YET_LINK)
-            if permit.is_revoked or permit.is_over:
-                text = "the cache is being unregistered, or the push that it is for has ended"
-                raise LLMException(text, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
-
-        try:
-            if not checksum.go_on(require, _SLICE_S):
-                return None
-        except BaseException:
-            permit.give_back()
-            raise
-        return m.Digested(checksum.value)
+        self._token = checking
+        self._work(serving.workers, checking.go_on)
 
     def _sender_of(self, message: m.Message) -> FrameSender:
         return FrameSender(self._socket, framed(message, self._shield))
