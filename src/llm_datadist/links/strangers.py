@@ -32,7 +32,7 @@ _MAX_HALF_OPEN = 128, 256
 HAND_SHAKE_S = 10.0
 #: so long nobody has to make room when descriptors run out: to say something, to shake hands
 _FRESH_S = 0.05
-_SHAKING_S = 0.5
+_SHAKING_S = 0.1
 _REPORT_S = 60.0
 
 
@@ -134,17 +134,16 @@ class Strangers:
         return any(crowd.discard(control) for crowd in crowds)
 
     def make_room(self) -> bool:
-        """Half of each crowd go, but for those who have just come; whether there is anybody."""
-        is_anybody = False
-        for crowd, why, fresh_s in (
+        """Half of the largest crowd goes, but for those who have just come; False without any."""
+        crowd, why, fresh_s = max(
             (self._silent, WHY.crowded, _FRESH_S),
             (self._asking, WHY.asking, _FRESH_S),
             (self._half_open, WHY.half_open, _SHAKING_S),
-        ):
-            is_anybody |= crowd.count > 0
-            for _ in range((crowd.count + 1) // 2):
-                self._evict(crowd, crowd.oldest_of_most(fresh_s), why)
-        return is_anybody
+            key=lambda each: each[0].count,
+        )
+        for _ in range((crowd.count + 1) // 2):
+            self._evict(crowd, crowd.oldest_of_most(fresh_s), why)
+        return crowd.count > 0
 
     def turned_away(self, why: str) -> None:
         """Counts it, and says so: now, or when a minute is over."""
