@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import select
 import socket
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from wire import LinkedCaller, Wire, columns, linked_caller
+from wire import NONCE, PROBE, LinkedCaller, Wire, columns, impostor, linked_caller
 
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
@@ -301,6 +302,43 @@ def num_running(node: Node) -> int:
 
 def num_threads(_: Node) -> int:
     return threading.active_count()
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "dropped"])
+def test_a_listener_that_wants_streams_without_end_keeps_nobody_waiting(
+    node: Node, port: int, caplog: pytest.LogCaptureFixture, keeps: bool
+) -> None:
+    """At the end that called: it dials for its peer, as many as an honest one uses."""
+    is_over = threading.Event()
+
+    def listen(wire: Wire) -> None:
+        first = wire.receive()
+        if isinstance(first, m.Attach):
+            wire.send(m.Attached())
+            if first.is_reverse:
+                if not keeps:
+                    wire.hang_up()
+                wire.is_ended()
+            else:
+                wire.serve_probe()
+                wire.is_ended()
+            return
+        wire.send(m.Welcome(m.PROTOCOL_VERSION, 3, bytes(16), NONCE, {"tcp": b""}, PROBE))
+        wire.expect(m.Ready)
+        wire.send(m.Linked("tcp"))
+        while not is_over.is_set():
+            wire.send_bytes(m.encode(m.DialBack(64)) * 1000)
+
+    with impostor(listen) as greedy:
+        assert node.link(greedy, 3) == SUCCESS
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with takes_at_most(SOON_S):
+                assert pulls(node)
+        assert len(os.listdir("/proc/self/fd")) < before + 150  # both ends are here
+        is_over.set()
+        node.unlink(greedy, 3, force=True)
+    assert sum("a stream" in record.message for record in caplog.records) <= 2
 
 
 # -- cut by force --
