@@ -180,6 +180,24 @@ def test_pushes_that_stall_keep_no_thread_from_others(
     assert victim.call(forget) < SOON_S
 
 
+def test_pushes_to_where_they_must_not_reach_keep_no_others_waiting(
+    node: Node, victim: NodeProcess, greedy: LinkedCaller
+) -> None:
+    """More than there are threads for one link: what waits for its turn is looked at before."""
+    info, addr = the_cache(greedy)
+    stalls = np.array([0x1000, addr, 4096], dtype="<u8").tobytes()
+    everywhere = np.array([0x1000, 0, 2**64 - 1], dtype="<u8").tobytes()
+    streams = [greedy.attach() for _ in range(STREAMS)]
+    for index, stream in enumerate(streams):
+        block = stalls if index < STREAMS // 2 else everywhere
+        stream.send(m.Fetch(info.cache_id, info.generation, 1, 1, 8, 600_000, 1e11, block))
+    for stream in streams[STREAMS // 2 :]:
+        assert stream.expect(m.Refused).status == LLMStatusCode.LLM_PARAM_INVALID
+    mine = node.blocks_cache(*SHAPE, seed=9)
+    with takes_at_most(SOON_S):
+        node.manager.push_blocks(BlocksCacheKey(1, 0), mine, [3], [5])
+
+
 def test_a_push_of_more_than_the_cache_holds_is_refused(greedy: LinkedCaller) -> None:
     info, addr = the_cache(greedy)
     nbytes = SHAPE[1] * SHAPE[2]

@@ -50,9 +50,12 @@ class Fetching:
         """A push was asked for: it has its place from here on. `depart` must follow.
 
         In the loop's thread, so that the order is that in which the requests came. Raises
-        ProtocolError.
+        ProtocolError, and LLMException for one that reaches where it must not: later pushes wait
+        for those that have a place.
         """
         segments = Segments(*m.columns_of(request.columns, 3))
+        with self._gate.passing() as token:
+            self._answers.writable(token, request, segments.dst, segments.nbytes)
         arrival = Arrival(request, segments, self.deadline_of(request.timeout_ms))
         self._arrived[arrival] = None
         return arrival

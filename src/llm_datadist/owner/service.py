@@ -202,9 +202,7 @@ class StreamService:
             else:
                 self._send(self._sender_of(_NOT_YET), Deadline.after(MAX_ANSWER_S))
         elif isinstance(request, m.Fetch):
-            arrival = serving.fetching.arrive(request)
-            if not self._work(serving.fetchers, partial(self._fetched, arrival)):
-                serving.fetching.depart(arrival)
+            self._begin_fetch(request)
         elif serving.answers.is_table(request):
             if guest.takes_table(self):
                 self._work(serving.workers, partial(serving.answers.table, request))
@@ -219,6 +217,17 @@ class StreamService:
             answer = self._made(partial(serving.answers.answer, request))
             assert answer is not None
             self._send(answer, Deadline.after(MAX_ANSWER_S))
+
+    def _begin_fetch(self, request: m.Fetch) -> None:
+        """Raises ProtocolError."""
+        serving = self._serving
+        try:
+            arrival = serving.fetching.arrive(request)
+        except LLMException as error:
+            self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))
+            return
+        if not self._work(serving.fetchers, partial(self._fetched, arrival)):
+            serving.fetching.depart(arrival)
 
     def _read(self, request: m.Read) -> FrameSender:
         """What a peer asks to be sent, as it lies in memory. Raises ProtocolError."""
