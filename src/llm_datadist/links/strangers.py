@@ -4,7 +4,7 @@ Three crowds: who has said nothing of use yet, who asks for stats, and who has s
 linked yet. Each has a bound for one origin and one in all. Whoever comes beyond a bound is let in,
 and in its place the one goes that has been there longest, of the origin that has the most: so one
 that speaks at once is served, however many say nothing, and a stream of a link that exists is in no
-crowd as soon as it has shown its token. When descriptors run out the crowds make room, too.
+crowd as soon as it has shown its token. When descriptors run out the largest crowd makes room, too.
 
 Who is turned away is counted, and the log says so once a minute. All belongs to the loop's thread,
 but for the counts, which may be read in any.
