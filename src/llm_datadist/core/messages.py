@@ -28,6 +28,8 @@ HEADER = struct.Struct("<II")
 MAX_GREETING_NBYTES = 64 * 1024
 #: largest body on a link: 16 Mi bytes hold the table of 30,000 caches of 64 tensors
 MAX_BODY_NBYTES = 16 * 1024 * 1024
+#: largest body of a request: segments need 24 bytes each. Only answers are larger
+MAX_REQUEST_BODY_NBYTES = 2 * 1024 * 1024
 #: largest body of an answer to AskStats, which need not come from anybody known
 MAX_STATS_NBYTES = 1024 * 1024
 #: segments in one read request; larger transfers are asked for in several

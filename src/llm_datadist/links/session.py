@@ -25,11 +25,12 @@ from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, dial
-from llm_datadist.links.services import Services
+from llm_datadist.links.services import MAX_EARLY, Services
 from llm_datadist.links.vouching import Vouching
 from llm_datadist.observe.log import get_logger
+from llm_datadist.owner.guest import Guest
 from llm_datadist.peer.peer import Peer
-from llm_datadist.peer.streams import StreamPool, dial_stream
+from llm_datadist.peer.streams import MAX_STREAMS, StreamPool, dial_stream
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.gate import Door
 from llm_datadist.transport.base import Channel, PathUnavailable, verify
@@ -102,8 +103,11 @@ class Session:
         self._channels: dict[str, Channel] = {}
         #: the other end, for the threads that move bytes; None while the link is being made
         self.peer: Peer | None = None
-        #: answers what the peer asks
-        self.services = Services(context, lambda: self.peer, self._dial_service, self._spawn)
+        #: the same to those who answer what it asks
+        self._guest = Guest(was_called=isinstance(link, lk.CallerLink))
+        self.services = Services(context, self._guest, self._dial_service, self._spawn)
+        #: the peer's Bye waits for our calls to end
+        self._draining: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._deadline = Deadline.after(0)
         self.status = LLMStatusCode.LLM_SUCCESS
@@ -257,7 +261,8 @@ class Session:
             elif isinstance(action, lk.Learn):
                 self._vouching.learn(action.call, action.is_theirs)
             elif isinstance(action, lk.Drain):
-                self._spawn(self._drain_for_peer())
+                if self._draining is None or self._draining.done():  # more Byes say no more
+                    self._draining = self._spawn(self._drain_for_peer())
             elif isinstance(action, lk.Retract):
                 self._registrar.retracted(self, "the peer unlinked")
             else:
@@ -287,6 +292,7 @@ class Session:
             await self.perform(self._link.lost(str(error)))
             return False
         await self.perform(self._link.received(message))
+        await asyncio.sleep(0)  # what has come already would be received without a wait
         return True
 
     async def _send(self, message: m.Message) -> Sequence[lk.Action]:
@@ -346,7 +352,8 @@ class Session:
 
     def is_full(self, *, is_reverse: bool) -> bool:
         """Whether no more streams may join the link: for our questions (reverse), or the peer's."""
-        return self._streams.is_full if is_reverse else self.services.is_full
+        most = MAX_EARLY if self.peer is None else MAX_STREAMS
+        return self._streams.is_full(most) if is_reverse else self.services.is_full
 
     def add_stream(self, stream: Stream) -> None:
         """A stream that the peer dialled for us."""
@@ -363,7 +370,6 @@ class Session:
 
     async def _publish(self) -> None:
         context = self._context
-        self._control.trust()
         self._close_channels(keep=self.path)
         self.peer = Peer(
             self.cluster_id,
@@ -375,6 +381,7 @@ class Session:
             checking=context.checking,
         )
         self.reopen()
+        self._guest.link_made(self.peer)
         await self._registrar.linked(self)
         self._settled.set()
 
