@@ -28,7 +28,7 @@ SUCCESS = LLMStatusCode.LLM_SUCCESS
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 SHAPE = (2, 8, 1 << 19)
 #: the id of peers made by hand, and so many streams one has
-GREEDY, STREAMS = 2, 32
+GREEDY, STREAMS = 4242, 32
 SOON_S = 2.0
 TIMEOUT_MS = 20_000
 SETTINGS: dict[str, Any] = {

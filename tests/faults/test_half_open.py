@@ -161,6 +161,7 @@ def test_a_request_ahead_of_the_word_that_the_link_is_made(node: Node, is_linked
     node.blocks_cache(*SHAPE)
     with impostor(listen) as port:
         node.link(port, 1)
+        assert eventually(lambda: bool(said))
         if is_linked:
             assert isinstance(said[0], m.Caches)
             assert [info.cache_id for info in said[0].infos] == [1]
