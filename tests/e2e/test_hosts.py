@@ -92,14 +92,14 @@ def move_both_ways(hosts: Hosts, *, is_accessible: bool) -> None:
 @pytest.mark.shows("O34")
 @BOTH_IPS
 def test_hosts_are_linked_by_tcp_and_say_why(hosts: Hosts, addresses: tuple[str, str]) -> None:
-    """Neither process sees the other one, so there is no memory that it could read."""
+    """Neither has the other's sockets, so they cannot meet to read each other's memory."""
     one, other = hosts
     port = one.call(start, 1, addresses[0])
     other.call(start, 2, addresses[1])
     assert other.call(Node.link, port, 1, host=addresses[0]) == SUCCESS
     ((path, reason, endpoint),) = other.call(link_infos)
     assert (path, endpoint) == ("tcp", (addresses[0], port))
-    assert "cma: the peer is in another PID namespace" in reason
+    assert "cma: the peer is in another network namespace" in reason
     ((path, _, endpoint),) = one.call(link_infos)
     assert (path, endpoint) == ("tcp", None)
     move_both_ways(hosts, is_accessible=False)
