@@ -367,6 +367,8 @@ class Session:
         shield = self._context.shields.make(is_caller=True)
         control = await dial(self._control.at, self._context.waiters, shield)
         try:
+            if control.process != self._control.process:
+                raise ConnectionEnded(f"{control.at} is another process's by now")
             await control.send(self._attach(shield, is_reverse=True))
             answer = await control.receive()
         except BaseException:
