@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.links.control import ConnectionEnded, Control, dial
+from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome, dial
 from llm_datadist.links.services import Services
 from llm_datadist.observe.log import get_logger
 from llm_datadist.peer.peer import Peer
@@ -248,6 +248,8 @@ class Session:
         try:
             message = await self._control.receive()
         except ConnectionEnded as error:
+            if self.peer is not None and isinstance(error, Unwelcome):
+                get_logger().warning("the link to cluster %d is cut: %s", self.cluster_id, error)
             await self.perform(self._link.lost(str(error)))
             return False
         await self.perform(self._link.received(message))
