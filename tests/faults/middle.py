@@ -113,7 +113,7 @@ def _end(ends: dict[bool, Wire]) -> None:
             wire.socket.shutdown(socket.SHUT_RDWR)
 
 
-# -- what can be done to a frame; an earlier one is at hand -----------------------------------------
+# -- what can be done to a frame; an earlier one is at hand ----------------------------------------
 
 
 def flip(at: int) -> Callable[[Frame, bytes], bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import subprocess
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 
 SECRET = b"a private key that was never registered".ljust(64, b".")
 SHAPE = (1, 4, 4096)
-CLONE_NEWNET = 0x40000000
-_PR_SET_DUMPABLE = 4
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 # -- run by the processes that are attacked --------------------------------------------------------
@@ -81,19 +76,6 @@ def attach_to(_: Node, offer: bytes, token: bytes) -> m.AnyMessage:
     with meet(offer) as wire:
         wire.send(m.Attach(token, False))
         return wire.receive()
-
-
-def become(_: Node, uid: int) -> None:
-    """Gives up root; peers of that user may read this process all the same."""
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
-    _libc.prctl(_PR_SET_DUMPABLE, 1)
-
-
-def leave_network(_: Node) -> None:
-    """Takes this process to a network namespace of its own. Raises OSError."""
-    if _libc.unshare(CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "unshare")
 
 
 def link_honestly(_: Node, offer: bytes) -> m.AnyMessage:

@@ -27,6 +27,7 @@ from same_host_wire import (
 )
 from wire import Wire, hello
 
+from isolation import become, leave_network
 from llm_datadist import LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess
@@ -160,7 +161,8 @@ def test_tcp_is_no_path_of_the_same_host_socket(victim: Cluster) -> None:
 
 def test_another_user_is_not_read(victim: Cluster, stranger: NodeProcess) -> None:
     """Though root may: the peer could become a program that runs as somebody else."""
-    stranger.call(same_host_wire.become, 65534)
+    assert stranger.call(try_to_connect, victim.offer) == "connected"
+    stranger.call(become, 65534)
     answer = stranger.call(same_host_wire.link_honestly, victim.offer)
     assert isinstance(answer, m.Unusable)
     assert "run both processes as the same user" in answer.reason
@@ -171,7 +173,7 @@ def test_from_another_network_namespace_the_socket_is_not_there(
     victim: Cluster, stranger: NodeProcess
 ) -> None:
     assert stranger.call(try_to_connect, victim.offer) == "connected"
-    stranger.call(same_host_wire.leave_network)
+    stranger.call(leave_network)
     assert stranger.call(try_to_connect, victim.offer) == "ConnectionRefusedError"
 
 

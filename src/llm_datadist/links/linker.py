@@ -125,9 +125,12 @@ class Linker:
         )
         left_s = max(0.001, deadline.remaining_s())
         await session.greet(_hello(link, left_s, is_fresh, first.group), left_s)
-        if session.is_closed:
-            raise PathUnavailable(session.path_reason or session.reason)
-        return session
+        if not session.is_closed:
+            return session
+        if link.rejected:
+            _, reason, is_remarkable = link.rejected[-1]
+            raise PathUnavailable(reason, is_remarkable=is_remarkable)
+        raise PathUnavailable(session.reason)
 
     async def _reach(self, at: SameHost, is_here: bool, left_s: float) -> Control:
         """A connection to a same-host socket. Raises PathUnavailable."""
