@@ -28,6 +28,10 @@ _NUMBERS = {"x86_64": 310, "aarch64": 270}
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _ALLOW, _EPERM = 0x7FFF0000, 0x00050001
 
+needs_root = pytest.mark.skipif(
+    os.getuid() != 0, reason="to be another user, or have namespaces of one's own, needs root"
+)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from isolation import become, hide_tmp, refuse_foreign_memory, unshared
 from rank_members import logged, record_log
 from two_hosts import HOSTS, lay_cable, leave_host, start_apart
 
+from isolation import become, hide_tmp, needs_root, refuse_foreign_memory, unshared
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
 from llm_datadist.testing.faults import FaultProxy
@@ -115,6 +116,7 @@ def test_private_mounts_do_not_matter(here: NodeProcess, tmp_path: Path) -> None
         assert link(here, apart) == [("cma", ""), ("cma", "")]
 
 
+@needs_root
 @pytest.mark.parametrize("is_caller", [False, True], ids=["called", "calls"])
 def test_a_process_that_does_not_see_the_other_one_is_linked_by_tcp(
     here: NodeProcess, is_caller: bool
@@ -128,12 +130,15 @@ def test_a_process_that_does_not_see_the_other_one_is_linked_by_tcp(
         assert len(warnings(pair[1])) == 1
 
 
+@needs_root
 def test_two_processes_that_do_not_see_each_other_are_linked_by_tcp() -> None:
     with start_apart() as one, start_apart() as other:
         assert link(one, other) == [("tcp", f"cma: {PID_NAMESPACE}"), ("tcp", "")]
 
 
-def test_in_another_user_namespace_it_works_or_says_why(here: NodeProcess, tmp_path: Path) -> None:
+def test_from_another_user_namespace_the_system_does_not_let_it_read(
+    here: NodeProcess, tmp_path: Path
+) -> None:
     """A process may not read those of a namespace around its own, whoever it is in there."""
     with unshared(tmp_path, "--user", "--map-root-user") as apart:
         [(path, reason), _] = link(here, apart)
@@ -142,6 +147,7 @@ def test_in_another_user_namespace_it_works_or_says_why(here: NodeProcess, tmp_p
         assert "in a container, allow it" in reason
 
 
+@needs_root
 def test_another_network_namespace_of_this_host_is_named_once() -> None:
     with NodeProcess() as one, NodeProcess() as other:
         pair = [one, other]
@@ -149,8 +155,8 @@ def test_another_network_namespace_of_this_host_is_named_once() -> None:
             for process in pair:
                 process.call(leave_host)
             lay_cable(pair)
-        except OSError as error:
-            pytest.skip(f"networks of our own need the right to make namespaces (root): {error}")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a cable between namespaces needs nsenter, iproute2 and veth: {error}")
         [at_caller, at_other] = link(one, other, HOSTS[0])
         assert at_caller == ("tcp", f"cma: {NETWORK}")
         assert at_other == ("tcp", "")
@@ -159,11 +165,10 @@ def test_another_network_namespace_of_this_host_is_named_once() -> None:
         assert warnings(one) == []
 
 
+@needs_root
 @pytest.mark.parametrize("is_caller", [False, True], ids=["called", "calls"])
 def test_another_user_is_linked_by_tcp(here: NodeProcess, is_caller: bool) -> None:
     """Though one of them, root, could read the other."""
-    if os.getuid():
-        pytest.skip("to become another user needs root")
     with NodeProcess() as apart:
         apart.call(import_all)
         apart.call(become, 65534)

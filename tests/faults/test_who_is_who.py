@@ -27,7 +27,7 @@ from same_host_wire import (
 )
 from wire import Wire, hello
 
-from isolation import become, leave_network
+from isolation import become, leave_network, needs_root
 from llm_datadist import LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess
@@ -159,6 +159,7 @@ def test_tcp_is_no_path_of_the_same_host_socket(victim: Cluster) -> None:
 # -- where and as whom -----------------------------------------------------------------------------
 
 
+@needs_root
 def test_another_user_is_not_read(victim: Cluster, stranger: NodeProcess) -> None:
     """Though root may: the peer could become a program that runs as somebody else."""
     assert stranger.call(try_to_connect, victim.offer) == "connected"
@@ -169,6 +170,7 @@ def test_another_user_is_not_read(victim: Cluster, stranger: NodeProcess) -> Non
     assert victim.process.call(linked_ids) == []
 
 
+@needs_root
 def test_from_another_network_namespace_the_socket_is_not_there(
     victim: Cluster, stranger: NodeProcess
 ) -> None:
