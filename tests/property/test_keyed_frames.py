@@ -118,6 +118,13 @@ def test_altered_frames_open_to_a_beginning_of_what_was_sent(
 
 
 @given(Frames)
+def test_frames_that_come_back_are_refused(frames: list[bytes]) -> None:
+    for shield in pair():
+        sealed = b"".join(shield.seal(frame) for frame in frames)
+        assert opened(shield, sealed, KEYED_HEAD_NBYTES + len(frames[0])) == (b"", True)
+
+
+@given(Frames)
 def test_frames_of_one_connection_are_none_of_another(frames: list[bytes]) -> None:
     """The same secret makes another key for each: what was recorded is of no use."""
     (caller, _), (_, listener) = pair(), pair()
