@@ -24,6 +24,7 @@ PAGE = DOCS / "troubleshooting.md"
 #: what needs two hosts, users or releases, comes by chance, or is shown by the tests of faults
 NOT_PROVOKED = [
     "cannot accept a connection: …",
+    "turned away … connections that are no link's: …",
     "cluster … speaks protocol …, its peer …: install the same release of llm-datadist on both",
     "no connection to … within … s",
     "not all members appeared within … s: …",

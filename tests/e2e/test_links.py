@@ -147,21 +147,6 @@ def test_two_peers_with_one_cluster_id_are_told_apart_by_address(
     assert eventually(lambda: peer.call(linked_ids) == [])
 
 
-def test_a_listener_tells_two_callers_with_one_cluster_id_apart(
-    node: Node, peer: NodeProcess, other: NodeProcess
-) -> None:
-    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0")
-    publish(node, SEED)
-    for process in (peer, other):
-        process.call(Node.start, LLMRole.DECODER, 2)
-        assert process.call(Node.link, port, 1) == SUCCESS
-    assert linked_ids(node) == [2, 2]
-    assert peer.call(pulls, 1)
-    assert peer.call(Node.unlink, port, 1) == SUCCESS
-    assert eventually(lambda: linked_ids(node) == [2])
-    assert other.call(pulls, 1)
-
-
 @pytest.mark.shows("link.self")
 def test_a_cluster_may_link_to_itself_but_not_pull(node: Node, path: str) -> None:
     port = node.start(LLMRole.MIX, 1, listen_ip_info="127.0.0.1:0", transfer_path=path)

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from edges.user import OWNED, SMALL, SUCCESS, User, start_owner
+from edges.user import OWNED, SMALL, SUCCESS, User, settings, start_owner
+from llm_datadist import LLMRole
 from llm_datadist.testing.timing import eventually, takes_at_most
+from llm_datadist.transport.nixl_agent import package
+from soak.stage import Doing
 
 if TYPE_CHECKING:
     from llm_datadist.testing.cluster import Node, NodeProcess
 
 SOON_S = 2.0
+needs_nixl = pytest.mark.skipif(package() is None, reason="NIXL is not installed")
 
 
 def start_and_leave_a_child(node: Node, path: str) -> tuple[int, int]:
@@ -32,6 +36,7 @@ def start_and_leave_a_child(node: Node, path: str) -> tuple[int, int]:
     return port, child
 
 
+@pytest.mark.parametrize("path", ["cma", "tcp", pytest.param("nixl", marks=needs_nixl)])
 def test_the_death_of_the_parent_is_seen_and_its_port_is_free_while_the_child_lives(
     node: Node, peer: NodeProcess, victim: NodeProcess, path: str
 ) -> None:
@@ -49,6 +54,38 @@ def test_the_death_of_the_parent_is_seen_and_its_port_is_free_while_the_child_li
     finally:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+
+
+def link_and_fork_meanwhile(node: Node, path: str, port: int) -> list[int]:
+    """Links while children are forked one after the other, each of which lives on."""
+    node.start(LLMRole.DECODER, 3, **settings(path))
+    linking = Doing(lambda: node.link(port, 1))
+    children = []
+    while linking.is_alive():
+        child = os.fork()
+        if not child:
+            signal.pause()
+            os._exit(0)
+        children.append(child)
+    assert linking.result(10) == SUCCESS
+    return children
+
+
+def test_children_that_are_forked_while_it_links_do_not_hide_the_death_of_the_parent(
+    node: Node, victim: NodeProcess, path: str
+) -> None:
+    port = start_owner(node, path, shape=SMALL)
+    children = victim.call(link_and_fork_meanwhile, path, port)
+    try:
+        assert len(node.datadist.links()) == 1
+        victim.kill()
+        assert eventually(lambda: not node.datadist.links(), SOON_S)
+        for child in children:
+            os.kill(child, 0)
+    finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 PROGRAM = """

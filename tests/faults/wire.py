@@ -109,7 +109,7 @@ class Wire:
 
 def hello(
     *,
-    cluster_id: int = 2,
+    cluster_id: int = 4242,
     instance: bytes = b"made by hand, 16",
     is_remote_accessible: bool = False,
     version: int = m.PROTOCOL_VERSION,

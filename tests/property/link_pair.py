@@ -56,6 +56,7 @@ class End:
     drains: int = 0
     is_retracted: bool = False
     dialled: int = 0
+    learned: list[lk.Learn] = field(default_factory=list)
     close: lk.Close | None = None
 
     def join(self, peer: End) -> None:
@@ -125,6 +126,10 @@ class End:
             elif isinstance(action, lk.Retract):
                 assert self.published is not None
                 self.is_retracted = True
+            elif isinstance(action, lk.SayWhether):
+                self._send(m.Vouched(action.call, True))
+            elif isinstance(action, lk.Learn):
+                self.learned.append(action)
             elif isinstance(action, lk.Dial):
                 self.dialled += action.count
             else:

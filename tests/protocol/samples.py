@@ -50,6 +50,9 @@ _STATS = ClusterStats(
     ),
     waits=(WaitStats("stream", _TIMES),),
     link_events=(LinkEvents("tcp", 2, 1),),
+    num_silent=4,
+    num_half_open=5,
+    num_turned_away=6,
 )  # fmt: skip
 
 
@@ -70,6 +73,8 @@ def samples() -> Iterator[m.Message]:
     yield m.Attach(_TOKEN, True)
     yield m.Attached()
     yield m.Moved()
+    yield m.Vouch(_TOKEN)
+    yield m.Vouched(_TOKEN, True)
     yield m.Resolve(7, 0, 0, False)
     yield m.Resolve(None, 5, 1, True)
     yield m.Resolved(_INFO, 2)

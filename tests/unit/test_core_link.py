@@ -139,7 +139,7 @@ def test_a_listener_answers_hello_with_its_offers_and_the_token_of_the_link() ->
 
 def test_a_listener_that_turns_a_caller_away_says_why() -> None:
     link = lk.ListenerLink(make_identity("tcp"), token=TOKEN)
-    assert link.turn_away(LLMStatusCode.LLM_LINK_FAILED, "no such group") == [
+    assert link.refuse(LLMStatusCode.LLM_LINK_FAILED, "no such group") == [
         lk.Send(m.Refused(LLMStatusCode.LLM_LINK_FAILED, "no such group")),
         lk.Close(LLMStatusCode.LLM_LINK_FAILED, "no such group"),
     ]

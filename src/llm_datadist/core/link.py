@@ -99,6 +99,21 @@ class Dial:
 
 
 @dataclass(frozen=True, slots=True)
+class SayWhether:
+    """Tell the peer whether this is a call of ours that is under way."""
+
+    call: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """The peer said whether a call is its own."""
+
+    call: bytes
+    is_theirs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """The peer unlinks: let running transfers end, then report `drained`."""
 
@@ -116,7 +131,9 @@ class Close:
     reason: str
 
 
-Action: TypeAlias = Send | Probe | Meet | Publish | Dial | Drain | Retract | Close
+Action: TypeAlias = (
+    Send | Probe | Meet | Publish | Dial | SayWhether | Learn | Drain | Retract | Close
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +208,10 @@ class Link(abc.ABC):
         ending = self._close(LLMStatusCode.LLM_NOT_YET_LINK, "the peer unlinked")
         return [Retract(), Send(m.ByeDone()), *ending]
 
+    def refuse(self, status: LLMStatusCode, reason: str) -> list[Action]:
+        """This end does not want the link, and says why."""
+        return [] if self.state is State.CLOSED else self._refuse(status, reason)
+
     def cut(self, reason: str) -> list[Action]:
         """This end drops the link without a word; the peer sees the connection end."""
         return self._close(LLMStatusCode.LLM_NOT_YET_LINK, reason)
@@ -206,6 +227,10 @@ class Link(abc.ABC):
         return self._close(LLMStatusCode.LLM_TIMEOUT, reason)
 
     def _received_when_linked(self, message: m.Message) -> list[Action]:
+        if isinstance(message, m.Vouch):
+            return [SayWhether(message.call)]
+        if isinstance(message, m.Vouched):
+            return [Learn(message.call, message.is_ours)]
         if isinstance(message, m.Bye):
             return [Drain()]
         if isinstance(message, m.ByeDone):  # one that comes after `stay` ends the link as well
@@ -266,7 +291,9 @@ class CallerLink(Link):
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
 
-    def start(self, *, is_fresh: bool, timeout_ms: int, group: str = "") -> list[Action]:
+    def start(
+        self, *, is_fresh: bool, timeout_ms: int, group: str = "", call: bytes = b""
+    ) -> list[Action]:
         self.state = State.GREETING
         me = self.me
         return [
@@ -281,6 +308,7 @@ class CallerLink(Link):
                     dict(me.offers),
                     me.probe,
                     group,
+                    call,
                 )
             )
         ]
@@ -363,13 +391,13 @@ class ListenerLink(Link):
 
     token: bytes = b""
 
-    def turn_away(self, status: LLMStatusCode, reason: str) -> list[Action]:
-        """Does not admit a Hello, for a reason that is not the machine's."""
-        return self._refuse(status, reason)
+    def objection_to(self, hello: m.Hello) -> str | None:
+        """Why the two ends cannot link, whoever the caller is."""
+        return self._check_terms(hello.version, hello.is_remote_accessible)
 
     def admit(self, hello: m.Hello, *, is_known: bool) -> list[Action]:
         """Decides on a Hello; `is_known` says that a live link to this very peer exists."""
-        refusal = self._check_terms(hello.version, hello.is_remote_accessible)
+        refusal = self.objection_to(hello)
         if refusal is not None:
             return self._refuse(LLMStatusCode.LLM_PARAM_INVALID, refusal)
         if is_known and not hello.is_fresh:

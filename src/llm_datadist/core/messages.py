@@ -28,6 +28,8 @@ HEADER = struct.Struct("<II")
 MAX_GREETING_NBYTES = 64 * 1024
 #: largest body on a link: 16 Mi bytes hold the table of 30,000 caches of 64 tensors
 MAX_BODY_NBYTES = 16 * 1024 * 1024
+#: largest body of a request: segments need 24 bytes each. Only answers are larger
+MAX_REQUEST_BODY_NBYTES = 2 * 1024 * 1024
 #: largest body of an answer to AskStats, which need not come from anybody known
 MAX_STATS_NBYTES = 1024 * 1024
 #: segments in one read request; larger transfers are asked for in several
@@ -45,6 +47,8 @@ Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 Moment: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
+#: names a call; empty where there is none
+Call: TypeAlias = Annotated[bytes, Meta(max_length=16)]
 
 
 class ProtocolError(Exception):
@@ -78,6 +82,8 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     probe: ProbeTarget
     #: names the rank-table link that this is to be part of
     group: Text = ""
+    #: names this very call: whoever made it can say so on another link
+    call: Call = b""
 
 
 class Welcome(Message, tag=2, forbid_unknown_fields=False):
@@ -133,9 +139,13 @@ class ByeDone(Message, tag=9):
 
 
 class Forget(Message, tag=10):
-    """Sent in place of Hello, when no link is known: drop the link of this cluster, if any."""
+    """Sent in place of Hello, when no link is known: drop the link of this cluster, if any.
+
+    The other end of that link, if it is there, is asked whether it said so: see Vouch.
+    """
 
     instance: Token
+    call: Call = b""
 
 
 class Attach(Message, tag=11):
@@ -156,6 +166,19 @@ class Attached(Message, tag=12):
 
 class Moved(Message, tag=13):
     """The link goes on over the listener's same-host socket: nothing follows on this connection."""
+
+
+class Vouch(Message, tag=14):
+    """On a link: is this call, of which somebody says that it is yours, a call of yours now?"""
+
+    call: Call
+
+
+class Vouched(Message, tag=15):
+    """The answer to Vouch."""
+
+    call: Call
+    is_ours: bool
 
 
 class Resolve(Message, tag=20):
@@ -301,6 +324,8 @@ AnyMessage: TypeAlias = (
     | Attach
     | Attached
     | Moved
+    | Vouch
+    | Vouched
     | Resolve
     | Resolved
     | ListCaches

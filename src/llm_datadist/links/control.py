@@ -62,10 +62,6 @@ class Control:
         #: holds what came behind the message received last
         self.frames = FrameReader()
 
-    def trust(self) -> None:
-        """The peer is known: accept frames of full size."""
-        self.frames.max_nbytes = m.MAX_BODY_NBYTES
-
     def watch(self) -> None:
         """Has the connection end soon after the peer's host vanished while a message was under way.
 

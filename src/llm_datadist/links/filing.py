@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llm_datadist.errors import LLMStatusCode
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
     from llm_datadist.links.groups import Groups
+    from llm_datadist.links.ids import Ids
     from llm_datadist.links.session import Session
     from llm_datadist.links.table import LinkTable
 
@@ -15,14 +17,23 @@ if TYPE_CHECKING:
 class Filing:
     """The Registrar of a cluster's sessions. Belongs to the loop's thread."""
 
-    def __init__(self, cluster_id: int, instance: bytes, links: LinkTable, groups: Groups) -> None:
+    def __init__(
+        self, cluster_id: int, instance: bytes, links: LinkTable, groups: Groups, ids: Ids
+    ) -> None:
         self._cluster_id = cluster_id
         self._instance = instance
         self._links = links
         self._groups = groups
+        self._ids = ids
 
     async def linked(self, session: Session) -> None:
         """Files the link; one of a rank table waits for the others of its group."""
+        if session.is_caller:
+            verdict = await self._ids.of_called(session, session.named, session.left_s)
+            if verdict.objection:
+                await session.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
+                return
+            session.displaced = verdict.displaced
         if session.group:
             await self._groups.join(session)
             return

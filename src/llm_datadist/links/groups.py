@@ -156,7 +156,8 @@ class Groups:
         group.sessions[session.cluster_id] = session
         if len(group.sessions) == len(group.plan.members):
             for member in group.sessions.values():
-                self._links.add(member)
+                for stale in self._links.add(member):
+                    await stale.cut(f"cluster {member.cluster_id} linked anew")
                 member.report()
             self._settle(group, RegisterMemStatus.OK)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import secrets
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
@@ -16,6 +17,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome, dial
 from llm_datadist.links.session import Session
+from llm_datadist.observe.log import get_logger
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.base import PathUnavailable
 from llm_datadist.transport.same_host import SameHost
@@ -34,6 +36,18 @@ class Target(NamedTuple):
 
     cluster_id: int | None
     endpoints: tuple[Endpoint, ...]
+
+
+class Call(NamedTuple):
+    """A call to a cluster, which makes a link there."""
+
+    endpoint: Endpoint
+    #: the id by which the program calls it
+    named: int | None
+    is_fresh: bool
+    group: str
+    #: unguessable
+    name: bytes
 
 
 class Outcome(NamedTuple):
@@ -77,7 +91,10 @@ class Linker:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, "other calls were linking to it meanwhile")
         try:
             left_s = max(0.001, deadline.remaining_s())
-            return await self.call(target.endpoints[0], left_s, is_fresh=not self._known(target))
+            is_fresh = not self._known(target)
+            return await self.call(
+                target.endpoints[0], left_s, is_fresh=is_fresh, named=target.cluster_id
+            )
         finally:
             turn.release()
 
@@ -87,12 +104,14 @@ class Linker:
         timeout_s: float,
         *,
         is_fresh: bool,
+        named: int | None = None,
         group: str = "",
         claim: Callable[[], str] = str,
     ) -> Outcome:
         """Links to whoever listens there; `is_fresh` when no link to it is known here.
 
-        Once it is reached `claim` may say why the call is to end there, as LLM_PROCESSING_LINK.
+        `named` is the id that the program expects there; another one is linked, too, and said. Once
+        it is reached `claim` may say why the call is to end there, as LLM_PROCESSING_LINK.
         """
         deadline = Deadline.after(timeout_s)
         control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
@@ -101,14 +120,42 @@ class Linker:
         if objection := claim():
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        link = lk.CallerLink(self._context.me)
-        session = Session(self._context, self._registrar, control, link, endpoint, group)
-        session.meeting = partial(self._meet, session, is_fresh)
-        left_s = max(0.001, deadline.remaining_s())
-        await session.greet(_hello(link, left_s, is_fresh, group), left_s)
-        return Outcome(session.status, session.reason) if session.is_closed else _OK
+        call = Call(endpoint, named, is_fresh, group, secrets.token_bytes(16))
+        self._context.calls.add(call.name)
+        try:
+            session = await self._shake_hands(control, call, deadline)
+        finally:
+            self._context.calls.discard(call.name)
+        if session.is_closed and session.status is not LLMStatusCode.LLM_SUCCESS:
+            return Outcome(session.status, session.reason)
+        if named not in (None, session.cluster_id):
+            get_logger().warning(
+                "cluster %d answers at %s, and not cluster %d: the link has its own id",
+                session.cluster_id, endpoint, named,
+            )  # fmt: skip
+        return _OK
 
-    async def _meet(self, first: Session, is_fresh: bool, offer: bytes, left_s: float) -> Session:
+    async def _shake_hands(
+        self, control: Control, call: Call, deadline: Deadline, expected: bytes = b""
+    ) -> Session:
+        """The session of a connection, when its hand-shake is over."""
+        is_same_host = control.process is not None
+        link = lk.CallerLink(self._context.me, is_same_host, expected=expected)
+        session = Session(
+            self._context, self._registrar, control, link, call.endpoint, call.group, call.named
+        )
+        session.meeting = partial(self._meet, session, call)
+        left_s = max(0.001, deadline.remaining_s())
+        first = link.start(
+            is_fresh=call.is_fresh,
+            timeout_ms=max(1, int(left_s * 1000)),
+            group=call.group,
+            call=call.name,
+        )
+        await session.greet(first, left_s)
+        return session
+
+    async def _meet(self, first: Session, call: Call, offer: bytes, deadline: Deadline) -> Session:
         """Links to the peer of a first session over its same-host socket.
 
         Raises PathUnavailable.
@@ -117,18 +164,12 @@ class Linker:
             at, is_here = SameHost.offered(offer)
         except (ValueError, msgspec.DecodeError) as error:
             raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
-        deadline = Deadline.after(left_s)
-        control = await self._reach(at, is_here, left_s)
-        link = lk.CallerLink(self._context.me, is_same_host=True, expected=first.instance)
-        session = Session(
-            self._context, self._registrar, control, link, first.endpoint, first.group
-        )
-        left_s = max(0.001, deadline.remaining_s())
-        await session.greet(_hello(link, left_s, is_fresh, first.group), left_s)
+        control = await self._reach(at, is_here, max(0.001, deadline.remaining_s()))
+        session = await self._shake_hands(control, call, deadline, first.instance)
         if not session.is_closed:
             return session
-        if link.rejected:
-            _, reason, is_remarkable = link.rejected[-1]
+        if session.rejected:
+            _, reason, is_remarkable = session.rejected[-1]
             raise PathUnavailable(reason, is_remarkable=is_remarkable)
         raise PathUnavailable(session.reason)
 
@@ -211,14 +252,17 @@ class Linker:
         control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_UNLINK_FAILED)
         if control is None:
             return outcome
+        call = secrets.token_bytes(16)
+        self._context.calls.add(call)
         try:
-            await control.send(m.Forget(self._context.me.instance))
+            await control.send(m.Forget(self._context.me.instance, call))
             await asyncio.wait_for(control.receive(), deadline.remaining_s())
         except asyncio.TimeoutError:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, f"{endpoint} did not answer in time")
         except ConnectionEnded as error:
             return Outcome(LLMStatusCode.LLM_UNLINK_FAILED, f"{endpoint}: {error}")
         finally:
+            self._context.calls.discard(call)
             control.close()
         return _OK
 
@@ -238,11 +282,6 @@ class Linker:
             remedy = "" if error.errno in _OURS else _REMEDY
             reason = f"cannot connect to {endpoint}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
-
-
-def _hello(link: lk.CallerLink, left_s: float, is_fresh: bool, group: str) -> list[lk.Action]:
-    timeout_ms = max(1, int(left_s * 1000))
-    return link.start(is_fresh=is_fresh, timeout_ms=timeout_ms, group=group)
 
 
 def _explain(error: OSError) -> str:

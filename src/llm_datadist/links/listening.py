@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.links.context import Context
     from llm_datadist.links.groups import Groups
+    from llm_datadist.links.ids import Ids
     from llm_datadist.links.session import Registrar
+    from llm_datadist.links.strangers import Strangers
     from llm_datadist.links.table import LinkTable
     from llm_datadist.options import Options
     from llm_datadist.running.loop import Loop
@@ -38,7 +40,9 @@ class Listening:
         context: Context,
         links: LinkTable,
         groups: Groups,
+        ids: Ids,
         registrar: Registrar,
+        strangers: Strangers,
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
         self._loop = loop
@@ -47,7 +51,9 @@ class Listening:
         self._context = context
         self._links = links
         self._groups = groups
+        self._ids = ids
         self._registrar = registrar
+        self._strangers = strangers
         self._take_snapshot = take_snapshot
         self._listener: Listener | None = None
         self._asked: Endpoint | None = None
@@ -117,6 +123,7 @@ class Listening:
         for listener in self._rank_listeners:
             await listener.close()
         await self._close_same_host()
+        self._strangers.close()
 
     def _open(self, endpoint: Endpoint | None) -> None:
         if endpoint is None:
@@ -141,7 +148,14 @@ class Listening:
 
     def _listener_on(self, sock: socket.socket) -> Listener:
         return Listener(
-            sock, self._context, self._links, self._groups, self._registrar, self._take_snapshot
+            sock,
+            self._context,
+            self._links,
+            self._groups,
+            self._ids,
+            self._registrar,
+            self._strangers,
+            self._take_snapshot,
         )
 
     async def _close_main(self) -> None:

@@ -25,19 +25,23 @@ from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome, dial
-from llm_datadist.links.services import Services
+from llm_datadist.links.services import MAX_EARLY, Services
+from llm_datadist.links.vouching import Vouching
 from llm_datadist.observe.log import get_logger
+from llm_datadist.owner.guest import Guest
 from llm_datadist.peer.peer import Peer
-from llm_datadist.peer.streams import StreamPool, dial_stream
+from llm_datadist.peer.streams import MAX_STREAMS, StreamPool, dial_stream
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.gate import Door
 from llm_datadist.transport.base import Channel, PathUnavailable, verify
+from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.context import Context
+    from llm_datadist.transport.certificate import Certificate
     from llm_datadist.transport.shield import Shield
     from llm_datadist.transport.stream import Stream
 
@@ -69,6 +73,7 @@ class Session:
         link: lk.CallerLink | lk.ListenerLink,
         endpoint: Endpoint | None,
         group: str = "",
+        named: int | None = None,
     ) -> None:
         self._context = context
         self._registrar = registrar
@@ -80,8 +85,13 @@ class Session:
         #: the rank-table link that this one belongs to, if any
         self.group = group
         #: how the caller links over the peer's same-host socket; raises PathUnavailable
-        self.meeting: Callable[[bytes, float], Awaitable[Session]] | None = None
+        self.meeting: Callable[[bytes, Deadline], Awaitable[Session]] | None = None
         self._meeting_task: asyncio.Task[None] | None = None
+        #: the id by which the program called the peer
+        self.named = named
+        #: links of others that end when this one is made
+        self.displaced: Sequence[Session] = ()
+        self._vouching = Vouching(lambda call: self.perform([lk.Send(m.Vouch(call))]))
         #: calls that use this link go through it
         self.door = Door("the link is still being made")
         self._streams = StreamPool(
@@ -93,8 +103,11 @@ class Session:
         self._channels: dict[str, Channel] = {}
         #: the other end, for the threads that move bytes; None while the link is being made
         self.peer: Peer | None = None
-        #: answers what the peer asks
-        self.services = Services(context, lambda: self.peer, self._dial_service, self._spawn)
+        #: the same to those who answer what it asks
+        self._guest = Guest(was_called=isinstance(link, lk.CallerLink))
+        self.services = Services(context, self._guest, self._dial_service, self._spawn)
+        #: the peer's Bye waits for our calls to end
+        self._draining: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._deadline = Deadline.after(0)
         self.status = LLMStatusCode.LLM_SUCCESS
@@ -120,9 +133,14 @@ class Session:
         return self._link.path
 
     @property
+    def rejected(self) -> Sequence[tuple[str, str, bool]]:
+        """Better paths that are not used: (path, reason, whether it deserves a warning)."""
+        return self._link.rejected
+
+    @property
     def path_reason(self) -> str:
         """Why better paths are not used; empty when there is no better one."""
-        return "; ".join(f"{path}: {reason}" for path, reason, _ in self._link.rejected)
+        return "; ".join(f"{path}: {reason}" for path, reason, _ in self.rejected)
 
     @property
     def state(self) -> str:
@@ -136,6 +154,21 @@ class Session:
     @property
     def is_caller(self) -> bool:
         return isinstance(self._link, lk.CallerLink)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The peer's, under TLS."""
+        return self._control.shield.peer_certificate
+
+    @property
+    def whereabouts(self) -> str:
+        """Where the peer is, for messages."""
+        return f"at {self.endpoint or self._control.at}"
+
+    @property
+    def left_s(self) -> float:
+        """What is left of the time for the hand-shake."""
+        return max(0.001, self._deadline.remaining_s())
 
     @property
     def token(self) -> bytes:
@@ -202,6 +235,13 @@ class Session:
         self._link.stay()
         self.reopen()
 
+    async def refuse(self, status: LLMStatusCode, reason: str) -> None:
+        await self.perform(self._link.refuse(status, reason))
+
+    async def vouches_for(self, call: bytes, timeout_s: float) -> bool | None:
+        """Whether the peer says that a call is its own; None when it says nothing in time."""
+        return None if self.is_closed else await self._vouching.vouches_for(call, timeout_s)
+
     async def cut(self, reason: str) -> None:
         await self.perform(self._link.cut(reason))
 
@@ -220,8 +260,14 @@ class Session:
                 await self._publish()
             elif isinstance(action, lk.Dial):
                 self.services.owe(action.count)
+            elif isinstance(action, lk.SayWhether):
+                is_ours = action.call in self._context.calls
+                todo.extend(await self._send(m.Vouched(action.call, is_ours)))
+            elif isinstance(action, lk.Learn):
+                self._vouching.learn(action.call, action.is_theirs)
             elif isinstance(action, lk.Drain):
-                self._spawn(self._drain_for_peer())
+                if self._draining is None or self._draining.done():  # more Byes say no more
+                    self._draining = self._spawn(self._drain_for_peer())
             elif isinstance(action, lk.Retract):
                 self._registrar.retracted(self, "the peer unlinked")
             else:
@@ -253,6 +299,7 @@ class Session:
             await self.perform(self._link.lost(str(error)))
             return False
         await self.perform(self._link.received(message))
+        await asyncio.sleep(0)  # what has come already would be received without a wait
         return True
 
     async def _send(self, message: m.Message) -> Sequence[lk.Action]:
@@ -267,7 +314,7 @@ class Session:
         assert isinstance(link, lk.CallerLink)
         assert self.meeting is not None
         try:
-            met = await self.meeting(offer, max(0.001, self._deadline.remaining_s()))
+            met = await self.meeting(offer, self._deadline)
         except PathUnavailable as error:
             await self.perform(link.met(error.reason, is_remarkable=error.is_remarkable))
             return
@@ -312,7 +359,8 @@ class Session:
 
     def is_full(self, *, is_reverse: bool) -> bool:
         """Whether no more streams may join the link: for our questions (reverse), or the peer's."""
-        return self._streams.is_full if is_reverse else self.services.is_full
+        most = MAX_EARLY if self.peer is None else MAX_STREAMS
+        return self._streams.is_full(most) if is_reverse else self.services.is_full
 
     def add_stream(self, stream: Stream) -> None:
         """A stream that the peer dialled for us."""
@@ -329,7 +377,6 @@ class Session:
 
     async def _publish(self) -> None:
         context = self._context
-        self._control.trust()
         self._close_channels(keep=self.path)
         self.peer = Peer(
             self.cluster_id,
@@ -341,6 +388,7 @@ class Session:
             checking=context.checking,
         )
         self.reopen()
+        self._guest.link_made(self.peer)
         await self._registrar.linked(self)
         self._settled.set()
 
@@ -384,7 +432,13 @@ class Session:
     def _dial_stream(self, deadline: Deadline) -> Stream:
         """In any thread."""
         control, shield = self._control, self._context.shields.make(is_caller=True)
-        return dial_stream(control.at, control.process, shield, self._attach, deadline)
+        try:
+            return dial_stream(control.at, control.process, shield, self._attach, deadline)
+        except RequestRefused as refused:
+            raise LLMException(
+                f"{control.at} leads to cluster {self.cluster_id}, and elsewhere, too: {refused}",
+                refused.status_code,
+            ) from refused
 
     def _attach(self, shield: Shield, *, is_reverse: bool = False) -> m.Attach:
         return m.Attach(self.token, is_reverse, shield.proof(self._control.shield))
@@ -412,6 +466,7 @@ class Session:
         self._close_channels()
         self.services.close()
         self._control.end()
+        self._vouching.close()
         self.closed.set()
         self._settled.set()
         for call in self._on_close:

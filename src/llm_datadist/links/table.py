@@ -49,7 +49,11 @@ class LinkTable:
         """Files a live session; returns those of the same peer that it replaces."""
         with self._lock:
             others = self._sessions.setdefault(session.cluster_id, [])
-            replaced = [other for other in others if _supersedes(session, other)]
+            replaced = [
+                other
+                for other in others
+                if _supersedes(session, other) or other in session.displaced
+            ]
             others[:] = [session, *(other for other in others if other not in replaced)]
             self.paths[session.cluster_id] = session.path
             self._endings.pop(session.cluster_id, None)

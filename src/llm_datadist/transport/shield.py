@@ -16,7 +16,7 @@ import struct
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, Protocol
 
-from llm_datadist.core.messages import HEADER, MAX_BODY_NBYTES
+from llm_datadist.core.messages import HEADER, MAX_REQUEST_BODY_NBYTES
 from llm_datadist.link_security import read_secret
 from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
 from llm_datadist.transport.certificate import REMEDY, Certificate, explain
@@ -167,7 +167,9 @@ class Secret(Open):
             )
         return b"".join(frames)
 
-    def frame_nbytes(self, head: bytes | bytearray, max_nbytes: int = MAX_BODY_NBYTES) -> int:
+    def frame_nbytes(
+        self, head: bytes | bytearray, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
+    ) -> int:
         """How long the frame behind its head is. Raises NotAuthentic."""
         nbytes: int = _KEYED.unpack_from(head)[0]
         if nbytes > HEADER.size + max_nbytes:

@@ -1,0 +1,340 @@
+"""Ids are defended: a newcomer with the id of a live link does not silently take it over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import subprocess
+import threading
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from wire import Wire, hello, impostor, owner
+
+from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
+from llm_datadist.core import messages as m
+from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info
+from llm_datadist.testing.timing import eventually, takes_at_most
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SUCCESS = LLMStatusCode.LLM_SUCCESS
+LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
+SHAPE = (1, 4, 64)
+MINE, OTHERS = 0x11, 0x22
+
+
+@pytest.fixture(autouse=True)
+def _see_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "LLM_DATADIST")
+
+
+@pytest.fixture
+def other() -> Iterator[NodeProcess]:
+    with NodeProcess() as process:
+        yield process
+
+
+def publish(node: Node, fill: int) -> None:
+    cache = node.blocks_cache(*SHAPE, key=BlocksCacheKey(0, 0))
+    node.arrays[cache.cache_id][:] = fill
+
+
+def serve(node: Node, cluster_id: int, fill: int, **settings: Any) -> int:
+    port = node.start(LLMRole.MIX, cluster_id, listen_ip_info="127.0.0.1:0", **settings)
+    publish(node, fill)
+    return port
+
+
+def pulled(node: Node, cluster_id: int) -> int:
+    """What the first byte of that cluster's cache is."""
+    cache = node.blocks_cache(*SHAPE)
+    node.manager.pull_blocks(BlocksCacheKey(cluster_id, 0), cache, [0], [0])
+    return int(node.arrays[cache.cache_id][0, 0, 0])
+
+
+def ids_of(node: Node) -> list[int]:
+    return [link.cluster_id for link in node.datadist.links()]
+
+
+def call(process: NodeProcess, port: int, cluster_id: int, fill: int, **settings: Any) -> Any:
+    """A cluster of that id calls cluster 1."""
+    process.call(serve, cluster_id, fill, **settings)
+    return process.call(Node.link, port, 1)
+
+
+@pytest.fixture(params=["cma", "tcp"])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {"transfer_path": request.param}
+
+
+def test_a_second_cluster_of_an_id_is_refused_while_the_first_one_lives(
+    node: Node,
+    victim: NodeProcess,
+    other: NodeProcess,
+    settings: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    port = serve(node, 1, 0, **settings)
+    assert call(victim, port, 2, MINE, **settings) == SUCCESS
+    assert call(other, port, 2, OTHERS, **settings) == LINK_FAILED
+    assert other.call(Node.link, port, 1) == LINK_FAILED
+    assert "the cluster id 2 is in use" in caplog.text
+    assert pulled(node, 2) == MINE
+    assert victim.call(pulled, 1) == 0
+
+
+def test_a_restarted_cluster_gets_in(
+    node: Node, victim: NodeProcess, other: NodeProcess, settings: dict[str, Any]
+) -> None:
+    port = serve(node, 1, 0, **settings)
+    assert call(victim, port, 2, OTHERS, **settings) == SUCCESS
+    victim.kill()
+    assert call(other, port, 2, MINE, **settings) == SUCCESS
+    assert pulled(node, 2) == MINE
+
+
+def test_one_that_stands_still_is_taken_over_with_a_warning(
+    node: Node,
+    victim: NodeProcess,
+    other: NodeProcess,
+    settings: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    port = serve(node, 1, 0, **settings)
+    assert call(victim, port, 2, OTHERS, **settings) == SUCCESS
+    victim.pause()
+    with takes_at_most(5):
+        assert call(other, port, 2, MINE, **settings) == SUCCESS
+    assert "a newcomer takes over the cluster id 2" in caplog.text
+    assert pulled(node, 2) == MINE
+    victim.resume()
+    assert eventually(lambda: victim.call(ids_of) == [])
+    assert ids_of(node) == [2]
+
+
+def test_who_repeats_what_a_linked_cluster_said_is_not_that_cluster(
+    node: Node, victim: NodeProcess
+) -> None:
+    """Its id and its instance are known to all that it ever spoke to."""
+    port = serve(node, 1, 0, transfer_path="tcp")
+    victims_port = victim.call(serve, 2, MINE, transfer_path="tcp")
+    assert victim.call(Node.link, port, 1) == SUCCESS
+    with Wire.dial(victims_port) as wire:
+        wire.send(hello())
+        instance = wire.expect(m.Welcome).instance
+    for said in (
+        hello(cluster_id=2, instance=instance),
+        hello(cluster_id=2),
+    ):
+        with Wire.dial(port) as wire:
+            wire.send(said)
+            assert wire.expect(m.Refused).status == LINK_FAILED
+    with Wire.dial(port) as wire:
+        wire.send(m.Forget(instance))
+        wire.expect(m.ByeDone)
+    assert pulled(node, 2) == MINE
+
+
+def relink(node: Node, port: int, times: int) -> set[Any]:
+    """Forgets the link, which the peer cannot know yet, and links again."""
+    statuses = set()
+    for _ in range(times):
+        node.datadist.unlink_clusters([cluster_info(port, 1)], 1000, force=True)
+        statuses.add(node.link(port, 1))
+    return statuses
+
+
+def test_a_cluster_that_forgot_its_link_is_the_same_cluster(
+    node: Node, victim: NodeProcess, settings: dict[str, Any]
+) -> None:
+    port = serve(node, 1, 0, **settings)
+    assert call(victim, port, 2, MINE, **settings) == SUCCESS
+    assert victim.call(relink, port, 50) == {SUCCESS}
+    assert ids_of(node) == [2]
+
+
+def test_a_listener_that_claims_the_id_of_another_peer_is_refused(
+    node: Node, victim: NodeProcess
+) -> None:
+    """The program called it by another id, or by none."""
+    port = victim.call(serve, 1, MINE, transfer_path="tcp")
+    node.start(LLMRole.DECODER, 2, transfer_path="tcp")
+    assert node.link(port, 1) == SUCCESS
+    with impostor(owner(lambda *_: None)) as forged:
+        assert node.link(forged, 7) == LINK_FAILED
+        assert node.link(forged, None) == LINK_FAILED
+    assert pulled(node, 1) == MINE
+
+
+def test_two_peers_of_one_id_that_the_program_names_are_linked_and_said(
+    node: Node,
+    victim: NodeProcess,
+    other: NodeProcess,
+    settings: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ports = [
+        process.call(serve, 1, fill, **settings)
+        for process, fill in ((victim, OTHERS), (other, MINE))
+    ]
+    node.start(LLMRole.DECODER, 2, **settings)
+    assert [node.link(port, 1) for port in ports] == [SUCCESS] * 2
+    assert "two peers have the cluster id 1" in caplog.text
+    assert pulled(node, 1) == MINE  # the newest
+
+
+def test_a_wrong_id_is_said(
+    node: Node, victim: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.start(LLMRole.DECODER, 2)
+    assert node.link(victim.call(serve, 1, MINE), 9) == SUCCESS
+    assert "cluster 1 answers" in caplog.text
+    assert "and not cluster 9" in caplog.text
+
+
+# -- one address with two clusters behind it --
+
+
+@contextmanager
+def balanced(ports: list[int]) -> Iterator[int]:
+    """One address in front of several listeners: each connection goes to the next of them."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        turns, threads = cycle(ports), []
+
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            with suppress(OSError):
+                while data := source.recv(65536):
+                    sink.sendall(data)
+            for sock in (source, sink):
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    ends = server.accept()[0], socket.create_connection(("127.0.0.1", next(turns)))
+                    for end in ends:
+                        stack.enter_context(end)
+                    for pair in (ends, ends[::-1]):
+                        threads.append(threading.Thread(target=pump, args=pair, daemon=True))
+                        threads[-1].start()
+
+        accepting = threading.Thread(target=accept, daemon=True)
+        accepting.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        accepting.join()
+
+
+def test_a_stream_that_leads_to_another_cluster_fails_the_link_and_names_both(
+    node: Node, victim: NodeProcess, other: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    ports = [
+        process.call(serve, cluster_id, MINE, transfer_path="tcp")
+        for process, cluster_id in ((victim, 1), (other, 11))
+    ]
+    node.start(LLMRole.DECODER, 2, transfer_path="tcp")
+    with balanced(ports) as port:
+        assert node.link(port, 1) == LINK_FAILED
+    assert f"127.0.0.1:{port} leads to cluster 1" in caplog.text
+    assert "cluster 11 has no such link" in caplog.text
+
+
+def test_an_address_that_leads_to_a_second_live_cluster_is_refused_with_both_names(
+    node: Node, victim: NodeProcess, other: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    ports = [
+        process.call(serve, cluster_id, fill)
+        for process, cluster_id, fill in ((victim, 1, MINE), (other, 11, OTHERS))
+    ]
+    node.start(LLMRole.DECODER, 2)
+    with balanced(ports) as port:
+        assert node.link(port, 1) == SUCCESS
+        assert node.link(port, 11) == LINK_FAILED
+    assert "leads to two clusters: 1," in caplog.text
+    assert "and 11," in caplog.text
+    assert pulled(node, 1) == MINE
+
+
+# -- under TLS --
+
+
+class Ca:
+    """An authority whose certificates may name clusters, made as docs/security.md says."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._run(
+            *self._request("ca"), "-x509", "-subj", "/CN=ca", "-days", "2", "-out", "ca.pem",
+        )  # fmt: skip
+
+    def option(self, name: str, *cluster_ids: int) -> str:
+        """The `link_security` of a new member."""
+        self._run(*self._request(name), "-subj", f"/CN={name}", "-out", f"{name}.csr")
+        named = ",".join(f"URI:llm-datadist:cluster:{each}" for each in cluster_ids)
+        extension = f"subjectAltName={named or 'DNS:member.example'}"
+        (self._folder / f"{name}.ext").write_text(extension)
+        self._run(
+            "x509", "-req", "-in", f"{name}.csr", "-extfile", f"{name}.ext", "-CA", "ca.pem",
+            "-CAkey", "ca.key", "-CAcreateserial", "-days", "1", "-out", f"{name}.pem",
+        )  # fmt: skip
+        files = {"ca": "ca.pem", "certificate": f"{name}.pem", "key": f"{name}.key"}
+        return json.dumps({kind: str(self._folder / file) for kind, file in files.items()})
+
+    def _request(self, name: str) -> list[str]:
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+        return ["req", *key, "-keyout", f"{name}.key"]
+
+    def _run(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=self._folder, check=True, capture_output=True)
+
+
+def test_a_certificate_that_names_clusters_is_for_no_other(
+    node: Node, victim: NodeProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ca = Ca(tmp_path)
+    port = serve(node, 1, 0, link_security=ca.option("one", 1))
+    security = ca.option("two", 2, 22)
+    assert call(victim, port, 3, MINE, link_security=security) == LINK_FAILED
+    assert "says that it is cluster 3, and its certificate is for 2, 22" in caplog.text
+    victim.call(Node.stop)
+    assert call(victim, port, 22, MINE, link_security=security) == SUCCESS
+
+
+def test_a_listener_whose_certificate_is_for_another_cluster_is_not_linked_to(
+    node: Node, victim: NodeProcess, tmp_path: Path
+) -> None:
+    ca = Ca(tmp_path)
+    port = victim.call(serve, 1, MINE, link_security=ca.option("one", 11))
+    node.start(LLMRole.DECODER, 2, link_security=ca.option("two"))
+    assert node.link(port, 1) == LINK_FAILED
+    assert ids_of(node) == []
+
+
+@pytest.mark.parametrize(("named", "status"), [((), LINK_FAILED), ((2,), SUCCESS)])
+def test_an_id_belongs_to_the_certificate_on_its_live_link(
+    node: Node,
+    victim: NodeProcess,
+    other: NodeProcess,
+    tmp_path: Path,
+    named: tuple[int, ...],
+    status: LLMStatusCode,
+) -> None:
+    """Also while that link's peer stands still; a certificate that names the id may have it."""
+    ca = Ca(tmp_path)
+    port = serve(node, 1, 0, link_security=ca.option("one"))
+    assert call(victim, port, 2, MINE, link_security=ca.option("two")) == SUCCESS
+    victim.pause()
+    try:
+        assert call(other, port, 2, OTHERS, link_security=ca.option("thief", *named)) == status
+    finally:
+        victim.resume()
+    if status is LINK_FAILED:
+        assert pulled(node, 2) == MINE
