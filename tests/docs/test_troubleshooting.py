@@ -30,6 +30,7 @@ NOT_PROVOKED = [
     "not all members appeared within … s: …",
     "the link to cluster … uses …, because … is not available: …",
     "the peer is in another PID namespace: let the containers share one (--pid)",
+    "the peer is in another network namespace: let the containers share one (--network)",
     "run both processes as the same user (here …, the peer …)",
     "lower kernel.yama.ptrace_scope to 1, or grant CAP_SYS_PTRACE",
     "in a container, allow it (--cap-add SYS_PTRACE, or a seccomp profile that does)",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.links.control import ConnectionEnded, Control, dial
+from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome, dial
 from llm_datadist.links.services import MAX_EARLY, Services
 from llm_datadist.links.vouching import Vouching
 from llm_datadist.observe.log import get_logger
@@ -133,9 +133,14 @@ class Session:
         return self._link.path
 
     @property
+    def rejected(self) -> Sequence[tuple[str, str, bool]]:
+        """Better paths that are not used: (path, reason, whether it deserves a warning)."""
+        return self._link.rejected
+
+    @property
     def path_reason(self) -> str:
         """Why better paths are not used; empty when there is no better one."""
-        return "; ".join(f"{path}: {reason}" for path, reason, _ in self._link.rejected)
+        return "; ".join(f"{path}: {reason}" for path, reason, _ in self.rejected)
 
     @property
     def state(self) -> str:
@@ -289,6 +294,8 @@ class Session:
         try:
             message = await self._control.receive()
         except ConnectionEnded as error:
+            if self.peer is not None and isinstance(error, Unwelcome):
+                get_logger().warning("the link to cluster %d is cut: %s", self.cluster_id, error)
             await self.perform(self._link.lost(str(error)))
             return False
         await self.perform(self._link.received(message))
@@ -410,6 +417,8 @@ class Session:
         shield = self._context.shields.make(is_caller=True)
         control = await dial(self._control.at, self._context.waiters, shield)
         try:
+            if control.process != self._control.process:
+                raise ConnectionEnded(f"{control.at} is another process's by now")
             await control.send(self._attach(shield, is_reverse=True))
             answer = await control.receive()
         except BaseException:
