@@ -69,7 +69,7 @@ def test_clusters_link_with_what_was_made(
     port = peer.call(
         Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", link_security=option
     )
-    node.start(LLMRole.DECODER, 2, link_security=option)
+    node.start(LLMRole.DECODER, 1, link_security=option)  # the certificate is for cluster 1
     assert node.link(port, 1) == LLMStatusCode.LLM_SUCCESS
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
+import signal
 from array import array
 from functools import partial
 from pathlib import Path
@@ -230,11 +230,14 @@ def _pidfd(process: Process) -> int | None:
 
 
 def _has_ended(pidfd: int | None) -> bool:
+    """Whether its number may be another's by now, or it runs another user's program."""
     if pidfd is None:
         return False
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except OSError as error:
+        return error.errno in (errno.ESRCH, errno.EPERM, errno.EBADF)
+    return False
 
 
 def ptrace_scope() -> int:
