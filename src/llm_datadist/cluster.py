@@ -46,7 +46,7 @@ from llm_datadist.transfers.transfers import Transfers
 from llm_datadist.transport.credentials import warn_of_public_files
 from llm_datadist.transport.installed import transports_for
 from llm_datadist.transport.same_host import SameHost
-from llm_datadist.transport.shield import Shields
+from llm_datadist.transport.shields import Shields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence

@@ -14,7 +14,7 @@ from doc_blocks import DOCS, ROOT, TERMINALS, blocks_of
 from llm_datadist import LLMRole, LLMStatusCode
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.testing.cluster import Node
-from llm_datadist.transport.shield import Shields
+from llm_datadist.transport.shields import Shields
 
 if TYPE_CHECKING:
     from pathlib import Path

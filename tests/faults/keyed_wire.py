@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from wire import PATIENCE_S, Wire
 
 from llm_datadist.core import messages as m
-from llm_datadist.transport.shield import KEYED_HEAD_NBYTES, Secret
+from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
 
 if TYPE_CHECKING:
     from typing_extensions import Self

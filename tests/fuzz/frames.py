@@ -27,7 +27,8 @@ with atheris.instrument_imports(include=["llm_datadist"]):
     from llm_datadist.core.frames import FrameReader
     from llm_datadist.core.remote import understand
     from llm_datadist.transport.same_host import SameHost
-    from llm_datadist.transport.shield import KEYED_HEAD_NBYTES, NotAuthentic, Secret
+    from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
+    from llm_datadist.transport.shield import NotAuthentic
 
 CAP = 4096
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_datadist.transport.shield import KEYED_HEAD_NBYTES, NotAuthentic, Secret
+from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
+from llm_datadist.transport.shield import NotAuthentic
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -265,7 +265,7 @@ class Listener:
 
     async def _attach(self, control: Control, attach: m.Attach) -> bool:
         session = self._sessions.get(attach.token)
-        is_right = session is not None and session.owns(control, attach.proof)
+        is_right = session is not None and session.joining.is_peers(control, attach.proof)
         if session is None or not is_right or not control.frames.is_empty:
             self._strangers.turned_away(WHY.useless)
             text = f"cluster {self._context.me.cluster_id} has no such link"

@@ -17,7 +17,8 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.memory import native
 from llm_datadist.memory.local import scatter
-from llm_datadist.transport.shield import KEYED_HEAD_NBYTES, NotAuthentic, Secret
+from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
+from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.stream import Stream, lost
 from llm_datadist.transport.tcp import FrameSender
 
