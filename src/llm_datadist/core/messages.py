@@ -98,9 +98,10 @@ class Welcome(Message, tag=2, forbid_unknown_fields=False):
 
 
 class Ready(Message, tag=3):
-    """The caller has verified this path in its direction."""
+    """The caller has verified this path in its direction; `unmet` is why not on one host."""
 
     path: Text
+    unmet: Text = ""
 
 
 class Unusable(Message, tag=4):
