@@ -170,7 +170,7 @@ class Linker:
             raise PathUnavailable(session.path_reason or session.reason)
         return session
 
-    async def _reach(self, at: SameHost, is_here: bool, left_s: float) -> Control:
+    async def _reach(self, at: SameHost, is_here: bool | None, left_s: float) -> Control:
         """A connection to a same-host socket. Raises PathUnavailable."""
         shield = self._context.shields.make(is_caller=True)
         try:
@@ -178,6 +178,11 @@ class Linker:
         except asyncio.TimeoutError:
             raise PathUnavailable(f"{at} did not answer") from None
         except ConnectionRefusedError:
+            if is_here is None:
+                raise PathUnavailable(
+                    "the peer is on another host, or in another network namespace: one of the ends "
+                    "has no /proc/sys/kernel/random/boot_id to tell by", is_remarkable=False,
+                ) from None  # fmt: skip
             if not is_here:
                 raise PathUnavailable("the peer is on another host", is_remarkable=False) from None
             raise PathUnavailable(

@@ -141,6 +141,9 @@ class StreamService:
         except (m.ProtocolError, OSError) as error:
             get_logger().warning("closing a stream of a peer: %s", error)
             self.close()
+        except Exception:  # whatever it is, the peer must not wait for it
+            get_logger().exception("answering a peer failed")
+            self.close()
 
     def _answer(self, request: m.AnyMessage) -> None:
         serving = self._serving
