@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import two_hosts
 from rank_members import logged, record_log
-from two_hosts import HOSTS, HOSTS_6, Hosts, ip, let_in
+from two_hosts import CABLE, HOSTS, HOSTS_6, Hosts, ip, let_in
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 machines, apart, hosts = two_hosts.machines, two_hosts.apart, two_hosts.hosts
 
-SUCCESS = LLMStatusCode.LLM_SUCCESS
+SUCCESS, LINK_FAILED = LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_LINK_FAILED
 SHAPE = (4, 32, 32 * 1024)
 SRC, DST = [3, 9, 30], [0, 31, 7]
 #: the roles of clusters 1 and 2
@@ -214,3 +214,21 @@ def assert_helps(process: NodeProcess, what: str) -> None:
     assert what in says
     assert "this end be able to reach it" in says
     assert "let the peer call: one direction is enough" in says
+
+
+@pytest.mark.parametrize("jumbo", [0, 1], ids=["to-the-caller", "to-the-listener"])
+def test_a_network_that_drops_large_frames_is_found_when_the_link_is_made(
+    hosts: Hosts, jumbo: int
+) -> None:
+    """One end sends what fills frames of 9000 bytes, the other's port lets in 1500."""
+    small = HOSTS[1 - jumbo]
+    hosts[jumbo].call(ip, "link", "set", CABLE, "mtu", "9000", "gso_max_segs", "1")
+    says_jumbo = ("proto", "kernel", "scope", "link", "src", small, "advmss", "8960")
+    hosts[1 - jumbo].call(ip, "route", "change", f"{HOSTS[0][:-1]}0/30", "dev", CABLE, *says_jumbo)
+    port = hosts[0].call(start, 1, HOSTS[0])
+    hosts[1].call(start, 2, HOSTS[1])
+    hosts[1].call(record_log)
+    with takes_at_most(3 + 0.5):
+        assert hosts[1].call(Node.link, port, 1, 3000, HOSTS[0]) == LINK_FAILED
+    assert "the network drops large frames" in hosts[1].call(logged)
+    assert hosts[1].call(link_infos) == []

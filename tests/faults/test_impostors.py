@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from wire import NONCE, PROBE, TRAILER, Wire, impostor, owner
+from wire import NONCE, PROBE, PROBE_NBYTES, TRAILER, Wire, impostor, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
@@ -135,8 +135,8 @@ def silent_in_the_middle_of_the_probe(wire: Wire) -> None:
         wire.send(WELCOME)
     else:
         wire.send(m.Attached())
-        wire.expect(m.Read)
-        wire.send(m.Sending(len(NONCE)))
+        _, lengths = m.columns_of(wire.expect(m.Read).columns, 2)
+        wire.send(m.Sending(int(lengths.sum())))
         wire.send_bytes(NONCE[:7])
     assert wire.is_ended()
 
@@ -188,8 +188,8 @@ def test_a_peer_that_is_not_who_it_says_is_not_linked(
         else:
             wire.send(m.Attached())
             wire.expect(m.Read)
-            wire.send(m.Sending(len(NONCE)))
-            wire.send_bytes(bytes(len(NONCE)) + TRAILER.pack(PROBE.generation, 0))
+            wire.send(m.Sending(PROBE_NBYTES))
+            wire.send_bytes(bytes(PROBE_NBYTES) + TRAILER.pack(PROBE.generation, 0))
             assert wire.is_ended()
 
     with impostor(serve) as port, takes_at_most(2.0):

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from wire import TRAILER, Wire, impostor, owner
+from wire import PROBE_NBYTES, TRAILER, Wire, impostor, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
@@ -68,8 +68,8 @@ def test_why_a_path_is_not_used_is_one_line(node: Node, caplog: pytest.LogCaptur
         wire.send(m.Attached())
         wire.expect(m.Read)
         probe = offered[0].probe
-        wire.send(m.Sending(len(probe.nonce)))
-        wire.send_bytes(probe.nonce + TRAILER.pack(probe.generation, 0))
+        wire.send(m.Sending(PROBE_NBYTES))
+        wire.send_bytes(probe.nonce.ljust(PROBE_NBYTES) + TRAILER.pack(probe.generation, 0))
         wire.is_ended()
 
     node.start(LLMRole.DECODER, 2)
