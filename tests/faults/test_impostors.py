@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from wire import NONCE, PROBE, PROBE_NBYTES, TRAILER, Wire, impostor, owner
+from wire import NONCE, PROBE, TRAILER, Wire, impostor, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info, make_array
 from llm_datadist.testing.timing import eventually, takes_at_most
+from llm_datadist.transport.base import PROBE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,11 +8,12 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from wire import PROBE_NBYTES, TRAILER, Wire, impostor, owner
+from wire import TRAILER, Wire, impostor, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.observe.log import LOGGER_NAME
+from llm_datadist.transport.base import PROBE_NBYTES
 
 if TYPE_CHECKING:
     from llm_datadist.testing.cluster import Node

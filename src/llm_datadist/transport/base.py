@@ -169,8 +169,8 @@ def verify(transport: Transport, channel: Channel, target: ProbeTarget, deadline
             _read_probe(transport, channel, target, NONCE_NBYTES, deadline)
             raise PathUnavailable(
                 f"{NONCE_NBYTES} bytes come through, {PROBE_NBYTES} did not within "
-                f"{share.timeout_s:.3f} s: the network drops large frames, or is very slow (compare "
-                "the MTU of both ends, and of what is between)"
+                f"{share.timeout_s:.3f} s: the network drops large frames, or is very slow "
+                "(compare the MTU of both ends, and of what is between)"
             ) from error
     except LLMException as error:
         raise PathUnavailable(str(error)) from error
