@@ -65,6 +65,10 @@ def link_infos(node: Node) -> list[tuple[str, str, Endpoint | None]]:
     return [(link.path, link.path_reason, link.endpoint) for link in node.datadist.links()]
 
 
+def listen_endpoint(node: Node) -> Endpoint | None:
+    return node.datadist.listen_endpoint
+
+
 def answers(node: Node, host: str, port: int) -> bool:
     """Whether anybody on that host can be called at the port, or at least says no."""
     try:
@@ -232,3 +236,16 @@ def test_a_network_that_drops_large_frames_is_found_when_the_link_is_made(
         assert hosts[1].call(Node.link, port, 1, 3000, HOSTS[0]) == LINK_FAILED
     assert "the network drops large frames" in hosts[1].call(logged)
     assert hosts[1].call(link_infos) == []
+
+
+def test_link_local_addresses_keep_their_zone(hosts: Hosts) -> None:
+    zoned = [f"fe80::{digit}%{CABLE}" for digit in (1, 2)]
+    for host, address in zip(hosts, zoned, strict=True):
+        plain = address.partition("%")[0]
+        host.call(ip, "address", "add", f"{plain}/64", "dev", CABLE, "nodad")
+    port = hosts[0].call(start, 1, zoned[0])
+    hosts[1].call(start, 2, zoned[1])
+    assert str(hosts[0].call(listen_endpoint)) == f"[{zoned[0]}]:{port}"
+    assert hosts[1].call(Node.link, port, 1, 5000, zoned[0]) == SUCCESS
+    assert hosts[1].call(pulls, 1)
+    assert hosts[0].call(pulls, 2), "over streams that the caller dials back"

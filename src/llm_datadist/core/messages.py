@@ -258,7 +258,7 @@ class Fetch(Message, tag=28):
 
     `columns` is u64 little-endian: source addresses, destination addresses, lengths. The cache is
     named by id and generation, or by its addresses alone (id None). `deadline_at` is the sender's
-    monotonic clock, which is the receiver's too where both share a host.
+    monotonic clock, which nobody compares with another: a time namespace has its own.
     """
 
     cache_id: int | None

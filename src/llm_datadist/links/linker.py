@@ -174,7 +174,7 @@ class Linker:
         """A connection to a same-host socket. Raises PathUnavailable."""
         shield = self._context.shields.make(is_caller=True)
         try:
-            return await asyncio.wait_for(dial(at, self._context.waiters, shield), left_s)
+            return await dial(at, self._context.waiters, shield, left_s)
         except asyncio.TimeoutError:
             raise PathUnavailable(f"{at} did not answer") from None
         except ConnectionRefusedError:
@@ -273,8 +273,7 @@ class Linker:
     ) -> tuple[Control | None, Outcome]:
         try:
             shield = self._context.shields.make(is_caller=True)
-            dialling = dial(endpoint, self._context.waiters, shield)
-            return await asyncio.wait_for(dialling, timeout_s), _OK
+            return await dial(endpoint, self._context.waiters, shield, timeout_s), _OK
         except asyncio.TimeoutError:
             reason = f"no connection to {endpoint} within {timeout_s:.3f} s{_REMEDY}"
             return None, Outcome(LLMStatusCode.LLM_TIMEOUT, reason)

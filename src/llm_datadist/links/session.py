@@ -25,7 +25,7 @@ from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, dial
-from llm_datadist.links.services import Services
+from llm_datadist.links.services import DIAL_BACK_S, Services
 from llm_datadist.links.vouching import Vouching
 from llm_datadist.observe.log import get_logger
 from llm_datadist.peer.peer import Peer
@@ -401,7 +401,7 @@ class Session:
     async def _dial_service(self) -> Control | None:
         """A connection on which the peer asks; None when the link is no more."""
         shield = self._context.shields.make(is_caller=True)
-        control = await dial(self._control.at, self._context.waiters, shield)
+        control = await dial(self._control.at, self._context.waiters, shield, DIAL_BACK_S)
         try:
             await control.send(self._attach(shield, is_reverse=True))
             answer = await control.receive()
