@@ -366,6 +366,7 @@ class Catalog:
         region = self._exposure.expose(layout, HOST, is_remote_accessible=is_remote_accessible)
         try:
             with self._lock:
+                bound = self._registry.bound(keys)
                 entry = self._registry.register(
                     layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
                 )
@@ -373,6 +374,12 @@ class Catalog:
         except BaseException:
             self._exposure.conceal_region(region)
             raise
+        for key, other in bound:
+            leads_to = other if layout.geometry.has_batch_rows else entry
+            get_logger().warning(
+                "register: %s named cache %d already; of that and the new cache %d it leads to %d",
+                key, other.cache_id, entry.cache_id, leads_to.cache_id,
+            )  # fmt: skip
         return entry
 
     def _drop(self, drop: Callable[[], Entry | None]) -> None:
