@@ -18,10 +18,12 @@ from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.table import LinkInfo
 
 machines, apart, hosts = two_hosts.machines, two_hosts.apart, two_hosts.hosts
 
 SUCCESS, LINK_FAILED = LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_LINK_FAILED
+ALREADY_LINK = LLMStatusCode.LLM_ALREADY_LINK
 SHAPE = (4, 32, 32 * 1024)
 SRC, DST = [3, 9, 30], [0, 31, 7]
 #: the roles of clusters 1 and 2
@@ -67,6 +69,10 @@ def link_infos(node: Node) -> list[tuple[str, str, Endpoint | None]]:
 
 def listen_endpoint(node: Node) -> Endpoint | None:
     return node.datadist.listen_endpoint
+
+
+def links(node: Node) -> list[LinkInfo]:
+    return node.datadist.links()
 
 
 def answers(node: Node, host: str, port: int) -> bool:
@@ -249,3 +255,21 @@ def test_link_local_addresses_keep_their_zone(hosts: Hosts) -> None:
     assert hosts[1].call(Node.link, port, 1, 5000, zoned[0]) == SUCCESS
     assert hosts[1].call(pulls, 1)
     assert hosts[0].call(pulls, 2), "over streams that the caller dials back"
+
+
+@pytest.mark.parametrize("is_dead", [False, True], ids=["alive", "dead"])
+def test_a_link_by_another_address_replaces_the_one_before(hosts: Hosts, is_dead: bool) -> None:
+    """As of a host with two networks, of which one may die without a word."""
+    port = hosts[0].call(start, 1, "::")
+    hosts[1].call(start, 2, HOSTS_6[1])
+    assert hosts[1].call(Node.link, port, 1, 5000, HOSTS[0]) == SUCCESS
+    assert hosts[1].call(pulls, 1)
+    if is_dead:
+        hosts[1].call(ip, "address", "del", f"{HOSTS[1]}/30", "dev", CABLE)
+    with takes_at_most(4):
+        assert hosts[1].call(Node.link, port, 1, 5000, HOSTS_6[0]) == SUCCESS
+    assert [link.endpoint for link in hosts[1].call(links)] == [(HOSTS_6[0], port)]
+    assert len(hosts[0].call(links)) == 1
+    assert hosts[1].call(pulls, 1)
+    assert hosts[0].call(pulls, 2)
+    assert hosts[1].call(Node.link, port, 1, 5000, HOSTS_6[0]) == ALREADY_LINK

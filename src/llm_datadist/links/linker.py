@@ -223,10 +223,15 @@ class Linker:
         return self._ours(links.of(target.cluster_id, endpoint))
 
     def _known(self, target: Target) -> bool:
-        links = self._links
+        """Whether the target is linked; not, if that was called at another address.
+
+        Then the program has a reason to call this one: a network of the host may be dead.
+        """
+        links, endpoint = self._links, target.endpoints[0]
         if target.cluster_id is None:
-            return bool(links.at(target.endpoints[0]))
-        return bool(self._ours(links.of(target.cluster_id)))
+            return bool(links.at(endpoint))
+        ours = self._ours(links.of(target.cluster_id))
+        return any(not _differ(session.endpoint, endpoint) for session in ours)
 
     def _ours(self, sessions: list[Session]) -> list[Session]:
         """Without those that a peer called for, where such a link is the peer's alone."""
@@ -283,6 +288,11 @@ class Linker:
             remedy = "" if error.errno in _OURS else _REMEDY
             reason = f"cannot connect to {endpoint}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
+
+
+def _differ(at: Endpoint | None, other: Endpoint) -> bool:
+    """Whether these are two addresses; names may stand for the same."""
+    return at is not None and at != other and at.is_literal and other.is_literal
 
 
 def _explain(error: OSError) -> str:
