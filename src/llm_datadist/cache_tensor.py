@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
+
 from llm_datadist.memory import dlpack
 from llm_datadist.memory.views import storage_type
 from llm_datadist.types import DataType
@@ -11,7 +13,6 @@ from llm_datadist.types import DataType
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     import numpy.typing as npt
     import torch
     from typing_extensions import CapsuleType
@@ -60,6 +61,22 @@ class CacheTensor:
         Raises LLMException as `Cache.tensors` says.
         """
         return self._find_bytes().view(storage_type(self._data_type)).reshape(self._shape)
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        """What `np.asarray` makes of it: `numpy()`; the bits of a BF16, so no other type of those.
+
+        Raises TypeError for another type of a BF16, ValueError when it cannot be without a copy.
+        """
+        array = self.numpy()
+        if dtype is None or np.dtype(dtype) == array.dtype:
+            return array.copy() if copy else array
+        if self._data_type is DataType.DT_BF16:
+            raise TypeError(f"numpy has no BF16 to make {np.dtype(dtype)} of: see numpy()")
+        if copy is False:
+            raise ValueError(f"{np.dtype(dtype)} needs a copy of {self._data_type}")
+        return array.astype(dtype)
 
     def torch(self) -> torch.Tensor:
         """The tensor as one of torch's on the CPU, on the memory of the cache; BF16 as bfloat16.

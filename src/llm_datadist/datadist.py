@@ -26,6 +26,8 @@ from llm_datadist.types import LLMRole
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from typing_extensions import Self
+
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.cluster import Cluster
     from llm_datadist.core.pages import PoolUsage
@@ -46,9 +48,13 @@ class LLMDataDist:
     initialised again. Methods other than `init` and `finalize` may be called from any thread, at
     the same time. A forked child has to call `init` itself.
 
+    A context manager, as an addition to the reference: leaving it finalizes. One that is dropped
+    without that stays initialised, since peers may be using it: `llm_engine_instance` has it.
+
     Raises TypeError, ValueError for a role or an id that is none.
     """
 
+    #: the one that is initialised in this process
     llm_engine_instance: ClassVar[LLMDataDist | None] = None
 
     def __init__(self, role: LLMRole, cluster_id: int) -> None:
@@ -60,6 +66,12 @@ class LLMDataDist:
         self._switching = threading.RLock()
         #: why it is not initialised, for messages
         self._why_not = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.finalize()
 
     @property
     def cluster_id(self) -> int:
@@ -81,7 +93,8 @@ class LLMDataDist:
             return
         if LLMDataDist.llm_engine_instance is not None:
             raise LLMException(
-                "another LLMDataDist of this process is initialised: finalize it first",
+                "another LLMDataDist of this process is initialised: finalize it first "
+                "(LLMDataDist.llm_engine_instance.finalize())",
                 LLMStatusCode.LLM_FAILED,
             )
         parsed = Options.parse(self._role, options)  # type: ignore[arg-type]  # None is refused there

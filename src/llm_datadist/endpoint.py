@@ -6,7 +6,7 @@ import ipaddress
 import re
 import socket
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llm_datadist.checks import check_uint16, check_uint32
 from llm_datadist.errors import invalid
@@ -19,7 +19,7 @@ _MAX_HOST_NAME = 253
 class Endpoint(NamedTuple):
     """Where a cluster listens: an IP address or host name, and a TCP port. Spec 3.11, 5.1.
 
-    It is the pair that sockets take, and prints as `1.2.3.4:5` or `[::1]:5`.
+    It is the pair that look-ups take, and prints as `1.2.3.4:5` or `[::1]:5`.
     """
 
     host: str
@@ -41,6 +41,26 @@ class Endpoint(NamedTuple):
         if found["bracketed"] and not _is_ipv6(found["bracketed"]):
             raise invalid(f"{name} has no IPv6 address between its brackets: {text!r}")
         return cls(found["bracketed"] or found["plain"], _parse_port(name, found["port"]))
+
+    @classmethod
+    def of(cls, sockaddr: tuple[Any, ...]) -> Endpoint:
+        """That of a socket's address; one that is link-local keeps its zone: `fe80::1%eth0`."""
+        host, zone = str(sockaddr[0]), sockaddr[3] if len(sockaddr) > 3 else 0
+        if zone and "%" not in host:
+            name = str(zone)
+            with suppress(OSError):  # the interface is gone
+                name = socket.if_indextoname(zone)
+            host = f"{host}%{name}"
+        return cls(host, sockaddr[1])
+
+    @property
+    def sockaddr(self) -> tuple[Any, ...]:
+        """What `bind` takes, which reads no zone in text. Raises OSError for a zone of no name."""
+        host, _, zone = self.host.partition("%")
+        if not zone:
+            return self.host, self.port
+        index = int(zone) if zone.isdigit() else socket.if_nametoindex(zone)
+        return host, self.port, 0, index
 
     @property
     def is_literal(self) -> bool:

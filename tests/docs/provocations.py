@@ -101,7 +101,10 @@ def _(scene: Scene) -> None:
     scene.start(listen_ip_info="26000")
 
 
-@provokes("another LLMDataDist of this process is initialised: finalize it first")
+@provokes(
+    "another LLMDataDist of this process is initialised: finalize it first "
+    "(LLMDataDist.llm_engine_instance.finalize())"
+)
 def _(scene: Scene) -> None:
     scene.start()
     Node().start(LLMRole.PROMPT, 3)

@@ -27,6 +27,10 @@ NOT_PROVOKED = [
     "turned away … connections that are no link's: …",
     "cluster … speaks protocol …, its peer …: install the same release of llm-datadist on both",
     "no connection to … within … s",
+    "… bytes come through, … did not within … s: the network drops large frames, or is very slow "
+    "(compare the MTU of both ends, and of what is between)",
+    "… is spoken there: it is the port of something else",
+    "the hand-shake was not done within … s…",
     "not all members appeared within … s: …",
     "the link to cluster … uses …, because … is not available: …",
     "the peer is in another PID namespace: let the containers share one (--pid)",

@@ -16,7 +16,7 @@ from llm_datadist.options import PATH_VARIABLE, SECURITY_VARIABLE
 
 #: what denies the program in its arguments the memory of other processes, as some containers do
 WITHOUT_FOREIGN_MEMORY = (
-    sys.executable, str(Path(__file__).parents[1] / "demo" / "without_foreign_memory.py"),
+    sys.executable, str(Path(__file__).parents[1] / "without_foreign_memory.py"),
 )  # fmt: skip
 _LIMITED = """
 import os, resource, sys

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
@@ -121,6 +122,22 @@ def test_somebody_silent_is_a_timeout() -> None:
         pytest.raises(LLMException) as error,
     ):
         ask(silent.getsockname()[1], timeout_s=0.2)
+    assert error.value.status_code == LLMStatusCode.LLM_TIMEOUT
+
+
+def test_a_silent_name_server_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, look_up = threading.Event(), socket.getaddrinfo
+
+    def getaddrinfo(host: str, *args: Any, **options: Any) -> list[Any]:
+        answered.wait(30)
+        return look_up("127.0.0.1", *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    try:
+        with takes_at_most(1.0), pytest.raises(LLMException, match=r"silent\.test") as error:
+            ask_stats(Endpoint("silent.test", 1), None, 0.2)
+    finally:
+        answered.set()
     assert error.value.status_code == LLMStatusCode.LLM_TIMEOUT
 
 

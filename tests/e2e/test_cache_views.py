@@ -50,6 +50,7 @@ VIEWS: dict[str, Callable[[Cache], object]] = {
     "numpy": lambda cache: cache.numpy(),
     "tensor": lambda cache: cache.tensors[0].numpy(),
     "dlpack": lambda cache: np.from_dlpack(cache.tensors[0]),
+    "asarray": lambda cache: np.asarray(cache.tensors[0]),
 }
 
 
@@ -105,6 +106,24 @@ def test_the_bits_of_bf16_are_numbers_in_torch(lone: Node, torch: Any) -> None:
     numbers = [[1.0, -2.5, 0.0, float("inf")]]
     assert cache.torch()[0].tolist() == numbers
     assert torch.from_dlpack(cache.tensors[0]).tolist() == numbers
+
+
+@pytest.mark.parametrize("data_type", NAMES)
+def test_numpy_makes_arrays_of_tensors_and_never_objects(lone: Node, data_type: DataType) -> None:
+    tensor = lone.manager.allocate_cache(CacheDesc(1, [2, 3], data_type)).tensors[0]
+    array, copied = np.asarray(tensor), np.array(tensor)
+    assert (array.dtype.name, array.shape) == (numpy_name(data_type), (2, 3))
+    assert np.shares_memory(array, tensor.numpy())
+    assert not np.shares_memory(copied, array)
+
+
+def test_numpy_makes_other_types_of_tensors_but_no_numbers_of_bf16(lone: Node) -> None:
+    tensor = lone.manager.allocate_cache(CacheDesc(1, [2, 3], DataType.DT_FLOAT)).tensors[0]
+    tensor.numpy()[:] = 1.5
+    assert np.asarray(tensor, np.float64).tolist() == [[1.5] * 3] * 2
+    of_bf16 = lone.manager.allocate_cache(CacheDesc(1, [2, 3], DataType.DT_BF16)).tensors[0]
+    with pytest.raises(TypeError, match="numpy has no BF16 to make float32 of"):
+        np.asarray(of_bf16, np.float32)
 
 
 def test_what_is_asked_for_by_dlpack_may_be_a_copy(lone: Node, torch: Any) -> None:

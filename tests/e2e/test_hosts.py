@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import two_hosts
 from rank_members import logged, record_log
-from two_hosts import HOSTS, HOSTS_6, Hosts, ip, let_in
+from two_hosts import CABLE, HOSTS, HOSTS_6, Hosts, ip, let_in
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
@@ -18,10 +18,12 @@ from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.table import LinkInfo
 
 machines, apart, hosts = two_hosts.machines, two_hosts.apart, two_hosts.hosts
 
-SUCCESS = LLMStatusCode.LLM_SUCCESS
+SUCCESS, LINK_FAILED = LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_LINK_FAILED
+ALREADY_LINK = LLMStatusCode.LLM_ALREADY_LINK
 SHAPE = (4, 32, 32 * 1024)
 SRC, DST = [3, 9, 30], [0, 31, 7]
 #: the roles of clusters 1 and 2
@@ -63,6 +65,14 @@ def has_blocks_of(node: Node, cluster_id: int) -> bool:
 
 def link_infos(node: Node) -> list[tuple[str, str, Endpoint | None]]:
     return [(link.path, link.path_reason, link.endpoint) for link in node.datadist.links()]
+
+
+def listen_endpoint(node: Node) -> Endpoint | None:
+    return node.datadist.listen_endpoint
+
+
+def links(node: Node) -> list[LinkInfo]:
+    return node.datadist.links()
 
 
 def answers(node: Node, host: str, port: int) -> bool:
@@ -214,3 +224,52 @@ def assert_helps(process: NodeProcess, what: str) -> None:
     assert what in says
     assert "this end be able to reach it" in says
     assert "let the peer call: one direction is enough" in says
+
+
+@pytest.mark.parametrize("jumbo", [0, 1], ids=["to-the-caller", "to-the-listener"])
+def test_a_network_that_drops_large_frames_is_found_when_the_link_is_made(
+    hosts: Hosts, jumbo: int
+) -> None:
+    """One end sends what fills frames of 9000 bytes, the other's port lets in 1500."""
+    small = HOSTS[1 - jumbo]
+    hosts[jumbo].call(ip, "link", "set", CABLE, "mtu", "9000", "gso_max_segs", "1")
+    says_jumbo = ("proto", "kernel", "scope", "link", "src", small, "advmss", "8960")
+    hosts[1 - jumbo].call(ip, "route", "change", f"{HOSTS[0][:-1]}0/30", "dev", CABLE, *says_jumbo)
+    port = hosts[0].call(start, 1, HOSTS[0])
+    hosts[1].call(start, 2, HOSTS[1])
+    hosts[1].call(record_log)
+    with takes_at_most(3 + 0.5):
+        assert hosts[1].call(Node.link, port, 1, 3000, HOSTS[0]) == LINK_FAILED
+    assert "the network drops large frames" in hosts[1].call(logged)
+    assert hosts[1].call(link_infos) == []
+
+
+def test_link_local_addresses_keep_their_zone(hosts: Hosts) -> None:
+    zoned = [f"fe80::{digit}%{CABLE}" for digit in (1, 2)]
+    for host, address in zip(hosts, zoned, strict=True):
+        plain = address.partition("%")[0]
+        host.call(ip, "address", "add", f"{plain}/64", "dev", CABLE, "nodad")
+    port = hosts[0].call(start, 1, zoned[0])
+    hosts[1].call(start, 2, zoned[1])
+    assert str(hosts[0].call(listen_endpoint)) == f"[{zoned[0]}]:{port}"
+    assert hosts[1].call(Node.link, port, 1, 5000, zoned[0]) == SUCCESS
+    assert hosts[1].call(pulls, 1)
+    assert hosts[0].call(pulls, 2), "over streams that the caller dials back"
+
+
+@pytest.mark.parametrize("is_dead", [False, True], ids=["alive", "dead"])
+def test_a_link_by_another_address_replaces_the_one_before(hosts: Hosts, is_dead: bool) -> None:
+    """As of a host with two networks, of which one may die without a word."""
+    port = hosts[0].call(start, 1, "::")
+    hosts[1].call(start, 2, HOSTS_6[1])
+    assert hosts[1].call(Node.link, port, 1, 5000, HOSTS[0]) == SUCCESS
+    assert hosts[1].call(pulls, 1)
+    if is_dead:
+        hosts[1].call(ip, "address", "del", f"{HOSTS[1]}/30", "dev", CABLE)
+    with takes_at_most(4):
+        assert hosts[1].call(Node.link, port, 1, 5000, HOSTS_6[0]) == SUCCESS
+    assert [link.endpoint for link in hosts[1].call(links)] == [(HOSTS_6[0], port)]
+    assert len(hosts[0].call(links)) == 1
+    assert hosts[1].call(pulls, 1)
+    assert hosts[0].call(pulls, 2)
+    assert hosts[1].call(Node.link, port, 1, 5000, HOSTS_6[0]) == ALREADY_LINK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import linking
@@ -209,6 +210,24 @@ def test_all_addresses_of_a_name_are_tried(
     assert node.link(port, 1, host="many.test") == SUCCESS
     assert pulls(node, 1)
     assert node.link(dead_port(), 3, host="many.test") == LINK_FAILED
+
+
+@pytest.mark.shows("O34")
+def test_an_address_of_a_name_that_is_silent_leaves_time_for_the_next(
+    node: Node, peer: NodeProcess, names: dict[str, Callable[[], list[str]]]
+) -> None:
+    """As a host of which one network is dead: packets to it get no answer."""
+    names["two.test"] = lambda: ["127.0.0.9", "127.0.0.1"]
+    port = listen(peer)
+    node.start(LLMRole.DECODER, 2)
+    with socket.create_server(("127.0.0.9", port), backlog=0), ExitStack() as stack:
+        for _ in range(3):  # more than its queue takes
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.9", port))
+        with takes_at_most(2 + SOON_S):
+            assert node.link(port, 1, 4000, "two.test") == SUCCESS
+    assert pulls(node, 1)
 
 
 @pytest.mark.shows("O34")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import time
@@ -47,6 +48,40 @@ def test_nobody_listens(node: Node, caplog: pytest.LogCaptureFixture) -> None:
         assert node.link(port, 1) == LINK_FAILED
     assert f"cannot connect to 127.0.0.1:{port}" in caplog.text
     assert linked_ids(node) == []
+
+
+@pytest.mark.parametrize("security", ["", json.dumps({"secret": "of more than sixteen bytes"})])
+@pytest.mark.parametrize(
+    ("banner", "name"),
+    [(b"SSH-2.0-OpenSSH_9.2\r\n", "SSH"), (b"HTTP/1.1 400 Bad Request\r\n\r\n", "HTTP")],
+)
+def test_the_port_of_something_else_is_told_apart(
+    node: Node, caplog: pytest.LogCaptureFixture, banner: bytes, name: str, security: str
+) -> None:
+    node.start(LLMRole.DECODER, 2, **({"link_security": security} if security else {}))
+
+    def answer() -> None:
+        sock, _ = server.accept()
+        with sock:
+            sock.recv(1)
+            sock.sendall(banner)
+            while sock.recv(4096):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(answer)
+        with caplog.at_level(logging.ERROR, "LLM_DATADIST"), takes_at_most(SOON_S):
+            assert node.link(server.getsockname()[1], 1) != SUCCESS
+    assert f"{name} is spoken there: it is the port of something else" in caplog.text
+
+
+def test_a_port_where_nothing_is_said_is_told_apart(
+    node: Node, silent_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.start(LLMRole.DECODER, 2)
+    with caplog.at_level(logging.ERROR, "LLM_DATADIST"):
+        assert node.link(silent_port, 1, 300) == TIMEOUT
+    assert "nobody there speaks as a cluster does" in caplog.text
 
 
 @pytest.mark.shows("link.silent")

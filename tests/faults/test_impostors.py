@@ -16,6 +16,7 @@ from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info, make_array
 from llm_datadist.testing.timing import eventually, takes_at_most
+from llm_datadist.transport.base import PROBE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,8 +136,8 @@ def silent_in_the_middle_of_the_probe(wire: Wire) -> None:
         wire.send(WELCOME)
     else:
         wire.send(m.Attached())
-        wire.expect(m.Read)
-        wire.send(m.Sending(len(NONCE)))
+        _, lengths = m.columns_of(wire.expect(m.Read).columns, 2)
+        wire.send(m.Sending(int(lengths.sum())))
         wire.send_bytes(NONCE[:7])
     assert wire.is_ended()
 
@@ -188,8 +189,8 @@ def test_a_peer_that_is_not_who_it_says_is_not_linked(
         else:
             wire.send(m.Attached())
             wire.expect(m.Read)
-            wire.send(m.Sending(len(NONCE)))
-            wire.send_bytes(bytes(len(NONCE)) + TRAILER.pack(PROBE.generation, 0))
+            wire.send(m.Sending(PROBE_NBYTES))
+            wire.send_bytes(bytes(PROBE_NBYTES) + TRAILER.pack(PROBE.generation, 0))
             assert wire.is_ended()
 
     with impostor(serve) as port, takes_at_most(2.0):

@@ -13,6 +13,7 @@ from wire import TRAILER, Wire, impostor, owner
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.observe.log import LOGGER_NAME
+from llm_datadist.transport.base import PROBE_NBYTES
 
 if TYPE_CHECKING:
     from llm_datadist.testing.cluster import Node
@@ -68,8 +69,8 @@ def test_why_a_path_is_not_used_is_one_line(node: Node, caplog: pytest.LogCaptur
         wire.send(m.Attached())
         wire.expect(m.Read)
         probe = offered[0].probe
-        wire.send(m.Sending(len(probe.nonce)))
-        wire.send_bytes(probe.nonce + TRAILER.pack(probe.generation, 0))
+        wire.send(m.Sending(PROBE_NBYTES))
+        wire.send_bytes(probe.nonce.ljust(PROBE_NBYTES) + TRAILER.pack(probe.generation, 0))
         wire.is_ended()
 
     node.start(LLMRole.DECODER, 2)

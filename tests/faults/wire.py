@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import numpy as np
 
 from llm_datadist.core import messages as m
+from llm_datadist.transport.base import PROBE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -103,8 +104,8 @@ class Wire:
         """Answers the read that verifies the path."""
         read = self.expect(m.Read)
         assert (read.cache_id, read.generation) == (0, PROBE.generation)
-        self.send(m.Sending(len(NONCE)))
-        self.send_bytes(NONCE + TRAILER.pack(PROBE.generation, 0))
+        self.send(m.Sending(PROBE_NBYTES))
+        self.send_bytes(NONCE.ljust(PROBE_NBYTES) + TRAILER.pack(PROBE.generation, 0))
 
 
 def hello(
@@ -217,8 +218,8 @@ def owner(
             while True:
                 request = wire.receive()
                 if isinstance(request, m.Read) and request.cache_id == 0:
-                    wire.send(m.Sending(len(NONCE)))
-                    wire.send_bytes(NONCE + TRAILER.pack(PROBE.generation, 0))
+                    wire.send(m.Sending(PROBE_NBYTES))
+                    wire.send_bytes(NONCE.ljust(PROBE_NBYTES) + TRAILER.pack(PROBE.generation, 0))
                 else:
                     answer(wire, request)
 

@@ -23,6 +23,7 @@ def test_what_an_endpoint_prints_can_be_parsed(host: str, port: int) -> None:
     [
         ("1.2.3.4:5", ("1.2.3.4", 5)),
         ("[::1]:0", ("::1", 0)),
+        ("[fe80::1%eth0]:7", ("fe80::1%eth0", 7)),
         ("node-7.example:65535", ("node-7.example", 65535)),
     ],
 )

@@ -261,7 +261,7 @@ class Fetch(Message, tag=28):
 
     `columns` is u64 little-endian: source addresses, destination addresses, lengths. The cache is
     named by id and generation, or by its addresses alone (id None). `deadline_at` is the sender's
-    monotonic clock, which is the receiver's too where both share a host.
+    monotonic clock, which nobody compares with another: a time namespace has its own.
     """
 
     cache_id: int | None
@@ -364,10 +364,17 @@ def encode(message: Message) -> bytes:
     return HEADER.pack(MAGIC, len(body)) + body
 
 
+def other_protocol(came: bytes | bytearray | memoryview) -> str:
+    """What is spoken by who begins so, if people take its ports for ours; else empty."""
+    return {b"HTTP": "HTTP", b"SSH-": "SSH"}.get(bytes(came[:4]), "")
+
+
 def body_nbytes(header: bytes | bytearray | memoryview, max_nbytes: int) -> int:
     """The body length that a frame header announces. Raises ProtocolError."""
     magic, nbytes = HEADER.unpack(header)
     if magic != MAGIC:
+        if other := other_protocol(header):
+            raise ProtocolError(f"{other} is spoken there: it is the port of something else")
         raise ProtocolError(f"expected the magic {MAGIC:#x}, got {magic:#x}")
     if nbytes > max_nbytes:
         raise ProtocolError(f"a frame of {nbytes} bytes is over the cap of {max_nbytes}")

@@ -212,6 +212,11 @@ class Registry:
             raise _missing(f"no cache has the key {kind}={key.id}, model_id={key.model_id}")
         return entry, entry.keys[key]
 
+    def bound(self, keys: Iterable[KeyName | None]) -> list[tuple[KeyName, Entry]]:
+        """Those of the keys that name caches, with these."""
+        found = [(key, self._by_key.get(key)) for key in keys if key is not None]
+        return [(key, entry) for key, entry in found if entry is not None]
+
     def _add(self, layout: Layout, placement: Placement, *, is_remote_accessible: bool) -> Entry:
         self._last_id += 1
         word_addr, generation = self._generations.open()

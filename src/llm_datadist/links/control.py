@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.frames import FrameReader
-from llm_datadist.endpoint import Endpoint, is_ip_literal
+from llm_datadist.endpoint import Endpoint
 from llm_datadist.running import forks
+from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.same_host import Process, SameHost
 from llm_datadist.transport.shield import NotAuthentic
 
@@ -130,15 +131,19 @@ class Control:
         self.socket.close()
 
 
-async def dial(at: Address, waiters: Executor, shield: Shield) -> Control:
+async def dial(at: Address, waiters: Executor, shield: Shield, timeout_s: float) -> Control:
     """Connects and greets; a name is looked up in a thread of the waiters.
 
-    Raises OSError, Unwelcome.
+    Raises OSError, Unwelcome, asyncio.TimeoutError.
     """
+    return await asyncio.wait_for(_dial(at, waiters, shield, Deadline.after(timeout_s)), timeout_s)
+
+
+async def _dial(at: Address, waiters: Executor, shield: Shield, deadline: Deadline) -> Control:
     if isinstance(at, SameHost):
         control = await _dial_same_host(at, shield)
     else:
-        control = await _dial(*at, waiters, shield)
+        control = await _dial_endpoint(at, waiters, shield, deadline)
     try:
         if not shield.is_done:
             await control.greet()
@@ -148,16 +153,17 @@ async def dial(at: Address, waiters: Executor, shield: Shield) -> Control:
     return control
 
 
-async def _dial(host: str, port: int, waiters: Executor, shield: Shield) -> Control:
+async def _dial_endpoint(
+    at: Endpoint, waiters: Executor, shield: Shield, deadline: Deadline
+) -> Control:
     loop = asyncio.get_running_loop()
-    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    if is_ip_literal(host):
-        infos = look_up()
-    else:
-        infos = await loop.run_in_executor(waiters, look_up)
-    for info in infos[:-1]:
-        with suppress(OSError):  # "localhost" may be ::1 first, where nobody listens
-            return await _connect(info, shield)
+    look_up = partial(socket.getaddrinfo, *at, type=socket.SOCK_STREAM)
+    infos = look_up() if at.is_literal else await loop.run_in_executor(waiters, look_up)
+    for index, info in enumerate(infos[:-1]):
+        # "localhost" may be ::1 first, where nobody listens; a host's other network may be dead
+        fair_s = max(0.0, deadline.remaining_s()) / (len(infos) - index)
+        with suppress(OSError, asyncio.TimeoutError):
+            return await asyncio.wait_for(_connect(info, shield), fair_s)
     return await _connect(infos[-1], shield)
 
 
@@ -180,7 +186,7 @@ async def _connect(info: tuple[Any, ...], shield: Shield) -> Control:
     try:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, address)
-        return Control(sock, Endpoint(*address[:2]), shield)
+        return Control(sock, Endpoint.of(address), shield)
     except BaseException:
         sock.close()
         raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException
 from llm_datadist.links.control import ConnectionEnded, Control, dial
+from llm_datadist.links.services import DIAL_BACK_S
 from llm_datadist.peer.streams import dial_stream
 from llm_datadist.transport.stream import RequestRefused
 
@@ -52,7 +53,7 @@ class Joining:
         Raises OSError, ConnectionEnded.
         """
         shield = self._context.shields.make(is_caller=True)
-        control = await dial(self._control.at, self._context.waiters, shield)
+        control = await dial(self._control.at, self._context.waiters, shield, DIAL_BACK_S)
         try:
             if control.process != self._control.process:
                 raise ConnectionEnded(f"{control.at} is another process's by now")

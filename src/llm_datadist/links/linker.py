@@ -173,14 +173,19 @@ class Linker:
             raise PathUnavailable(reason, is_remarkable=is_remarkable)
         raise PathUnavailable(session.reason)
 
-    async def _reach(self, at: SameHost, is_here: bool, left_s: float) -> Control:
+    async def _reach(self, at: SameHost, is_here: bool | None, left_s: float) -> Control:
         """A connection to a same-host socket. Raises PathUnavailable."""
         shield = self._context.shields.make(is_caller=True)
         try:
-            return await asyncio.wait_for(dial(at, self._context.waiters, shield), left_s)
+            return await dial(at, self._context.waiters, shield, left_s)
         except asyncio.TimeoutError:
             raise PathUnavailable(f"{at} did not answer") from None
         except ConnectionRefusedError:
+            if is_here is None:
+                raise PathUnavailable(
+                    "the peer is on another host, or in another network namespace: one of the ends "
+                    "has no /proc/sys/kernel/random/boot_id to tell by", is_remarkable=False,
+                ) from None  # fmt: skip
             if not is_here:
                 raise PathUnavailable("the peer is on another host", is_remarkable=False) from None
             raise PathUnavailable(
@@ -221,10 +226,15 @@ class Linker:
         return self._ours(links.of(target.cluster_id, endpoint))
 
     def _known(self, target: Target) -> bool:
-        links = self._links
+        """Whether the target is linked; not, if that was called at another address.
+
+        Then the program has a reason to call this one: a network of the host may be dead.
+        """
+        links, endpoint = self._links, target.endpoints[0]
         if target.cluster_id is None:
-            return bool(links.at(target.endpoints[0]))
-        return bool(self._ours(links.of(target.cluster_id)))
+            return bool(links.at(endpoint))
+        ours = self._ours(links.of(target.cluster_id))
+        return any(not _differ(session.endpoint, endpoint) for session in ours)
 
     def _ours(self, sessions: list[Session]) -> list[Session]:
         """Without those that a peer called for, where such a link is the peer's alone."""
@@ -271,8 +281,7 @@ class Linker:
     ) -> tuple[Control | None, Outcome]:
         try:
             shield = self._context.shields.make(is_caller=True)
-            dialling = dial(endpoint, self._context.waiters, shield)
-            return await asyncio.wait_for(dialling, timeout_s), _OK
+            return await dial(endpoint, self._context.waiters, shield, timeout_s), _OK
         except asyncio.TimeoutError:
             reason = f"no connection to {endpoint} within {timeout_s:.3f} s{_REMEDY}"
             return None, Outcome(LLMStatusCode.LLM_TIMEOUT, reason)
@@ -282,6 +291,11 @@ class Linker:
             remedy = "" if error.errno in _OURS else _REMEDY
             reason = f"cannot connect to {endpoint}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
+
+
+def _differ(at: Endpoint | None, other: Endpoint) -> bool:
+    """Whether these are two addresses; names may stand for the same."""
+    return at is not None and at != other and at.is_literal and other.is_literal
 
 
 def _explain(error: OSError) -> str:

@@ -61,7 +61,7 @@ def bind(endpoint: Endpoint, *, is_v6_only: bool = False) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if is_v6_only:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((endpoint.host, endpoint.port))
+        sock.bind(endpoint.sockaddr)
         sock.listen(_BACKLOG)
         sock.setblocking(False)
     except (OSError, OverflowError) as error:
@@ -128,7 +128,7 @@ class Listener:
             self._cannot_accept(error)
             return
         is_same_host = sock.family == socket.AF_UNIX
-        at = SameHost.nameless() if is_same_host else Endpoint(*address[:2])
+        at = SameHost.nameless() if is_same_host else Endpoint.of(address)
         try:
             control = Control(sock, at, self._context.shields.make(is_caller=False))
         except OSError:  # it has ended again

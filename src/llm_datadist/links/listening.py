@@ -135,7 +135,7 @@ class Listening:
                 "can link and read what is registered; set LLMConfig.link_security",
                 self._context.me.cluster_id, endpoint,
             )  # fmt: skip
-        self.endpoint = Endpoint(*sock.getsockname()[:2])
+        self.endpoint = Endpoint.of(sock.getsockname())
         self._listener = self._loop.run(self._make(sock))
 
     async def _make(self, sock: socket.socket) -> Listener:

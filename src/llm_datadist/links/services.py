@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llm_datadist.links.control import Control
     from llm_datadist.owner.guest import Guest
 
-_DIAL_BACK_S = 10.0
+DIAL_BACK_S = 10.0
 #: a peer that drops a stream asks for the next one before we have noticed
 _MAX_SERVICES = 2 * MAX_STREAMS
 #: streams of either kind as long as the link is being made: to verify a path takes one
@@ -89,7 +89,7 @@ class Services:
 
     async def _add(self) -> None:
         try:
-            control = await asyncio.wait_for(self._dial(), _DIAL_BACK_S)
+            control = await asyncio.wait_for(self._dial(), DIAL_BACK_S)
             if control is not None:
                 self.start(control)
         except (OSError, asyncio.TimeoutError, ConnectionEnded) as error:

@@ -206,9 +206,9 @@ class Session:
         try:
             await asyncio.wait_for(self._shake_hands(actions), timeout_s)
         except asyncio.TimeoutError:
-            await self.perform(
-                self._link.timed_out(f"the hand-shake was not done within {timeout_s:.3f} s")
-            )
+            silence = "" if self._link.peer else ": nobody there speaks as a cluster does"
+            late = f"the hand-shake was not done within {timeout_s:.3f} s{silence}"
+            await self.perform(self._link.timed_out(late))
         except asyncio.CancelledError:
             await self.cut("this cluster was finalized")
             raise

@@ -17,6 +17,19 @@ CPU: Final = (1, 0)
 
 _VERSION: Final = (1, 0)
 _CODES: Final = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+#: types of 8 bits, each a code of its own
+_FLOAT8: Final = {
+    7: "float8_e3m4",
+    8: "float8_e4m3",
+    9: "float8_e4m3b11fnuz",
+    10: "float8_e4m3fn",
+    11: "float8_e4m3fnuz",
+    12: "float8_e5m2",
+    13: "float8_e5m2fnuz",
+    14: "float8_e8m0fnu",
+}
+#: the names of 8-bit numbers in torch and ml_dtypes; numpy itself has none of them
+FLOAT8_NAMES: Final = frozenset(_FLOAT8.values())
 _BFLOAT: Final = 4
 _READ_ONLY: Final = 1
 
@@ -120,6 +133,8 @@ def _open(capsule: object) -> tuple[Any, int]:
 
 
 def _name_of(code: int, bits: int, lanes: int) -> str:
+    if code in _FLOAT8 and (bits, lanes) == (8, 1):
+        return _FLOAT8[code]
     if code not in _CODES or lanes != 1:
         return f"DLPack's type {code} ({lanes} of {bits} bits)"
     kind = _CODES[code]

@@ -1,6 +1,6 @@
-"""Copies within this process, by address: `process_vm_readv` on ourselves.
+"""Copies within this process, by address: `process_vm_readv` on ourselves, or through a pipe.
 
-The kernel answers EFAULT where a memcpy of ours would crash.
+Either way the kernel answers EFAULT where a memcpy of ours would crash.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from llm_datadist.core.segments import first_unfinished, iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.memory import native
+from llm_datadist.memory import native, pipe
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llm_datadist.running.movers import Call, Movers
 
 _PIECE_NBYTES = 64 * 1024 * 1024
+#: what a seccomp profile or a sandbox's kernel says to a system call that it does not want
+_REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
 
 def copy(segments: Segments, movers: Movers) -> None:
@@ -39,7 +41,7 @@ def gather(vectors: U64, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
     """The first bytes that the vectors point to, in the buffer; none when the first is bad."""
     window = _first(vectors, len(buffer))
     ours = _consecutive(buffer, window)
-    return buffer[: _readv(ours.ctypes.data, window.ctypes.data, len(window))]
+    return buffer[: _moved(ours, window)]
 
 
 def scatter(data: npt.NDArray[np.uint8], vectors: U64) -> int:
@@ -50,7 +52,7 @@ def scatter(data: npt.NDArray[np.uint8], vectors: U64) -> int:
     window = _first(vectors, len(data))
     wanted = int(window[:, 1].sum())
     theirs = _consecutive(data, window)
-    if _readv(window.ctypes.data, theirs.ctypes.data, len(window)) != wanted:
+    if _moved(window, theirs) != wanted:
         raise invalid(
             "a local address of the transfer is not mapped memory: "
             "was the tensor freed after it was registered?"
@@ -79,26 +81,39 @@ def _copy_part(part: Segments, call: Call) -> None:
     src, dst = iovecs(part.src, part.nbytes), iovecs(part.dst, part.nbytes)
     for start in range(0, len(part), native.IOV_MAX):
         call.require()
-        window = part.slice(start, start + native.IOV_MAX)
-        at = 16 * start
-        moved = _readv(dst.ctypes.data + at, src.ctypes.data + at, len(window))
+        stop = start + native.IOV_MAX
+        window = part.slice(start, stop)
+        moved = _moved(dst[start:stop], src[start:stop])
         if moved != window.total_nbytes:
             raise _not_mapped(window, moved)
 
 
-def _readv(dst_addr: int, src_addr: int, count: int) -> int:
+def _moved(dst: U64, src: U64) -> int:
+    """Copies between as many vectors as a call takes; the bytes up to the first bad address.
+
+    Raises LLMException(LLM_FAILED) where the system has no way.
+    """
     try:
-        return native.process_vm_readv(os.getpid(), dst_addr, src_addr, count)
+        return native.process_vm_readv(os.getpid(), dst.ctypes.data, src.ctypes.data, len(dst))
     except OSError as error:
         if error.errno is None:  # no system call's: a signal's handler raised it
             raise
         if error.errno == errno.EFAULT:
             return 0
-        raise LLMException(
-            f"the system refuses copies by address: {error.strerror}; in a container, let its "
-            "seccomp profile allow process_vm_readv",
-            LLMStatusCode.LLM_FAILED,
-        ) from error
+        if error.errno not in _REFUSALS:
+            raise _refused(error) from error
+    try:
+        return pipe.copy(dst, src)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise _refused(error) from error
+
+
+def _refused(error: OSError) -> LLMException:
+    return LLMException(
+        f"the system refuses copies by address: {error.strerror}", LLMStatusCode.LLM_FAILED
+    )
 
 
 def _not_mapped(window: Segments, moved: int) -> LLMException:

@@ -45,7 +45,8 @@ class _Msghdr(ctypes.Structure):
 
 
 _sendmsg, _recvmsg = _libc.sendmsg, _libc.recvmsg
-for _call in (_sendmsg, _recvmsg):
+_writev, _readv = _libc.writev, _libc.readv
+for _call in (_sendmsg, _recvmsg, _writev, _readv):
     _call.restype = ctypes.c_ssize_t
     _call.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 
@@ -71,6 +72,16 @@ def recvmsg(fd: int, vectors: U64, flags: int = 0) -> int:
     """Receives into memory by address, at most IOV_MAX vectors; 0 is the end. Raises OSError."""
     header = _Msghdr(iov=vectors.ctypes.data, iovlen=min(len(vectors), IOV_MAX))
     return _retried(_recvmsg, fd, ctypes.byref(header), flags)
+
+
+def writev(fd: int, vectors: U64) -> int:
+    """Writes from memory by address, at most IOV_MAX vectors; the bytes written. Raises OSError."""
+    return _retried(_writev, fd, vectors.ctypes.data, min(len(vectors), IOV_MAX))
+
+
+def readv(fd: int, vectors: U64) -> int:
+    """Reads into memory by address, at most IOV_MAX vectors; the bytes read. Raises OSError."""
+    return _retried(_readv, fd, vectors.ctypes.data, min(len(vectors), IOV_MAX))
 
 
 def allow_tracing_by_same_user() -> None:

@@ -24,6 +24,10 @@ _DEVICE_NAMES = {2: "CUDA", 10: "ROCm", 13: "CUDA managed"}
 _EXPORT_ERRORS = (BufferError, RuntimeError, TypeError, ValueError)
 
 
+#: what FP8 is described as: the reference has no type for it
+_BYTES = (DataType.DT_INT8, DataType.DT_UINT8)
+
+
 class Located(NamedTuple):
     """The memory of a cache."""
 
@@ -71,7 +75,8 @@ def _fitting(name: str, tensor: SupportsDLPack, desc: CacheDesc, count: int) -> 
     _check_device(name, tensor)
     region = _region_of(name, tensor)
     elements = _elements_of(desc)
-    if region.element not in elements:
+    is_bits = region.element in dlpack.FLOAT8_NAMES and desc.data_type in _BYTES
+    if region.element not in elements and not is_bits:
         raise invalid(
             f"{name} has elements of {region.element}, {desc.data_type} needs "
             f"{' or '.join(elements)}: view the tensor as that, or describe it as it is"

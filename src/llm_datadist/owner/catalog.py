@@ -39,7 +39,7 @@ from llm_datadist.observe.log import get_logger
 from llm_datadist.owner.allocations import Allocations
 from llm_datadist.owner.exposure import Exposure
 from llm_datadist.owner.tickets import Tickets
-from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
+from llm_datadist.transport.base import PROBE_NBYTES, ProbeNonce
 from llm_datadist.transport.tcp import Permit
 from llm_datadist.types import Placement
 
@@ -104,7 +104,7 @@ class Catalog:
             generations, first_id=PROBE_ID, peers_keep_tables=peers_keep_tables
         )
         self._nonce = ProbeNonce()
-        geometry = Geometry(CacheKind.CONTINUOUS, 1, 1, NONCE_NBYTES)
+        geometry = Geometry(CacheKind.CONTINUOUS, 1, 1, PROBE_NBYTES)
         layout = Layout.at(geometry, [self._nonce.addr])
         #: the cache of the nonce, which no call names
         self.probe = self._file(layout, Placement.HOST, (), (), is_remote_accessible=True)
@@ -384,6 +384,7 @@ class Catalog:
         region = self._exposure.expose(layout, HOST, is_remote_accessible=is_remote_accessible)
         try:
             with self._lock:
+                bound = self._registry.bound(keys)
                 entry = self._registry.register(
                     layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
                 )
@@ -391,6 +392,12 @@ class Catalog:
         except BaseException:
             self._exposure.conceal_region(region)
             raise
+        for key, other in bound:
+            leads_to = other if layout.geometry.has_batch_rows else entry
+            get_logger().warning(
+                "register: %s named cache %d already; of that and the new cache %d it leads to %d",
+                key, other.cache_id, entry.cache_id, leads_to.cache_id,
+            )  # fmt: skip
         return entry
 
     def _drop(self, drop: Callable[[], Entry | None]) -> None:

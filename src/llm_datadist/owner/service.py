@@ -169,6 +169,10 @@ class StreamService:
             self._complain(error)
             self.close()
             return
+        except Exception:  # whatever it is, the peer must not wait for it
+            get_logger().exception("answering a peer failed")
+            self.close()
+            return
         if request is not None and not self._frames.is_empty:
             self._has_turn = True
             self._loop.call_soon(self._serve)

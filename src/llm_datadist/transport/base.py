@@ -16,16 +16,20 @@ from llm_datadist.core.remote import Guard
 from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory.device import HOST
+from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from llm_datadist.core.messages import ProbeTarget
-    from llm_datadist.running.deadline import Deadline
     from llm_datadist.transport.same_host import Process
     from llm_datadist.transport.stream import Stream
 
 NONCE_NBYTES = 16
+#: as much as fills the largest frames several times: what is verified is a way for data
+PROBE_NBYTES = 64 * 1024
+#: the share of the hand-shake's time for that; the rest is for finding out why not
+_PROBE_SHARE = 0.8
 
 
 class PathUnavailable(Exception):
@@ -138,11 +142,15 @@ class AllMemory:
 
 
 class ProbeNonce:
-    """A nonce in our memory that peers read to verify a path."""
+    """A nonce in our memory that peers read to verify a path, with as much behind it as data has.
+
+    Both ends read the other's, so that large frames go either way. It is PROBE_NBYTES long.
+    """
 
     def __init__(self) -> None:
         self.nonce = secrets.token_bytes(NONCE_NBYTES)
-        self._memory = np.frombuffer(self.nonce, dtype=np.uint8).copy()
+        self._memory = np.zeros(PROBE_NBYTES, dtype=np.uint8)
+        self._memory[:NONCE_NBYTES] = np.frombuffer(self.nonce, dtype=np.uint8)
 
     @property
     def addr(self) -> int:
@@ -151,20 +159,35 @@ class ProbeNonce:
 
 def verify(transport: Transport, channel: Channel, target: ProbeTarget, deadline: Deadline) -> None:
     """Reads the peer's nonce through the channel. Raises PathUnavailable."""
-    landing = np.zeros(NONCE_NBYTES, dtype=np.uint8)
-    region = Region((landing.ctypes.data,), NONCE_NBYTES, is_remote_accessible=False)
-    segments = Segments(
-        np.array([target.addr], dtype=np.uint64),
-        np.array([landing.ctypes.data], dtype=np.uint64),
-        np.array([NONCE_NBYTES], dtype=np.uint64),
-    )
+    share = Deadline.after(_PROBE_SHARE * max(0.0, deadline.remaining_s()))
     try:
-        transport.expose(region)
         try:
-            channel.read(segments, Guard(0, target.generation, target.word_addr), deadline)
-        finally:
-            transport.conceal(region)
+            nonce = _read_probe(transport, channel, target, PROBE_NBYTES, share)
+        except LLMException as error:
+            if error.status_code is not LLMStatusCode.LLM_TIMEOUT:
+                raise
+            _read_probe(transport, channel, target, NONCE_NBYTES, deadline)
+            raise PathUnavailable(
+                f"{NONCE_NBYTES} bytes come through, {PROBE_NBYTES} did not within "
+                f"{share.timeout_s:.3f} s: the network drops large frames, or is very slow "
+                "(compare the MTU of both ends, and of what is between)"
+            ) from error
     except LLMException as error:
         raise PathUnavailable(str(error)) from error
-    if landing.tobytes() != target.nonce:
+    if nonce != target.nonce:
         raise PathUnavailable("the process reached is not the peer of the hand-shake")
+
+
+def _read_probe(
+    transport: Transport, channel: Channel, target: ProbeTarget, nbytes: int, deadline: Deadline
+) -> bytes:
+    """The nonce, read with so much behind it. Raises LLMException."""
+    landing = np.zeros(nbytes, dtype=np.uint8)
+    region = Region((landing.ctypes.data,), nbytes, is_remote_accessible=False)
+    segments = Segments.few([target.addr], [landing.ctypes.data], [nbytes])
+    transport.expose(region)
+    try:
+        channel.read(segments, Guard(0, target.generation, target.word_addr), deadline)
+    finally:
+        transport.conceal(region)
+    return landing[:NONCE_NBYTES].tobytes()

@@ -32,11 +32,14 @@ _TLS: Final = (b"\x16\x03", b"\x15\x03")
 
 
 def why_to_leave(came: bytes | bytearray, ours: Kind) -> str:
-    """Why who answered so cannot be linked to; empty if it did not say that it is secured so."""
+    """Why who answered so cannot be linked to; empty if it may go on."""
     for kind in Kind:
         if came.startswith(kind.value):
             return _differ(kind, ours)
-    return ""
+    other = (
+        "" if ours is Kind.OPEN else m.other_protocol(came)
+    )  # there it is no frame, which says so
+    return other and f"{other} is spoken there: it is the port of something else"
 
 
 def why_to_refuse(came: bytes | bytearray, ours: Kind) -> str:

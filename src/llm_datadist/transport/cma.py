@@ -57,7 +57,7 @@ class CmaTransport(AllMemory):
         self._movers = movers
 
     def offer(self) -> bytes | None:
-        if ptrace_scope() == 1:
+        if ptrace_scope() in (1, None):
             with contextlib.suppress(OSError):  # the peer's probe then fails and says why
                 native.allow_tracing_by_same_user()
         return b""  # where we are to be met is the link's to say
@@ -240,12 +240,15 @@ def _has_ended(pidfd: int | None) -> bool:
     return False
 
 
-def ptrace_scope() -> int:
-    """Yama's restriction on reading other processes: 0 none, 1 by grant, 2 root only, 3 never."""
+def ptrace_scope() -> int | None:
+    """Yama's restriction on reading other processes: 0 none, 1 by grant, 2 root only, 3 never.
+
+    None where there is no Yama, or no /proc/sys that would tell (a service's ProcSubset=pid).
+    """
     try:
         return int(_PTRACE_SCOPE.read_text())
     except (OSError, ValueError):
-        return 0
+        return None
 
 
 def _words_at(
@@ -264,6 +267,6 @@ def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:
 
 
 def _why_denied() -> str:
-    if ptrace_scope() >= 2:
+    if (ptrace_scope() or 0) >= 2:
         return "lower kernel.yama.ptrace_scope to 1, or grant CAP_SYS_PTRACE"
     return "in a container, allow it (--cap-add SYS_PTRACE, or a seccomp profile that does)"

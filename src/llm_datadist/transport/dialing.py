@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.errors import LLMException
 from llm_datadist.running import forks
+from llm_datadist.running.bell import Latch
 from llm_datadist.running.deadline import Deadline
+from llm_datadist.running.threads import start_thread
 from llm_datadist.transport.same_host import SameHost
 
 if TYPE_CHECKING:
+    from llm_datadist.endpoint import Endpoint
     from llm_datadist.errors import LLMStatusCode
     from llm_datadist.transport.same_host import Address
 
@@ -26,7 +30,7 @@ def connect(at: Address, deadline: Deadline, failure: LLMStatusCode) -> socket.s
     try:
         if isinstance(at, SameHost):
             return at.connect(deadline)
-        infos = socket.getaddrinfo(*at, type=socket.SOCK_STREAM)
+        infos = _look_up(at, deadline)
         for index, info in enumerate(infos[:-1]):
             fair_s = deadline.require(what) / (len(infos) - index)
             with suppress(ConnectionError, BlockingIOError):
@@ -38,6 +42,35 @@ def connect(at: Address, deadline: Deadline, failure: LLMStatusCode) -> socket.s
         if error.errno is None:  # a signal's handler raised it
             raise
         raise LLMException(f"cannot connect to {at}: {error.strerror}", failure) from error
+
+
+def _look_up(at: Endpoint, deadline: Deadline) -> list[Any]:
+    """What `getaddrinfo` says. Raises OSError, LLMException(LLM_TIMEOUT).
+
+    A name server that is silent keeps a thread for as long as the system waits for it, which may be
+    half a minute.
+    """
+    look_up = partial(socket.getaddrinfo, *at, type=socket.SOCK_STREAM)
+    if at.is_literal:
+        return look_up()
+    said: list[list[Any] | Exception] = []
+    is_over = Latch()
+
+    def ask() -> None:
+        try:
+            said.append(look_up())
+        except Exception as error:  # raised below
+            said.append(error)
+        finally:
+            is_over.set()
+
+    start_thread(ask, "llm-datadist-name")
+    is_over.wait(max(0.0, deadline.remaining_s()))
+    if not said:
+        raise deadline.expired(f"looking up {at.host}")
+    if isinstance(said[0], Exception):
+        raise said[0]
+    return said[0]
 
 
 def _connect(family: int, sockaddr: tuple[Any, ...], timeout_s: float) -> socket.socket:

@@ -68,15 +68,16 @@ class SameHost(NamedTuple):
         return cls(b"")
 
     @classmethod
-    def offered(cls, offer: bytes) -> tuple[SameHost, bool]:
-        """The address in an offer, and whether it says that it is on this host.
+    def offered(cls, offer: bytes) -> tuple[SameHost, bool | None]:
+        """The address in an offer, and whether it says that it is on this host: None, if unknown.
 
         Raises ValueError when it cannot be read.
         """
         said = msgspec.msgpack.decode(offer, type=SameHostOffer)
         if len(said.id) != _ID_NBYTES:
             raise ValueError(f"a name of {len(said.id)} bytes")
-        return cls(said.id), said.host == _host()
+        ours = _host()
+        return cls(said.id), said.host == ours if said.host and ours else None
 
     def offer(self) -> bytes:
         """The reverse of `offered`."""
@@ -160,7 +161,10 @@ class Process:
 
 
 def _host() -> str:
-    """Names this host until its next start."""
+    """Names this host until its next start; empty where the system does not tell.
+
+    A service's or a sandbox's /proc may lack it.
+    """
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""

@@ -82,7 +82,7 @@ def foreign_memory(_: Case) -> Iterator[Finding]:
 
 def yama(_: Case) -> Iterator[Finding]:
     """Who may read whom, beyond the rule of the same user."""
-    scope, has_capability = ptrace_scope(), _has_capability()
+    scope, has_capability = ptrace_scope() or 0, _has_capability()
     denied = scope >= _NEVER or (scope > 1 and not has_capability)
     yield Finding(
         "ptrace scope",

@@ -1,6 +1,6 @@
-"""Run the command of the arguments, which may not touch other processes' memory.
+"""As in a container whose seccomp profile refuses `process_vm_readv`: it fails with EPERM.
 
-This is what containers without CAP_SYS_PTRACE do to it: the system calls fail with EPERM.
+As a script: runs the command of its arguments so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _filter() -> bytes:
     )
 
 
-def _forbid() -> None:
+def forbid(_: object = None) -> None:
+    """From here on, in this thread and those it starts."""
     code = _filter()
     instructions = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(instructions))
@@ -50,5 +51,5 @@ def _forbid() -> None:
 
 
 if __name__ == "__main__":
-    _forbid()
+    forbid()
     os.execv(sys.argv[1], sys.argv[1:])
