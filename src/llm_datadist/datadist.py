@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import threading
 from contextlib import suppress
 from functools import cache
@@ -86,17 +87,13 @@ class LLMDataDist:
 
         Raises TypeError, ValueError for malformed options; LLMException with LLM_PARAM_INVALID for
         options that cannot be, LLM_FAILED when the address to listen on cannot be had, descriptors
-        have run out, or another instance of this process is initialised. After a failure `init` may
-        be called again.
+        have run out, or another instance of this process is initialised. (One that was dropped, of
+        which the program has neither itself nor its manager any more, is finalized: a notebook's
+        cell is run again.) After a failure `init` may be called again.
         """
         if self._cluster is not None:
             return
-        if LLMDataDist.llm_engine_instance is not None:
-            raise LLMException(
-                "another LLMDataDist of this process is initialised: finalize it first "
-                "(LLMDataDist.llm_engine_instance.finalize())",
-                LLMStatusCode.LLM_FAILED,
-            )
+        _make_room()
         parsed = Options.parse(self._role, options)  # type: ignore[arg-type]  # None is refused there
         # numpy, asyncio: not when the package is imported
         from llm_datadist.cache_manager import CacheManager
@@ -370,6 +367,28 @@ def _target(info: LLMClusterInfo) -> Target:
     from llm_datadist.links.linker import Target
 
     return Target(info.remote_cluster_id, tuple(info.remote_endpoints))
+
+
+def _make_room() -> None:
+    """Only one is initialised at a time. Raises LLMException(LLM_FAILED) when another one is."""
+    other = LLMDataDist.llm_engine_instance
+    if other is None:
+        return
+    managers = [each for each in (other._cache_manager, other._kv_cache_manager) if each]
+    manager = managers.pop()
+    # each is known to a variable here, and to the one place where the library keeps it
+    known = object()
+    once = sys.getrefcount(known) + 1
+    if sys.getrefcount(other) > once or sys.getrefcount(manager) > once:
+        raise LLMException(
+            "another LLMDataDist of this process is initialised: finalize it first "
+            "(LLMDataDist.llm_engine_instance.finalize())",
+            LLMStatusCode.LLM_FAILED,
+        )
+    get_logger().warning(
+        "cluster %d was dropped without finalize, which is done now", other.cluster_id
+    )
+    other.finalize()
 
 
 @cache

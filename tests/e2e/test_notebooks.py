@@ -6,11 +6,14 @@ import gc
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from llm_datadist import (
     BlocksCacheKey,
+    CacheDesc,
     CacheKey,
+    DataType,
     LLMConfig,
     LLMDataDist,
     LLMException,
@@ -40,11 +43,34 @@ def test_leaving_a_with_block_finalizes() -> None:
     assert LLMDataDist.llm_engine_instance is None
 
 
-def test_a_cell_that_is_run_again_says_how_to_end_what_nobody_can_name() -> None:
+def test_a_cell_that_is_run_again_ends_what_nobody_can_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     run_cell()
+    gc.collect()
+    with caplog.at_level(logging.WARNING, "LLM_DATADIST"):
+        datadist = run_cell()
+    assert "cluster 1 was dropped without finalize" in caplog.text
+    assert LLMDataDist.llm_engine_instance is datadist
+    datadist.finalize()
+
+
+@pytest.mark.parametrize("kept", ["itself", "its manager", "a cache"])
+def test_what_a_program_still_has_is_not_ended_and_the_refusal_says_how_to(kept: str) -> None:
+    datadist = run_cell()
+    held: object = datadist
+    if kept != "itself":
+        manager = datadist.cache_manager
+        held = manager
+        if kept == "a cache":
+            memory = np.zeros(64, np.uint8)
+            held = manager.register_blocks_cache(CacheDesc(1, [1, 64], DataType.DT_UINT8), [memory])
+        del manager
+    del datadist
     gc.collect()
     with pytest.raises(LLMException) as refused:
         run_cell()
+    assert held is not None
     assert refused.value.status_code is LLMStatusCode.LLM_FAILED
     assert "LLMDataDist.llm_engine_instance.finalize()" in str(refused.value)
     assert LLMDataDist.llm_engine_instance is not None
