@@ -62,6 +62,11 @@ class Control:
         #: holds what came behind the message received last
         self.frames = FrameReader()
 
+    @property
+    def is_same_host(self) -> bool:
+        """It is one to a same-host socket, and so for links of that path alone."""
+        return isinstance(self.at, SameHost) and not self.at.is_meeting_point
+
     def trust(self) -> None:
         """The peer is known: accept frames of full size."""
         self.frames.max_nbytes = m.MAX_BODY_NBYTES

@@ -122,7 +122,7 @@ class Listener:
             sock.close()
             return
         is_same_host = sock.family == socket.AF_UNIX
-        at = SameHost.nameless() if is_same_host else Endpoint(*address[:2])
+        at = SameHost.of_caller(sock) if is_same_host else Endpoint(*address[:2])
         try:
             control = Control(sock, at, self._context.shields.make(is_caller=False))
         except OSError:  # it has ended again
@@ -199,8 +199,7 @@ class Listener:
         await control.send(m.Stats(stats.told(to_stranger=not context.shields.is_secure)))
 
     async def _open_session(self, control: Control, hello: m.Hello) -> bool:
-        is_same_host = control.process is not None
-        link = ListenerLink(self._context.me, is_same_host, token=secrets.token_bytes(16))
+        link = ListenerLink(self._context.me, control.is_same_host, token=secrets.token_bytes(16))
         session = Session(self._context, self._registrar, control, link, None, hello.group)
         self._sessions[session.token] = session
         session.when_closed(lambda: self._sessions.pop(session.token, None))
@@ -213,6 +212,10 @@ class Listener:
         self, session: Session, link: ListenerLink, hello: m.Hello, timeout_s: float
     ) -> Sequence[Action]:
         """What is answered to a Hello."""
+        if hello.group and (
+            refusal := self._groups.refusal_of(hello)
+        ):  # before the id's owner asks
+            return link.refuse(*refusal)
         known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
         is_known = known and not hello.group
         if link.objection_to(hello) is None and (hello.is_fresh or not is_known):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.context import Context
     from llm_datadist.transport.certificate import Certificate
+    from llm_datadist.transport.same_host import Process
     from llm_datadist.transport.shield import Shield
     from llm_datadist.transport.stream import Stream
 
@@ -79,7 +80,7 @@ class Session:
         control.watch()
         self._control = control
         self._link = link
-        #: where the caller reached its peer; None at the listener
+        #: where the caller reached its peer; None at the listener, and at a meeting point
         self.endpoint = endpoint
         #: the rank-table link that this one belongs to, if any
         self.group = group
@@ -155,6 +156,11 @@ class Session:
     def whereabouts(self) -> str:
         """Where the peer is, for messages."""
         return f"at {self.endpoint or self._control.at}"
+
+    @property
+    def process(self) -> Process | None:
+        """The peer's, where the kernel says which one that is."""
+        return self._control.process
 
     @property
     def left_s(self) -> float:
