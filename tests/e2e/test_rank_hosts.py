@@ -33,16 +33,13 @@ from rank_members import (
     start_all,
     status_of_link,
     unlink,
-    use_runtime_dir,
 )
 from two_hosts import HOSTS, HOSTS_6, let_in
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from llm_datadist.testing.cluster import Node
 
-runtime_dir = rank_members.runtime_dir
+job = rank_members.job
 machines, apart, hosts = two_hosts.machines, two_hosts.apart, two_hosts.hosts
 processes = rank_members.processes
 members = rank_members.members
@@ -167,7 +164,7 @@ def test_the_log_says_that_a_member_could_not_be_reached_and_what_to_do(hosts: M
 
 @pytest.mark.shows("relies.3")
 def test_members_on_two_hosts_are_not_found_by_name(hosts: Members) -> None:
-    """Though they share the runtime directory: a port is one of a host's."""
+    """Though all else is shared: the name is one of a network namespace's."""
     for cluster_id, process in enumerate(hosts, 1):
         process.call(start, cluster_id, link_total_time=1)
         process.call(record_log)
@@ -263,25 +260,3 @@ def test_an_own_device_id_that_gives_no_port_still_links_on_this_host(members: M
         {"host_ip": "192.0.2.7", "device": [{"rank_id": 1, "device_id": 1}]},
     ]
     link_pair(pair, "kv", (1, 2), json.dumps({"server_list": servers}))
-
-
-@pytest.mark.parametrize("what", ["file", "open-directory", "dangling-link"])
-def test_a_runtime_directory_that_is_not_ours_alone_is_refused(
-    members: Members, runtime_dir: Path, tmp_path: Path, what: str
-) -> None:
-    taken = tmp_path / "llm-datadist"
-    if what == "file":
-        taken.touch()
-    elif what == "dangling-link":
-        taken.symlink_to(tmp_path / "nowhere")
-    else:
-        taken.mkdir()
-        taken.chmod(0o777)
-    member = members[0]
-    member.call(start, 1)
-    member.call(use_runtime_dir, str(tmp_path))
-    try:
-        assert refusal(member, link) is LINK_FAILED
-    finally:
-        member.call(use_runtime_dir, str(runtime_dir))
-    assert member.call(link) == 1
