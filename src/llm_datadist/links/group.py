@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.session import Session
-    from llm_datadist.transport.same_host import Address
+    from llm_datadist.transport.same_host import Address, Process
 
 
 class GroupPlan(NamedTuple):
@@ -34,12 +34,12 @@ class Group:
     plan: GroupPlan
     status: RegisterMemStatus = RegisterMemStatus.PREPARING
     sessions: dict[int, Session] = field(default_factory=dict)
-    #: whom we have reached with a call of ours, and where
-    calling: set[tuple[int, Address]] = field(default_factory=set)
+    #: whom we have reached with a call of ours, where, and which process that is if it is known
+    calling: dict[tuple[int, Address], Process | None] = field(default_factory=dict)
     #: whose call we answered last
     answered: dict[int, Session] = field(default_factory=dict)
-    #: why the last call to a member failed
-    failures: dict[int, str] = field(default_factory=dict)
+    #: why the last calls to a member failed, by where they went
+    failures: dict[int, dict[Address, str]] = field(default_factory=dict)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -48,7 +48,7 @@ class Group:
         """The members that are not linked yet."""
         return [member for member in self.plan.members if member not in self.sessions]
 
-    def claim(self, member: int, at: Address) -> str:
+    def claim(self, member: int, at: Address, process: Process | None) -> str:
         """A call of ours reached a member: empty when it counts, else why it is to end there.
 
         Not before: the member's own call may be the only one that can get through.
@@ -56,12 +56,18 @@ class Group:
         answered = self.answered.get(member)
         if answered is not None and not answered.is_closed:
             return "it is calling us"
-        self.calling.add((member, at))
+        self.calling[member, at] = process
         return ""
 
-    def is_calling(self, member: int) -> bool:
-        """Whether a call of ours that reached the member goes on."""
-        return any(called == member for called, _ in self.calling)
+    def is_calling(self, member: int, process: Process | None) -> bool:
+        """Whether a call of ours goes on that reached the member, who is that process.
+
+        Others on this host can be where a member was to be met.
+        """
+        return any(
+            called == member and (process is None or reached in (None, process))
+            for (called, _), reached in self.calling.items()
+        )
 
     def settle(self, status: RegisterMemStatus) -> None:
         """The end of the preparation."""
@@ -84,5 +90,5 @@ class Group:
                 " only, for the rank table has no host_ip, no server_id that is an IP address and "
                 "no device_ip for it"
             )
-        failure = self.failures.get(member)
-        return f"cluster {member} (looked for on {where}{f': {failure}' if failure else ''})"
+        failures = "; ".join(dict.fromkeys(self.failures.get(member, {}).values()))
+        return f"cluster {member} (looked for on {where}{f': {failures}' if failures else ''})"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llm_datadist.links.linker import Linker
     from llm_datadist.links.session import Session
     from llm_datadist.links.table import LinkTable
+    from llm_datadist.transport.same_host import Process
 
 MAX_GROUPS = 512
 
@@ -75,7 +76,9 @@ class Groups:
         for comm_id in list(self._groups):
             await self.stop(comm_id)
 
-    def refusal_of(self, hello: m.Hello) -> tuple[LLMStatusCode, str] | None:
+    def refusal_of(
+        self, hello: m.Hello, process: Process | None
+    ) -> tuple[LLMStatusCode, str] | None:
         """Why a call to a group of ours is not answered now, if so."""
         group = self._open_group(hello.group)
         caller = hello.cluster_id
@@ -85,7 +88,7 @@ class Groups:
             )
         if caller in group.sessions:
             return LLMStatusCode.LLM_ALREADY_LINK, "the two are linked by this rank table already"
-        if group.is_calling(caller) and self._cluster_id < caller:
+        if group.is_calling(caller, process) and self._cluster_id < caller:
             return LLMStatusCode.LLM_PROCESSING_LINK, (
                 f"cluster {self._cluster_id} is calling cluster {caller} itself"
             )

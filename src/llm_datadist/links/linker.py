@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llm_datadist.links.context import Context
     from llm_datadist.links.session import Registrar
     from llm_datadist.links.table import LinkTable
-    from llm_datadist.transport.same_host import Address
+    from llm_datadist.transport.same_host import Address, Process
 
 
 class Target(NamedTuple):
@@ -107,7 +107,7 @@ class Linker:
         is_fresh: bool,
         named: int | None = None,
         group: str = "",
-        claim: Callable[[], str] = str,
+        claim: Callable[[Process | None], str] | None = None,
     ) -> Outcome:
         """Links to whoever listens there; `is_fresh` when no link to it is known here.
 
@@ -118,7 +118,7 @@ class Linker:
         control, outcome = await self._connect(at, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
         if control is None:
             return outcome
-        if objection := claim():
+        if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
         call = Call(at, named, is_fresh, group, secrets.token_bytes(16))

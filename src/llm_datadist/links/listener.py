@@ -213,7 +213,7 @@ class Listener:
     ) -> Sequence[Action]:
         """What is answered to a Hello."""
         if hello.group and (
-            refusal := self._groups.refusal_of(hello)
+            refusal := self._groups.refusal_of(hello, session.process)
         ):  # before the id's owner asks
             return link.refuse(*refusal)
         known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
@@ -226,7 +226,7 @@ class Listener:
                 get_logger().warning("refused a caller: %s", verdict.objection)
                 return link.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
             session.displaced = verdict.displaced
-        refusal = self._groups.refusal_of(hello) if hello.group else None
+        refusal = self._groups.refusal_of(hello, session.process) if hello.group else None
         if refusal is not None:
             return link.refuse(*refusal)
         self._groups.answer(session, hello.cluster_id)

@@ -85,7 +85,7 @@ async def _call_at(
 ) -> None:
     outcome = await _call_until_answered(group, member, at, linker, deadline)
     get_logger().info("calling cluster %d at %s: %s", member, at, outcome.status)
-    group.failures[member] = outcome.reason
+    group.failures.setdefault(member, {})[at] = outcome.reason
 
 
 async def _call_until_answered(
@@ -97,7 +97,7 @@ async def _call_until_answered(
         try:
             outcome = await linker.call(at, left_s, is_fresh=True, group=name, claim=claim)
         finally:
-            group.calling.discard((member, at))
+            group.calling.pop((member, at), None)
         busy = outcome.status is LLMStatusCode.LLM_PROCESSING_LINK
         if not busy or member in group.sessions or deadline.remaining_s() < _BUSY_S:
             return outcome
