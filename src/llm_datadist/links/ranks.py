@@ -29,8 +29,8 @@ _MAX_NAME = 127
 _MEMBERS = range(2, 5)
 #: a member listens on this port + the device id of its entry
 BASE_PORT_VARIABLE = "LLM_DATADIST_LINK_BASE_PORT"
-
-_BASE_PORT = 60000
+#: behind the ports that Linux gives to calls (32768 to 60999): one of those may be taken already
+_BASE_PORT = 61000
 
 
 class RankLinks:
