@@ -27,6 +27,11 @@ NOT_PROVOKED = [
     "cluster … speaks protocol …, its peer …: install the same release of llm-datadist on both",
     "no connection to … within … s",
     "not all members appeared within … s: …",
+    "cluster … is not linking by such a rank table now",
+    "Nobody can call this member by the rank table: …",
+    "cluster … cannot be met on this host by its rank table: …",
+    "cluster … is linked by a rank table to process … of user …, as cluster …, "
+    "without link security; this process is user …'s",
     "the link to cluster … uses …, because … is not available: …",
     "the peer is in another PID namespace: let the containers share one (--pid)",
     "run both processes as the same user (here …, the peer …)",

@@ -221,3 +221,21 @@ def test_a_member_listens_at_its_address_of_the_table_alone(hosts: Members) -> N
     assert hosts[1].call(can_connect, HOSTS[0], port)
     assert not hosts[0].call(can_connect, "127.0.0.1", port)
     assert not hosts[1].call(can_connect, HOSTS[0], BASE)
+
+
+# -- without loopback ------------------------------------------------------------------------------
+
+
+def set_down(node: Node, interface: str) -> None:
+    two_hosts.ip(node, "link", "set", interface, "down")
+
+
+@pytest.mark.shows("relies.3")
+def test_members_on_two_hosts_meet_while_lo_is_down(hosts: Members) -> None:
+    for host in hosts:
+        host.call(set_down, "lo")
+    start_with_local_ranks(hosts, (0, 0))
+    for host in hosts:
+        host.call(link, "kv", (1, 2), table_of(*map(entry, (0, 1), HOSTS, DEVICES[:2])))
+    assert call_all(hosts, settle, 1) == [OK, OK]
+    assert hosts[1].call(pulls, 1)

@@ -165,19 +165,31 @@ def test_members_in_two_pid_namespaces_meet_and_neither_needs_lo(apart: Members)
 # -- who else has the name -------------------------------------------------------------------------
 
 
-def meeting_points() -> set[str]:
-    """The names at which somebody on this host can be met."""
-    names = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
-    return {name for name in names if name.startswith("@llm-datadist-meet-")}
+#: of /proc/net/unix: a socket that listens
+LISTENS = "00010000"
+
+
+def meeting_points(member: NodeProcess) -> set[str]:
+    """The names at which a member can be met."""
+    fds = Path(f"/proc/{member.pid}/fd")
+    own = {os.readlink(fd) for fd in fds.iterdir() if fd.is_symlink()}
+    return {name for name, inode in listening() if f"socket:[{inode}]" in own}
+
+
+def listening() -> Iterator[tuple[str, str]]:
+    """The names at which somebody on this host can be met, and the sockets' inodes."""
+    for line in Path("/proc/net/unix").read_text().splitlines():
+        _, _, _, flags, _, _, inode, *name = line.split()
+        if flags == LISTENS and name and name[0].startswith("@llm-datadist-meet-"):
+            yield name[0], inode
 
 
 def name_of(member: NodeProcess) -> str:
     """Where a member is met that is alone with its name."""
-    before = meeting_points()
     comm_id = member.call(link)
-    (name,) = meeting_points() - before
+    (name,) = meeting_points(member)
     member.call(unlink, comm_id)
-    assert name not in meeting_points()
+    assert meeting_points(member) == set()
     return name
 
 
@@ -240,15 +252,15 @@ def test_a_member_that_stands_still_gives_way_to_its_successor(
 def test_nothing_is_left_of_members_that_were_killed_or_stopped(
     members: Members, mortal: NodeProcess
 ) -> None:
-    before = meeting_points()
     mortal.call(start, 1)
     mortal.call(link)
     members[1].call(start, 2)
     members[1].call(link, "other")
-    assert len(meeting_points() - before) == 2
+    names = meeting_points(mortal) | meeting_points(members[1])
+    assert len(names) == 2
     mortal.kill()
     members[1].call(Node.stop)
-    assert meeting_points() - before == set()
+    assert names.isdisjoint(name for name, _ in listening())
 
 
 # -- two jobs --------------------------------------------------------------------------------------
