@@ -21,6 +21,7 @@ from llm_datadist.links.linker import Linker, Outcome
 from llm_datadist.links.listening import Listening
 from llm_datadist.links.ranks import RankLinks
 from llm_datadist.links.snapshot import Snapshots
+from llm_datadist.links.strangers import Strangers
 from llm_datadist.links.table import LinkTable
 from llm_datadist.locks import holds_lock
 from llm_datadist.memory.checksum import require_checksums
@@ -32,18 +33,20 @@ from llm_datadist.owner.catalog import Catalog
 from llm_datadist.owner.fetching import Fetching
 from llm_datadist.owner.pools import open_pools
 from llm_datadist.owner.service import Serving
+from llm_datadist.peer.streams import MAX_STREAMS
 from llm_datadist.running.bell import Latch
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.ending import Ending
 from llm_datadist.running.gate import Gate
 from llm_datadist.running.loop import CannotWait, Loop, cancel_all
 from llm_datadist.running.movers import Movers
+from llm_datadist.running.shares import Shares
 from llm_datadist.running.threads import Errands, Threads, is_ours, start_thread
 from llm_datadist.transfers.transfers import Transfers
 from llm_datadist.transport.credentials import warn_of_public_files
 from llm_datadist.transport.installed import transports_for
 from llm_datadist.transport.same_host import SameHost
-from llm_datadist.transport.shield import Shields
+from llm_datadist.transport.shields import Shields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -66,6 +69,8 @@ _GRACE_S = 3.0
 #: what the names of our threads begin with
 _OUR_THREADS = "llm-datadist"
 _WORKERS = 16
+#: one peer has at most so many of them at a time, and of the fetchers one for each of its streams
+_WORKERS_OF_ONE = 12
 #: more than the streams of several peers: one that stalls in a push holds its streams' threads
 _FETCHERS = 256
 #: started when needed; a listener greets no more callers at once
@@ -142,7 +147,7 @@ class Cluster:
         workers = self._threads(_WORKERS, "worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         fetchers = self._threads(_FETCHERS, "fetcher")
-        answers = Answers(self.cluster_id, self.catalog, transports, self.gate)
+        answers = Answers(self.cluster_id, self.catalog, transports)
         fetching = Fetching(answers, self.gate, recorder, options.sync_timeout_s)
         offers = {name: transport.offer() for name, transport in transports.items()}
         meets = options.path in ("auto", SAME_HOST) and offers[SAME_HOST] is not None
@@ -163,7 +168,15 @@ class Cluster:
             loop,
             self.gate,
             transports,
-            Serving(loop, answers, fetching, self.gate, workers, fetchers, recorder),
+            Serving(
+                loop,
+                answers,
+                fetching,
+                self.gate,
+                Shares(workers, _WORKERS_OF_ONE),
+                Shares(fetchers, MAX_STREAMS),
+                recorder,
+            ),
             # apart from both: strangers and name servers can make these wait as long as they like
             self._threads(_WAITERS, "waiter"),
             Shields(options.link_security),
@@ -183,7 +196,8 @@ class Cluster:
         ids = Ids(self.links)
         filing = Filing(cluster_id, instance, self.links, self._groups, ids)
         self._linker = Linker(context, self.links, filing)
-        self._snapshots = Snapshots(cluster_id, self.links, self.catalog, recorder)
+        strangers = Strangers()
+        self._snapshots = Snapshots(cluster_id, self.links, self.catalog, strangers, recorder)
         #: where peers reach us
         self.listening = Listening(
             self._loop,
@@ -193,6 +207,7 @@ class Cluster:
             self._groups,
             ids,
             filing,
+            strangers,
             self._snapshots.take,
         )
         #: links by rank table

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from doc_blocks import DOCS, TERMINALS, blocks_of
+from doc_blocks import DOCS, ROOT, TERMINALS, blocks_of
 
 from llm_datadist import LLMRole, LLMStatusCode
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.testing.cluster import Node
-from llm_datadist.transport.shield import Shields
+from llm_datadist.transport.shields import Shields
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +36,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def who_can_do_what() -> list[tuple[str, str]]:
+    """The cells of the page's table, each with what is in front of its row."""
+    page = (DOCS / "security.md").read_text()
+    table = page.split("## What is protected")[1].split("| -- |", 1)[1].split("\n\n", 1)[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[1:]]
+    assert all(len(row) == 4 for row in rows), "who, and three kinds of link security"
+    return [(row[0], cell) for row in rows for cell in row[1:]]
+
+
+@pytest.mark.parametrize(("who", "cell"), who_can_do_what())
+def test_each_cell_of_who_can_do_what_leads_to_a_test(who: str, cell: str) -> None:
+    named = re.findall(r'\]\(\.\./(tests/\w+/test_\w+\.py) "(test_\w+)"\)', cell)
+    assert named, f"{who}: {cell}"
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(), f"{who}: {test}"
+
+
 def options(made: Path) -> dict[str, str]:
     files = {"ca": "ca.pem", "certificate": "me.pem", "key": "me.key"}
     return {
@@ -51,7 +69,7 @@ def test_clusters_link_with_what_was_made(
     port = peer.call(
         Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", link_security=option
     )
-    node.start(LLMRole.DECODER, 2, link_security=option)
+    node.start(LLMRole.DECODER, 1, link_security=option)  # the certificate is for cluster 1
     assert node.link(port, 1) == LLMStatusCode.LLM_SUCCESS
 
 

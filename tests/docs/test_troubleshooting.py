@@ -24,6 +24,7 @@ PAGE = DOCS / "troubleshooting.md"
 #: what needs two hosts, users or releases, comes by chance, or is shown by the tests of faults
 NOT_PROVOKED = [
     "cannot accept a connection: …",
+    "turned away … connections that are no link's: …",
     "cluster … speaks protocol …, its peer …: install the same release of llm-datadist on both",
     "no connection to … within … s",
     "not all members appeared within … s: …",
@@ -34,6 +35,7 @@ NOT_PROVOKED = [
     "without link security; this process is user …'s",
     "the link to cluster … uses …, because … is not available: …",
     "the peer is in another PID namespace: let the containers share one (--pid)",
+    "the peer is in another network namespace: let the containers share one (--network)",
     "run both processes as the same user (here …, the peer …)",
     "lower kernel.yama.ptrace_scope to 1, or grant CAP_SYS_PTRACE",
     "in a container, allow it (--cap-add SYS_PTRACE, or a seccomp profile that does)",

@@ -92,7 +92,7 @@ def move_both_ways(hosts: Hosts, *, is_accessible: bool) -> None:
 @pytest.mark.shows("O34")
 @BOTH_IPS
 def test_hosts_are_linked_by_tcp_and_say_why(hosts: Hosts, addresses: tuple[str, str]) -> None:
-    """Neither process sees the other one, so there is no memory that it could read."""
+    """Neither has the other's sockets, so they cannot meet to read each other's memory."""
     one, other = hosts
     port = one.call(start, 1, addresses[0])
     other.call(start, 2, addresses[1])

@@ -13,7 +13,7 @@ from wire import Wire, columns, hello
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.stats import ClusterStats, LinkStats
-from llm_datadist.transport.shield import Secret
+from llm_datadist.transport.secret import Secret
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -386,17 +386,22 @@ def test_a_read_of_what_is_not_offered_is_refused(
     assert stream.expect(m.Refused).status == PARAM_INVALID
 
 
-def test_memory_that_is_not_accessible_is_not_sent(
+def test_memory_that_is_not_accessible_is_not_told_of_and_not_sent(
     evil: LinkedCaller, owner_process: NodeProcess
 ) -> None:
     cache_id, addr = owner_process.call(own_privately)
+    public_id, _ = owner_process.call(own)
     stream = evil.attach()
+    stream.send(m.ListCaches())
+    assert [info.cache_id for info in stream.expect(m.Caches).infos] == [public_id]
     stream.send(m.Resolve(cache_id, 0, 0, False))
-    info = stream.expect(m.Resolved).info
-    assert not info.is_remote_accessible
-    refused = ask(stream, info, [(addr, 8)])
-    assert isinstance(refused, m.Refused)
-    assert refused.status == PARAM_INVALID
+    assert stream.expect(m.Refused).status == PARAM_INVALID
+    near = evil.welcome.probe.generation  # one of the next is the cache's
+    answers = set()
+    for generation in range(near, near + 16):
+        stream.send(m.Read(cache_id, generation, 1000, columns([(addr, 8)])))
+        answers.add(stream.expect(m.Refused).status)
+    assert answers == {NOT_EXIST, PARAM_INVALID}
 
 
 def own_privately(node: Node) -> tuple[int, int]:

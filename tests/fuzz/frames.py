@@ -14,6 +14,7 @@ import importlib
 import random
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,12 +26,16 @@ with atheris.instrument_imports(include=["llm_datadist"]):
     from llm_datadist.core import messages as m
     from llm_datadist.core.frames import FrameReader
     from llm_datadist.core.remote import understand
+    from llm_datadist.transport.same_host import SameHost
+    from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
+    from llm_datadist.transport.shield import NotAuthentic
 
 CAP = 4096
 
 
 def read(data: bytes) -> None:
-    """The data as a stream, cut at places that its first byte decides."""
+    """The data as a stream, cut at places that its first byte decides, and as a keyed frame."""
+    forge(data)
     step = data[0] + 1 if data else 1
     reader = FrameReader(CAP)
     try:
@@ -42,12 +47,37 @@ def read(data: bytes) -> None:
         return
 
 
+def keyed() -> Secret:
+    """A listener's end of a connection with a shared secret, behind the hand-shake."""
+    secret = bytes(32)
+    caller, listener = Secret(secret, is_caller=True), Secret(secret, is_caller=False)
+    listener.answer(caller.answer(listener.answer(caller.start())))
+    return listener
+
+
+def forge(data: bytes) -> None:
+    """Who does not have the key says nothing that counts."""
+    head, frame = data[:KEYED_HEAD_NBYTES], data[KEYED_HEAD_NBYTES:]
+    if len(head) < KEYED_HEAD_NBYTES:
+        return
+    try:
+        LISTENER.frame_nbytes(head)
+        LISTENER.open_frame(head, frame)
+    except NotAuthentic:
+        return
+    raise AssertionError(f"a forged frame was taken: {data!r}")
+
+
 def check(message: m.AnyMessage) -> None:
     """What is done with an accepted message before anybody trusts it."""
     frame = m.encode(message)
     again = m.decode(frame[m.HEADER.size :])
     if m.encode(again) != frame:  # not the messages: a float may be NaN
         raise AssertionError(f"{message!r} came back as {again!r}")
+    if isinstance(message, m.Welcome):
+        for offer in message.offers.values():
+            with suppress(ValueError, msgspec.DecodeError):
+                SameHost.offered(offer)
     infos = [message.info] if isinstance(message, m.Resolved) else []
     if isinstance(message, m.Caches):
         infos = message.infos
@@ -55,6 +85,9 @@ def check(message: m.AnyMessage) -> None:
         understand(info)
     if isinstance(message, m.Read | m.Fetch | m.Digest):
         m.columns_of(message.columns, 3 if isinstance(message, m.Fetch) else 2)
+
+
+LISTENER = keyed()
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
@@ -96,7 +129,7 @@ def value_of(kind: Any) -> Any:
     if name == "DictType":
         return {value_of(kind.key_type): value_of(kind.value_type)}
     if name == "BytesType":
-        return bytes(range(kind.min_length or 24))
+        return bytes(range(kind.min_length or min(24, kind.max_length or 24)))
     return {"IntType": 1, "StrType": "tcp", "BoolType": True, "FloatType": 0.5}.get(name)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 import time
@@ -198,13 +200,44 @@ def test_requests_end_when_the_connector_is_shut_down_meanwhile(
         with takes_at_most(LINK_S + PULL_S + SLACK_S):
             assert decode.call(close_meanwhile) >= set(requests)
         decode.call(Engine.load, "late", PROMPT, dict(params), OURS)
-        assert "late" in decode.call(Engine.received_requests)
+        assert decode.call(Engine.step_until_received, "late")
 
 
 def close_meanwhile(engine: Engine) -> set[str]:
     engine.close()
     engine.step()
     return engine.received
+
+
+@pytest.mark.parametrize("what", ["load", "close"])
+def test_a_forked_child_fails_its_loads_and_ends_while_its_parent_reads_on(
+    prefill: EngineProcess, decode: EngineProcess, what: str
+) -> None:
+    params = hand_over(prefill)
+    with silent_port() as port:
+        silent = {**params, "remote_port": port}
+        decode.call(Engine.load, "d", PROMPT, silent, MORE)  # threads of the parent's wait
+        assert decode.call(in_a_child, what, params) == 0
+        assert decode.call(Engine.step_until_received, "d", within_s=LINK_S + SLACK_S)
+    decode.call(Engine.failed_blocks_forgotten)
+    assert decode.call(Engine.read, "e", PROMPT, params, OURS) == "right"
+
+
+def in_a_child(engine: Engine, what: str, params: dict[str, Any]) -> int:
+    """The exit status of a child that does it; that of SIGALRM if it hangs."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(int(LINK_S + SLACK_S))
+            if what == "close":
+                engine.worker.close()
+                status = 0
+            else:
+                status = int(engine.read("child", PROMPT, params, OURS) != "failed")
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_crew_does_all_jobs_whatever_one_of_them_raises() -> None:

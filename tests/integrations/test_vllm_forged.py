@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +26,10 @@ from kv_processes import (
     two_processes,
 )
 
+from llm_datadist import LLMConfig, LLMDataDist, LLMRole
+from llm_datadist.integrations.vllm.handover import cluster_id_of
 from llm_datadist.testing.cluster import free_port
+from llm_datadist.testing.process import ObjectProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,23 +189,159 @@ def test_another_engine_id_at_the_address_makes_no_link_and_ends_no_link(
     assert decode.call(Engine.read, "third", PROMPT, params, OURS) == "right"
 
 
+def spellings(count: int) -> list[str]:
+    """So many addresses of one host."""
+    return [
+        "".join(
+            letter.upper() if number >> place & 1 else letter
+            for place, letter in enumerate("localhost")
+        )
+        for number in range(count)
+    ]
+
+
 def test_a_producers_other_addresses_keep_no_request_from_being_read(
     prefill: EngineProcess, decode: EngineProcess
 ) -> None:
-    """Each spelling of its host is one more, and one more link, which ends the one before."""
+    """A second link by one of them would end the first, with what is read over it."""
     mine = hand_over(prefill, "mine")
-    for number in range(2 ** len("local")):
-        host = "".join(
-            letter.upper() if number >> place & 1 else letter
-            for place, letter in enumerate("local")
-        )
+    for number in range(5):
+        for host in spellings(40):
+            forged = {**mine, "remote_host": host}
+            decode.call(Engine.arrive, f"f{number}-{host}", PROMPT, forged)
         params = hand_over(prefill, f"v{number}", VICTIMS, THEIR_OTHERS)
-        forged = {**mine, "remote_host": f"{host}host"}
-        decode.call(Engine.load, f"f{number}", PROMPT, forged, OURS)
         decode.call(Engine.load, f"v{number}", VICTIMS, params, MORE)
         assert decode.call(Engine.step_until_received, f"v{number}")
         assert decode.call(Engine.has, VICTIMS, MORE)
         assert not decode.call(Engine.has_failed, MORE)
+    assert decode.call(Engine.log_text).count("linked to") == 1
+
+
+def test_a_producers_other_addresses_keep_no_lease_from_being_renewed(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    mine, victims = hand_over(prefill, "mine"), hand_over(prefill, "v", VICTIMS, THEIR_OTHERS)
+    prefill.call(Engine.step)
+    decode.call(Engine.arrive, "v", VICTIMS, victims)
+    decode.begin(load_from_other_addresses, mine, 3 * SHORT_S)
+    assert not prefill.call(Engine.step_until_sent, "v", 3 * SHORT_S)
+    decode.result()
+    decode.call(Engine.schedule, "v", MORE)
+    assert decode.call(Engine.step_until_received, "v")
+    assert decode.call(Engine.has, VICTIMS, MORE)
+
+
+def load_from_other_addresses(engine: Engine, params: dict[str, Any], seconds: float) -> None:
+    """Some hundred a second."""
+    end = time.monotonic() + seconds
+    for host in itertools.cycle(spellings(512)):
+        if time.monotonic() > end:
+            return
+        request = f"f{len(engine.requests)}"
+        engine.load(request, PROMPT, {**params, "remote_host": host}, OURS)
+        engine.step_for(0.005)
+
+
+class Stranger:
+    """A cluster that may say that it is another one."""
+
+    def open(self, port: int, cluster_id: int) -> None:
+        config = LLMConfig()
+        config.enable_cache_manager = True
+        config.enable_remote_cache_accessible = True
+        config.listen_ip_info = f"127.0.0.1:{port}"
+        self._datadist = LLMDataDist(LLMRole.PROMPT, cluster_id)
+        self._datadist.init(config.generate_options())
+
+    def close(self) -> None:
+        self._datadist.finalize()
+
+
+def test_who_takes_a_producers_cluster_id_elsewhere_keeps_no_request_from_being_read(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    mine, port = hand_over(prefill, "mine"), free_port()
+    params = hand_over(prefill, "first", VICTIMS, THEIR_OTHERS)
+    assert decode.call(Engine.read, "first", VICTIMS, params, MORE) == "right"
+    victims_id = cluster_id_of("prefill", "127.0.0.1", mine["remote_port"])
+    with ObjectProcess(Stranger) as stranger:
+        stranger.call(Stranger.open, port, victims_id)
+        forged = {**mine, "remote_port": port}
+        assert decode.call(Engine.read, "forged", PROMPT, forged, OURS) == "failed"
+        assert "another engine is at its address" in decode.call(Engine.log_text)
+        decode.call(Engine.failed_blocks_forgotten)
+        params = hand_over(prefill, "next", VICTIMS, THEIR_OTHERS)
+        assert decode.call(Engine.read, "next", VICTIMS, params, MORE) == "right"
+        stranger.call(Stranger.close)
+
+
+def test_who_says_two_things_keeps_no_request_from_being_read(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    """Asked who it is it is who it should be; then it links as the producer."""
+    mine = hand_over(prefill, "mine")
+    params = hand_over(prefill, "first", VICTIMS, THEIR_OTHERS)
+    assert decode.call(Engine.read, "first", VICTIMS, params, MORE) == "right"
+    one, other = free_port(), free_port()
+    with (
+        two_faced_port(one, other) as port,
+        ObjectProcess(Stranger) as asked,
+        ObjectProcess(Stranger) as linked,
+    ):
+        asked.call(Stranger.open, one, cluster_id_of("prefill", "127.0.0.1", port))
+        linked.call(
+            Stranger.open, other, cluster_id_of("prefill", "127.0.0.1", mine["remote_port"])
+        )
+        forged = {**mine, "remote_port": port}
+        assert decode.call(Engine.read, "forged", PROMPT, forged, OURS) == "failed"
+        assert "cannot link to it" in decode.call(Engine.log_text)  # the id is in use
+        decode.call(Engine.failed_blocks_forgotten)
+        params = hand_over(prefill, "next", VICTIMS, THEIR_OTHERS)
+        assert decode.call(Engine.read, "next", VICTIMS, params, MORE) == "right"
+        asked.call(Stranger.close)
+        linked.call(Stranger.close)
+
+
+@contextmanager
+def two_faced_port(first: int, then: int) -> Iterator[int]:
+    """The first connection to it leads to one port, all others to another."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                for port in itertools.chain([first], itertools.repeat(then)):
+                    caller = server.accept()[0]
+                    listener = socket.create_connection(("127.0.0.1", port))
+                    for pipe in ((caller, listener), (listener, caller)):
+                        threading.Thread(target=pass_on, args=pipe, daemon=True).start()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def pass_on(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for end in (source, target):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+    source.close()
+
+
+def test_lines_of_the_log_stay_short_whatever_a_stranger_says_of_itself(
+    processes: Processes, decode: EngineProcess
+) -> None:
+    facts = {"\x1b[31m\n" + "k" * 100_000: "v" * 100_000}
+    with opened(processes[0], "stranger", "kv_producer", free_port(), facts) as stranger:
+        params = hand_over(stranger)
+        assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+    lines = decode.call(Engine.log_text).splitlines()
+    assert all(line.isprintable() and len(line) < 1000 for line in lines)
+    assert any("it does not fit" in line for line in lines)
 
 
 def test_made_up_addresses_keep_no_linked_producer_from_being_read(
@@ -216,7 +359,7 @@ def test_made_up_addresses_keep_no_linked_producer_from_being_read(
             decode.call(Engine.load, request, PROMPT, forged, OURS)
         params = hand_over(prefill, "second", VICTIMS, THEIR_OTHERS)
         decode.call(Engine.load, "second", VICTIMS, params, MORE)
-        assert decode.call(Engine.step_until_received, "second", within_s=1.0)
+        assert decode.call(Engine.step_until_received, "second", within_s=1.8)
         assert decode.call(Engine.has, VICTIMS, MORE)
         assert decode.call(Engine.step_until_received, *requests)
     assert "too many producers are being linked to" in decode.call(Engine.log_text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SHORT_S = 1.0
+#: another prompt
+OTHERS = [token + 1000 for token in PROMPT]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +137,7 @@ def test_blocks_that_were_given_to_another_request_are_never_taken_for_the_first
     """The other request has the same blocks, and the same slot."""
     params = hand_over(hasty)
     assert hasty.call(Engine.step_until_sent, "r")
-    others = [token + 1000 for token in PROMPT]
-    again = hasty.call(Engine.prefill, "another", others, THEIRS)
+    again = hasty.call(Engine.prefill, "another", OTHERS, THEIRS)
     assert again is not None
     assert again["remote_lease"][0] == params["remote_lease"][0]
     assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
@@ -260,6 +261,73 @@ def test_answers_to_one_prompt_share_its_blocks(
     assert prefill.call(Engine.step_until_sent, "r")
 
 
+def test_answers_to_one_prompt_may_share_the_object_with_their_parameters(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    params = hand_over(prefill)
+    assert decode.call(read_twice_by_one_object, params) == [len(PROMPT)] * 2
+    assert decode.call(Engine.has, PROMPT, OURS)
+    assert decode.call(Engine.has, PROMPT, MORE)
+    assert prefill.call(Engine.step_until_sent, "r")
+
+
+def read_twice_by_one_object(engine: Engine, params: dict[str, Any]) -> list[int]:
+    counts = []
+    for request_id in ("0_r", "1_r"):
+        engine.arrive(request_id, PROMPT, params)
+    for request_id, blocks in (("0_r", OURS), ("1_r", MORE)):
+        counts.append(engine.schedule(request_id, blocks))
+        assert engine.step_until_received(request_id)
+    return counts
+
+
+def test_a_load_that_failed_is_not_begun_again(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    params = {**hand_over(prefill), "remote_block_ids": [[]]}
+    assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "failed"
+    assert decode.call(Engine.schedule, "d", OURS) == 0
+
+
+def test_a_request_under_the_id_of_one_that_waits_takes_its_place(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    one, other = hand_over(prefill, "one"), hand_over(prefill, "other", OTHERS, MORE)
+    decode.call(Engine.arrive, "d", PROMPT, one)
+    assert decode.call(Engine.read, "d", OTHERS, other, OURS) == "right"
+    assert prefill.call(Engine.step_until_sent, "one")
+    assert prefill.call(Engine.step_until_sent, "other")
+
+
+def test_a_request_under_the_id_of_one_that_is_read_is_computed_here(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    one, other = hand_over(prefill, "one"), hand_over(prefill, "other", OTHERS, MORE)
+    decode.call(read_while_another_comes, one, other)
+    assert decode.call(Engine.has, PROMPT, OURS)
+    assert prefill.call(Engine.step_until_sent, "one")
+    assert prefill.call(Engine.step_until_sent, "other")
+
+
+def read_while_another_comes(engine: Engine, one: dict[str, Any], other: dict[str, Any]) -> None:
+    engine.arrive("d", PROMPT, one)
+    assert engine.schedule("d", OURS) == len(PROMPT)
+    engine.arrive("d", OTHERS, other)
+    assert engine.schedule("d", MORE) == 0
+    assert engine.step_until_received("d")
+
+
+def test_no_two_requests_under_one_id_are_handed_over_at_once(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    params = hand_over(prefill)
+    assert prefill.call(Engine.prefill, "r", OTHERS, MORE) is None
+    assert "its id is in use" in prefill.call(Engine.log_text)
+    assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "right"
+    assert prefill.call(Engine.step_until_sent, "r")
+    assert prefill.call(Engine.prefill, "r", OTHERS, MORE) is not None
+
+
 def test_a_producer_that_hangs_does_not_keep_others_waiting(
     processes: Processes, port: int, another_port: int
 ) -> None:
@@ -293,6 +361,12 @@ def test_one_engine_may_be_both(processes: Processes, port: int, another_port: i
         assert one.call(Engine.read, "d", PROMPT, back, OURS) == "right"
         assert one.call(Engine.step_until_sent, "r")
         assert other.call(Engine.step_until_sent, "r")
+
+
+def test_an_engine_does_not_read_from_itself(processes: Processes, port: int) -> None:
+    with opened(processes[0], "a", "kv_both", port) as engine:
+        assert engine.call(Engine.read, "d", PROMPT, hand_over(engine), OURS) == "failed"
+        assert "cannot read from itself" in engine.call(Engine.log_text)
 
 
 def test_with_link_security_only_those_who_know_the_secret_read(

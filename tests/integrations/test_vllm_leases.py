@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-from kv_engine import Engine
+from kv_engine import Engine, Request, Status
 from kv_processes import (
     MORE,
     OURS,
     PROMPT,
+    THEIRS,
     EngineProcess,
     Processes,
     hand_over,
@@ -156,14 +157,14 @@ def test_producers_with_one_engine_id_are_told_apart_by_their_addresses(
             assert other.call(Engine.step_until_sent, here)
 
 
-def test_an_engine_that_is_silent_is_let_go_when_another_is_said_to_be_there(
+def test_an_engine_that_is_silent_keeps_its_link_when_another_is_said_to_be_there(
     processes: Processes,
 ) -> None:
-    """Its host may have vanished without a word, and its successor have the address."""
-    settings = {"pull_timeout_s": SHORT_S, "llm_config": {"transfer_path": "tcp"}}
+    timeouts = {"link_timeout_s": SHORT_S, "pull_timeout_s": SHORT_S}
+    tcp = {"llm_config": {"transfer_path": "tcp"}}
     with (
         ObjectProcess(Engine) as silent,
-        opened(processes[1], "decode", "kv_consumer", **settings) as decode,
+        opened(processes[1], "decode", "kv_consumer", **timeouts, **tcp) as decode,
     ):
         silent.call(Engine.open, "silent", "kv_producer", free_port())
         assert decode.call(Engine.read, "d", PROMPT, hand_over(silent), OURS) == "right"
@@ -171,7 +172,84 @@ def test_an_engine_that_is_silent_is_let_go_when_another_is_said_to_be_there(
         silent.pause()
         successors = {**params, "remote_engine_id": "successor"}
         assert decode.call(Engine.read, "e", PROMPT, successors, OURS) == "failed"
-        assert decode.call(Engine.paths) == []
+        assert decode.call(Engine.paths) == ["tcp"]
         silent.resume()
         decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "f", PROMPT, params, MORE) == "right"
+        assert decode.call(Engine.log_text).count("linked to 127.0.0.1") == 1
+
+
+def test_a_lease_whose_producer_could_not_be_linked_at_first_is_renewed_later(
+    processes: Processes,
+) -> None:
+    with (
+        ObjectProcess(Engine) as prefill,
+        opened(processes[1], "decode", "kv_consumer", link_timeout_s=0.3) as decode,
+    ):
+        prefill.call(Engine.open, "p", "kv_producer", free_port(), kv_lease_duration=2 * SHORT_S)
+        params = hand_over(prefill)
+        prefill.call(Engine.step)
+        prefill.pause()
+        decode.call(Engine.arrive, "d", PROMPT, params)
+        decode.call(Engine.step_for, SHORT_S)
+        assert "cannot read from p" in decode.call(Engine.log_text)
+        prefill.resume()
+        assert not prefill.call(Engine.step_until_sent, "r", 4 * SHORT_S)
+        assert decode.call(Engine.schedule, "d", OURS) == len(PROMPT)
+        assert decode.call(Engine.step_until_received, "d")
+        assert decode.call(Engine.has, PROMPT, OURS)
+
+
+def test_a_producer_that_never_answers_is_not_called_beyond_the_lease(
+    processes: Processes, decode: EngineProcess
+) -> None:
+    lease = {"kv_lease_duration": SHORT_S}
+    with opened(processes[0], "prefill", "kv_producer", free_port(), **lease) as prefill:
+        params = {**hand_over(prefill), "remote_port": free_port()}
+    decode.call(Engine.arrive, "d", PROMPT, params)
+    decode.call(Engine.step_for, 2 * SHORT_S)
+    tries = decode.call(Engine.log_text).count("cannot read from")
+    assert 2 <= tries <= 20
+    decode.call(Engine.step_for, SHORT_S)
+    assert decode.call(Engine.log_text).count("cannot read from") == tries
+
+
+def test_thousands_of_leases_are_renewed_while_their_producer_computes(
+    processes: Processes,
+) -> None:
+    """It holds Python's lock: each transfer takes as long as its thread has to wait for that."""
+    tcp = {"llm_config": {"transfer_path": "tcp"}}
+    lease = {"kv_lease_duration": SHORT_S, **tcp}
+    with (
+        opened(processes[0], "prefill", "kv_producer", free_port(), **lease) as prefill,
+        opened(processes[1], "decode", "kv_consumer", **tcp) as decode,
+    ):
+        assert decode.call(Engine.read, "first", PROMPT, hand_over(prefill, "first"), OURS)
+        assert prefill.call(Engine.step_until_sent, "first")
+        decode.call(wait_for_all, prefill.call(hand_over_many, 2000))
+        assert prefill.call(num_sent_within, 3 * SHORT_S) == 1
+
+
+def hand_over_many(engine: Engine, count: int) -> list[dict[str, Any]]:
+    """As many hand-overs, of requests that were computed in one step."""
+    assert engine.producer
+    requests = [Request(f"r{i}", PROMPT, {"do_remote_decode": True}) for i in range(count)]
+    for request in requests:
+        engine.producer.scheduled(request)
+        request.num_computed_tokens = len(PROMPT)
+        request.status = Status.FINISHED_LENGTH_CAPPED
+    engine.step()
+    params = [engine.producer.finished(request, THEIRS) for request in requests]
+    engine.step()
+    return [each for each in params if each]
+
+
+def wait_for_all(engine: Engine, all_params: list[dict[str, Any]]) -> None:
+    for number, params in enumerate(all_params):
+        engine.arrive(f"d{number}", PROMPT, params)
+    engine.step()
+
+
+def num_sent_within(engine: Engine, seconds: float) -> int:
+    engine.step_for(seconds)
+    return len(engine.sent)

@@ -50,6 +50,9 @@ _STATS = ClusterStats(
     ),
     waits=(WaitStats("stream", _TIMES),),
     link_events=(LinkEvents("tcp", 2, 1),),
+    num_silent=4,
+    num_half_open=5,
+    num_turned_away=6,
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def decoder_of(kind: Any) -> Callable[[bytes], m.Message]:
     return decode
 
 
-READY = Recorded("Ready", {"path": "cma"}, m.encode(m.Ready("cma")).hex())
+LINKED = Recorded("Linked", {"path": "cma"}, m.encode(m.Linked("cma")).hex())
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ READY = Recorded("Ready", {"path": "cma"}, m.encode(m.Ready("cma")).hex())
     ],
 )
 def test_a_message_that_was_changed_is_found(fields: list[Any], complaint: str) -> None:
-    changed = msgspec.defstruct("Ready", fields, bases=(m.Message,), tag=3)
-    assert complaint in str(difference(READY, decoder_of(changed)))
+    changed = msgspec.defstruct("Linked", fields, bases=(m.Message,), tag=5)
+    assert complaint in str(difference(LINKED, decoder_of(changed)))
 
 
 def test_a_message_that_is_refused_now_is_found() -> None:

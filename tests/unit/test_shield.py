@@ -13,7 +13,9 @@ from certificates import Authority, Files
 from llm_datadist.errors import LLMException
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.transport.certificate import Certificate
-from llm_datadist.transport.shield import NotAuthentic, Shield, Shields, Tls
+from llm_datadist.transport.shield import NotAuthentic, Shield
+from llm_datadist.transport.shields import Shields
+from llm_datadist.transport.tls import Tls
 
 if TYPE_CHECKING:
     from pathlib import Path

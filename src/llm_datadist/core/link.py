@@ -379,7 +379,8 @@ class CallerLink(Link):
 
     def _path_works(self, path: str) -> list[Action]:
         self.state = State.AGREEING
-        return [Send(m.Ready(path))]
+        unmet = next((reason for name, reason, _ in self.rejected if name == SAME_HOST), "")
+        return [Send(m.Ready(path, m.as_text(unmet)))]
 
     def _path_failed(self, path: str, reason: str, is_remarkable: bool) -> list[Action]:
         return self._propose()
@@ -428,6 +429,8 @@ class ListenerLink(Link):
             return self._close(LLMStatusCode.LLM_SUCCESS, "it goes on over a same-host socket")
         if isinstance(message, m.Ready) and self.state is State.OFFERED and self.peer is not None:
             self.state = State.PROBING
+            if message.unmet and not self.is_same_host and not self.rejected:
+                self.rejected.append((SAME_HOST, message.unmet, False))  # the caller has warned
             if message.path in self._paths(self.peer.offers):
                 return [Probe(message.path)]
             return self.probed(

@@ -28,6 +28,8 @@ HEADER = struct.Struct("<II")
 MAX_GREETING_NBYTES = 64 * 1024
 #: largest body on a link: 16 Mi bytes hold the table of 30,000 caches of 64 tensors
 MAX_BODY_NBYTES = 16 * 1024 * 1024
+#: largest body of a request: segments need 24 bytes each. Only answers are larger
+MAX_REQUEST_BODY_NBYTES = 2 * 1024 * 1024
 #: largest body of an answer to AskStats, which need not come from anybody known
 MAX_STATS_NBYTES = 1024 * 1024
 #: segments in one read request; larger transfers are asked for in several
@@ -96,9 +98,10 @@ class Welcome(Message, tag=2, forbid_unknown_fields=False):
 
 
 class Ready(Message, tag=3):
-    """The caller has verified this path in its direction."""
+    """The caller has verified this path in its direction; `unmet` is why not on one host."""
 
     path: Text
+    unmet: Text = ""
 
 
 class Unusable(Message, tag=4):

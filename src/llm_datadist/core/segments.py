@@ -65,6 +65,8 @@ class Segments:
 
     def overlap(self, other: Segments) -> bool:
         """Whether a byte of the other's destination is one of this one's."""
+        if not len(self) or not len(other) or self._ends_before(other) or other._ends_before(self):
+            return False
         starts = np.concatenate((self.dst, other.dst))
         ends = np.concatenate((self.dst + self.nbytes, other.dst + other.nbytes))
         is_other = np.arange(len(starts)) >= len(self)
@@ -75,6 +77,10 @@ class Segments:
         ]
         before = np.where(is_other[1:], latest[0][:-1], latest[1][:-1])
         return bool((before > starts[1:]).any())
+
+    def _ends_before(self, other: Segments) -> bool:
+        """Whether all of this one's destination lies below the other's."""
+        return bool((self.dst + self.nbytes).max() <= other.dst.min())
 
     def slice(self, start: int, stop: int) -> Segments:
         return Segments(self.src[start:stop], self.dst[start:stop], self.nbytes[start:stop])

@@ -143,6 +143,9 @@ class ClusterStats(msgspec.Struct, frozen=True):
     operations: Annotated[tuple[OperationStats, ...], _AT_MOST] = ()
     waits: Annotated[tuple[WaitStats, ...], _AT_MOST] = ()
     link_events: Annotated[tuple[LinkEvents, ...], _AT_MOST] = ()
+    num_silent: Count = 0  #: connections to us that have said nothing of use yet
+    num_half_open: Count = 0  #: hand-shakes with callers that are not linked yet
+    num_turned_away: Count = 0  #: connections that were neither a link's nor became one
 
     def told(self, *, to_stranger: bool) -> ClusterStats:
         """What others get to know: the first MAX_TOLD links, pools, and the busiest operations.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llm_datadist.running.movers import Movers
     from llm_datadist.transport.base import Transport
     from llm_datadist.transport.same_host import SameHost
-    from llm_datadist.transport.shield import Shields
+    from llm_datadist.transport.shields import Shields
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,6 @@ class Control:
         """It is one to a same-host socket, and so for links of that path alone."""
         return isinstance(self.at, SameHost) and not self.at.is_meeting_point
 
-    def trust(self) -> None:
-        """The peer is known: accept frames of full size."""
-        self.frames.max_nbytes = m.MAX_BODY_NBYTES
-
     def watch(self) -> None:
         """Has the connection end soon after the peer's host vanished while a message was under way.
 

@@ -167,9 +167,12 @@ class Linker:
             raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
         control = await self._reach(at, is_here, max(0.001, deadline.remaining_s()))
         session = await self._shake_hands(control, call, deadline, first.instance)
-        if session.is_closed:
-            raise PathUnavailable(session.path_reason or session.reason)
-        return session
+        if not session.is_closed:
+            return session
+        if session.rejected:
+            _, reason, is_remarkable = session.rejected[-1]
+            raise PathUnavailable(reason, is_remarkable=is_remarkable)
+        raise PathUnavailable(session.reason)
 
     async def _reach(self, at: SameHost, is_here: bool, left_s: float) -> Control:
         """A connection to a same-host socket. Raises PathUnavailable."""

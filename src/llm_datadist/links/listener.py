@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import secrets
 import socket
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome
 from llm_datadist.links.session import Session
+from llm_datadist.links.strangers import HAND_SHAKE_S, WHY
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running import forks
 from llm_datadist.running.loop import cancel_all
@@ -29,17 +31,22 @@ if TYPE_CHECKING:
     from llm_datadist.links.groups import Groups
     from llm_datadist.links.ids import Ids
     from llm_datadist.links.session import Registrar
+    from llm_datadist.links.strangers import Strangers
     from llm_datadist.links.table import LinkTable
 
 _BACKLOG = 512
-#: strangers may stay silent this long, and so many of them at once
+#: strangers may stay silent this long
 _GREETING_S = 10.0
-_MAX_GREETINGS = 512
-_MAX_HAND_SHAKE_S = 60.0
-#: how long to leave new connections in the backlog when descriptors have run out
+#: how long to leave new connections in the backlog when nothing more can be accepted
 _EXHAUSTED_S = 0.2
-_MAX_STRANGERS = 1024
+#: … and when descriptors have run out, and strangers make room
+_MAKING_ROOM_S = 0.01
+#: the other end of a link that is to be forgotten may take so long to agree
 _FORGET_S = 1.0
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_COMPLAIN_S = 60.0
+#: so many addresses are remembered that were refused
+_MAX_REFUSED = 1024
 
 
 def bind(endpoint: Endpoint, *, is_v6_only: bool = False) -> socket.socket:
@@ -83,6 +90,7 @@ class Listener:
         groups: Groups,
         ids: Ids,
         registrar: Registrar,
+        strangers: Strangers,
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
         """`take_snapshot` is what whoever asks is told, made in a thread of the waiters."""
@@ -92,11 +100,14 @@ class Listener:
         self._groups = groups
         self._ids = ids
         self._registrar = registrar
+        self._strangers = strangers
         self._take_snapshot = take_snapshot
         self._greetings: dict[asyncio.Task[bool], Control] = {}
         self._sessions: dict[bytes, Session] = {}
         #: addresses that were refused for want of a credential, each with why
-        self._strangers: set[tuple[str, str]] = set()
+        self._refused: set[tuple[str, str]] = set()
+        #: when the log said last that nothing can be accepted
+        self._complained_at = -math.inf
         context.loop.add_reader(sock, self._accept)
 
     async def close(self) -> None:
@@ -114,12 +125,7 @@ class Listener:
         except BlockingIOError:
             return
         except OSError as error:
-            get_logger().error("cannot accept a connection: %s", error)
-            loop.remove_reader(self._socket)
-            loop.call_later(_EXHAUSTED_S, self._go_on)
-            return
-        if len(self._greetings) >= _MAX_GREETINGS:
-            sock.close()
+            self._cannot_accept(error)
             return
         is_same_host = sock.family == socket.AF_UNIX
         at = SameHost.of_caller(sock) if is_same_host else Endpoint(*address[:2])
@@ -130,7 +136,18 @@ class Listener:
             return
         task = loop.create_task(self._greet(control))
         self._greetings[task] = control
+        self._strangers.came(control)
         task.add_done_callback(self._greeted)
+
+    def _cannot_accept(self, error: OSError) -> None:
+        """Says so once a minute, and makes room where that helps; others wait in the backlog."""
+        loop = self._context.loop
+        if loop.time() > self._complained_at + _COMPLAIN_S:
+            self._complained_at = loop.time()
+            get_logger().error("cannot accept a connection: %s", error)
+        loop.remove_reader(self._socket)
+        is_short = error.errno in _EXHAUSTED and self._strangers.make_room()
+        loop.call_later(_MAKING_ROOM_S if is_short else _EXHAUSTED_S, self._go_on)
 
     def _go_on(self) -> None:
         if self._socket.fileno() >= 0:
@@ -139,6 +156,7 @@ class Listener:
     def _greeted(self, task: asyncio.Task[bool]) -> None:
         """Closes a connection that is not kept; one whose greeting never began is none."""
         control = self._greetings.pop(task)
+        self._strangers.known(control)
         error = None if task.cancelled() else task.exception()
         if error is not None:
             get_logger().error("greeting a connection failed", exc_info=error)
@@ -152,10 +170,13 @@ class Listener:
             return await self._welcome(control, first)
         except Unwelcome as error:
             self._turn_away(control, error)
-            return False
-        except (asyncio.TimeoutError, ConnectionEnded) as error:
-            get_logger().info("dropped a connection that said nothing of use: %s", error)
-            return False
+        except asyncio.TimeoutError:
+            self._strangers.turned_away(WHY.silent)
+        except ConnectionEnded as error:
+            if self._strangers.known(control):  # else it was counted when it was turned away
+                get_logger().debug("a connection said nothing of use: %s", error)
+                self._strangers.turned_away(WHY.useless)
+        return False
 
     async def _first_message(self, control: Control) -> m.AnyMessage:
         if not control.shield.is_done:
@@ -164,16 +185,19 @@ class Listener:
 
     def _turn_away(self, control: Control, error: Unwelcome) -> None:
         """Says so once for each address and reason: strangers may come often."""
+        if not self._strangers.known(control):
+            return
+        self._strangers.turned_away(WHY.unwelcome)
         host = control.at.host if isinstance(control.at, Endpoint) else str(control.at)
         why = host, str(error)
-        if why not in self._strangers and len(self._strangers) < _MAX_STRANGERS:
-            self._strangers.add(why)
+        if why not in self._refused and len(self._refused) < _MAX_REFUSED:
+            self._refused.add(why)
             get_logger().warning("refused a connection from %s: %s", host, error)
 
     async def _welcome(self, control: Control, first: m.AnyMessage) -> bool:
         """Whether the connection is kept."""
         if isinstance(first, m.Hello):
-            return await self._open_session(control, first)
+            return await self._shake_hands(control, first)
         if isinstance(first, m.Attach):
             return await self._attach(control, first)
         if isinstance(first, m.Forget):
@@ -183,8 +207,10 @@ class Listener:
             await control.send(m.ByeDone())
             return False
         if isinstance(first, m.AskStats):
+            self._strangers.asks(control)
             await asyncio.wait_for(self._tell_stats(control), _GREETING_S)
             return False
+        self._strangers.turned_away(WHY.useless)
         await control.send(
             m.Refused(
                 LLMStatusCode.LLM_FAILED, f"a connection cannot begin with {type(first).__name__}"
@@ -198,12 +224,20 @@ class Listener:
         stats = await context.loop.run_in_executor(context.waiters, self._take_snapshot)
         await control.send(m.Stats(stats.told(to_stranger=not context.shields.is_secure)))
 
+    async def _shake_hands(self, control: Control, hello: m.Hello) -> bool:
+        self._strangers.said_hello(control)
+        begun_at = self._context.loop.time()
+        is_linked = await self._open_session(control, hello)
+        if not is_linked and self._context.loop.time() - begun_at >= HAND_SHAKE_S:
+            self._strangers.turned_away(WHY.late)
+        return is_linked
+
     async def _open_session(self, control: Control, hello: m.Hello) -> bool:
         link = ListenerLink(self._context.me, control.is_same_host, token=secrets.token_bytes(16))
         session = Session(self._context, self._registrar, control, link, None, hello.group)
         self._sessions[session.token] = session
         session.when_closed(lambda: self._sessions.pop(session.token, None))
-        timeout_s = min(hello.timeout_ms / 1000, _MAX_HAND_SHAKE_S)
+        timeout_s = min(hello.timeout_ms / 1000, HAND_SHAKE_S)
         first = await self._admit(session, link, hello, timeout_s)
         await session.greet(first, timeout_s)
         return not session.is_closed
@@ -234,8 +268,9 @@ class Listener:
 
     async def _attach(self, control: Control, attach: m.Attach) -> bool:
         session = self._sessions.get(attach.token)
-        is_right = session is not None and session.owns(control, attach.proof)
+        is_right = session is not None and session.joining.is_peers(control, attach.proof)
         if session is None or not is_right or not control.frames.is_empty:
+            self._strangers.turned_away(WHY.useless)
             text = f"cluster {self._context.me.cluster_id} has no such link"
             await control.send(m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, text))
             return False
@@ -243,6 +278,7 @@ class Listener:
             text = "the link has as many streams as it may have"
             await control.send(m.Refused(LLMStatusCode.LLM_FAILED, text))
             return False
+        self._strangers.known(control)
         await control.send(m.Attached())
         if attach.is_reverse:
             session.add_stream(open_stream(control.socket, control.shield))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llm_datadist.links.groups import Groups
     from llm_datadist.links.ids import Ids
     from llm_datadist.links.session import Registrar
+    from llm_datadist.links.strangers import Strangers
     from llm_datadist.links.table import LinkTable
     from llm_datadist.options import Options
     from llm_datadist.running.loop import Loop
@@ -43,6 +44,7 @@ class Listening:
         groups: Groups,
         ids: Ids,
         registrar: Registrar,
+        strangers: Strangers,
         take_snapshot: Callable[[], ClusterStats],
     ) -> None:
         self._loop = loop
@@ -53,6 +55,7 @@ class Listening:
         self._groups = groups
         self._ids = ids
         self._registrar = registrar
+        self._strangers = strangers
         self._take_snapshot = take_snapshot
         self._listener: Listener | None = None
         self._asked: Endpoint | None = None
@@ -134,6 +137,7 @@ class Listening:
         for listener in (*self._rank_listeners.values(), *self._meeting_listeners.values()):
             await listener.close()
         await self._close_same_host()
+        self._strangers.close()
 
     def _open(self, endpoint: Endpoint | None) -> None:
         if endpoint is None:
@@ -170,6 +174,7 @@ class Listening:
             self._groups,
             self._ids,
             self._registrar,
+            self._strangers,
             self._take_snapshot,
         )
 

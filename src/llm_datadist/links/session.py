@@ -9,8 +9,8 @@ with the end of a session its door is shut, its streams, channels and services a
 whoever is told of links (`Registrar`) was told. After `cut` nothing of a session begins any more;
 `join` waits for what it has running.
 
-Only the loop's thread calls a session, but for `_dial_stream` and `_ask_for_stream`, which threads
-call that lack a stream, and `drain`. No locks. A session knows neither the table of links nor
+Only the loop's thread calls a session, but for `_ask_for_stream`, which threads call that lack a
+stream, and `drain`. No locks. A session knows neither the table of links nor
 groups: it tells a Registrar. Rejected: a thread for each link (a thousand peers), and a Peer that
 exists during the hand-shake (threads would have to ask whether it is one yet).
 """
@@ -23,17 +23,19 @@ from typing import TYPE_CHECKING, Protocol
 
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
-from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.links.control import ConnectionEnded, Control, dial
-from llm_datadist.links.services import Services
+from llm_datadist.errors import LLMStatusCode
+from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome
+from llm_datadist.links.joining import Joining
+from llm_datadist.links.paths import Paths
+from llm_datadist.links.services import MAX_EARLY, Services
 from llm_datadist.links.vouching import Vouching
 from llm_datadist.observe.log import get_logger
+from llm_datadist.owner.guest import Guest
 from llm_datadist.peer.peer import Peer
-from llm_datadist.peer.streams import StreamPool, dial_stream
+from llm_datadist.peer.streams import MAX_STREAMS, StreamPool
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.gate import Door
-from llm_datadist.transport.base import Channel, PathUnavailable, verify
-from llm_datadist.transport.stream import RequestRefused
+from llm_datadist.transport.base import PathUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from llm_datadist.links.context import Context
     from llm_datadist.transport.certificate import Certificate
     from llm_datadist.transport.same_host import Process
-    from llm_datadist.transport.shield import Shield
     from llm_datadist.transport.stream import Stream
 
 
@@ -94,17 +95,22 @@ class Session:
         self._vouching = Vouching(lambda call: self.perform([lk.Send(m.Vouch(call))]))
         #: calls that use this link go through it
         self.door = Door("the link is still being made")
+        #: for connections that say that they are the peer's
+        self.joining = Joining(context, control, link)
         self._streams = StreamPool(
-            self._dial_stream if isinstance(link, lk.CallerLink) else None,
+            self.joining.dial_stream if isinstance(link, lk.CallerLink) else None,
             self._ask_for_stream,
             context.recorder,
             control.process,
         )
-        self._channels: dict[str, Channel] = {}
+        self._paths = Paths(context, self._streams)
         #: the other end, for the threads that move bytes; None while the link is being made
         self.peer: Peer | None = None
-        #: answers what the peer asks
-        self.services = Services(context, lambda: self.peer, self._dial_service, self._spawn)
+        #: the same to those who answer what it asks
+        self._guest = Guest(was_called=isinstance(link, lk.CallerLink))
+        self.services = Services(context, self._guest, self._dial_service, self._spawn)
+        #: the peer's Bye waits for our calls to end
+        self._draining: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._deadline = Deadline.after(0)
         self.status = LLMStatusCode.LLM_SUCCESS
@@ -130,9 +136,14 @@ class Session:
         return self._link.path
 
     @property
+    def rejected(self) -> Sequence[tuple[str, str, bool]]:
+        """Better paths that are not used: (path, reason, whether it deserves a warning)."""
+        return self._link.rejected
+
+    @property
     def path_reason(self) -> str:
         """Why better paths are not used; empty when there is no better one."""
-        return "; ".join(f"{path}: {reason}" for path, reason, _ in self._link.rejected)
+        return "; ".join(f"{path}: {reason}" for path, reason, _ in self.rejected)
 
     @property
     def state(self) -> str:
@@ -263,7 +274,8 @@ class Session:
             elif isinstance(action, lk.Learn):
                 self._vouching.learn(action.call, action.is_theirs)
             elif isinstance(action, lk.Drain):
-                self._spawn(self._drain_for_peer())
+                if self._draining is None or self._draining.done():  # more Byes say no more
+                    self._draining = self._spawn(self._drain_for_peer())
             elif isinstance(action, lk.Retract):
                 self._registrar.retracted(self, "the peer unlinked")
             else:
@@ -290,9 +302,12 @@ class Session:
         try:
             message = await self._control.receive()
         except ConnectionEnded as error:
+            if self.peer is not None and isinstance(error, Unwelcome):
+                get_logger().warning("the link to cluster %d is cut: %s", self.cluster_id, error)
             await self.perform(self._link.lost(str(error)))
             return False
         await self.perform(self._link.received(message))
+        await asyncio.sleep(0)  # what has come already would be received without a wait
         return True
 
     async def _send(self, message: m.Message) -> Sequence[lk.Action]:
@@ -319,68 +334,36 @@ class Session:
         await self.perform(await self._verify(path))
 
     async def _verify(self, path: str) -> Sequence[lk.Action]:
-        context = self._context
         try:
-            if context.transports[path].may_wait:
-                opening = context.loop.run_in_executor(context.waiters, self._open_and_verify, path)
-                channel = await opening
-            else:
-                channel = self._open_and_verify(path)
+            await self._paths.verify(path, self._said, self._deadline)
         except PathUnavailable as error:
             if self._deadline.remaining_s() <= 0:
                 return self._link.timed_out(f"{path} could not be verified: {error.reason}")
             return self._link.probed(path, error.reason, is_remarkable=error.is_remarkable)
-        self._channels[path] = channel
-        if self.is_closed:  # it ended meanwhile
-            self._close_channels()
         return self._link.probed(path, None, is_remarkable=False)
-
-    def _open_and_verify(self, path: str) -> Channel:
-        """In a thread of the waiters, unless it cannot wait. Raises PathUnavailable."""
-        said = self._said
-        transport = self._context.transports[path]
-        try:
-            channel = transport.open(said.offers[path], self._streams)
-        except LLMException as error:
-            raise PathUnavailable(str(error)) from error
-        try:
-            verify(transport, channel, said.probe, self._deadline)
-        except BaseException:
-            channel.close()
-            raise
-        return channel
 
     def is_full(self, *, is_reverse: bool) -> bool:
         """Whether no more streams may join the link: for our questions (reverse), or the peer's."""
-        return self._streams.is_full if is_reverse else self.services.is_full
+        most = MAX_EARLY if self.peer is None else MAX_STREAMS
+        return self._streams.is_full(most) if is_reverse else self.services.is_full
 
     def add_stream(self, stream: Stream) -> None:
         """A stream that the peer dialled for us."""
         self._streams.add(stream)
 
-    def _close_channels(self, keep: str = "") -> None:
-        """Closes the channels, but that of one path. They stay known: a transfer may have one."""
-        for path, channel in list(self._channels.items()):
-            try:
-                if path != keep:
-                    channel.close()
-            except Exception:  # a transport's mistake must not keep the link from ending
-                get_logger().exception("closing the path %s failed", path)
-
     async def _publish(self) -> None:
         context = self._context
-        self._control.trust()
-        self._close_channels(keep=self.path)
         self.peer = Peer(
             self.cluster_id,
             context.transports[self.path],
-            self._channels[self.path],
+            self._paths.keep(self.path),
             self._streams,
             self.door,
             is_one_sided=context.me.is_remote_accessible,
             checking=context.checking,
         )
         self.reopen()
+        self._guest.link_made(self.peer)
         await self._registrar.linked(self)
         self._settled.set()
 
@@ -406,37 +389,11 @@ class Session:
 
     async def _dial_service(self) -> Control | None:
         """A connection on which the peer asks; None when the link is no more."""
-        shield = self._context.shields.make(is_caller=True)
-        control = await dial(self._control.at, self._context.waiters, shield)
-        try:
-            await control.send(self._attach(shield, is_reverse=True))
-            answer = await control.receive()
-        except BaseException:
+        control = await self.joining.dial_service()
+        if control is not None and self.is_closed:
             control.close()
-            raise
-        if isinstance(answer, m.Attached) and not self.is_closed:
-            return control
-        control.close()
-        return None
-
-    def _dial_stream(self, deadline: Deadline) -> Stream:
-        """In any thread."""
-        control, shield = self._control, self._context.shields.make(is_caller=True)
-        try:
-            return dial_stream(control.at, control.process, shield, self._attach, deadline)
-        except RequestRefused as refused:
-            raise LLMException(
-                f"{control.at} leads to cluster {self.cluster_id}, and elsewhere, too: {refused}",
-                refused.status_code,
-            ) from refused
-
-    def _attach(self, shield: Shield, *, is_reverse: bool = False) -> m.Attach:
-        return m.Attach(self.token, is_reverse, shield.proof(self._control.shield))
-
-    def owns(self, control: Control, proof: bytes) -> bool:
-        """Whether a connection that names this link is its peer's."""
-        same_process = control.process == self._control.process
-        return same_process and control.shield.proves(self._control.shield, proof)
+            return None
+        return control
 
     def _ask_for_stream(self) -> None:
         """In any thread."""
@@ -453,7 +410,7 @@ class Session:
         if meeting is not None and meeting is not asyncio.current_task():
             meeting.cancel()
         self._streams.close(ending)
-        self._close_channels()
+        self._paths.close()
         self.services.close()
         self._control.end()
         self._vouching.close()

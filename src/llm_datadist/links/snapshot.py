@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from llm_datadist.links.session import Session
+    from llm_datadist.links.strangers import Strangers
     from llm_datadist.links.table import LinkTable
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.owner.catalog import Catalog
@@ -20,11 +21,17 @@ class Snapshots:
     """Makes snapshots of one cluster, in any thread."""
 
     def __init__(
-        self, cluster_id: int, links: LinkTable, catalog: Catalog, recorder: Recorder | None
+        self,
+        cluster_id: int,
+        links: LinkTable,
+        catalog: Catalog,
+        strangers: Strangers,
+        recorder: Recorder | None,
     ) -> None:
         self._cluster_id = cluster_id
         self._links = links
         self._catalog = catalog
+        self._strangers = strangers
         self._recorder = recorder
         self._started_at = time.monotonic()
 
@@ -45,6 +52,9 @@ class Snapshots:
             operations=() if recorder is None else recorder.operations(),
             waits=() if recorder is None else recorder.waits(),
             link_events=() if recorder is None else recorder.link_events(),
+            num_silent=self._strangers.num_silent,
+            num_half_open=self._strangers.num_half_open,
+            num_turned_away=self._strangers.num_turned_away,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ from llm_datadist.memory import native
 from llm_datadist.memory.local import gather
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist.core.segments import U64
-    from llm_datadist.running.deadline import Deadline
 
 _CHUNK_NBYTES = 1024 * 1024
 
@@ -28,22 +30,44 @@ def require_checksums() -> None:
         )
 
 
-def digest_of(addrs: U64, nbytes: U64, deadline: Deadline) -> int:
-    """The checksum of these bytes, in order.
+class Checksum:
+    """The checksum of bytes in order, made bit by bit; by one thread at a time."""
 
-    Raises LLMException: LLM_PARAM_INVALID for memory that is not mapped, LLM_TIMEOUT, and
-    LLM_FEATURE_NOT_ENABLED.
-    """
-    require_checksums()
-    import xxhash
+    def __init__(self, addrs: U64, nbytes: U64) -> None:
+        """Raises LLMException(LLM_FEATURE_NOT_ENABLED)."""
+        require_checksums()
+        import xxhash
 
-    checksum = xxhash.xxh3_64()
-    vectors, buffer = iovecs(addrs, nbytes), np.empty(_CHUNK_NBYTES, dtype=np.uint8)
-    while len(vectors):
-        deadline.require("the checksum of a transfer")
-        data = gather(vectors, buffer)
-        if not len(data) and int(vectors[0, 1]):
-            raise invalid(f"the address {int(vectors[0, 0]):#x} is not mapped memory")
-        checksum.update(data.data)
-        vectors = skip_bytes(vectors, len(data), native.IOV_MAX)
-    return int(checksum.intdigest())
+        self._sum = xxhash.xxh3_64()
+        self._vectors = iovecs(addrs, nbytes)
+        self._buffer = np.empty(_CHUNK_NBYTES, dtype=np.uint8)
+
+    def go_on(self, require: Callable[[], object], for_s: float) -> bool:
+        """Whether it is made; for so long it is gone on with.
+
+        `require` is called before each bit, and raises to end it. Raises
+        LLMException(LLM_PARAM_INVALID) for memory that is not mapped.
+        """
+        until = time.monotonic() + for_s
+        while len(self._vectors):
+            require()
+            data = gather(self._vectors, self._buffer)
+            if not len(data) and int(self._vectors[0, 1]):
+                raise invalid(f"the address {int(self._vectors[0, 0]):#x} is not mapped memory")
+            self._sum.update(data.data)
+            self._vectors = skip_bytes(self._vectors, len(data), native.IOV_MAX)
+            if time.monotonic() > until:
+                break
+        return not len(self._vectors)
+
+    @property
+    def value(self) -> int:
+        """When it is made."""
+        return int(self._sum.intdigest())
+
+
+def digest_of(addrs: U64, nbytes: U64, require: Callable[[], object]) -> int:
+    """The checksum of these bytes. Raises what `Checksum` does."""
+    checksum = Checksum(addrs, nbytes)
+    checksum.go_on(require, float("inf"))
+    return checksum.value

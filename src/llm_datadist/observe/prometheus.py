@@ -76,6 +76,13 @@ def _state(stats: ClusterStats) -> Iterator[Metric]:
         number = sum((link.path, link.state) == (path, state) for link in stats.links)
         links.add_metric((cluster, path, state), number)
     yield links
+    unlinked = _gauge("unlinked_connections", "Connections of no link.", "cluster", "kind")
+    unlinked.add_metric((cluster, "silent"), stats.num_silent)
+    unlinked.add_metric((cluster, "half-open"), stats.num_half_open)
+    yield unlinked
+    away = _counter("turned_away", "Connections that were no link's.", "cluster")
+    away.add_metric((cluster,), stats.num_turned_away)
+    yield away
     running = _gauge("transfers_running", "Transfers on links, right now.", "cluster")
     running.add_metric((cluster,), sum(link.num_running for link in stats.links))
     yield running

@@ -9,38 +9,33 @@ import numpy as np
 from llm_datadist.core import messages as m
 from llm_datadist.core.registry import KeyName
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.memory.checksum import digest_of
 from llm_datadist.memory.device import HOST
-from llm_datadist.running.deadline import Deadline
-from llm_datadist.transport.tcp import Permit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import TypeGuard
 
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.segments import U64
     from llm_datadist.owner.catalog import Catalog
-    from llm_datadist.running.gate import Gate
     from llm_datadist.transport.base import Transport
+    from llm_datadist.transport.tcp import Permit
 
 #: a peer that takes no more of an answer for this long, or asks for longer, is cut off
 MAX_ANSWER_S = 600.0
+#: so many caches and keys are told of in the loop's thread
+_FEW = 256
 
 
 class Answers:
     """Answers questions that need no more than our caches. Thread-safe."""
 
     def __init__(
-        self,
-        cluster_id: int,
-        catalog: Catalog,
-        transports: Mapping[str, Transport],
-        gate: Gate,
+        self, cluster_id: int, catalog: Catalog, transports: Mapping[str, Transport]
     ) -> None:
         self._cluster_id = cluster_id
         self._catalog = catalog
         self._transports = transports
-        self._gate = gate
 
     def answer(self, request: m.AnyMessage) -> m.Message:
         """The answer. Raises LLMException to refuse it, ProtocolError for what is no question."""
@@ -50,7 +45,7 @@ class Answers:
                 name = request.cache_id
             return m.Resolved(*self._catalog.describe(name))
         if isinstance(request, m.ListCaches):
-            return m.Caches(self._catalog.describe_all())
+            return self.table(request)
         if isinstance(request, m.UseUp):
             first, count = request.first_tensor, request.num_tensors
             tensors = range(first, first + count) if count else None
@@ -58,20 +53,29 @@ class Answers:
             return m.Done()
         raise m.ProtocolError(f"{type(request).__name__} is no request")
 
-    def exports(self, request: m.ListExports) -> m.Message:
-        """What channels over a path need to know. May take its time."""
+    def is_early(self, request: m.AnyMessage) -> bool:
+        """Whether a hand-shake needs the answer: to verify a path, or to open a channel."""
+        if isinstance(request, m.Read):
+            return self.is_probe(request)
+        return isinstance(request, m.ListExports)
+
+    def is_table(self, request: m.AnyMessage) -> TypeGuard[m.ListCaches | m.ListExports]:
+        """Whether the answer tells of so much that it may be large, and take its time."""
+        if isinstance(request, m.ListCaches):
+            return self._catalog.num_entries > _FEW
+        return isinstance(request, m.ListExports)
+
+    def table(self, request: m.ListCaches | m.ListExports) -> m.Message:
+        """All caches that peers may reach, or what channels over a path need to know of them.
+
+        Raises LLMException(LLM_PARAM_INVALID) for a path that is not to be had.
+        """
+        if isinstance(request, m.ListCaches):
+            return m.Caches(self._catalog.describe_all())
         transport = self._transports.get(request.path)
         if transport is None:
             raise invalid(f"cluster {self._cluster_id} does not have the path {request.path!r}")
         return m.Exports(transport.exports())
-
-    def digest(self, request: m.Digest) -> m.Message:
-        """The checksum of our end of a transfer. Takes its time."""
-        with self._gate.passing() as token:
-            permit = Permit(lambda: None, lambda: None)
-            _, addrs, nbytes = self.readable(token, request, permit)
-            timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
-            return m.Digested(digest_of(addrs, nbytes, Deadline.after(timeout_s)))
 
     def is_probe(self, request: m.Read) -> bool:
         """Whether it reads the nonce of a hand-shake, and no cache."""
@@ -106,6 +110,9 @@ class Answers:
             cache_id, generation = found.cache_id, found.generation
         entry = self._catalog.use(token, cache_id)
         _check_reach(entry, generation, addrs, nbytes)
+        holds = entry.layout.geometry.num_tensors * entry.layout.geometry.tensor_nbytes
+        if int(nbytes.sum()) > holds:
+            raise invalid(f"a push of more bytes than cache {entry.cache_id} has, which is {holds}")
         return entry
 
 

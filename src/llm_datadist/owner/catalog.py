@@ -286,6 +286,11 @@ class Catalog:
             self._gate.enter(token, None, entry, permit)
             return entry
 
+    @property
+    def num_entries(self) -> int:
+        """Caches, the probe's among them, and keys."""
+        return len(self._registry) + self._registry.num_keys
+
     def num_tensors(self, cache_id: int) -> int:
         """Of a cache of ours. Raises LLM_KV_CACHE_NOT_EXIST."""
         with self._lock:
@@ -309,18 +314,31 @@ class Catalog:
         raise invalid("the addresses lie in no cache that is remote accessible")
 
     def describe(self, name: int | KeyName) -> tuple[m.CacheInfo, int]:
-        """What a peer is told of a cache, and the row. Raises LLM_KV_CACHE_NOT_EXIST."""
+        """What a peer is told of a cache, and the row.
+
+        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, and LLM_PARAM_INVALID for one that peers may
+        not reach, of which they learn no more than that.
+        """
         with self._lock:
             if isinstance(name, KeyName):
                 entry, row = self._registry.find_key(name)
             else:
                 entry, row = self._find(name), 0
+            if not entry.is_remote_accessible:
+                raise invalid(
+                    f"the peer's cache {entry.cache_id} is not remote accessible: its owner must "
+                    "register it with remote_accessible=True"
+                )
             return describe(entry), row
 
     def describe_all(self) -> list[m.CacheInfo]:
-        """What a peer is told of all caches."""
+        """What a peer is told of all caches that it may reach."""
         with self._lock:
-            return [describe(e) for e in list(self._registry.entries()) if e is not self.probe]
+            return [
+                describe(entry)
+                for entry in list(self._registry.entries())
+                if entry is not self.probe and entry.is_remote_accessible
+            ]
 
     def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
         """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.plan import NOTHING
 from llm_datadist.core.remote import Guard
 from llm_datadist.core.segments import Segments
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.watch import Watch
 from llm_datadist.running.bell import Bell
 from llm_datadist.running.deadline import Deadline
@@ -48,17 +50,27 @@ class Fetching:
         """A push was asked for: it has its place from here on. `depart` must follow.
 
         In the loop's thread, so that the order is that in which the requests came. Raises
-        ProtocolError.
+        ProtocolError, and LLMException for one that reaches where it must not: later pushes wait
+        for those that have a place.
         """
-        timeout_s = min(request.timeout_ms / 1000, self._timeout_s)
         segments = Segments(*m.columns_of(request.columns, 3))
-        arrival = Arrival(request, segments, Deadline.after(timeout_s))
+        with self._gate.passing() as token:
+            self._answers.writable(token, request, segments.dst, segments.nbytes)
+        arrival = Arrival(request, segments, self.deadline_of(request.timeout_ms))
         self._arrived[arrival] = None
         return arrival
+
+    def deadline_of(self, timeout_ms: int) -> Deadline:
+        """Of what a peer asks us to do: at most as long as calls of our own may take."""
+        return Deadline.after(min(timeout_ms / 1000, self._timeout_s))
 
     def depart(self, arrival: Arrival) -> None:
         """The push is over, or will not be. May be called again."""
         self._arrived.pop(arrival, None)
+        self._bell.ring()
+
+    def look(self) -> None:
+        """A link has ended: pushes of its peer that wait are over."""
         self._bell.ring()
 
     def fetch(self, arrival: Arrival, peer: Peer) -> m.Message:
@@ -80,23 +92,28 @@ class Fetching:
         with self._gate.passing() as token:
             self._gate.enter(token, peer.door)
             ours = self._answers.writable(token, request, segments.dst, segments.nbytes)
-            self._wait_for_earlier(arrival, deadline)
+            self._wait_for_earlier(arrival, peer, deadline)
             peer.read(NOTHING, ticket, ours, deadline)  # it may be stale by now
             peer.read(segments, ticket, ours, deadline)
 
-    def _wait_for_earlier(self, arrival: Arrival, deadline: Deadline) -> None:
+    def _wait_for_earlier(self, arrival: Arrival, peer: Peer, deadline: Deadline) -> None:
         """An earlier push to the same bytes may have failed at its sender, and still be under way.
 
-        What is told to have arrived must not be overwritten by that. Raises LLM_TIMEOUT.
+        What is told to have arrived must not be overwritten by that. Raises LLMException:
+        LLM_TIMEOUT, LLM_NOT_YET_LINK.
         """
         left_s = deadline.require("a push by the peer")
-        if not self._bell.wait_until(lambda: not self._is_behind(arrival), left_s):
-            raise deadline.expired("waiting for an earlier push to the same blocks")
+        earlier = self._earlier(arrival)
 
-    def _is_behind(self, arrival: Arrival) -> bool:
-        for other in tuple(self._arrived):
-            if other is arrival:
-                return False
-            if other.segments.overlap(arrival.segments):
-                return True
-        return False
+        def is_over() -> bool:
+            return peer.is_gone or self._arrived.keys().isdisjoint(earlier)
+
+        if not self._bell.wait_until(is_over, left_s):
+            raise deadline.expired("waiting for an earlier push to the same blocks")
+        if peer.is_gone:
+            raise LLMException("the link has ended", LLMStatusCode.LLM_NOT_YET_LINK)
+
+    def _earlier(self, arrival: Arrival) -> set[Arrival]:
+        """The pushes to the same bytes that came before: looked for once, it takes its time."""
+        before = itertools.takewhile(lambda other: other is not arrival, tuple(self._arrived))
+        return {other for other in before if other.segments.overlap(arrival.segments)}

@@ -1,10 +1,13 @@
 """Serving: the answering end of a request stream, driven by the cluster's loop.
 
-Guaranteed: requests of a stream are answered in order, one at a time; the loop's thread never
-waits, and no peer keeps a thread by taking nothing. Small answers are sent at once in the loop's
-thread. Others go to a thread of the workers (large answers, checksums) or of the fetchers (what
-peers push), and the stream is not listened to meanwhile. A peer that takes nothing of an answer for
-a while gives the thread back to others, and is waited for in the loop.
+Guaranteed: requests of a stream are answered in order, one at a time, and streams have the loop's
+thread by turns; it never waits, and no peer keeps a thread by taking nothing. Small answers are
+sent at once in the loop's thread. Others go to a thread of the workers (large answers, tables,
+checksums) or of the fetchers (what peers push), and the stream is not listened to meanwhile. What
+takes long there gives its thread to other peers after a while, and goes on when it is its turn
+again (`running/shares.py`). A peer that takes nothing of an answer is waited for in the loop.
+
+As long as the link is being made only what the hand-shake needs is answered (`Answers.is_early`).
 
 All state belongs to the loop's thread. While `_is_busy` the socket is another thread's, which gives
 it back by `_resume` or `_wait`; a close meanwhile only shuts the socket down, since a descriptor
@@ -16,7 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,6 +32,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.log import get_logger
 from llm_datadist.observe.recorder import NEVER
 from llm_datadist.owner.answers import MAX_ANSWER_S
+from llm_datadist.owner.checking import Checking
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.sealed import framed, sealed
 from llm_datadist.transport.shield import NotAuthentic
@@ -39,14 +46,18 @@ if TYPE_CHECKING:
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.owner.answers import Answers
     from llm_datadist.owner.fetching import Arrival, Fetching
-    from llm_datadist.peer.peer import Peer
+    from llm_datadist.owner.guest import Guest
     from llm_datadist.running.gate import Gate
-    from llm_datadist.running.threads import Threads
+    from llm_datadist.running.shares import Shares
     from llm_datadist.transport.shield import Shield
 
 _CHUNK_NBYTES = 256 * 1024
 #: larger answers would keep the loop's thread from its other peers
 _INLINE_NBYTES = 256 * 1024
+#: so long a stream may have the loop's thread, where no other is to be had
+_TURN_S = 0.01
+#: the word that the link is made is at most so far behind the first request
+_EARLY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,9 @@ class Serving:
     fetching: Fetching
     gate: Gate
     #: threads that send large answers
-    workers: Threads
+    workers: Shares
     #: threads that fetch what peers push
-    fetchers: Threads
+    fetchers: Shares
     #: None when metrics are off
     recorder: Recorder | None
 
@@ -74,20 +85,23 @@ class StreamService:
         shield: Shield,
         frames: FrameReader,
         serving: Serving,
-        peer: Callable[[], Peer | None],
+        guest: Guest,
         when_closed: Callable[[StreamService], None],
     ) -> None:
-        """`peer` is who asks; None while the link is still being made."""
+        """The guest is who asks."""
         self._socket = sock
         self._shield = shield
         self._frames = frames
-        self._frames.max_nbytes = m.MAX_BODY_NBYTES
         self._serving = serving
         self._loop = serving.loop
-        self._peer = peer
+        self._guest = guest
         self._when_closed = when_closed
         self._is_busy = False
         self._is_closed = False
+        #: more requests have come than were answered: their turn is coming
+        self._has_turn = False
+        #: what came before the link was made, and is put off
+        self._early: m.AnyMessage | None = None
         #: the answer that waits for the peer, without a thread; until when
         self._waiting: tuple[FrameSender, Deadline] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -104,6 +118,7 @@ class StreamService:
             return
         self._is_closed = True
         self._loop.remove_reader(self._socket)
+        self._guest.has_table(self)
         if self._waiting is not None:
             self._end_wait()
             self._is_busy = False
@@ -113,8 +128,16 @@ class StreamService:
             self._serving.gate.leave(self._token)
             self._socket.close()
         self._when_closed(self)
+        self._serving.fetching.look()
+
+    def _complain(self, why: object) -> None:
+        """A peer may break streams as often as it likes: a warning a minute says enough."""
+        level = logging.WARNING if self._guest.may_warn() else logging.DEBUG
+        get_logger().log(level, "closing a stream of a peer: %s", why)
 
     def _readable(self) -> None:
+        if self._has_turn:
+            return
         try:
             data = self._socket.recv(_CHUNK_NBYTES)
         except BlockingIOError:
@@ -124,40 +147,87 @@ class StreamService:
         if not data:
             self.close()
             return
+        self._frames.max_nbytes = self._guest.max_request_nbytes
         try:
             self._frames.feed(self._shield.open(data))
         except NotAuthentic as error:
-            get_logger().warning("closing a stream of a peer: %s", error)
+            self._complain(error)
             self.close()
             return
         self._serve()
 
     def _serve(self) -> None:
+        """Answers one request; those behind it have their turn when other streams had theirs."""
+        self._has_turn = False
+        if self._is_busy or self._is_closed or self._early is not None:
+            return
         try:
-            for request in self._frames:
+            request = next(iter(self._frames), None)
+            if request is not None:
                 self._answer(request)
-                if self._is_busy or self._is_closed:
-                    return
         except (m.ProtocolError, OSError) as error:
-            get_logger().warning("closing a stream of a peer: %s", error)
+            self._complain(error)
             self.close()
+            return
+        if request is not None and not self._frames.is_empty:
+            self._has_turn = True
+            self._loop.call_soon(self._serve)
 
-    def _answer(self, request: m.AnyMessage) -> None:
-        serving = self._serving
-        if isinstance(request, m.Fetch):
-            arrival = serving.fetching.arrive(request)
-            if not self._work(serving.fetchers, partial(self._fetched, arrival)):
-                serving.fetching.depart(arrival)
-        elif isinstance(request, m.ListExports):
-            self._work(serving.workers, partial(serving.answers.exports, request))
+    def _put_off(self, request: m.AnyMessage) -> None:
+        """The link may be made, and the word of it be on its way."""
+        self._early = request
+        self._loop.remove_reader(self._socket)
+        self._guest.when_linked(self._take_up)
+        self._loop.call_later(_EARLY_S, self._take_up)
+
+    def _take_up(self) -> None:
+        request, self._early = self._early, None
+        if request is None or self._is_closed:
+            return
+        self._loop.add_reader(self._socket, self._readable)
+        try:
+            self._answer(request, is_late=True)
+        except (m.ProtocolError, OSError) as error:
+            self._complain(error)
+            self.close()
+            return
+        self._serve()
+
+    def _answer(self, request: m.AnyMessage, *, is_late: bool = False) -> None:
+        """`is_late`: it was put off. Raises ProtocolError, OSError."""
+        serving, guest = self._serving, self._guest
+        if guest.peer is None and not serving.answers.is_early(request):
+            if guest.was_called and not is_late:
+                self._put_off(request)
+            else:
+                self._send(self._sender_of(_NOT_YET), Deadline.after(MAX_ANSWER_S))
+        elif isinstance(request, m.Fetch):
+            self._begin_fetch(request)
+        elif serving.answers.is_table(request):
+            if guest.takes_table(self):
+                self._work(serving.workers, partial(serving.answers.table, request))
+            else:
+                self._send(self._sender_of(_TOO_MANY_TABLES), Deadline.after(MAX_ANSWER_S))
         elif isinstance(request, m.Digest):
-            self._work(serving.workers, partial(serving.answers.digest, request))
+            self._begin_digest(request)
         elif isinstance(request, m.Read):
             timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
             self._send(self._read(request), Deadline.after(timeout_s))
         else:
             answer = self._made(partial(serving.answers.answer, request))
+            assert answer is not None
             self._send(answer, Deadline.after(MAX_ANSWER_S))
+
+    def _begin_fetch(self, request: m.Fetch) -> None:
+        """Raises ProtocolError."""
+        serving = self._serving
+        try:
+            arrival = serving.fetching.arrive(request)
+        except LLMException as error:
+            self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))
+            return
+        if not self._work(serving.fetchers, partial(self._fetched, arrival)):
+            serving.fetching.depart(arrival)
 
     def _read(self, request: m.Read) -> FrameSender:
         """What a peer asks to be sent, as it lies in memory. Raises ProtocolError."""
@@ -174,16 +244,31 @@ class StreamService:
         frame = framed(m.Sending(int(nbytes.sum())), self._shield)
         return Sender(self._socket, frame, addrs, nbytes, entry.word_addr, permit)
 
+    def _begin_digest(self, request: m.Digest) -> None:
+        """Raises ProtocolError."""
+        serving = self._serving
+        deadline = serving.fetching.deadline_of(request.timeout_ms)
+        checking = Checking(serving.gate, deadline, lambda: self._is_closed)
+        try:
+            checking.begin(serving.answers, request)
+        except LLMException as error:
+            checking.end()
+            self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))
+            return
+        self._token = checking
+        self._work(serving.workers, checking.go_on)
+
     def _sender_of(self, message: m.Message) -> FrameSender:
         return FrameSender(self._socket, framed(message, self._shield))
 
-    def _made(self, work: Callable[[], m.Message]) -> FrameSender:
-        """What work answers, or why it cannot. Raises ProtocolError.
+    def _made(self, work: Callable[[], m.Message | None]) -> FrameSender | None:
+        """What work answers, or why it cannot; None when it is not done. Raises ProtocolError.
 
         What nobody has thought of is said, too: the peer would wait until its deadline.
         """
         try:
-            return self._sender_of(work())
+            message = work()
+            return None if message is None else self._sender_of(message)
         except LLMException as error:
             return self._sender_of(_refusal(error))
         except m.ProtocolError:
@@ -204,16 +289,15 @@ class StreamService:
 
     def _count(self, recorder: Recorder, nbytes: U64) -> None:
         """What a peer reads from us by asking."""
-        peer = self._peer()
+        peer = self._guest.peer
         if peer is not None:
             series = recorder.series("serve", peer.cluster_id, peer.path)
             series.add((NEVER, NEVER, NEVER, NEVER, 1, int(nbytes.sum()), len(nbytes)))
 
     def _fetched(self, arrival: Arrival) -> m.Message:
-        peer, fetching = self._peer(), self._serving.fetching
+        peer, fetching = self._guest.peer, self._serving.fetching
+        assert peer is not None
         try:
-            if peer is None:
-                raise LLMException("the link is still being made", LLMStatusCode.LLM_NOT_YET_LINK)
             return fetching.fetch(arrival, peer)
         finally:
             fetching.depart(arrival)
@@ -223,22 +307,27 @@ class StreamService:
         self._is_busy = True
         self._loop.remove_reader(self._socket)
 
-    def _work(self, threads: Threads, work: Callable[[], m.Message]) -> bool:
+    def _work(self, threads: Shares, work: Callable[[], m.Message | None]) -> bool:
         """Whether a thread does it; else the peer is told why not."""
         self._pause()
         try:
-            threads.start(partial(self._work_and_answer, work))
+            threads.start(self._guest, partial(self._work_and_answer, threads, work))
         except LLMException as error:  # no thread is to be had: said at once
             self._is_busy = False
+            self._guest.has_table(self)
             self._loop.add_reader(self._socket, self._readable)
             self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))
             return False
         return True
 
-    def _work_and_answer(self, work: Callable[[], m.Message]) -> None:
-        """In a thread of the fetchers or workers."""
+    def _work_and_answer(self, threads: Shares, work: Callable[[], m.Message | None]) -> None:
+        """In a thread of the fetchers or workers. What takes long goes behind what others want."""
         try:
-            sender = sealed(self._made(work), self._socket, self._shield)
+            while (answer := self._made(work)) is None:
+                with suppress(LLMException):  # no thread is to be had: it goes on in this one
+                    threads.start(self._guest, partial(self._work_and_answer, threads, work))
+                    return
+            sender = sealed(answer, self._socket, self._shield)
         except m.ProtocolError as error:
             self._loop.call_soon_threadsafe(self._resume, str(error))
             return
@@ -247,10 +336,10 @@ class StreamService:
     def _hand_over(self, sender: FrameSender, deadline: Deadline) -> None:
         """The rest of an answer goes to a thread, or bit by bit from here where there is none."""
         try:
-            self._serving.workers.start(partial(self._finish, sender, deadline))
+            self._serving.workers.start(self._guest, partial(self._finish, sender, deadline))
         except LLMException:
             try:
-                is_sent = sender.advance()
+                is_sent = sender.advance(time.monotonic() + _TURN_S)
             except OSError as error:
                 self._resume(_describe(error))
             else:
@@ -296,7 +385,7 @@ class StreamService:
             try:
                 self._waiting[0].look()
             except OSError as error:
-                get_logger().warning("closing a stream of a peer: %s", _describe(error))
+                self._complain(_describe(error))
                 self.close()
 
     def _go_on(self) -> None:
@@ -313,15 +402,22 @@ class StreamService:
 
     def _resume(self, failure: str) -> None:
         self._is_busy = False
+        self._guest.has_table(self)
         self._serving.gate.leave(self._token)
         if self._is_closed:
             self._socket.close()
         elif failure:
-            get_logger().warning("closing a stream of a peer: %s", failure)
+            self._complain(failure)
             self.close()
         else:
             self._loop.add_reader(self._socket, self._readable)
             self._serve()
+
+
+_NOT_YET = m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "the link is still being made")
+_TOO_MANY_TABLES = m.Refused(
+    LLMStatusCode.LLM_FAILED, "too many tables are being made or sent to this peer already"
+)
 
 
 def _refusal(error: LLMException) -> m.Refused:

@@ -9,7 +9,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.dialing import connect
 from llm_datadist.transport.sealed import open_stream
-from llm_datadist.transport.shield import Shields
+from llm_datadist.transport.shields import Shields
 
 if TYPE_CHECKING:
     from llm_datadist.core.stats import ClusterStats

@@ -31,9 +31,10 @@ class Found(NamedTuple):
 class Lookup:
     """The caches of one peer. Thread-safe.
 
-    In remote-accessible mode (`is_tabled`) the owner's whole table is fetched once, and again when
-    something is missing from it or proved stale. In two-sided mode the owner is asked; where it
-    checks claims with each read (`remembers`), its answer is kept until a read proves it stale.
+    In remote-accessible mode (`is_tabled`) the owner's table, of all that peers may reach, is
+    fetched once, and again when something is missing from it or proved stale. In two-sided mode the
+    owner is asked; where it checks claims with each read (`remembers`), its answer is kept until a
+    read proves it stale.
     """
 
     def __init__(self, streams: StreamPool, *, is_tabled: bool, remembers: bool) -> None:
@@ -57,8 +58,8 @@ class Lookup:
         found = None if table is None else _find_in(table, name, is_fresh=False)
         if found is None:
             found = _find_in(self._fetch(table, deadline), name, is_fresh=True)
-        if found is None:
-            raise _missing(name)
+        if found is None:  # its owner may have it to itself, and then says so
+            found = self._ask(name, deadline)
         return found
 
     def forget(self) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llm_datadist.running.gate import Door
     from llm_datadist.running.movers import Call, Movers
     from llm_datadist.transport.base import Channel, Transport
+    from llm_datadist.transport.stream import Stream
 
 #: a cache that is freed or re-made while it is read is looked up anew so many times
 _ATTEMPTS = 3
@@ -72,6 +73,11 @@ class Peer:
     def path(self) -> str:
         """The name of the transport that moves this peer's bytes."""
         return self._transport.name
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the link has ended."""
+        return self._streams.is_closed
 
     def move(
         self,
@@ -165,7 +171,8 @@ class Peer:
             with self._streams.borrow(deadline) as stream, call.ended_by(stream.shutdown):
                 question = m.Digest(src.cache_id, src.generation, timeout_ms, columns)
                 stream.tell(question, deadline)
-                ours = digest_of(piece.dst, piece.nbytes, deadline)
+                go_on = partial(_require, stream, call, deadline)
+                ours = digest_of(piece.dst, piece.nbytes, go_on)
                 try:
                     answer = stream.answer(deadline)
                 except RequestRefused as refused:
@@ -195,6 +202,14 @@ class Peer:
                 "the owner of cache %d does not know that its row %d was pulled: %s",
                 remote.guard.cache_id, row, error,
             )  # fmt: skip
+
+
+def _require(stream: Stream, call: Call, deadline: Deadline) -> None:
+    """Raises LLMException when the checksum is not wanted any more."""
+    deadline.require("the checksum of a transfer")
+    call.require()
+    if stream.is_shut:
+        raise LLMException("the link was cut", LLMStatusCode.LLM_NOT_YET_LINK)
 
 
 def _is_stale(error: LLMException, found: Found) -> bool:

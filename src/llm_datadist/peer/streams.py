@@ -126,10 +126,13 @@ class StreamPool:
         self._keep(stream)
         self._bell.ring()
 
-    @property
-    def is_full(self) -> bool:
+    def is_full(self, most: int = MAX_STREAMS) -> bool:
         """Whether there are as many as there may be, or more."""
-        return len(self._streams) >= MAX_STREAMS
+        return len(self._streams) >= most
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed_because is not None
 
     def close(self, because: str) -> None:
         """Ends all streams; whoever waits on one gets LLM_NOT_YET_LINK."""

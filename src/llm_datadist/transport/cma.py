@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
+import signal
 from array import array
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,11 @@ class CmaTransport(AllMemory):
             raise PathUnavailable(
                 "the peer is in another PID namespace: let the containers share one (--pid)"
             )
+        # what a peer names is read with our rights, whatever program it may have become meanwhile
+        if process.uid != (uid := os.geteuid()):
+            raise PathUnavailable(
+                f"run both processes as the same user (here {uid}, the peer {process.uid})"
+            )
         return CmaChannel(process, self._movers)
 
     def close(self) -> None:
@@ -80,10 +85,9 @@ class CmaChannel:
     """Reads one peer's memory."""
 
     def __init__(self, process: Process, movers: Movers) -> None:
-        self._process = process
         self._pid = process.pid
-        # before the nonce is read: it is the process that had the nonce, as long as it lives
-        self._pidfd = _pidfd(process.pid)
+        #: the very process that made the connection, which others may have by now
+        self._pidfd = _pidfd(process)
         self._movers = movers
         self._is_closed = False
 
@@ -129,7 +133,7 @@ class CmaChannel:
                 raise
             return False
         is_right = moved == total_nbytes and words[0] == words[1] == guard.generation
-        return is_right and not self._is_closed
+        return is_right and not _has_ended(self._pidfd) and not self._is_closed
 
     def _read_part(
         self, part: Segments, guard: Guard, deadline: Deadline, call: Call | None
@@ -176,8 +180,7 @@ class CmaChannel:
             return self._bad_address(0, local, remote, guard)
         if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
             return LLMException(
-                f"process_vm_readv of process {self._pid}: {error.strerror}; "
-                + _why_denied(self._process.uid, os.getuid()),
+                f"process_vm_readv of process {self._pid}: {error.strerror}; " + _why_denied(),
                 LLMStatusCode.LLM_FAILED,
             )
         return LLMException(
@@ -212,25 +215,29 @@ class CmaChannel:
             return False
 
 
-def _pidfd(pid: int) -> int | None:
-    """What stands for the process even when its number is another's; None where it cannot be had.
-
-    Raises PathUnavailable when there is no such process.
-    """
+def _pidfd(process: Process) -> int | None:
+    """What stands for a process even when its number is another's. Raises PathUnavailable."""
     try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError as error:
-        raise PathUnavailable(f"process {pid} of the peer is gone") from error
-    except OSError:  # an old kernel, or a sandbox
-        return None
+        pidfd = process.open_pidfd()
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            raise PathUnavailable(f"process {process.pid} of the peer is gone") from error
+        raise PathUnavailable(f"process {process.pid} of the peer: {error.strerror}") from error
+    if pidfd is not None and _has_ended(pidfd):
+        os.close(pidfd)
+        raise PathUnavailable(f"process {process.pid} of the peer is gone")
+    return pidfd
 
 
 def _has_ended(pidfd: int | None) -> bool:
+    """Whether its number may be another's by now, or it runs another user's program."""
     if pidfd is None:
         return False
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except OSError as error:
+        return error.errno in (errno.ESRCH, errno.EPERM, errno.EBADF)
+    return False
 
 
 def ptrace_scope() -> int:
@@ -256,9 +263,7 @@ def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:
     )
 
 
-def _why_denied(peer_uid: int, uid: int) -> str:
-    if uid not in (0, peer_uid):
-        return f"run both processes as the same user (here {uid}, the peer {peer_uid})"
+def _why_denied() -> str:
     if ptrace_scope() >= 2:
         return "lower kernel.yama.ptrace_scope to 1, or grant CAP_SYS_PTRACE"
     return "in a container, allow it (--cap-add SYS_PTRACE, or a seccomp profile that does)"

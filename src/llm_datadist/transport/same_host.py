@@ -13,10 +13,12 @@ same-host socket proper.
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import socket
 import struct
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -35,6 +37,8 @@ _MEETING_PREFIX = _PREFIX + b"meet-"
 _ID_NBYTES = 16
 _BACKLOG = 512
 _UCRED = struct.Struct("3i")
+#: since Linux 6.5; Python has no name for it yet
+_SO_PEERPIDFD = 77
 
 
 class SameHostOffer(msgspec.Struct, frozen=True, array_like=True):
@@ -137,19 +141,41 @@ class SameHost(NamedTuple):
 Address: TypeAlias = "Endpoint | SameHost"
 
 
-class Process(NamedTuple):
-    """The process at the other end of a same-host connection: it connected, or listened."""
+@dataclass(frozen=True)
+class Process:
+    """The process at the other end of a same-host connection: it connected, or listened.
+
+    It may have ended, and left the connection to others; its number may then be another's.
+    """
 
     #: 0: it is in a PID namespace that this process does not see
     pid: int
     uid: int
+    _socket: socket.socket = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, sock: socket.socket) -> Process:
         """As the kernel knows it. Raises OSError."""
         ucred = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         pid, uid, _ = _UCRED.unpack(ucred)
-        return cls(pid, uid)
+        return cls(pid, uid, sock)
+
+    def open_pidfd(self) -> int | None:
+        """What stands for this very process, whoever has its number; None where it cannot be had.
+
+        While the connection is open. Raises OSError, as when the process is gone.
+        """
+        try:
+            return self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+        try:  # an older kernel: whoever has the number now
+            return os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            raise
+        except OSError:  # an old kernel, or a sandbox
+            return None
 
 
 def _host() -> str:

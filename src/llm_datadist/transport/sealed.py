@@ -7,6 +7,8 @@ The copies are the kernel's (`local.py`), so memory that is not mapped is an err
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +17,8 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.memory import native
 from llm_datadist.memory.local import scatter
-from llm_datadist.transport.shield import KEYED_HEAD_NBYTES, NotAuthentic, Secret
+from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
+from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.stream import Stream, lost
 from llm_datadist.transport.tcp import FrameSender
 
@@ -115,8 +118,8 @@ class SealedSender(FrameSender):
     def look(self) -> None:
         self._inner.look()
 
-    def advance(self) -> bool:
-        while True:
+    def advance(self, until: float = math.inf) -> bool:
+        while time.monotonic() < until:
             while self._sealed:
                 try:
                     sent = self._socket.send(self._sealed, native.MSG_DONTWAIT)
@@ -126,3 +129,4 @@ class SealedSender(FrameSender):
             if not self._inner.nbytes:
                 return True
             self._sealed = memoryview(self._shield.seal(self._inner.take(self._plain).data))
+        return False

@@ -8,10 +8,12 @@ under which generation it sent, so that memory which was recycled meanwhile is s
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
 import struct
+import time
 from array import array
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 #: a peer that takes nothing of an answer for so long is waited for without a thread
 _PATIENCE_S = 0.05
+#: a long answer gives its thread to others after so long, and goes on when it is its turn again
+_SLICE_S = 0.1
 #: how much the kernel takes beyond what the network does: what lies in a socket for long has left
 #: the processor's cache by the time it is sent, which cost a fifth of the throughput here
 _UNSENT_NBYTES = 32 * 1024
@@ -190,14 +194,17 @@ class FrameSender:
     def look(self) -> None:
         """Lets go of memory that was taken back. Raises OSError to end the connection."""
 
-    def advance(self) -> bool:
-        """Sends what the socket takes now; True when all is sent. Raises OSError."""
+    def advance(self, until: float = math.inf) -> bool:
+        """Sends what the socket takes now; True when all is sent. Raises OSError.
+
+        At a moment it ends, although the socket takes more.
+        """
         try:
-            while self.nbytes:
+            while self.nbytes and time.monotonic() < until:
                 self._send_some(native.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        return True
+        return not self.nbytes
 
     def take(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The next bytes, in the buffer, for somebody else to send."""
@@ -209,14 +216,16 @@ class FrameSender:
     def finish(self, deadline: Deadline) -> bool:
         """Sends the rest, waiting for the socket; False when it takes nothing for a while.
 
-        Raises OSError, or LLMException(LLM_TIMEOUT).
+        Or when it takes long, and others should have the thread. Raises OSError, or
+        LLMException(LLM_TIMEOUT).
         """
         unpace(self._socket)
         poller = select.poll()
         poller.register(self._socket, select.POLLOUT)
-        while not self.advance():
+        until = time.monotonic() + _SLICE_S
+        while not self.advance(until):
             left_s = deadline.require("an answer to the peer")
-            if not poller.poll(min(left_s, _PATIENCE_S) * 1000):
+            if time.monotonic() > until or not poller.poll(min(left_s, _PATIENCE_S) * 1000):
                 return False
         return True
 
@@ -260,15 +269,16 @@ class Sender(FrameSender):
         if self._socket.family != socket.AF_UNIX:  # members of a rank table met on this host
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_NBYTES)
         unpace(self._socket)
+        until = time.monotonic() + _SLICE_S
         try:
-            while self.nbytes:
+            while self.nbytes and time.monotonic() < until:
                 deadline.require("an answer to the peer")
                 self._send_some(0)
         except BlockingIOError:
             return False
         finally:
             os.set_blocking(self._socket.fileno(), False)
-        return True
+        return not self.nbytes
 
     def look(self) -> None:
         """Lets go of the memory if the permit was revoked. Raises OSError to end the connection."""

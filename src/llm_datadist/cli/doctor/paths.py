@@ -94,11 +94,11 @@ def yama(_: Case) -> Iterator[Finding]:
 
 
 def capability(_: Case) -> Iterator[Finding]:
-    """CAP_SYS_PTRACE, which only links between users and ptrace scope 2 need."""
+    """CAP_SYS_PTRACE, which only ptrace scope 2 needs."""
     name, has_capability = "capability", _has_capability()
     data: Data = {"cap_sys_ptrace": has_capability, "uid": os.getuid()}
     if has_capability:
-        found = "CAP_SYS_PTRACE: may read the processes of other users too"
+        found = "CAP_SYS_PTRACE: ptrace scope 2 is no hindrance"
     else:
         found = f"no CAP_SYS_PTRACE: reads processes of user {os.getuid()} only, which is enough"
     yield Finding(name, State.OK, found, data=data)

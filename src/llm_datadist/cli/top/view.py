@@ -123,8 +123,17 @@ def _cluster_cells(stats: ClusterStats) -> list[str]:
         str(stats.num_keys),
         _NONE if key is None else _age(key.age_s),
         "\n".join(map(_pool, stats.pools)) or _NONE,
-        "" if stats.is_counting else "metrics are off: LLM_DATADIST_METRICS=1",
+        "\n".join(_remarks(stats)),
     ]
+
+
+def _remarks(stats: ClusterStats) -> Iterable[str]:
+    if not stats.is_counting:
+        yield "metrics are off: LLM_DATADIST_METRICS=1"
+    if stats.num_silent:
+        yield f"silent connections: {stats.num_silent}"
+    if stats.num_half_open:
+        yield f"half-open hand-shakes: {stats.num_half_open}"
 
 
 def _pool(pool: PoolStats) -> str:

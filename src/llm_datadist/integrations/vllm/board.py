@@ -32,7 +32,9 @@ _GRANT, _KEY = 0, 1
 _BEAT = _KEY + _NUM_KEY_WORDS
 _RELEASE, _WORDS_PER_SLOT = _BEAT + 1, _BEAT + 2
 _BEAT_BITS = 16
-_WORDS_PER_PAGE = 32
+#: so many leases are looked at, or answered, by one transfer
+_LEASES_PER_PAGE = 256
+_WORDS_PER_PAGE = _LEASES_PER_PAGE * (1 + _NUM_KEY_WORDS)
 
 
 class Board:
@@ -73,17 +75,15 @@ class Board:
 
     def key_of(self, cluster_id: int, lease: Lease) -> bytes | None:
         """The lease's key if it stands there now. Raises LLMException as `pull_blocks` does."""
+        return self.keys_of(cluster_id, [lease])[0]
+
+    def keys_of(self, cluster_id: int, leases: Sequence[Lease]) -> list[bytes | None]:
+        """The same of several. One whose slot does not exist is LLM_PARAM_INVALID for them all."""
+        keys: list[bytes | None] = []
         with self._page() as page:
-            first, num_words = _word_of(lease, _GRANT), 1 + _NUM_KEY_WORDS
-            self._manager.pull_blocks(
-                BlocksCacheKey(cluster_id, self._model_id),
-                page.cache,
-                list(range(first, first + num_words)),
-                list(range(num_words)),
-                tensor_num_per_layer=1,
-            )
-            generation, key = int(page.words[0]), page.words[1:num_words].tobytes()
-        return key if generation == lease.generation else None
+            for begin in range(0, len(leases), _LEASES_PER_PAGE):
+                keys += self._keys_of(cluster_id, leases[begin : begin + _LEASES_PER_PAGE], page)
+        return keys
 
     def renew(self, cluster_id: int, leases: Sequence[Lease]) -> None:
         """Says that these are waited for. Raises LLMException as `push_blocks` does."""
@@ -95,6 +95,22 @@ class Board:
         """Says that these are needed no longer. Raises LLMException as `push_blocks` does."""
         values = [lease.generation for lease in leases]
         self._answer(cluster_id, [_word_of(lease, _RELEASE) for lease in leases], values)
+
+    def _keys_of(self, cluster_id: int, leases: Sequence[Lease], page: _Page) -> list[bytes | None]:
+        size, count = 1 + _NUM_KEY_WORDS, len(leases)
+        firsts = [_word_of(lease, _GRANT) for lease in leases]
+        self._manager.pull_blocks(
+            BlocksCacheKey(cluster_id, self._model_id),
+            page.cache,
+            [word for first in firsts for word in range(first, first + size)],
+            list(range(size * count)),
+            tensor_num_per_layer=1,
+        )
+        found = page.words[: size * count].reshape(count, size)
+        return [
+            words[_KEY:].tobytes() if words[_GRANT] == lease.generation else None
+            for lease, words in zip(leases, found, strict=True)
+        ]
 
     def _answer(self, cluster_id: int, words: list[int], values: list[int]) -> None:
         with self._page() as page:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from contextlib import suppress
 from functools import partial
@@ -12,11 +11,9 @@ from typing import TYPE_CHECKING
 from llm_datadist import BlocksCacheKey, LLMException, LLMStatusCode
 from llm_datadist.integrations.vllm.handover import Handover, handover_of
 from llm_datadist.integrations.vllm.leases import Leases
-from llm_datadist.integrations.vllm.request import (
-    digest_of,
-    do_no_remote_prefill,
-    wants_remote_prefill,
-)
+from llm_datadist.integrations.vllm.orders import Orders
+from llm_datadist.integrations.vllm.outcomes import Outcomes
+from llm_datadist.integrations.vllm.request import digest_of, wants_remote_prefill
 from llm_datadist.integrations.vllm.step import Pull
 
 if TYPE_CHECKING:
@@ -31,23 +28,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: of a pull: what another link would not change
-_FINAL = (LLMStatusCode.LLM_TIMEOUT, LLMStatusCode.LLM_PARAM_INVALID)
-
 
 class ConsumerScheduler:
     """In the scheduler: turns the blocks that a request has got into pulls."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        #: of the requests whose blocks are still kept for us
-        self._sources: dict[str, Handover] = {}
+        #: what is kept for requests that have got no blocks yet, and for those that read it now.
+        #: Not kept in their parameters, which several requests may share
+        self._waiting: dict[str, Handover] = {}
+        self._reading: dict[str, Handover] = {}
         self._expected: list[Handover] = []
         self._pulls: list[Pull] = []
         self._releases: list[Handover] = []
 
     def arrived(self, request: Request) -> None:
-        """A new request. One that was not handed over as it is here is computed, and it is said."""
+        """A new request. One that was not handed over as it is here is computed, and it is said.
+
+        One that comes under the id of another that waits replaces it.
+        """
         if not wants_remote_prefill(request):
             return
         try:
@@ -59,25 +58,29 @@ class ConsumerScheduler:
         except ValueError as error:
             logger.warning("%s is computed here: %s", request.request_id, error)
             return
-        self._sources[request.request_id] = source
+        self._let_go(self._waiting, request.request_id)
+        self._waiting[request.request_id] = source
         self._expected.append(source)
 
     def num_matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
         """How many tokens of the prompt can be read, beyond those that are here."""
-        source = self._sources.get(request.request_id)
-        if source is None or not wants_remote_prefill(request):
+        source = self._waiting.get(request.request_id)
+        if source is None or request.request_id in self._reading:  # what ends would be unclear
             return 0
         return max(0, source.remote_num_tokens - num_computed_tokens)
 
     def allocated(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
-        """The request has got its blocks, of which the last before its end are to be read."""
-        source = self._sources.get(request.request_id)
-        if source is None or not wants_remote_prefill(request):
-            return
-        do_no_remote_prefill(request)  # once: what cannot be read is computed
+        """The request has got its blocks, of which the last before its end are to be read.
+
+        Once: what cannot be read is computed.
+        """
         if not num_external_tokens:
-            self._release(request.request_id)
+            self._let_go(self._waiting, request.request_id)
             return
+        source = self._waiting.pop(request.request_id, None)
+        if source is None:
+            return
+        self._reading[request.request_id] = source
         end = source.remote_num_tokens
         blocks = slice((end - num_external_tokens) // self._block_size, -(-end // self._block_size))
         self._pulls.append(
@@ -86,24 +89,27 @@ class ConsumerScheduler:
 
     def finished(self, request: Request) -> None:
         """A request that ends before it got blocks lets go of those that are kept for it."""
-        if wants_remote_prefill(request):
-            self._release(request.request_id)
+        self._let_go(self._waiting, request.request_id)
 
     def received(self, request_ids: Iterable[str]) -> None:
         """These have been read, or could not be, by all workers."""
         for request_id in request_ids:
-            self._release(request_id)
+            self._let_go(self._reading, request_id)
 
     def fill(self, step: Step) -> None:
         """Adds what has come up since the last step."""
         step.expected, step.pulls, step.releases = self._expected, self._pulls, self._releases
         self._expected, self._pulls, self._releases = [], [], []
 
-    def _release(self, request_id: str) -> None:
-        """Lets go, unless another of the `n` answers to the same prompt still waits."""
-        source = self._sources.pop(request_id, None)
-        if source and source not in self._sources.values():
+    def _let_go(self, kept: dict[str, Handover], request_id: str) -> None:
+        """Of what a request has there, unless another of the `n` answers to its prompt needs it."""
+        source = kept.pop(request_id, None)
+        if source and not any(source in each.values() for each in (self._waiting, self._reading)):
             self._releases.append(source)
+
+
+#: how long a pull may take, unless it is told
+PULL_TIMEOUT_S = 10.0
 
 
 class ConsumerWorker:
@@ -119,23 +125,40 @@ class ConsumerWorker:
         caches: Mapping[int, Cache],
         board: Board,
         producers: Producers,
+        pull_timeout_s: float = PULL_TIMEOUT_S,
     ) -> None:
         self._manager, self._caches, self._board = manager, caches, board
-        self._producers = producers
+        self._producers, self._pull_timeout_s = producers, pull_timeout_s
         self._leases = Leases(board, producers)
-        self._lock = threading.Lock()
-        self._ended: set[str] = set()
-        self._failed_blocks: set[int] = set()
-        #: of what `take_received` has told of
-        self._told_failed_blocks: set[int] = set()
-        self._pulls: list[tuple[float, int]] = []
-        self._num_failed = 0
+        self.outcomes = Outcomes()
+        self._orders = Orders(self._begin_all)
 
     def apply(self, step: Step) -> None:
-        """Starts what the scheduler says."""
+        """Starts what the scheduler says. Raises nothing: what cannot be done is a failed load."""
+        if self._orders.is_inherited:
+            for pull in step.pulls:
+                self.outcomes.failed(pull, ChildProcessError("this process is the engine's child"))
+            return
+        if step.expected or step.pulls or step.releases:
+            self._orders.put(step)
+
+    def take_received(self) -> set[str]:
+        """The requests whose pulls have ended since the last call."""
+        return self.outcomes.take_received()
+
+    def close(self) -> None:
+        """Waits for the pulls that run; those that wait for their turn fail."""
+        if self._orders.is_inherited:
+            return
+        self._leases.close()
+        self._producers.close()
+        self._orders.close()
+        self._producers.wait()
+
+    def _begin_all(self, step: Step) -> None:
         pulled = [pull.source for pull in step.pulls]
         for source in step.expected:
-            with suppress(ConnectionError):  # its pull will say so
+            with suppress(Exception):  # its pull will say so
                 self._producers.reach(source)
             self._leases.expect(source, is_read_now=source in pulled)
         for pull in step.pulls:
@@ -143,64 +166,40 @@ class ConsumerWorker:
         for source in step.releases:
             self._leases.release(source)
 
-    def take_received(self) -> set[str]:
-        """Requests whose pull is over since the last call; failed ones are among them."""
-        with self._lock:
-            ended, self._ended = self._ended, set()
-            self._told_failed_blocks |= self._failed_blocks
-            self._failed_blocks = set()
-        return ended
-
-    def take_failed_blocks(self) -> set[int]:
-        """Blocks that hold nothing of use, of the requests that `take_received` has told of."""
-        with self._lock:
-            failed, self._told_failed_blocks = self._told_failed_blocks, set()
-        return failed
-
-    def take_counts(self) -> tuple[list[tuple[float, int]], int]:
-        """Of the pulls since the last call: seconds and blocks of each, and how many failed."""
-        with self._lock:
-            pulls, self._pulls = self._pulls, []
-            num_failed, self._num_failed = self._num_failed, 0
-        return pulls, num_failed
-
-    def close(self) -> None:
-        """Waits for the pulls that run; those that wait for their turn fail."""
-        self._leases.close()
-        self._producers.close()
-
     def _begin(self, pull: Pull) -> None:
         try:
             producer = self._producers.reach(pull.source)
             producer.pulls.put(partial(self._pull, producer, pull, time.monotonic()))
         except Exception as error:  # whatever it is, the request must not wait
-            self._failed(pull, error)
+            self.outcomes.failed(pull, error)
 
     def _pull(self, producer: Producer, pull: Pull, asked: float) -> None:
         try:
             producer.check_patience(asked)
-            for is_last in (False, False, True):
-                try:
-                    self._read(producer, pull)
-                    break
-                except LLMException as error:
-                    if is_last or error.status_code in _FINAL:
-                        raise
-                # another's hand-over may have led to this producer by another of its addresses,
-                # and its link there have ended ours
-                producer = self._producers.reach(pull.source)
+            until = time.monotonic() + self._pull_timeout_s
+            while not self._has_read(producer, pull, until):
+                producer = self._producers.reach_again(pull.source)
         except BaseException as error:  # as above
-            self._failed(pull, error)
-            return
-        with self._lock:
-            self._pulls.append((time.monotonic() - asked, len(pull.dst_blocks)))
-            self._ended.add(pull.request_id)
+            self.outcomes.failed(pull, error)
+        else:
+            self.outcomes.received(pull, time.monotonic() - asked)
+
+    def _has_read(self, producer: Producer, pull: Pull, until: float) -> bool:
+        """Whether its blocks were read; False if the link was lost, and there is time left."""
+        self._producers.await_link(producer)
+        try:
+            self._read(producer, pull)
+        except (LLMException, LookupError) as error:
+            is_lost = getattr(error, "status_code", None) is LLMStatusCode.LLM_NOT_YET_LINK
+            if time.monotonic() > until or not (is_lost or self._producers.is_lost(producer)):
+                raise
+            return False
+        return True
 
     def _read(self, producer: Producer, pull: Pull) -> None:
-        cluster_id = self._producers.cluster_of(producer, pull.source)
         begun = time.monotonic()
         try:
-            self._read_from(cluster_id, pull)
+            self._read_from(producer.cluster_id, pull)
         except LLMException as error:
             if error.status_code is LLMStatusCode.LLM_TIMEOUT:
                 producer.timed_out(begun)
@@ -225,21 +224,6 @@ class ConsumerWorker:
             )
         if self._board.key_of(cluster_id, lease) != key:
             raise _ended_lease()
-
-    def _failed(self, pull: Pull, error: BaseException) -> None:
-        with self._lock:
-            self._ended.add(pull.request_id)
-            self._failed_blocks.update(pull.dst_blocks)
-            self._num_failed += 1
-        source = pull.source
-        logger.error(
-            "%s: its KV cannot be read from %s at %s:%d: %s",
-            pull.request_id,
-            source.remote_engine_id,
-            source.remote_host,
-            source.remote_port,
-            error,
-        )
 
 
 def _ended_lease() -> LookupError:

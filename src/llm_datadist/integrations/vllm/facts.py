@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from llm_datadist.integrations.vllm.printable import printable
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -37,21 +39,17 @@ def facts_of(vllm_config: VllmConfig, attention_backends: list[str]) -> dict[str
     }
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def differences(ours: dict[str, Any], theirs: object) -> list[str]:
     """The fields that are not equal, with both values, in words."""
+    if not isinstance(theirs, dict):
+        return ["it says nothing of what it is"]
     names = [*ours, *(name for name in theirs if name not in ours)]
     return [
-        f"{_printable(name)}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
+        f"{printable(name, 100)}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
         for name in names
         if theirs.get(name) != ours.get(name)
     ]
 
 
-def _printable(name: str) -> str:
-    """The name as it stands in a log: it may be a peer's."""
-    return name if name.isprintable() else ascii(name)
-
-
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return printable(json.dumps(value), 100)

@@ -1,6 +1,8 @@
 """The leases that requests of ours wait for: renewed in time, whatever the engine does meanwhile.
 
-Each is renewed by its own duration, by a thread that sleeps until the next one is due. What is said
+Each is renewed by its own duration, by a thread that sleeps until the next one is due. One that
+could not be, since its producer cannot be linked or its link was cut, is tried again soon, until it
+has lasted as long as it can without a word. What is said
 of a lease is written into words of its producer's memory, and what a hand-over says of itself may
 be made up: so the slot is looked at first, each time, and nothing is written to one that is
 another's.
@@ -11,12 +13,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from llm_datadist import LLMStatusCode
-from llm_datadist.integrations.vllm.producers import AnotherEngine
+from llm_datadist import LLMException, LLMStatusCode
+from llm_datadist.integrations.vllm.linking import AnotherEngine, Misfit
+from llm_datadist.integrations.vllm.printable import printable
 
 if TYPE_CHECKING:
     from llm_datadist.integrations.vllm.board import Board
@@ -29,6 +33,8 @@ logger = logging.getLogger(__name__)
 _BEATS_PER_LEASE = 6
 #: and how often at most and at least, whatever a hand-over says
 _SHORTEST_S, _LONGEST_S = 0.05, 600.0
+#: so much sooner is one tried again that could not be renewed
+_TRIES_PER_BEAT = 3
 
 _Key: TypeAlias = tuple[object, ...]
 
@@ -37,8 +43,8 @@ _Key: TypeAlias = tuple[object, ...]
 class _Wait:
     source: Handover
     due: float
-    #: whether it was on its board once
-    is_seen: bool = False
+    #: when it was last known to stand, or to be said to
+    stood_at: float
     #: a thread has it, or will: one that hangs is not asked again
     is_asked: bool = False
 
@@ -48,7 +54,11 @@ class _Wait:
 
 
 class Leases:
-    """Keeps them from `expect` to `release`. Nothing blocks. Thread-safe."""
+    """Keeps them from `expect` to `release`. Nothing blocks. Thread-safe.
+
+    A lease is forgotten when it is not on its board, when its producer turns out to be another
+    engine, or one that does not fit, and when it was not heard of for its duration.
+    """
 
     def __init__(self, board: Board, producers: Producers) -> None:
         self._board, self._producers = board, producers
@@ -61,7 +71,8 @@ class Leases:
 
     def expect(self, source: Handover, *, is_read_now: bool) -> None:
         """Somebody waits for it from now on. One that is read now has some time."""
-        wait = _Wait(source, time.monotonic())
+        now = time.monotonic()
+        wait = _Wait(source, now, now)
         if is_read_now:
             wait.due += wait.interval_s
         with self._lock:
@@ -87,8 +98,11 @@ class Leases:
 
     def _run(self) -> None:
         while waits := self._next_due():
-            for key in {_address_of(wait) for wait in waits}:
-                self._begin_renewal([wait for wait in waits if _address_of(wait) == key])
+            by_engine = defaultdict(list)
+            for wait in waits:
+                by_engine[_engine_of(wait.source)].append(wait)
+            for some in by_engine.values():
+                self._begin_renewal(some)
 
     def _next_due(self) -> list[_Wait]:
         """Waits until some are to be renewed; none when we are closed."""
@@ -107,49 +121,64 @@ class Leases:
             return []
 
     def _begin_renewal(self, waits: list[_Wait]) -> None:
-        source = waits[0].source
         try:
-            is_seen = any(wait.is_seen for wait in waits)
-            find = self._producers.reach if is_seen else self._producers.reach_again
-            if producer := find(source):
-                producer.words.put(partial(self._renew, producer, waits))
-                return
+            producer = self._producers.reach(waits[0].source)
+            producer.words.put(partial(self._renew, producer, waits))
         except Exception as error:  # the pull will say so, if it matters
-            _could_not_tell(source, error)
-        self._asked(waits)
+            self._not_renewed(waits, error)
 
     def _renew(self, producer: Producer, waits: list[_Wait]) -> None:
+        begun = time.monotonic()
         try:
-            leases = [wait.source.remote_lease for wait in waits if self._stands(producer, wait)]
-            if leases:
-                self._board.renew(producer.link.result(), leases)
+            self._producers.await_link(producer)
+            standing = self._standing(producer, waits)
+            if standing:
+                self._board.renew(
+                    producer.cluster_id, [wait.source.remote_lease for wait in standing]
+                )
         except Exception as error:  # as above
-            _could_not_tell(waits[0].source, error)
-        finally:
+            self._not_renewed(waits, error)
+        else:
+            for wait in standing:
+                wait.stood_at = begun
             self._asked(waits)
 
-    def _stands(self, producer: Producer, wait: _Wait) -> bool:
-        """Whether the lease is on its board. One that is not is forgotten."""
-        source = wait.source
+    def _standing(self, producer: Producer, waits: list[_Wait]) -> list[_Wait]:
+        """Those whose leases are on the board; others are forgotten. Raises as `Board.keys_of`."""
         try:
-            cluster_id = self._producers.cluster_of(producer, source)
-            if self._board.key_of(cluster_id, source.remote_lease) is not None:
-                wait.is_seen = True
-                return True
-        except AnotherEngine:
-            pass
-        except Exception as error:  # of this one alone: the others are renewed
-            _could_not_tell(source, error)
-            if getattr(error, "status_code", None) is not LLMStatusCode.LLM_PARAM_INVALID:
-                return False  # no answer, and not that there is no such slot
-        self._forget(source)
-        return False
+            leases = [wait.source.remote_lease for wait in waits]
+            keys = self._board.keys_of(producer.cluster_id, leases)
+        except LLMException as error:
+            if error.status_code is not LLMStatusCode.LLM_PARAM_INVALID:
+                raise
+            if len(waits) > 1:  # there is no such slot as one of them names
+                middle = len(waits) // 2
+                return [
+                    *self._standing(producer, waits[:middle]),
+                    *self._standing(producer, waits[middle:]),
+                ]
+            keys = [None]
+        for wait, key in zip(waits, keys, strict=True):
+            if key is None:
+                self._forget(wait.source)
+        return [wait for wait, key in zip(waits, keys, strict=True) if key is not None]
+
+    def _not_renewed(self, waits: list[_Wait], error: Exception) -> None:
+        """They are tried again, as long as there is hope."""
+        _could_not_tell(waits[0].source, error)
+        now = time.monotonic()
+        for wait in waits:
+            wait.due = now + max(wait.interval_s / _TRIES_PER_BEAT, _SHORTEST_S)
+            is_over = now > wait.stood_at + wait.source.remote_lease_s
+            if is_over or isinstance(error, AnotherEngine | Misfit):
+                self._forget(wait.source)
+        self._asked(waits)
 
     def _release(self, producer: Producer, source: Handover) -> None:
         try:
-            cluster_id = self._producers.cluster_of(producer, source)
-            if self._board.key_of(cluster_id, source.remote_lease) is not None:
-                self._board.release(cluster_id, [source.remote_lease])
+            self._producers.await_link(producer)
+            if self._board.key_of(producer.cluster_id, source.remote_lease) is not None:
+                self._board.release(producer.cluster_id, [source.remote_lease])
         except Exception as error:
             _could_not_tell(source, error)
 
@@ -165,12 +194,12 @@ class Leases:
 
 
 def _key_of(source: Handover) -> _Key:
-    return (source.remote_host, source.remote_port, source.remote_engine_id, source.remote_lease)
+    return (*_engine_of(source), source.remote_lease)
 
 
-def _address_of(wait: _Wait) -> _Key:
-    return (wait.source.remote_host, wait.source.remote_port)
+def _engine_of(source: Handover) -> _Key:
+    return (source.remote_host, source.remote_port, source.remote_engine_id)
 
 
 def _could_not_tell(source: Handover, error: Exception) -> None:
-    logger.info("%s could not be told: %s", source.remote_engine_id, error)
+    logger.info("%s could not be told: %s", source.remote_engine_id, printable(error))

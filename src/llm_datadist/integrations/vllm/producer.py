@@ -38,14 +38,23 @@ class ProducerScheduler:
         self._settings, self._tp_size = settings, tp_size
         # the one that was given back first is used first: its last reader may still be writing
         self._free_slots = deque(range(settings.extra.max_leases))
+        #: to requests that are being computed, and to finished ones whose blocks are kept
         self._granted: dict[str, Grant] = {}
+        self._kept: dict[str, Grant] = {}
         self._grants: list[Grant] = []
         self._drops: list[Lease] = []
         self._holds: dict[str, Lease] = {}
 
     def scheduled(self, request: Request) -> None:
-        """A request has got blocks. May be called again for the same one."""
+        """A request has got blocks. May be called again for the same one.
+
+        One under the id of another, whose blocks are kept yet, is not handed over: vLLM frees them
+        by that id.
+        """
         if not wants_remote_decode(request) or request.request_id in self._granted:
+            return
+        if request.request_id in self._kept:
+            logger.warning("%s will not be handed over: its id is in use", request.request_id)
             return
         if request.prompt_token_ids is None:
             logger.warning("%s will not be handed over: it has no tokens", request.request_id)
@@ -60,13 +69,14 @@ class ProducerScheduler:
 
     def finished(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
         """What the decode request is to carry; the blocks are to be kept then. None: free them."""
-        grant = self._granted.get(request.request_id)
+        grant = self._granted.pop(request.request_id, None)
         if grant is None:
             return None
         if request.status.name not in _COMPUTED or not block_ids:
             self._drops.append(grant.lease)
-            self._end(request.request_id)
+            self._free_slots.append(grant.lease.slot)
             return None
+        self._kept[request.request_id] = grant
         self._holds[request.request_id] = grant.lease
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         handover = Handover(
@@ -86,16 +96,13 @@ class ProducerScheduler:
     def sent(self, request_ids: Iterable[str]) -> None:
         """The blocks of these are needed no longer, on any worker."""
         for request_id in request_ids:
-            self._end(request_id)
+            if grant := self._kept.pop(request_id, None):
+                self._free_slots.append(grant.lease.slot)
 
     def fill(self, step: Step) -> None:
         """Adds what has come up since the last step."""
         step.drops, step.grants, step.holds = self._drops, self._grants, self._holds
         self._drops, self._grants, self._holds = [], [], {}
-
-    def _end(self, request_id: str) -> None:
-        if grant := self._granted.pop(request_id, None):
-            self._free_slots.append(grant.lease.slot)
 
 
 @dataclass

@@ -51,7 +51,7 @@ def wants_remote_decode(request: Request) -> bool:
 
 
 def wants_remote_prefill(request: Request) -> bool:
-    """Whether another engine has computed the prompt, and its blocks were not asked for yet."""
+    """Whether another engine has computed the prompt."""
     return bool(_params_of(request).get("do_remote_prefill"))
 
 
@@ -66,11 +66,6 @@ def digest_of(request: Request, num_tokens: int) -> str:
     digest = hashlib.blake2b(repr((num_tokens, lora, features)).encode(), digest_size=16)
     digest.update(tokens.tobytes())
     return digest.hexdigest()
-
-
-def do_no_remote_prefill(request: Request) -> None:
-    """From now on the request is one like any other."""
-    _params_of(request)["do_remote_prefill"] = False
 
 
 def _params_of(request: Request) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from llm_datadist.integrations.vllm.handover import cluster_id_of
 from llm_datadist.integrations.vllm.producer import ProducerWorker
 from llm_datadist.integrations.vllm.producers import Producers
 from llm_datadist.integrations.vllm.regions import regions_of
+from llm_datadist.options import read_link_security
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +56,8 @@ class Worker:
             config.listen_ip_info = f"{extra.host}:{settings.port + rank}"
         for name, value in extra.llm_config.items():
             setattr(config, name, value)
-        self._datadist.init(config.generate_options())
+        options = config.generate_options()
+        self._datadist.init(options)
         try:
             manager = self._datadist.cache_manager
             caches = {
@@ -70,8 +72,10 @@ class Worker:
                 rank,
                 {**facts, "layout of KV blocks": layout},
                 extra.link_timeout_s,
+                extra.link_timeout_s + extra.pull_timeout_s,
+                read_link_security(options),
             )
-            self._consumer = ConsumerWorker(manager, caches, board, producers)
+            self._consumer = ConsumerWorker(manager, caches, board, producers, extra.pull_timeout_s)
         except BaseException:
             self._datadist.finalize()
             raise
@@ -93,11 +97,11 @@ class Worker:
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that were to be received and hold nothing of use."""
-        return self._consumer.take_failed_blocks()
+        return self._consumer.outcomes.take_failed_blocks()
 
     def take_counts(self) -> dict[str, Any]:
         """What happened since the last call."""
-        pulls, num_failed = self._consumer.take_counts()
+        pulls, num_failed = self._consumer.outcomes.take_counts()
         return {
             "pull_s": [seconds for seconds, _ in pulls],
             "pull_nbytes": [num_blocks * self._block_nbytes for _, num_blocks in pulls],

@@ -1,0 +1,19 @@
+"""Text of others, as it may stand in a line of the log."""
+
+from __future__ import annotations
+
+
+def printable(text: object, most: int = 500) -> str:
+    """The text on one line, without control characters, and not longer than `most`.
+
+    What is in the middle is left out: an error says first what was done, and last what came of it.
+    """
+    words = _cut(str(text), most)
+    if words.isprintable():
+        return words
+    return _cut("".join(each if each.isprintable() else ascii(each)[1:-1] for each in words), most)
+
+
+def _cut(text: str, most: int) -> str:
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

@@ -1,0 +1,48 @@
+"""The shields of a cluster: one for each connection, of what `link_security` says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_datadist.link_security import read_secret
+from llm_datadist.transport.credentials import load_tls
+from llm_datadist.transport.renewed import Renewed
+from llm_datadist.transport.secret import Secret
+from llm_datadist.transport.shield import Open
+from llm_datadist.transport.tls import Tls
+
+if TYPE_CHECKING:
+    from llm_datadist.link_security import LinkSecurity
+    from llm_datadist.transport.credentials import TlsContexts
+    from llm_datadist.transport.shield import Shield
+
+
+class Shields:
+    """Makes the shield of each connection of a cluster, of files as they are then. Thread-safe."""
+
+    def __init__(self, security: LinkSecurity | None) -> None:
+        """Raises LLMException(LLM_PARAM_INVALID) for files that no link can be made with."""
+        self._secret: Renewed[bytes] | None = None
+        self._contexts: Renewed[TlsContexts] | None = None
+        if security is None:
+            return
+        if (secret := security.secret) is None:
+            files = (security.ca, security.certificate, security.key)
+            self._contexts = Renewed(files, lambda: load_tls(security))
+        elif file := security.secret_file:
+            self._secret = Renewed((file,), lambda: read_secret(file))
+        else:
+            self._secret = Renewed((), lambda: secret)
+
+    @property
+    def is_secure(self) -> bool:
+        return self._secret is not None or self._contexts is not None
+
+    def make(self, *, is_caller: bool) -> Shield:
+        if self._secret is not None:
+            return Secret(self._secret.get(), is_caller=is_caller)
+        if self._contexts is not None:
+            contexts = self._contexts.get()
+            context = contexts.caller if is_caller else contexts.listener
+            return Tls(context, is_caller=is_caller)
+        return Open()

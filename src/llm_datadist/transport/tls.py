@@ -1,0 +1,80 @@
+"""Mutual TLS: each end has a certificate of one authority, and all bytes are sealed."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Final
+
+from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
+from llm_datadist.transport.certificate import REMEDY, Certificate, explain
+from llm_datadist.transport.shield import NotAuthentic, Open
+
+#: the listener's word that it accepts the caller's certificate: TLS 1.3 does not wait for that
+_ACCEPTED: Final = b"\x01"
+#: what TLS seals at a time, and gives back at most
+_RECORD_NBYTES: Final = 16 * 1024
+
+
+class Tls(Open):
+    """Mutual TLS 1.3: each end has a certificate of one authority, and all bytes are sealed."""
+
+    seals_all = True
+
+    def __init__(self, context: ssl.SSLContext, *, is_caller: bool) -> None:
+        self.is_done = False
+        self._is_caller = is_caller
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=not is_caller)
+        self._is_tls_done = False
+
+    def start(self) -> bytes:
+        return self.answer(b"") if self._is_caller else b""
+
+    def answer(self, data: bytes) -> bytes:
+        if data and not self._has_met:
+            self._has_met = True
+            self._meet(data)
+        self._incoming.write(data)
+        try:
+            if not self._is_tls_done:
+                self._tls.do_handshake()
+                self._is_tls_done = True
+                self.peer_certificate = Certificate.of_peer(self._tls)
+                if not self._is_caller:
+                    self._tls.write(_ACCEPTED)
+                    self.is_done = True
+            if self._is_caller and self._is_tls_done and not self.is_done:
+                self.is_done = self._tls.read(len(_ACCEPTED)) == _ACCEPTED
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            # the alert says why, to the peer
+            raise NotAuthentic(explain(error), self._outgoing.read(), REMEDY) from None
+        except ValueError as error:
+            raise NotAuthentic(f"the peer's certificate {error}", remedy=REMEDY) from None
+        return self._outgoing.read()
+
+    def seal(self, data: bytes | bytearray | memoryview) -> bytes:
+        view = memoryview(data)
+        while view:
+            view = view[self._tls.write(view) :]
+        return self._outgoing.read()
+
+    def open(self, data: bytes | bytearray | memoryview) -> bytes:
+        self._incoming.write(data)
+        pieces = []
+        try:
+            while piece := self._tls.read(_RECORD_NBYTES):
+                pieces.append(piece)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise NotAuthentic(explain(error)) from None
+        return b"".join(pieces)
+
+    def _meet(self, first: bytes) -> None:
+        if self._is_caller:
+            if reason := why_to_leave(first, Kind.TLS):
+                raise NotAuthentic(reason)
+        elif reason := why_to_refuse(first, Kind.TLS):
+            raise NotAuthentic(reason, Kind.TLS.value)
