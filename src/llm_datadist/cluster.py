@@ -192,7 +192,7 @@ class Cluster:
         cluster_id, instance, recorder = self.cluster_id, context.me.instance, context.recorder
         #: our live links
         self.links = LinkTable(cluster_id, instance, recorder)
-        self._groups = Groups(cluster_id, self.links)
+        self._groups = Groups(cluster_id, self.links, is_secure=context.shields.is_secure)
         ids = Ids(self.links)
         filing = Filing(cluster_id, instance, self.links, self._groups, ids)
         self._linker = Linker(context, self.links, filing)

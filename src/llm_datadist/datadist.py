@@ -153,7 +153,7 @@ class LLMDataDist:
         last member has called, maybe minutes later. `cluster_rank_info` maps cluster ids to ranks,
         ascending. Members on one host find each other by name; for those on other hosts
         `rank_table` (JSON) has `host_ip`, an IP `server_id` or `device_ip`, and they listen on port
-        LLM_DATADIST_LINK_BASE_PORT (60000) + device_id. `link_total_time` (120 s) bounds it.
+        LLM_DATADIST_LINK_BASE_PORT (61000) + device_id. `link_total_time` (120 s) bounds it.
 
         Raises RuntimeError before `init`, TypeError, ValueError; LLMException with
         LLM_PARAM_INVALID, LLM_LINK_FAILED (no rank table), LLM_FEATURE_NOT_ENABLED.

@@ -32,6 +32,11 @@ NOT_PROVOKED = [
     "… is spoken there: it is the port of something else",
     "the hand-shake was not done within … s…",
     "not all members appeared within … s: …",
+    "cluster … is not linking by such a rank table now",
+    "Nobody can call this member by the rank table: …",
+    "cluster … cannot be met on this host by its rank table: …",
+    "cluster … is linked by a rank table to process … of user …, as cluster …, "
+    "without link security; this process is user …'s",
     "the link to cluster … uses …, because … is not available: …",
     "the peer is in another PID namespace: let the containers share one (--pid)",
     "the peer is in another network namespace: let the containers share one (--network)",

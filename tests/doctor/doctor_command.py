@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from typer.testing import CliRunner
 
 from llm_datadist.cli import app
+from llm_datadist.links.ranks import BASE_PORT_VARIABLE
 from llm_datadist.options import PATH_VARIABLE, SECURITY_VARIABLE
 
 #: what denies the program in its arguments the memory of other processes, as some containers do
@@ -24,7 +25,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
 os.execv(sys.argv[2], sys.argv[2:])
 """
 _TIMEOUT_S = 60
-_SETTINGS = (PATH_VARIABLE, SECURITY_VARIABLE)
+_SETTINGS = (PATH_VARIABLE, SECURITY_VARIABLE, BASE_PORT_VARIABLE)
 _FIELDS = {"section": str, "name": str, "state": str, "found": str, "remedy": str, "data": dict}
 _STATES = {"ok", "note", "unavailable", "problem"}
 

@@ -1,12 +1,14 @@
 """Members of rank-table links: processes, and what they run. Spec 5.8.
 
-The members find each other in a runtime directory of the tests' own.
+All members on a host with the same names meet, those of other test runs included: so names have
+the job's in front of them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
 from contextlib import ExitStack
@@ -26,7 +28,6 @@ from llm_datadist.testing.cluster import Node, NodeProcess, make_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 OK, PREPARING, FAILED = RegisterMemStatus.OK, RegisterMemStatus.PREPARING, RegisterMemStatus.FAILED
 NOT_LINKED = LLMStatusCode.LLM_NOT_YET_LINK
@@ -36,21 +37,22 @@ TABLE = '{"server_list":[{"device":[{}]}]}'
 SHAPE = (2, 8, 64)
 IDS = (1, 2, 3, 4)
 SOON_S = 5.0
+#: the variable that names the job
+JOB = "RANKS_JOB"
 
 Members = list[NodeProcess]
 
 
 @pytest.fixture(scope="module")
-def runtime_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where processes that are started meanwhile meet."""
-    path = tmp_path_factory.mktemp("run")
+def job() -> Iterator[str]:
+    """What names of links that are made by processes started meanwhile begin with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(path))
-        yield path
+        patch.setenv(JOB, secrets.token_hex(4))
+        yield os.environ[JOB]
 
 
 @pytest.fixture(scope="module")
-def processes(runtime_dir: Path) -> Iterator[Members]:
+def processes(job: str) -> Iterator[Members]:
     with ExitStack() as stack:
         yield [stack.enter_context(NodeProcess()) for _ in IDS]
 
@@ -71,8 +73,8 @@ def pair(members: Members) -> Members:
 
 
 @pytest.fixture
-def mortal(runtime_dir: Path) -> Iterator[NodeProcess]:
-    """A process to be killed or stopped, in the same runtime directory."""
+def mortal(job: str) -> Iterator[NodeProcess]:
+    """A process to be killed or stopped, of the same job."""
     with NodeProcess() as process:
         yield process
 
@@ -87,7 +89,8 @@ def start(node: Node, cluster_id: int, **settings: Any) -> None:
 
 
 def link(node: Node, name: str = "kv", ids: tuple[int, ...] = (1, 2), table: str = TABLE) -> int:
-    return node.datadist.link(name, {each: rank for rank, each in enumerate(ids)}, table)
+    ranks = {each: rank for rank, each in enumerate(ids)}
+    return node.datadist.link(f"{os.environ.get(JOB, '')}{name}", ranks, table)
 
 
 def unlink(node: Node, comm_id: int) -> None:
@@ -197,10 +200,6 @@ def record_log(node: Node) -> None:
 
 def logged(node: Node) -> str:
     return "\n".join(_logged)
-
-
-def use_runtime_dir(node: Node, path: str) -> None:
-    os.environ["XDG_RUNTIME_DIR"] = path
 
 
 # -- run by the tests ------------------------------------------------------------------------------

@@ -33,21 +33,20 @@ from rank_members import (
     start_all,
     status_of_link,
     unlink,
-    use_runtime_dir,
 )
 from two_hosts import HOSTS, HOSTS_6, let_in
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from llm_datadist.testing.cluster import Node
 
-runtime_dir = rank_members.runtime_dir
+job = rank_members.job
 machines, apart, hosts = two_hosts.machines, two_hosts.apart, two_hosts.hosts
 processes = rank_members.processes
 members = rank_members.members
 
 BASE_PORT = "LLM_DATADIST_LINK_BASE_PORT"
+#: where its ports begin unless it says otherwise
+BASE = 61_000
 #: nobody has these addresses, which are for documents
 NOWHERE = ("192.0.2.7", "192.0.2.8")
 #: the devices of the members on the two hosts
@@ -100,7 +99,7 @@ def test_members_on_two_hosts_are_linked_by_the_addresses_of_the_table(
     assert early.call(settle, 1, 0.5) is PREPARING
     assert late.call(link, "kv", (1, 2), table) == 1
     assert call_all(hosts, settle, 1) == [OK, OK]
-    port = base_port or 60_000
+    port = base_port or BASE
     by_the_late = [[None], [(HOSTS[0], port + DEVICES[0])]]
     by_the_early = [[(HOSTS[1], port + DEVICES[1])], [None]]  # it tries until the other one listens
     assert call_all(hosts, endpoints) in (by_the_late, by_the_early)
@@ -121,7 +120,7 @@ def test_members_on_two_hosts_are_linked_by_ipv4_and_by_ipv6_at_the_same_port(
         settled = zip(hosts, comm_ids, strict=True)
         assert [process.call(settle, comm_id) for process, comm_id in settled] == [OK, OK]
         called = [endpoint for found in call_all(hosts, endpoints) for endpoint in found]
-        expected = [(addresses[0], 60_000 + DEVICES[0]), (addresses[1], 60_000 + DEVICES[1])]
+        expected = [(addresses[0], BASE + DEVICES[0]), (addresses[1], BASE + DEVICES[1])]
         assert sorted(endpoint in expected for endpoint in called) == [False, True]
         assert hosts[0].call(pulls, 2)
         assert hosts[1].call(pulls, 1)
@@ -139,7 +138,7 @@ def test_members_of_whom_only_one_can_call_the_other(
     for cluster_id, (process, device_id) in enumerate(zip(hosts, DEVICES, strict=True), 1):
         process.call(set_base_port, None)
         process.call(start, cluster_id, device_id=device_id, link_total_time=1, link_retry_count=2)
-    let_in(hosts[only_callable], "dport", 60_000 + DEVICES[only_callable])
+    let_in(hosts[only_callable], "dport", BASE + DEVICES[only_callable])
     table = json.dumps({"server_list": servers_with("host_ip")})
     for member in order:
         assert hosts[member ^ only_callable].call(link, "kv", (1, 2), table) == 1
@@ -155,19 +154,19 @@ def test_the_log_says_that_a_member_could_not_be_reached_and_what_to_do(hosts: M
         process.call(set_base_port, None)
         process.call(start, cluster_id, device_id=device_id, link_total_time=1)
         process.call(record_log)
-    let_in(only_callable, "dport", 60_000 + DEVICES[0])
+    let_in(only_callable, "dport", BASE + DEVICES[0])
     table = json.dumps({"server_list": servers_with("host_ip")})
     for process in (caller, only_callable):
         assert process.call(link, "kv", (1, 2), table) == 1
     assert call_all(hosts, settle, 1) == [FAILED, FAILED]
     says = only_callable.call(logged)
-    assert f"no connection to {HOSTS[1]}:{60_000 + DEVICES[1]} within" in says
+    assert f"no connection to {HOSTS[1]}:{BASE + DEVICES[1]} within" in says
     assert "the one that calls `link` last must be able to reach the other" in says
 
 
 @pytest.mark.shows("relies.3")
 def test_members_on_two_hosts_are_not_found_by_name(hosts: Members) -> None:
-    """Though they share the runtime directory: a port is one of a host's."""
+    """Though all else is shared: the name is one of a network namespace's."""
     for cluster_id, process in enumerate(hosts, 1):
         process.call(start, cluster_id, link_total_time=1)
         process.call(record_log)
@@ -240,10 +239,10 @@ def test_the_log_says_at_which_address_a_member_was_looked_for(members: Members)
     comm_id = member.call(link, "kv", (1, 77), json.dumps({"server_list": servers}))
     status, seconds = member.call(seconds_to_settle, comm_id)
     assert (status, seconds < 3) == (FAILED, True)
-    assert "192.0.2.7:60003" in member.call(logged)
+    assert f"192.0.2.7:{BASE + 3}" in member.call(logged)
 
 
-@pytest.mark.parametrize("device_id", ["9999", "-60001", "100000000000"])
+@pytest.mark.parametrize("device_id", ["9999", "-61001", "100000000000"])
 def test_a_device_id_that_gives_no_port_fails_the_link_in_time(
     members: Members, device_id: str
 ) -> None:
@@ -263,25 +262,3 @@ def test_an_own_device_id_that_gives_no_port_still_links_on_this_host(members: M
         {"host_ip": "192.0.2.7", "device": [{"rank_id": 1, "device_id": 1}]},
     ]
     link_pair(pair, "kv", (1, 2), json.dumps({"server_list": servers}))
-
-
-@pytest.mark.parametrize("what", ["file", "open-directory", "dangling-link"])
-def test_a_runtime_directory_that_is_not_ours_alone_is_refused(
-    members: Members, runtime_dir: Path, tmp_path: Path, what: str
-) -> None:
-    taken = tmp_path / "llm-datadist"
-    if what == "file":
-        taken.touch()
-    elif what == "dangling-link":
-        taken.symlink_to(tmp_path / "nowhere")
-    else:
-        taken.mkdir()
-        taken.chmod(0o777)
-    member = members[0]
-    member.call(start, 1)
-    member.call(use_runtime_dir, str(tmp_path))
-    try:
-        assert refusal(member, link) is LINK_FAILED
-    finally:
-        member.call(use_runtime_dir, str(runtime_dir))
-    assert member.call(link) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rank_members import (
     FAILED,
     IDS,
     INVALID,
+    JOB,
     LINK_FAILED,
     NOT_LINKED,
     OK,
@@ -43,7 +45,7 @@ from llm_datadist.testing.cluster import Node, NodeProcess
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-runtime_dir = rank_members.runtime_dir
+job = rank_members.job
 processes = rank_members.processes
 members = rank_members.members
 pair = rank_members.pair
@@ -363,6 +365,8 @@ def test_finalize_ends_links_and_preparations(pair: Members) -> None:
 
 
 def link_with(node: Node, name: object, ranks: object, table: object) -> int:
+    if isinstance(name, str) and name:
+        name = (os.environ[JOB] + name)[: max(127, len(name))]
     return node.datadist.link(name, ranks, table)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import cache_owner
@@ -39,7 +40,6 @@ from llm_datadist.testing.cluster import Bytes, Node, addrs_of, make_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 accessible = cache_owner.accessible
 either = cache_owner.either
@@ -308,12 +308,11 @@ def test_what_peers_may_not_reach_is_copied_within_the_process(lone: Node) -> No
 @pytest.mark.shows("cm.register.remote_accessible", "error.38")
 @pytest.mark.parametrize("placement", [HOST, DEVICE], ids=str)
 def test_after_a_rank_table_link_remote_access_cannot_be_asked_for(
-    lone: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Placement
+    lone: Node, placement: Placement
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert status_of(register_rows, lone, (), 1, placement, True) is SUCCESS
     table = '{"server_list":[{"device":[{}]}]}'
-    comm_id = lone.datadist.link("kv", {1: 0, 2: 1}, table)
+    comm_id = lone.datadist.link(f"kv-{os.getpid()}", {1: 0, 2: 1}, table)
     for register in (register_rows, register_blocks):
         assert status_of(register, lone, placement=placement, remote_accessible=True) is INVALID
         assert status_of(register, lone, placement=placement, remote_accessible=False) is SUCCESS

@@ -101,7 +101,7 @@ def pulled(node: Node, cluster_id: int) -> LLMException | np.ndarray:
         (b"\xc1", "the peer's offer cannot be read"),
         (b"\x92\xa0\xc4\x0f" + bytes(15), "the peer's offer cannot be read"),
         (b"\x92\xa0\xc4\x11" + bytes(17), "the peer's offer cannot be read"),
-        (SameHost.nameless().offer(), "the peer's offer cannot be read"),
+        (SameHost(b"").offer(), "the peer's offer cannot be read"),
     ],
     ids=["neighbour", "nobody", "garbage", "short-name", "long-name", "no-name"],
 )

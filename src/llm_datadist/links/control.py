@@ -63,6 +63,11 @@ class Control:
         #: holds what came behind the message received last
         self.frames = FrameReader()
 
+    @property
+    def is_same_host(self) -> bool:
+        """It is one to a same-host socket, and so for links of that path alone."""
+        return isinstance(self.at, SameHost) and not self.at.is_meeting_point
+
     def watch(self) -> None:
         """Has the connection end soon after the peer's host vanished while a message was under way.
 

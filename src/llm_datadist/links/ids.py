@@ -65,7 +65,8 @@ class Ids:
         """On a cluster that we called; `named` is the id by which the program did."""
         cluster_id, certificate = session.cluster_id, session.certificate
         others = [each for each in _live(self._links.all()) if each.instance != session.instance]
-        at_address = [other for other in others if other.endpoint == session.endpoint]
+        at = session.endpoint
+        at_address = [other for other in others if at is not None and other.endpoint == at]
         with_id = [o for o in others if o.cluster_id == cluster_id and o not in at_address]
         objection = _name_objection(cluster_id, certificate)
         if objection or not (at_address or with_id):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llm_datadist.links.context import Context
     from llm_datadist.links.session import Registrar
     from llm_datadist.links.table import LinkTable
+    from llm_datadist.transport.same_host import Address, Process
 
 
 class Target(NamedTuple):
@@ -41,7 +42,7 @@ class Target(NamedTuple):
 class Call(NamedTuple):
     """A call to a cluster, which makes a link there."""
 
-    endpoint: Endpoint
+    at: Address
     #: the id by which the program calls it
     named: int | None
     is_fresh: bool
@@ -100,13 +101,13 @@ class Linker:
 
     async def call(
         self,
-        endpoint: Endpoint,
+        at: Address,
         timeout_s: float,
         *,
         is_fresh: bool,
         named: int | None = None,
         group: str = "",
-        claim: Callable[[], str] = str,
+        claim: Callable[[Process | None], str] | None = None,
     ) -> Outcome:
         """Links to whoever listens there; `is_fresh` when no link to it is known here.
 
@@ -114,13 +115,13 @@ class Linker:
         it is reached `claim` may say why the call is to end there, as LLM_PROCESSING_LINK.
         """
         deadline = Deadline.after(timeout_s)
-        control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
+        control, outcome = await self._connect(at, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
         if control is None:
             return outcome
-        if objection := claim():
+        if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        call = Call(endpoint, named, is_fresh, group, secrets.token_bytes(16))
+        call = Call(at, named, is_fresh, group, secrets.token_bytes(16))
         self._context.calls.add(call.name)
         try:
             session = await self._shake_hands(control, call, deadline)
@@ -131,7 +132,7 @@ class Linker:
         if named not in (None, session.cluster_id):
             get_logger().warning(
                 "cluster %d answers at %s, and not cluster %d: the link has its own id",
-                session.cluster_id, endpoint, named,
+                session.cluster_id, at, named,
             )  # fmt: skip
         return _OK
 
@@ -139,10 +140,10 @@ class Linker:
         self, control: Control, call: Call, deadline: Deadline, expected: bytes = b""
     ) -> Session:
         """The session of a connection, when its hand-shake is over."""
-        is_same_host = control.process is not None
-        link = lk.CallerLink(self._context.me, is_same_host, expected=expected)
+        link = lk.CallerLink(self._context.me, control.is_same_host, expected=expected)
+        endpoint = None if isinstance(call.at, SameHost) else call.at
         session = Session(
-            self._context, self._registrar, control, link, call.endpoint, call.group, call.named
+            self._context, self._registrar, control, link, endpoint, call.group, call.named
         )
         session.meeting = partial(self._meet, session, call)
         left_s = max(0.001, deadline.remaining_s())
@@ -277,19 +278,19 @@ class Linker:
         return _OK
 
     async def _connect(
-        self, endpoint: Endpoint, timeout_s: float, failure: LLMStatusCode
+        self, at: Address, timeout_s: float, failure: LLMStatusCode
     ) -> tuple[Control | None, Outcome]:
         try:
             shield = self._context.shields.make(is_caller=True)
-            return await dial(endpoint, self._context.waiters, shield, timeout_s), _OK
+            return await dial(at, self._context.waiters, shield, timeout_s), _OK
         except asyncio.TimeoutError:
-            reason = f"no connection to {endpoint} within {timeout_s:.3f} s{_REMEDY}"
+            reason = f"no connection to {at} within {timeout_s:.3f} s{_REMEDY}"
             return None, Outcome(LLMStatusCode.LLM_TIMEOUT, reason)
         except Unwelcome as error:
-            return None, Outcome(failure, f"{endpoint}: {error}")
+            return None, Outcome(failure, f"{at}: {error}")
         except OSError as error:
             remedy = "" if error.errno in _OURS else _REMEDY
-            reason = f"cannot connect to {endpoint}: {_explain(error)}{remedy}"
+            reason = f"cannot connect to {at}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
 
 

@@ -128,7 +128,7 @@ class Listener:
             self._cannot_accept(error)
             return
         is_same_host = sock.family == socket.AF_UNIX
-        at = SameHost.nameless() if is_same_host else Endpoint.of(address)
+        at = SameHost.of_caller(sock) if is_same_host else Endpoint.of(address)
         try:
             control = Control(sock, at, self._context.shields.make(is_caller=False))
         except OSError:  # it has ended again
@@ -233,8 +233,7 @@ class Listener:
         return is_linked
 
     async def _open_session(self, control: Control, hello: m.Hello) -> bool:
-        is_same_host = control.process is not None
-        link = ListenerLink(self._context.me, is_same_host, token=secrets.token_bytes(16))
+        link = ListenerLink(self._context.me, control.is_same_host, token=secrets.token_bytes(16))
         session = Session(self._context, self._registrar, control, link, None, hello.group)
         self._sessions[session.token] = session
         session.when_closed(lambda: self._sessions.pop(session.token, None))
@@ -247,6 +246,10 @@ class Listener:
         self, session: Session, link: ListenerLink, hello: m.Hello, timeout_s: float
     ) -> Sequence[Action]:
         """What is answered to a Hello."""
+        if hello.group and (
+            refusal := self._groups.refusal_of(hello, session.process)
+        ):  # before the id's owner asks
+            return link.refuse(*refusal)
         known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
         is_known = known and not hello.group
         if link.objection_to(hello) is None and (hello.is_fresh or not is_known):
@@ -257,7 +260,7 @@ class Listener:
                 get_logger().warning("refused a caller: %s", verdict.objection)
                 return link.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
             session.displaced = verdict.displaced
-        refusal = self._groups.refusal_of(hello) if hello.group else None
+        refusal = self._groups.refusal_of(hello, session.process) if hello.group else None
         if refusal is not None:
             return link.refuse(*refusal)
         self._groups.answer(session, hello.cluster_id)

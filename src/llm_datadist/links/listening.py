@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from llm_datadist.core.rank_table import link_of
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.listener import Listener, bind
+from llm_datadist.links.rendezvous import take_place
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.deadline import Deadline
 
@@ -61,8 +63,9 @@ class Listening:
         self.endpoint: Endpoint | None = None
         #: where peers of this host are met, while there is any other listener
         self._same_host: Listener | None = None
-        self._rank_listeners: list[Listener] = []
-        self._rank_ports: dict[Endpoint, int] = {}
+        #: where members of rank-table links reach us by TCP, and on this host, by the link
+        self._rank_listeners: dict[Endpoint, Listener] = {}
+        self._meeting_listeners: dict[str, Listener] = {}
 
     def move(self, endpoint: Endpoint | None) -> None:
         """Listens there, or no more. Spec 5.7.
@@ -101,18 +104,29 @@ class Listening:
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             )
 
-    def open_for_ranks(self, endpoint: Endpoint) -> int:
-        """The port of the listener there; one for each endpoint asked for. Raises LLM_FAILED."""
-        return self._errands.run(partial(self._open_for_ranks, endpoint))
+    def open_for_ranks(self, endpoint: Endpoint) -> None:
+        """Listens there, too, as long as the cluster lives. Raises LLMException(LLM_FAILED)."""
+        self._errands.run(partial(self._open_for_ranks, endpoint))
 
-    def _open_for_ranks(self, endpoint: Endpoint) -> int:
-        port = self._rank_ports.get(endpoint)
-        if port is None:
+    def _open_for_ranks(self, endpoint: Endpoint) -> None:
+        if endpoint not in self._rank_listeners:
             sock = bind(endpoint, is_v6_only=endpoint.host == "::")  # 0.0.0.0 has its own
-            port = sock.getsockname()[1]
-            self._rank_listeners.append(self._loop.run(self._make(sock)))
-            self._rank_ports[endpoint] = port
-        return port
+            self._warn_of_strangers(endpoint)
+            self._rank_listeners[endpoint] = self._loop.run(self._make(sock))
+
+    def open_meeting(self, group: str) -> None:
+        """Can be met on this host by members of that group. In the loop's thread."""
+        link = link_of(group)
+        if link not in self._meeting_listeners:
+            sock = take_place(group, self._context.me.cluster_id)
+            if sock is not None:
+                self._meeting_listeners[link] = self._start(sock)
+
+    async def close_meeting(self, group: str) -> None:
+        """The end of `open_meeting`, and of all links that were made there."""
+        listener = self._meeting_listeners.pop(link_of(group), None)
+        if listener is not None:
+            await listener.close()
 
     async def close(self) -> None:
         """In the loop's thread."""
@@ -120,7 +134,7 @@ class Listening:
 
     async def close_for_ranks(self) -> None:
         """In the loop's thread."""
-        for listener in self._rank_listeners:
+        for listener in (*self._rank_listeners.values(), *self._meeting_listeners.values()):
             await listener.close()
         await self._close_same_host()
         self._strangers.close()
@@ -129,16 +143,22 @@ class Listening:
         if endpoint is None:
             return
         sock = bind(endpoint)
+        self._warn_of_strangers(endpoint)
+        self.endpoint = Endpoint.of(sock.getsockname())
+        self._listener = self._loop.run(self._make(sock))
+
+    def _warn_of_strangers(self, endpoint: Endpoint) -> None:
         if not self._context.shields.is_secure and not endpoint.is_loopback:
             get_logger().warning(
                 "cluster %d listens on %s without link security: whoever reaches that address "
                 "can link and read what is registered; set LLMConfig.link_security",
                 self._context.me.cluster_id, endpoint,
             )  # fmt: skip
-        self.endpoint = Endpoint.of(sock.getsockname())
-        self._listener = self._loop.run(self._make(sock))
 
     async def _make(self, sock: socket.socket) -> Listener:
+        return self._start(sock)
+
+    def _start(self, sock: socket.socket) -> Listener:
         if self._same_host is None and self._context.same_host is not None:
             try:
                 self._same_host = self._listener_on(self._context.same_host.listen())
@@ -162,7 +182,7 @@ class Listening:
         if self._listener is not None:
             await self._listener.close()
         self._listener = self.endpoint = None
-        if not self._rank_listeners:
+        if not self._rank_listeners and not self._meeting_listeners:
             await self._close_same_host()
 
     async def _close_same_host(self) -> None:

@@ -7,17 +7,17 @@ import socket
 from typing import TYPE_CHECKING
 
 from llm_datadist.checks import check_dict, check_type, check_uint32, check_uint64
-from llm_datadist.core.rank_table import Place, group_name, hosts_of, parse_rank_table
+from llm_datadist.core.rank_table import group_name, hosts_of, own_places, parse_rank_table
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.links.groups import GroupPlan
-from llm_datadist.links.rendezvous import Rendezvous
+from llm_datadist.links.group import GroupPlan
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from llm_datadist.core.rank_table import Place
     from llm_datadist.links.groups import Groups
     from llm_datadist.links.linker import Linker
     from llm_datadist.links.listening import Listening
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 _MAX_NAME = 127
 _MEMBERS = range(2, 5)
-#: a member on another host listens on this port + its device id
+#: a member listens on this port + the device id of its entry
 BASE_PORT_VARIABLE = "LLM_DATADIST_LINK_BASE_PORT"
-_BASE_PORT = 60000
+#: behind the ports that Linux gives to calls (32768 to 60999): one of those may be taken already
+_BASE_PORT = 61000
 
 
 class RankLinks:
@@ -64,17 +65,25 @@ class RankLinks:
         if self._cluster_id not in ranks:
             raise invalid(f"cluster_rank_info lacks this cluster itself, {self._cluster_id}")
         places = parse_rank_table(text)
-        base = _base_port()
+        base = base_port()
         members = {
             cluster_id: _endpoints(hosts_of(places, rank), base)
             for cluster_id, rank in ranks.items()
             if cluster_id != self._cluster_id
         }
-        options = self._options
+        own = own_places(places, ranks[self._cluster_id], self._options.device_id)
+        opened, deafness = self._open(own, places, base)
+        elsewhere = {
+            cluster_id: [each for each in endpoints if each not in opened]
+            for cluster_id, endpoints in members.items()
+        }
+        options, group = self._options, group_name(name, ranks, places)
         plan = GroupPlan(
-            group_name(name, ranks), members, options.link_total_time_s, options.link_retry_count
+            group, elsewhere, options.link_total_time_s, options.link_retry_count, deafness
         )
-        return self._begin(plan, base + options.device_id if any(members.values()) else None)
+        comm_id = self._loop.run(self._start(plan))
+        self.were_made = True
+        return comm_id
 
     def unlink(self, comm_id: int) -> None:
         """Ends a rank-table link once its transfers have ended. Raises LLM_NOT_YET_LINK."""
@@ -83,7 +92,7 @@ class RankLinks:
         try:
             for session in sessions:
                 session.drain(max(0.0, deadline.remaining_s()))
-            self._loop.run(self._groups.stop(comm_id))
+            self._loop.run(self._stop(comm_id))
         except BaseException:  # interrupted: the links are kept
             for session in sessions:
                 if not session.is_closed:
@@ -94,23 +103,48 @@ class RankLinks:
         """Never blocks. Raises LLMException(LLM_NOT_YET_LINK) for an id that is not known."""
         return self._groups.status_of(comm_id)
 
-    def _begin(self, plan: GroupPlan, port: int | None) -> int:
-        """Begins a link and returns its comm_id at once. Spec 5.8, 12.1.
-
-        `port` is where members on other hosts expect us, None when there are none.
-        """
-        rendezvous = Rendezvous()
-        here = self._listening.open_for_ranks(Endpoint("127.0.0.1", 0))
-        if port is not None:
-            places = [place for member in plan.members.values() for place in member]
-            for anywhere in {"::" if ":" in place.host else "0.0.0.0" for place in places}:
-                try:
-                    self._listening.open_for_ranks(Endpoint(anywhere, port))
-                except LLMException as error:  # we can still call the others
-                    get_logger().warning("members on other hosts cannot call us: %s", error)
-        comm_id = self._loop.run(self._groups.start(plan, self._linker, rendezvous, here))
-        self.were_made = True
+    async def _start(self, plan: GroupPlan) -> int:
+        comm_id = self._groups.start(plan, self._linker)
+        self._listening.open_meeting(plan.name)  # before the first call, which is another task's
         return comm_id
+
+    async def _stop(self, comm_id: int) -> None:
+        name = self._groups.find(comm_id).plan.name
+        await self._groups.stop(comm_id)
+        if not self._groups.has_link(name):
+            await self._listening.close_meeting(name)
+
+    def _open(
+        self, own: Sequence[Place], places: Sequence[Place], base: int
+    ) -> tuple[list[Endpoint], str]:
+        """Listens where others look for us by the rank table; where that is, or why it cannot be.
+
+        Neither, where the table has no addresses. Of several entries that may be ours the first
+        that can be had is taken: who calls us tries them all. At an address of this host we listen
+        there alone; one that leads here from elsewhere, as a container's host's does, is none.
+        """
+        hosts = [place.host for place in places if place.host is not None]
+        if not hosts:
+            return [], ""
+        anywhere = sorted({"::" if ":" in host else "0.0.0.0" for host in hosts})
+        ours = [place for place in own if place.host is not None and _is_ours(place.host)]
+        wanted = [([str(place.host)], place.device_id) for place in ours] or [
+            (anywhere, place.device_id) for place in own
+        ]
+        reasons = []
+        for listen_hosts, device_id in wanted or [(anywhere, self._options.device_id)]:
+            try:
+                opened = [Endpoint(host, _port_of(device_id, base)) for host in listen_hosts]
+                for endpoint in opened:
+                    self._listening.open_for_ranks(endpoint)
+            except LLMException as error:
+                reasons.append(str(error))
+            else:
+                return opened, ""
+        deafness = f"Nobody can call this member by the rank table: {'; '.join(reasons)}"
+        report = get_logger().info if all(map(_is_ours, hosts)) else get_logger().warning
+        report("cluster %d: %s", self._cluster_id, deafness)
+        return [], deafness
 
 
 def _check_ranks(value: object) -> Mapping[int, int]:
@@ -131,19 +165,22 @@ def _check_order(ranks: Mapping[int, int]) -> None:
 
 
 def _endpoints(places: Sequence[Place], base: int) -> list[Endpoint]:
-    """Where a member may be on other hosts; on ours it is found by name."""
-    return [
-        Endpoint(place.host, _port_of(place, base))
-        for place in places
-        if place.host is not None and not _is_ours(place.host)
-    ]
+    """Where the rank table says that a member is."""
+    endpoints = []
+    for place in places:
+        try:
+            endpoints.append(Endpoint(str(place.host), _port_of(place.device_id, base)))
+        except LLMException:
+            if not _is_ours(str(place.host)):  # else it is met without a port
+                raise
+    return list(dict.fromkeys(endpoints))
 
 
-def _port_of(place: Place, base: int) -> int:
-    port = base + place.device_id
+def _port_of(device_id: int, base: int) -> int:
+    port = base + device_id
     if not 0 < port < 2**16:
         raise LLMException(
-            f"device_id {place.device_id} of the rank table leads to port {port}, which cannot be: "
+            f"device_id {device_id} of the rank table leads to port {port}, which cannot be: "
             f"choose another {BASE_PORT_VARIABLE}",
             LLMStatusCode.LLM_LINK_FAILED,
         )
@@ -160,7 +197,8 @@ def _is_ours(host: str) -> bool:
     return True
 
 
-def _base_port() -> int:
+def base_port() -> int:
+    """What the environment says, or ours. Raises LLMException(LLM_PARAM_INVALID)."""
     text = os.environ.get(BASE_PORT_VARIABLE) or str(_BASE_PORT)
     if not text.isdigit() or not 0 < int(text) < 2**16:
         raise invalid(f"{BASE_PORT_VARIABLE} must be a port, got {text!r}")

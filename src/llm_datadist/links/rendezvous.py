@@ -1,91 +1,66 @@
 """The rendezvous: how members of a rank-table link on one host find each other. Spec 12.3.
 
-Each member writes the port it listens on into a file named by the link and its cluster id, and
-looks for the files of the others. Whoever comes second finds the first: nobody watches or polls.
+Each member listens at a meeting point whose name follows from the link's and from its cluster id,
+and then calls at the names of the others. Whoever comes second finds the first: nobody watches or
+polls. Such a name is no file (`transport/same_host.py`): it needs no directory that members of
+several users, services or containers would share, it ends with its process, and it is seen in one
+network namespace alone.
+
+Who is there the name does not say: another job can have the same, a process that stands still, or
+somebody who guessed it. So each name stands for some places, of which a member takes the first that
+is free; who calls looks at all of them, and the hand-shake tells who is the right one.
+
+Rejected: files that say a port, which cannot be shared by all and outlive their process; names that
+nobody can guess, listed by /proc, which a container may not have.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import stat
-import tempfile
-from pathlib import Path
+import errno
+import hashlib
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.core.rank_table import link_of
+from llm_datadist.observe.log import get_logger
+from llm_datadist.transport.same_host import SameHost
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+#: so many processes of one host can be the same member of links of the same name
+PLACES = 32
+_ID_NBYTES = 16
 
 
-class Rendezvous:
-    """A directory that only this user can write to."""
+def take_place(group: str, cluster_id: int) -> socket.socket | None:
+    """A listening socket where members on this host look for this one; None if none is to be had.
 
-    def __init__(self) -> None:
-        #: loopback addresses mean something else in another network namespace
-        self._network = os.readlink("/proc/self/ns/net")
-        self._directory = _directory()
-
-    def publish(self, group: str, cluster_id: int, port: int) -> str:
-        """Says where a member listens, in place of what was said before; a token for `withdraw`.
-
-        Raises LLMException(LLM_LINK_FAILED).
-        """
-        path, token = self._path(group, cluster_id), secrets.token_hex(8)
-        draft = path.with_name(f"{path.name}.{token}")
+    The log says why: members that can call each other by TCP do without.
+    """
+    reason = f"all {PLACES} places of that name are taken"
+    for point in _places(group, cluster_id):
         try:
-            draft.write_text(f"{port} {token} {self._network}")
-            draft.replace(path)
+            return point.listen()
         except OSError as error:
-            raise _unusable(path, error) from error
-        return token
-
-    def withdraw(self, group: str, cluster_id: int, token: str) -> None:
-        """Takes back what was published with this token; what came after it stays."""
-        record = self._read(group, cluster_id)
-        if record is not None and record[1] == token:
-            with contextlib.suppress(FileNotFoundError):
-                self._path(group, cluster_id).unlink()
-
-    def find(self, group: str, cluster_id: int) -> int | None:
-        """The port of a member that has published itself in our network namespace."""
-        record = self._read(group, cluster_id)
-        if record is None or record[2] != self._network:
-            return None
-        return int(record[0])
-
-    def _read(self, group: str, cluster_id: int) -> list[str] | None:
-        try:
-            record = self._path(group, cluster_id).read_text().split()
-        except FileNotFoundError:
-            return None
-        return record if len(record) == 3 and record[0].isdigit() else None
-
-    def _path(self, group: str, cluster_id: int) -> Path:
-        return self._directory / f"{group}-{cluster_id}"
-
-
-def _directory() -> Path:
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.access(runtime, os.W_OK):
-        path = Path(runtime) / "llm-datadist"
-    else:
-        path = Path(tempfile.gettempdir()) / f"llm-datadist-{os.getuid()}"
-    try:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        status = path.lstat()
-    except OSError as error:
-        raise _unusable(path, error) from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise LLMException(
-            f"{path} is not a directory that only this user can write to: remove it",
-            LLMStatusCode.LLM_LINK_FAILED,
-        )
-    return path
-
-
-def _unusable(path: Path, error: OSError) -> LLMException:
-    return LLMException(
-        f"members of a rank-table link cannot meet at {path}: {error.strerror}; point "
-        "XDG_RUNTIME_DIR to a directory of this user's",
-        LLMStatusCode.LLM_LINK_FAILED,
+            if error.errno != errno.EADDRINUSE:
+                reason = error.strerror or str(error)
+                break
+    get_logger().warning(
+        "cluster %d cannot be met on this host by its rank table: %s", cluster_id, reason
     )
+    return None
+
+
+def taken_places(group: str, cluster_id: int) -> list[SameHost]:
+    """Where somebody listens on this host who may be that member."""
+    with suppress(OSError):
+        return [point for point in _places(group, cluster_id) if point.is_taken()]
+    return []
+
+
+def _places(group: str, cluster_id: int) -> Iterator[SameHost]:
+    for number in range(PLACES):
+        text = f"{link_of(group)} {cluster_id} {number}"
+        yield SameHost(hashlib.sha256(text.encode()).digest()[:_ID_NBYTES], is_meeting_point=True)

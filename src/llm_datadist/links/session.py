@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.context import Context
     from llm_datadist.transport.certificate import Certificate
+    from llm_datadist.transport.same_host import Process
     from llm_datadist.transport.stream import Stream
 
 
@@ -80,7 +81,7 @@ class Session:
         control.watch()
         self._control = control
         self._link = link
-        #: where the caller reached its peer; None at the listener
+        #: where the caller reached its peer; None at the listener, and at a meeting point
         self.endpoint = endpoint
         #: the rank-table link that this one belongs to, if any
         self.group = group
@@ -166,6 +167,11 @@ class Session:
     def whereabouts(self) -> str:
         """Where the peer is, for messages."""
         return f"at {self.endpoint or self._control.at}"
+
+    @property
+    def process(self) -> Process | None:
+        """The peer's, where the kernel says which one that is."""
+        return self._control.process
 
     @property
     def left_s(self) -> float:

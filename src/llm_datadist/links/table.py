@@ -24,7 +24,8 @@ class LinkInfo(NamedTuple):
     cluster_id: int
     path: str  #: how its bytes travel: "cma" (same host) or "tcp"
     path_reason: str  #: why no better path is used; empty when there is none
-    endpoint: Endpoint | None  #: where we called the peer; None when it called us
+    #: where we called the peer; None when it called us, or when a rank table led to it on this host
+    endpoint: Endpoint | None
 
 
 class LinkTable:

@@ -4,6 +4,10 @@ Its name is an abstract one: no file, no permissions, no directory that both wou
 by all that share a network namespace, and by nobody else. What an offer says is only the name.
 Whoever connects is told by the kernel which process listens, and the listener which one called; so
 no end believes the other's word for a process that it then reads from.
+
+A meeting point is such a socket with a name that can be worked out (`links/rendezvous.py`). A link
+may begin there as at a TCP port, and by any path but this one, for which its ends then meet at the
+same-host socket proper.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 #: an offer can lead nowhere but to sockets of this library
 _PREFIX = b"\0llm-datadist-"
+_MEETING_PREFIX = _PREFIX + b"meet-"
 _ID_NBYTES = 16
 _BACKLOG = 512
 _UCRED = struct.Struct("3i")
@@ -45,17 +50,20 @@ class SameHostOffer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SameHost(NamedTuple):
-    """The address of a same-host socket."""
+    """The address of a same-host socket, or of a meeting point."""
 
     id: bytes
+    is_meeting_point: bool = False
 
     def __str__(self) -> str:
-        return f"the same-host socket {self.id.hex()[:8]}" if self.id else "this host"
+        what = "meeting point" if self.is_meeting_point else "same-host socket"
+        return f"the {what} {self.id.hex()[:8]}" if self.id else "this host"
 
     @property
     def sockaddr(self) -> bytes:
         """What sockets take."""
-        return _PREFIX + self.id.hex().encode()
+        prefix = _MEETING_PREFIX if self.is_meeting_point else _PREFIX
+        return prefix + self.id.hex().encode()
 
     @classmethod
     def new(cls) -> SameHost:
@@ -63,9 +71,9 @@ class SameHost(NamedTuple):
         return cls(secrets.token_bytes(_ID_NBYTES))
 
     @classmethod
-    def nameless(cls) -> SameHost:
-        """That of an end which called: nobody can connect to it."""
-        return cls(b"")
+    def of_caller(cls, sock: socket.socket) -> SameHost:
+        """That of an end which called on this connection: nobody can connect to it."""
+        return cls(b"", sock.getsockname().startswith(_MEETING_PREFIX))
 
     @classmethod
     def offered(cls, offer: bytes) -> tuple[SameHost, bool | None]:
@@ -82,6 +90,17 @@ class SameHost(NamedTuple):
     def offer(self) -> bytes:
         """The reverse of `offered`."""
         return msgspec.msgpack.encode(SameHostOffer(_host(), self.id))
+
+    def is_taken(self) -> bool:
+        """Whether somebody is there. Disturbs nobody. Raises OSError."""
+        with forks.open_socket(socket.AF_UNIX) as probe:
+            try:
+                probe.bind(self.sockaddr)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True
+                raise
+        return False
 
     def listen(self) -> socket.socket:
         """A listening socket. Raises OSError."""

@@ -266,7 +266,8 @@ class Sender(FrameSender):
         """As above; the kernel waits, which saves a call for each bit of room in the socket."""
         os.set_blocking(self._socket.fileno(), True)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_PATIENCE_S))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_NBYTES)
+        if self._socket.family != socket.AF_UNIX:  # members of a rank table met on this host
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_NBYTES)
         unpace(self._socket)
         until = time.monotonic() + _SLICE_S
         try:

@@ -79,7 +79,7 @@ def _listen(text: str | None) -> Endpoint | None:
 
 def _checks(case: "Case", *, measures: bool) -> "dict[str, tuple[Check, ...]]":
     """All of them, by section, in the order of the screen."""
-    from llm_datadist.cli.doctor import host, links, paths
+    from llm_datadist.cli.doctor import host, links, network, paths
 
     return {
         **({"peer": (links.running_cluster,)} if case.peer else {}),
@@ -87,7 +87,10 @@ def _checks(case: "Case", *, measures: bool) -> "dict[str, tuple[Check, ...]]":
         "same host (cma)": (
             paths.foreign_memory, paths.yama, paths.capability, paths.pid_namespace,
         ),
-        "network": (paths.listening, paths.link_security, paths.allowed_path),
+        "network": (
+            network.loopback, paths.listening, network.rank_tables, paths.link_security,
+            paths.allowed_path,
+        ),
         "other paths": (paths.nixl, paths.rdma, paths.gpus),
         "limits": (
             host.descriptors, host.memory, host.shared_memory, host.locked_memory, host.huge_pages,

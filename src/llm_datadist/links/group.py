@@ -1,0 +1,94 @@
+"""A group: one rank-table link, and how far it has come. Spec 5.8."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from llm_datadist.types import RegisterMemStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.session import Session
+    from llm_datadist.transport.same_host import Address, Process
+
+
+class GroupPlan(NamedTuple):
+    """What `link` asks for."""
+
+    name: str  #: core.rank_table.group_name
+    members: Mapping[int, Sequence[Endpoint]]  #: the others: where the rank table says they are
+    total_s: float
+    retries: int
+    #: why nobody can call us at an address of the table; empty when they can
+    deafness: str = ""
+
+
+@dataclass(eq=False)
+class Group:
+    """One rank-table link; changed in the loop's thread only."""
+
+    plan: GroupPlan
+    status: RegisterMemStatus = RegisterMemStatus.PREPARING
+    sessions: dict[int, Session] = field(default_factory=dict)
+    #: whom we have reached with a call of ours, where, and which process that is if it is known
+    calling: dict[tuple[int, Address], Process | None] = field(default_factory=dict)
+    #: whose call we answered last
+    answered: dict[int, Session] = field(default_factory=dict)
+    #: why the last calls to a member failed, by where they went
+    failures: dict[int, dict[Address, str]] = field(default_factory=dict)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def missing(self) -> list[int]:
+        """The members that are not linked yet."""
+        return [member for member in self.plan.members if member not in self.sessions]
+
+    def claim(self, member: int, at: Address, process: Process | None) -> str:
+        """A call of ours reached a member: empty when it counts, else why it is to end there.
+
+        Not before: the member's own call may be the only one that can get through.
+        """
+        answered = self.answered.get(member)
+        if answered is not None and not answered.is_closed:
+            return "it is calling us"
+        self.calling[member, at] = process
+        return ""
+
+    def is_calling(self, member: int, process: Process | None) -> bool:
+        """Whether a call of ours goes on that reached the member, who is that process.
+
+        Others on this host can be where a member was to be met.
+        """
+        return any(
+            called == member and (process is None or reached in (None, process))
+            for (called, _), reached in self.calling.items()
+        )
+
+    def settle(self, status: RegisterMemStatus) -> None:
+        """The end of the preparation."""
+        self.status = status
+        self.settled.set()
+
+    def absences(self) -> str:
+        """Who is missing, where it was looked for, and what could be mended."""
+        absent = "; ".join(self._absence(each, self.plan.members[each]) for each in self.missing)
+        deafness = f" {self.plan.deafness}." if self.plan.deafness else ""
+        return (
+            f"{absent}.{deafness} Of two members the one that calls `link` last must be able to "
+            "reach the other, or link_retry_count be more than 1"
+        )
+
+    def _absence(self, member: int, places: Sequence[Endpoint]) -> str:
+        where = ", ".join(["this host", *map(str, places)])
+        if not places:
+            where += (
+                " only, for the rank table has no host_ip, no server_id that is an IP address and "
+                "no device_ip for it"
+            )
+        failures = "; ".join(dict.fromkeys(self.failures.get(member, {}).values()))
+        return f"cluster {member} (looked for on {where}{f': {failures}' if failures else ''})"
