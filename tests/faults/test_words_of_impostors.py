@@ -8,12 +8,11 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from wire import TRAILER, Wire, impostor, owner
+from wire import Wire, impostor, linked_caller, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.observe.log import LOGGER_NAME
-from llm_datadist.transport.base import PROBE_NBYTES
 
 if TYPE_CHECKING:
     from llm_datadist.testing.cluster import Node
@@ -52,36 +51,13 @@ def test_the_doctor_shows_a_refusal_in_its_place(how: tuple[str, ...]) -> None:
 
 
 def test_why_a_path_is_not_used_is_one_line(node: Node, caplog: pytest.LogCaptureFixture) -> None:
-    """A listener that verifies with the caller's own memory, and then cannot use cma, it says."""
-    offered: list[m.Hello] = []
-
-    def serve(wire: Wire) -> None:
-        first = wire.receive()
-        if isinstance(first, m.Hello):
-            offered.append(first)
-            offers = {path: first.offers[path] for path in ("cma", "tcp")}
-            wire.send(m.Welcome(1, 1, bytes(16), bytes(16), offers, first.probe))
-            assert wire.expect(m.Ready).path == "cma"
-            wire.send(m.Unusable(HARM, HARM, True))
-            assert wire.expect(m.Ready).path == "tcp"
-            wire.send(m.Linked("tcp"))
-            wire.is_ended()
-        wire.send(m.Attached())
-        wire.expect(m.Read)
-        probe = offered[0].probe
-        wire.send(m.Sending(PROBE_NBYTES))
-        wire.send_bytes(probe.nonce.ljust(PROBE_NBYTES) + TRAILER.pack(probe.generation, 0))
-        wire.is_ended()
-
-    node.start(LLMRole.DECODER, 2)
-    with caplog.at_level(logging.INFO, LOGGER_NAME), impostor(serve) as port:
-        assert node.link(port, 1) == LLMStatusCode.LLM_SUCCESS
+    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0")
+    with caplog.at_level(logging.INFO, LOGGER_NAME), linked_caller(port, unmet=HARM):
         [link] = node.datadist.links()
         [told] = node.datadist.stats().links
-    assert link.path_reason.count(SHOWN) == 2
+    assert SHOWN in link.path_reason
     assert link.path_reason.isprintable()
     assert told.path_reason == link.path_reason
-    assert SHOWN in caplog.text, "the warning"
     assert all(message.isprintable() for message in caplog.messages)
 
 

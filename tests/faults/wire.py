@@ -126,13 +126,15 @@ def hello(
 class LinkedCaller:
     """A caller made by hand that an engine has linked to, over tcp. See `linked_caller`."""
 
-    def __init__(self, port: int, stack: ExitStack, *, is_remote_accessible: bool) -> None:
+    def __init__(
+        self, port: int, stack: ExitStack, *, is_remote_accessible: bool, unmet: str = ""
+    ) -> None:
         self._port = port
         self._stack = stack
         self.control = self._dial()
         self.control.send(hello(is_remote_accessible=is_remote_accessible))
         self.welcome = self.control.expect(m.Welcome)
-        self.control.send(m.Ready("tcp"))
+        self.control.send(m.Ready("tcp", unmet))
         self.control.expect(m.DialBack)
         reverse = self.attach(is_reverse=True)
         reverse.serve_probe()
@@ -150,10 +152,12 @@ class LinkedCaller:
 
 
 @contextmanager
-def linked_caller(port: int, *, is_remote_accessible: bool = False) -> Iterator[LinkedCaller]:
+def linked_caller(
+    port: int, *, is_remote_accessible: bool = False, unmet: str = ""
+) -> Iterator[LinkedCaller]:
     """Links by hand; closes all that was opened."""
     with ExitStack() as stack:
-        yield LinkedCaller(port, stack, is_remote_accessible=is_remote_accessible)
+        yield LinkedCaller(port, stack, is_remote_accessible=is_remote_accessible, unmet=unmet)
 
 
 @contextmanager
