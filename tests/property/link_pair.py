@@ -127,7 +127,7 @@ class End:
                 assert self.published is not None
                 self.is_retracted = True
             elif isinstance(action, lk.SayWhether):
-                self._send(m.Vouched(action.call, True))
+                self._send(m.Vouched(action.connection, True))
             elif isinstance(action, lk.Learn):
                 self.learned.append(action)
             elif isinstance(action, lk.Dial):

@@ -100,16 +100,16 @@ class Dial:
 
 @dataclass(frozen=True, slots=True)
 class SayWhether:
-    """Tell the peer whether this is a call of ours that is under way."""
+    """Tell the peer whether this connection is one of ours."""
 
-    call: bytes
+    connection: str
 
 
 @dataclass(frozen=True, slots=True)
 class Learn:
-    """The peer said whether a call is its own."""
+    """The peer said whether a connection is its own."""
 
-    call: bytes
+    connection: str
     is_theirs: bool
 
 
@@ -228,9 +228,9 @@ class Link(abc.ABC):
 
     def _received_when_linked(self, message: m.Message) -> list[Action]:
         if isinstance(message, m.Vouch):
-            return [SayWhether(message.call)]
+            return [SayWhether(message.connection)]
         if isinstance(message, m.Vouched):
-            return [Learn(message.call, message.is_ours)]
+            return [Learn(message.connection, message.is_ours)]
         if isinstance(message, m.Bye):
             return [Drain()]
         if isinstance(message, m.ByeDone):  # one that comes after `stay` ends the link as well
@@ -291,9 +291,7 @@ class CallerLink(Link):
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
 
-    def start(
-        self, *, is_fresh: bool, timeout_ms: int, group: str = "", call: bytes = b""
-    ) -> list[Action]:
+    def start(self, *, is_fresh: bool, timeout_ms: int, group: str = "") -> list[Action]:
         self.state = State.GREETING
         me = self.me
         return [
@@ -308,7 +306,6 @@ class CallerLink(Link):
                     dict(me.offers),
                     me.probe,
                     group,
-                    call,
                 )
             )
         ]

@@ -47,8 +47,8 @@ Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 Moment: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
-#: names a call; empty where there is none
-Call: TypeAlias = Annotated[bytes, Meta(max_length=16)]
+#: its ends' addresses, that of the one who is asked first
+Connection: TypeAlias = Annotated[str, Meta(max_length=256)]
 
 
 class ProtocolError(Exception):
@@ -82,8 +82,6 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     probe: ProbeTarget
     #: names the rank-table link that this is to be part of
     group: Text = ""
-    #: names this very call: whoever made it can say so on another link
-    call: Call = b""
 
 
 class Welcome(Message, tag=2, forbid_unknown_fields=False):
@@ -146,7 +144,6 @@ class Forget(Message, tag=10):
     """
 
     instance: Token
-    call: Call = b""
 
 
 class Attach(Message, tag=11):
@@ -170,15 +167,18 @@ class Moved(Message, tag=13):
 
 
 class Vouch(Message, tag=14):
-    """On a link: is this call, of which somebody says that it is yours, a call of yours now?"""
+    """On a link: is this connection, of which somebody says that it is yours, one of yours now?
 
-    call: Call
+    It is named as you see it: `core/link.py`.
+    """
+
+    connection: Connection
 
 
 class Vouched(Message, tag=15):
     """The answer to Vouch."""
 
-    call: Call
+    connection: Connection
     is_ours: bool
 
 

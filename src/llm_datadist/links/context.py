@@ -40,7 +40,7 @@ class Context:
     sync_timeout_s: float
     #: with a transfer backend each end links and unlinks for itself (spec 5.6)
     is_one_way: bool
-    #: names of our calls that are under way
-    calls: set[bytes]
+    #: control connections of ours, as `Control.mine` names them
+    connections: set[str]
     #: None when metrics are off
     recorder: Recorder | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from contextlib import suppress
 from functools import partial
@@ -33,6 +34,8 @@ _KEEPALIVE = (
 )
 _VANISHED_MS = 25_000
 _QUEUE_FULL_S = 0.01
+#: control messages are small: whoever leaves so much of them does not read
+_MOST_UNSENT = 256 * 1024
 
 
 class ConnectionEnded(Exception):
@@ -59,7 +62,14 @@ class Control:
         self.socket = sock
         #: the peer's; the socket no longer knows it when the peer has reset the connection
         self.at = at
+        #: names the connection among all, by its two ends: as this end sees it, as the other does;
+        #: empty when it cannot be told apart
+        self.mine, self.theirs = _names_of(sock)
         self.shield = shield
+        #: what the system has not taken yet, in order
+        self._unsent = bytearray()
+        self._is_writing = False
+        self._flushed = asyncio.Event()
         #: holds what came behind the message received last
         self.frames = FrameReader()
 
@@ -79,9 +89,9 @@ class Control:
     async def greet(self) -> None:
         """The shield's hand-shake, first of all. Raises Unwelcome."""
         try:
-            await self._send(self.shield.start())
+            self._send(self.shield.start())
             while not self.shield.is_done:
-                await self._send(self.shield.answer(await self._receive()))
+                self._send(self.shield.answer(await self._receive()))
             self.frames.feed(self.shield.open(b""))
         except NotAuthentic as error:
             await self._part(error)
@@ -90,8 +100,20 @@ class Control:
             raise Unwelcome(f"link security: {error}; both ends need the same") from error
 
     async def send(self, message: m.Message) -> None:
-        """Raises ConnectionEnded."""
-        await self._send(self.shield.seal(m.encode(message)))
+        """Sends without a wait, in order. Raises ConnectionEnded.
+
+        A peer that takes nothing of what it is told ends the connection after a while.
+        """
+        if len(self._unsent) > _MOST_UNSENT:
+            self.end()
+            raise ConnectionEnded("the peer takes nothing of what it is told")
+        self._send(self.shield.seal(m.encode(message)))
+
+    async def flushed(self) -> None:
+        """Waits until the system has taken all. Raises ConnectionEnded."""
+        while self._unsent:
+            self._flushed.clear()
+            await self._flushed.wait()
 
     async def receive(self) -> m.AnyMessage:
         """Raises ConnectionEnded."""
@@ -109,13 +131,41 @@ class Control:
     async def _part(self, error: NotAuthentic) -> None:
         """Tells the peer why, as far as the shield has words for it."""
         with suppress(ConnectionEnded):  # it has left already
-            await self._send(error.parting)
+            self._send(error.parting)
 
-    async def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
+        self._unsent += data
+        if not self._is_writing:
+            try:
+                self._write()
+            except OSError as error:
+                raise ConnectionEnded(error.strerror or str(error)) from error
+
+    def _write(self) -> None:
+        """Raises OSError."""
         try:
-            await asyncio.get_running_loop().sock_sendall(self.socket, data)
-        except OSError as error:
-            raise ConnectionEnded(error.strerror or str(error)) from error
+            while self._unsent:
+                del self._unsent[: self.socket.send(self._unsent)]
+        except BlockingIOError:
+            if not self._is_writing:
+                self._is_writing = True
+                asyncio.get_running_loop().add_writer(self.socket, self._go_on)
+        except OSError:
+            self._stop_writing()
+            raise
+        else:
+            self._stop_writing()
+
+    def _go_on(self) -> None:
+        with suppress(OSError):  # whoever receives notices
+            self._write()
+
+    def _stop_writing(self) -> None:
+        self._unsent.clear()
+        self._flushed.set()
+        if self._is_writing:
+            self._is_writing = False
+            asyncio.get_running_loop().remove_writer(self.socket)
 
     async def _receive(self) -> bytes:
         try:
@@ -133,6 +183,7 @@ class Control:
 
     def close(self) -> None:
         """Only where nothing is receiving: the loop would watch a descriptor that others get."""
+        self._stop_writing()
         self.socket.close()
 
 
@@ -172,10 +223,30 @@ async def _dial_endpoint(
     return await _connect(infos[-1], shield)
 
 
+def _names_of(sock: socket.socket) -> tuple[str, str]:
+    try:
+        own, peer = _name(sock.getsockname()), _name(sock.getpeername())
+    except OSError:  # the peer has reset it
+        return "", ""
+    return (f"{own} {peer}", f"{peer} {own}") if own and peer else ("", "")
+
+
+def _name(sockaddr: tuple[Any, ...] | str | bytes) -> str:
+    """An end's address; empty for one that has none."""
+    if isinstance(sockaddr, bytes):
+        return sockaddr.hex()
+    if isinstance(sockaddr, str):  # a Unix socket without a name, or with one of a file
+        return sockaddr
+    host = ipaddress.ip_address(sockaddr[0].partition("%")[0])
+    mapped = getattr(host, "ipv4_mapped", None)
+    return f"{mapped or host}:{sockaddr[1]}"
+
+
 async def _dial_same_host(at: SameHost, shield: Shield) -> Control:
     sock = forks.open_socket(socket.AF_UNIX)
     try:
         sock.setblocking(False)
+        sock.bind("")  # a name of its own, by which its ends know it
         # nothing tells the loop that the listener's queue has room again
         while not at.try_to_connect(sock):  # noqa: ASYNC110
             await asyncio.sleep(_QUEUE_FULL_S)

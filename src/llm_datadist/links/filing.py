@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMStatusCode
+from llm_datadist.links.ids import Verdict
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
@@ -28,19 +29,27 @@ class Filing:
 
     async def linked(self, session: Session) -> None:
         """Files the link; one of a rank table waits for the others of its group."""
+        if not session.is_caller and session.is_with_ourselves:
+            session.report()  # the answering end of a link to ourselves is not one to use
+            return
         if session.is_caller:
-            verdict = await self._ids.of_called(session, session.named, session.left_s)
-            if verdict.objection:
-                await session.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
-                return
-            session.displaced = verdict.displaced
+            verdict = await self._ids.of_called(session)
+        elif session.instance == self._instance:
+            verdict = Verdict("the peer says that it is this very cluster, and is another")
+        else:
+            verdict = await self._ids.of_caller(session, session.cluster_id)
+        if verdict.objection:
+            await session.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
+            return
+        if session.is_closed:
+            return
+        session.displaced = verdict.displaced
         if session.group:
             await self._groups.join(session)
             return
-        is_echo = session.instance == self._instance and not session.is_caller
-        if not is_echo:  # the answering end of a link to ourselves is not one to use
-            for stale in self._links.add(session):
-                await stale.cut(f"cluster {session.cluster_id} linked anew")
+        self._links.add(session)
+        for stale in session.displaced:
+            await stale.cut(f"cluster {session.cluster_id} linked anew")
         session.report()
 
     def retracted(self, session: Session, reason: str) -> None:

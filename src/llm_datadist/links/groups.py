@@ -110,7 +110,8 @@ class Groups:
         group.sessions[session.cluster_id] = session
         if len(group.sessions) == len(group.plan.members):
             for member in group.sessions.values():
-                for stale in self._links.add(member):
+                self._links.add(member)
+                for stale in member.displaced:
                     await stale.cut(f"cluster {member.cluster_id} linked anew")
                 member.report()
                 self._warn_of_user(member)

@@ -1,13 +1,17 @@
 """Cluster ids: whose one is.
 
 An id belongs to whoever has it on a live link. Who comes with it meanwhile says that it is the same
-cluster, and may be another: a second instance by mistake, a successor, a stranger. So the one on
-the live link is asked, on that link, whether the call is its own (`Vouch`):
+cluster, and may be another: a second instance by mistake, a successor, a stranger. What it says of
+itself proves nothing, since all of it was said to others before. So the one on the live link is
+asked, on that link, whether the newcomer's connection is one of its own (`Vouch`), and the
+connection is named by the addresses of its ends, which nobody in between can have alike:
 
 - it is: a cluster that lost its end, or that links in the other direction, too. It is let in.
 - it is not: the newcomer is refused.
 - nothing comes within a second: whoever had the id is gone, or stands still. The newcomer takes
   over, a warning says so, and the old link is cut. So a restarted peer gets in.
+
+That is asked when a link begins, to say no early, and once more when it is filed.
 
 A call of our own to a cluster that the program named by this id is the program's word, and is done,
 with a warning: the links are then told apart by address. One address, though, must not lead to two
@@ -22,17 +26,18 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
+from llm_datadist.links.vouching import ANSWER_S
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from llm_datadist.links.session import Session
     from llm_datadist.links.table import LinkTable
     from llm_datadist.transport.certificate import Certificate
 
-#: a cluster that takes longer to say that it is there is taken for gone
-_ANSWER_S = 1.0
+#: newcomers that come while others are asked about: more at once are too many
+_ROUNDS = 3
 
 
 class Verdict(NamedTuple):
@@ -48,83 +53,101 @@ class Ids:
     def __init__(self, links: LinkTable) -> None:
         self._links = links
 
-    async def of_caller(
-        self, cluster_id: int, call: bytes, certificate: Certificate | None, timeout_s: float
-    ) -> Verdict:
-        """On a cluster that calls us by this call, and says that it has the id."""
-        live = _live(self._links.of(cluster_id))
-        objection = _name_objection(cluster_id, certificate)
-        if objection or not live:
+    async def of_caller(self, newcomer: Session, cluster_id: int) -> Verdict:
+        """On a cluster that calls us, and says that it has the id."""
+        if objection := _name_objection(cluster_id, newcomer.certificate):
             return Verdict(objection)
-        answers = await _ask(live, call, timeout_s)
-        if True in answers:
-            return Verdict()
-        return self._judge(cluster_id, live, answers, certificate)
+        for _ in range(_ROUNDS):
+            live = _live(self._links.of(cluster_id), newcomer)
+            answers = await _ask(live, newcomer)
+            if set(_live(self._links.of(cluster_id), newcomer)) <= answers.keys():
+                same = [other for other in live if answers[other]]
+                if same:
+                    return Verdict("", _replaced(newcomer, same))
+                return _judge(newcomer, cluster_id, answers)
+        return Verdict(f"several clusters come with the id {cluster_id} at a time")
 
-    async def of_called(self, session: Session, named: int | None, timeout_s: float) -> Verdict:
-        """On a cluster that we called; `named` is the id by which the program did."""
-        cluster_id, certificate = session.cluster_id, session.certificate
-        others = [each for each in _live(self._links.all()) if each.instance != session.instance]
-        at = session.endpoint
-        at_address = [other for other in others if at is not None and other.endpoint == at]
-        with_id = [o for o in others if o.cluster_id == cluster_id and o not in at_address]
-        objection = _name_objection(cluster_id, certificate)
-        if objection or not (at_address or with_id):
+    async def of_called(self, newcomer: Session) -> Verdict:
+        """On a cluster that we called."""
+        cluster_id, named = newcomer.cluster_id, newcomer.named
+        if objection := _name_objection(cluster_id, newcomer.certificate):
             return Verdict(objection)
-        for other, answer in zip(at_address, await _ask(at_address, b"", timeout_s), strict=True):
-            if answer is not None:
+        others = [
+            other
+            for other in _live(self._links.all(), newcomer)
+            if other.cluster_id == cluster_id or _is_at(other, newcomer)
+        ]
+        answers = await _ask(others, newcomer)
+        same = _replaced(newcomer, [other for other in others if answers[other]])
+        strange = {other: answer for other, answer in answers.items() if not answer}
+        for other, answer in strange.items():
+            if _is_at(other, newcomer) and answer is not None:
                 return Verdict(
-                    f"{session.endpoint} leads to two clusters: {other.cluster_id}, which is "
+                    f"{newcomer.endpoint} leads to two clusters: {other.cluster_id}, which is "
                     f"linked and alive, and {cluster_id}, which answered now; give each an address "
                     "of its own"
                 )
-        if named != cluster_id or not _belongs(certificate, with_id, cluster_id):
-            return self._judge(
-                cluster_id, with_id, await _ask(with_id, b"", timeout_s), certificate
-            )
-        for other in with_id:
+        # … and what says nothing, at another address, of what says that it is the same instance
+        gone = [
+            other
+            for other, answer in strange.items()
+            if answer is None and (_is_at(other, newcomer) or other.instance == newcomer.instance)
+        ]
+        rest = {other: answer for other, answer in strange.items() if other not in gone}
+        if not same and (named != cluster_id or not _belongs(newcomer, rest)):
+            verdict = _judge(newcomer, cluster_id, rest)
+            return Verdict(verdict.objection, [*gone, *verdict.displaced])
+        for other in rest if not same else ():
             get_logger().warning(
                 "two peers have the cluster id %d: that at %s, which is used from here on, and one "
-                "%s", cluster_id, session.endpoint, other.whereabouts,
+                "%s", cluster_id, newcomer.endpoint, other.whereabouts,
             )  # fmt: skip
-        return Verdict()
+        return Verdict("", [*same, *gone])
 
-    def _judge(
-        self,
-        cluster_id: int,
-        live: Sequence[Session],
-        answers: Iterable[bool | None],
-        certificate: Certificate | None,
-    ) -> Verdict:
-        """On a newcomer whose call is not the call of those who have the id."""
-        for other, answer in zip(live, answers, strict=True):
-            if answer is not None:
-                return Verdict(
-                    f"the cluster id {cluster_id} is in use: a peer {other.whereabouts} has it, "
-                    "and is alive; give each cluster an id of its own"
-                )
-        silent = [other for other in live if not other.is_closed]
-        if not _belongs(certificate, silent, cluster_id):
+
+def _judge(newcomer: Session, cluster_id: int, answers: Mapping[Session, bool | None]) -> Verdict:
+    """On a newcomer that is none of those who have the id."""
+    for other, answer in answers.items():
+        if answer is not None:
             return Verdict(
-                f"the cluster id {cluster_id} belongs to another certificate while its link lives: "
-                f"name it in the certificate (URI:llm-datadist:cluster:{cluster_id})"
+                f"the cluster id {cluster_id} is in use: a peer {other.whereabouts} has it, and is "
+                "alive; give each cluster an id of its own"
             )
-        for other in silent:
-            get_logger().warning(
-                "a newcomer takes over the cluster id %d: the peer %s did not answer within %.1f s",
-                cluster_id, other.whereabouts, _ANSWER_S,
-            )  # fmt: skip
-        return Verdict("", silent)
+    silent = [other for other in answers if not other.is_closed]
+    if not _belongs(newcomer, silent):
+        return Verdict(
+            f"the cluster id {cluster_id} belongs to another certificate while its link lives: "
+            f"name it in the certificate (URI:llm-datadist:cluster:{cluster_id})"
+        )
+    for other in silent:
+        get_logger().warning(
+            "a newcomer takes over the cluster id %d: the peer %s did not answer within %.1f s",
+            cluster_id, other.whereabouts, ANSWER_S,
+        )  # fmt: skip
+    return Verdict("", silent)
 
 
-def _live(sessions: Iterable[Session]) -> list[Session]:
-    return [session for session in sessions if not session.is_closed]
+def _live(sessions: Iterable[Session], newcomer: Session) -> list[Session]:
+    return [each for each in sessions if not each.is_closed and each is not newcomer]
 
 
-async def _ask(live: Sequence[Session], call: bytes, timeout_s: float) -> list[bool | None]:
-    """What each says of the call: its own, not its own, or nothing."""
-    limit_s = min(_ANSWER_S, timeout_s / 2)
-    return await asyncio.gather(*(session.vouches_for(call, limit_s) for session in live))
+async def _ask(live: Sequence[Session], newcomer: Session) -> dict[Session, bool | None]:
+    """What the peer of each link says of the newcomer: it is itself, it is not, or nothing."""
+    answers = await asyncio.gather(*(each.vouches_for(newcomer.control) for each in live))
+    return dict(zip(live, answers, strict=True))
+
+
+def _replaced(newcomer: Session, same: Iterable[Session]) -> list[Session]:
+    """The links to the very same peer that the newcomer takes the place of."""
+    return [
+        other
+        for other in same
+        if other.is_caller == newcomer.is_caller and other.group == newcomer.group
+    ]
+
+
+def _is_at(other: Session, newcomer: Session) -> bool:
+    return newcomer.endpoint is not None and other.endpoint == newcomer.endpoint
 
 
 def _name_objection(cluster_id: int, certificate: Certificate | None) -> str:
@@ -134,11 +157,13 @@ def _name_objection(cluster_id: int, certificate: Certificate | None) -> str:
     return f"the peer says that it is cluster {cluster_id}, and its certificate is for {ids}"
 
 
-def _belongs(certificate: Certificate | None, others: Iterable[Session], cluster_id: int) -> bool:
-    """Whether the certificate may have the id beside those, or after them."""
-    if certificate is None or cluster_id in certificate.cluster_ids:
+def _belongs(newcomer: Session, others: Iterable[Session]) -> bool:
+    """Whether the newcomer's certificate may have their id beside those, or after them."""
+    mine = newcomer.certificate
+    if mine is None:
         return True
     return all(
-        other.certificate is not None and other.certificate.fingerprint == certificate.fingerprint
+        other.cluster_id in mine.cluster_ids
+        or (other.certificate is not None and other.certificate.fingerprint == mine.fingerprint)
         for other in others
     )

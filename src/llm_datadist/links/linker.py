@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import secrets
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
@@ -47,8 +46,6 @@ class Call(NamedTuple):
     named: int | None
     is_fresh: bool
     group: str
-    #: unguessable
-    name: bytes
 
 
 class Outcome(NamedTuple):
@@ -121,12 +118,7 @@ class Linker:
         if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        call = Call(at, named, is_fresh, group, secrets.token_bytes(16))
-        self._context.calls.add(call.name)
-        try:
-            session = await self._shake_hands(control, call, deadline)
-        finally:
-            self._context.calls.discard(call.name)
+        session = await self._shake_hands(control, Call(at, named, is_fresh, group), deadline)
         if session.is_closed and session.status is not LLMStatusCode.LLM_SUCCESS:
             return Outcome(session.status, session.reason)
         if named not in (None, session.cluster_id):
@@ -151,7 +143,6 @@ class Linker:
             is_fresh=call.is_fresh,
             timeout_ms=max(1, int(left_s * 1000)),
             group=call.group,
-            call=call.name,
         )
         await session.greet(first, left_s)
         return session
@@ -263,17 +254,16 @@ class Linker:
         control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_UNLINK_FAILED)
         if control is None:
             return outcome
-        call = secrets.token_bytes(16)
-        self._context.calls.add(call)
+        self._context.connections.add(control.mine)
         try:
-            await control.send(m.Forget(self._context.me.instance, call))
+            await control.send(m.Forget(self._context.me.instance))
             await asyncio.wait_for(control.receive(), deadline.remaining_s())
         except asyncio.TimeoutError:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, f"{endpoint} did not answer in time")
         except ConnectionEnded as error:
             return Outcome(LLMStatusCode.LLM_UNLINK_FAILED, f"{endpoint}: {error}")
         finally:
-            self._context.calls.discard(call)
+            self._context.connections.discard(control.mine)
             control.close()
         return _OK
 

@@ -41,8 +41,6 @@ _GREETING_S = 10.0
 _EXHAUSTED_S = 0.2
 #: … and when descriptors have run out, and strangers make room
 _MAKING_ROOM_S = 0.01
-#: the other end of a link that is to be forgotten may take so long to agree
-_FORGET_S = 1.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_S = 60.0
 #: so many addresses are remembered that were refused
@@ -202,7 +200,7 @@ class Listener:
             return await self._attach(control, first)
         if isinstance(first, m.Forget):
             for session in self._links.with_instance(first.instance):
-                if await session.vouches_for(first.call, _FORGET_S):
+                if await session.vouches_for(control):
                     await session.cut("the peer unlinked")
             await control.send(m.ByeDone())
             return False
@@ -223,6 +221,7 @@ class Listener:
         context = self._context
         stats = await context.loop.run_in_executor(context.waiters, self._take_snapshot)
         await control.send(m.Stats(stats.told(to_stranger=not context.shields.is_secure)))
+        await control.flushed()
 
     async def _shake_hands(self, control: Control, hello: m.Hello) -> bool:
         self._strangers.said_hello(control)
@@ -238,12 +237,12 @@ class Listener:
         self._sessions[session.token] = session
         session.when_closed(lambda: self._sessions.pop(session.token, None))
         timeout_s = min(hello.timeout_ms / 1000, HAND_SHAKE_S)
-        first = await self._admit(session, link, hello, timeout_s)
+        first = await self._admit(session, link, hello)
         await session.greet(first, timeout_s)
         return not session.is_closed
 
     async def _admit(
-        self, session: Session, link: ListenerLink, hello: m.Hello, timeout_s: float
+        self, session: Session, link: ListenerLink, hello: m.Hello
     ) -> Sequence[Action]:
         """What is answered to a Hello."""
         if hello.group and (
@@ -253,13 +252,10 @@ class Listener:
         known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
         is_known = known and not hello.group
         if link.objection_to(hello) is None and (hello.is_fresh or not is_known):
-            verdict = await self._ids.of_caller(
-                hello.cluster_id, hello.call, session.certificate, timeout_s
-            )
+            verdict = await self._ids.of_caller(session, hello.cluster_id)
             if verdict.objection:
                 get_logger().warning("refused a caller: %s", verdict.objection)
                 return link.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
-            session.displaced = verdict.displaced
         refusal = self._groups.refusal_of(hello, session.process) if hello.group else None
         if refusal is not None:
             return link.refuse(*refusal)
@@ -280,6 +276,7 @@ class Listener:
             return False
         self._strangers.known(control)
         await control.send(m.Attached())
+        await control.flushed()
         if attach.is_reverse:
             session.add_stream(open_stream(control.socket, control.shield))
         else:

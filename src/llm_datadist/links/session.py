@@ -92,7 +92,8 @@ class Session:
         self.named = named
         #: links of others that end when this one is made
         self.displaced: Sequence[Session] = ()
-        self._vouching = Vouching(lambda call: self.perform([lk.Send(m.Vouch(call))]))
+        self._vouching = Vouching(lambda which: self.perform([lk.Send(m.Vouch(which))]))
+        context.connections.add(control.mine)
         #: calls that use this link go through it
         self.door = Door("the link is still being made")
         #: for connections that say that they are the peer's
@@ -157,6 +158,11 @@ class Session:
     @property
     def is_caller(self) -> bool:
         return isinstance(self._link, lk.CallerLink)
+
+    @property
+    def control(self) -> Control:
+        """The connection that it is on."""
+        return self._control
 
     @property
     def certificate(self) -> Certificate | None:
@@ -246,9 +252,19 @@ class Session:
     async def refuse(self, status: LLMStatusCode, reason: str) -> None:
         await self.perform(self._link.refuse(status, reason))
 
-    async def vouches_for(self, call: bytes, timeout_s: float) -> bool | None:
-        """Whether the peer says that a call is its own; None when it says nothing in time."""
-        return None if self.is_closed else await self._vouching.vouches_for(call, timeout_s)
+    async def vouches_for(self, control: Control) -> bool | None:
+        """Whether the peer says that it is the other end of that connection, too.
+
+        None when it says nothing for a second.
+        """
+        if self.is_closed or not control.theirs:
+            return None if self.is_closed else False
+        return await self._vouching.vouches_for(control.theirs)
+
+    @property
+    def is_with_ourselves(self) -> bool:
+        """Whether this very cluster is the other end."""
+        return self._control.theirs in self._context.connections
 
     async def cut(self, reason: str) -> None:
         await self.perform(self._link.cut(reason))
@@ -269,10 +285,10 @@ class Session:
             elif isinstance(action, lk.Dial):
                 self.services.owe(action.count)
             elif isinstance(action, lk.SayWhether):
-                is_ours = action.call in self._context.calls
-                todo.extend(await self._send(m.Vouched(action.call, is_ours)))
+                is_ours = action.connection in self._context.connections
+                todo.extend(await self._send(m.Vouched(action.connection, is_ours)))
             elif isinstance(action, lk.Learn):
-                self._vouching.learn(action.call, action.is_theirs)
+                self._vouching.learn(action.connection, action.is_theirs)
             elif isinstance(action, lk.Drain):
                 if self._draining is None or self._draining.done():  # more Byes say no more
                     self._draining = self._spawn(self._drain_for_peer())
@@ -414,6 +430,7 @@ class Session:
         self.services.close()
         self._control.end()
         self._vouching.close()
+        self._context.connections.discard(self._control.mine)
         self.closed.set()
         self._settled.set()
         for call in self._on_close:

@@ -46,23 +46,14 @@ class LinkTable:
         #: why the last link to a cluster ended, for the error of whoever still uses it
         self._endings: dict[int, str] = {}
 
-    def add(self, session: Session) -> list[Session]:
-        """Files a live session; returns those of the same peer that it replaces."""
+    def add(self, session: Session) -> None:
+        """Files a live session, as the newest to its cluster."""
         with self._lock:
-            others = self._sessions.setdefault(session.cluster_id, [])
-            replaced = [
-                other
-                for other in others
-                if _supersedes(session, other) or other in session.displaced
-            ]
-            others[:] = [session, *(other for other in others if other not in replaced)]
+            self._sessions.setdefault(session.cluster_id, []).insert(0, session)
             self.paths[session.cluster_id] = session.path
             self._endings.pop(session.cluster_id, None)
         if self._recorder is not None:
             self._recorder.link_made(session.path)
-            for other in replaced:
-                self._recorder.link_ended(other.path)
-        return replaced
 
     def remove(self, session: Session, ending: str) -> None:
         with self._lock:
@@ -126,11 +117,3 @@ class LinkTable:
             LinkInfo(session.cluster_id, session.path, session.path_reason, session.endpoint)
             for session in self.all()
         ]
-
-
-def _supersedes(session: Session, other: Session) -> bool:
-    """Whether the session is what became of the other one's link."""
-    if session.group != other.group:
-        return False
-    same_way = session.is_caller == other.is_caller and session.instance == other.instance
-    return same_way or (session.endpoint is not None and session.endpoint == other.endpoint)
