@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -11,7 +11,7 @@ from llm_datadist import LLMConfig
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig
 
-_Hosts: TypeAlias = "str | list[str]"
+_Hosts = str | list[str]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
