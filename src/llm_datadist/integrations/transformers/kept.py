@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -68,10 +69,9 @@ def kept_without_weights(config: PreTrainedConfig) -> Kept:
     decoder = copy.deepcopy(config.get_text_config(decoder=True))
     decoder.pad_token_id = None  # some look for it among the tokens, which have no values here
     try:
-        with torch.device("meta"):
+        with FakeTensorMode():
             # bfloat16, for without memory torch multiplies experts' matrices of no other type
-            model = AutoModel.from_config(decoder, dtype=torch.bfloat16).eval()
-        return kept_by(model)
+            return kept_by(AutoModel.from_config(decoder, dtype=torch.bfloat16).eval())
     except LLMException:
         raise
     except Exception as error:
