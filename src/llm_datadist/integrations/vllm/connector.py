@@ -156,8 +156,8 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
         )
 
     def get_handshake_metadata(self) -> WorkerHost | None:
-        host = self._worker.advertised_host
-        return None if host is None else WorkerHost(host)
+        host = self._registered and self._registered.advertised_host
+        return WorkerHost(host) if host else None
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         metadata = self._get_connector_metadata()
