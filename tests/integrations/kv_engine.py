@@ -78,16 +78,21 @@ class Engine:
         role: str,
         port: int = 1,
         facts: dict[str, Any] | None = None,
+        rank: int = 0,
+        num_workers: int = 1,
         **extra: Any,
     ) -> None:
-        """Starts anew, with empty memory."""
+        """Starts anew, with empty memory. Of several workers this process has the one of `rank`."""
         settings = Settings(engine_id=engine_id, role=role, port=port, extra=Extra(**extra))
         self.kv = {
             f"layers.{layer}": torch.full((NUM_BLOCKS, 2, BLOCK_SIZE, 8), UNTOUCHED)
             for layer in range(NUM_LAYERS)
         }
-        self.worker = Worker(settings, 0, facts or {"model": "numbers"}, self.kv, NUM_BLOCKS)
-        self.producer = ProducerScheduler(settings, 1) if settings.is_producer else None
+        self.worker = Worker(settings, rank, facts or {"model": "numbers"}, self.kv, NUM_BLOCKS)
+        self.producer = None
+        if self.worker.advertised_host:
+            self.producer = ProducerScheduler(settings, num_workers)
+            self.producer.told_of_workers({rank: self.worker.advertised_host})
         self.consumer = ConsumerScheduler(BLOCK_SIZE)
         self.requests: dict[str, Request] = {}
         self.sent: set[str] = set()
@@ -206,6 +211,11 @@ class Engine:
         self.arrive(request_id, tokens, params)
         assert self.schedule(request_id, blocks) == len(tokens)
         self.step()
+
+    def told_of_workers(self, hosts: dict[int, str]) -> None:
+        """What other workers of the engine say, which are elsewhere."""
+        assert self.producer
+        self.producer.told_of_workers(hosts)
 
     def start_no_threads(self, *, is_so: bool = True) -> None:
         """From now on this process cannot start a thread, as at a limit on processes."""

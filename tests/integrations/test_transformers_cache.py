@@ -278,14 +278,81 @@ def test_the_pool_of_another_model_is_refused(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ("T5Config", "T5Config is not supported"),
-        ("RwkvConfig", "RwkvConfig is not supported"),
-        ("Qwen3NextConfig", "layers of type linear_attention is not supported"),
+        (transformers.T5Config(), "T5Config is not supported: it has an encoder"),
+        (transformers.RwkvConfig(num_hidden_layers=1), "RwkvConfig is not supported"),
+        (transformers.Qwen3NextConfig(), "its layer 0 is of type linear_attention"),
+        (
+            transformers.Qwen3NextConfig(
+                num_hidden_layers=2, layer_types=["full_attention", "linear_attention"]
+            ),
+            "its layer 1 is of type linear_attention",
+        ),
     ],
 )
-def test_a_model_of_another_kind_is_refused(config: str, reason: str) -> None:
+def test_a_model_of_another_kind_is_refused_by_its_layer(config: Any, reason: str) -> None:
+    with pytest.raises(LLMException, match=reason) as caught:
+        KVShape.of_config(config, torch.float32)
+    assert "KVShape" not in str(caught.value), "what was asked cannot be the remedy"
+
+
+class Unlike:
+    """A decoder of two layers that keep what they are given, as a model of anybody's does."""
+
+    def __init__(self, *kept: tuple[int, int, int] | None) -> None:
+        self.kept = kept
+        self.device = torch.device("cpu")
+        self.config = transformers.LlamaConfig(num_hidden_layers=len(kept))
+
+    def __call__(self, input_ids: Any, **caches: Any) -> None:
+        cache = next(each for each in caches.values() if isinstance(each, transformers.Cache))
+        for index, each in enumerate(self.kept):
+            if each:
+                heads, key_dim, value_dim = each
+                shape = 1, heads, input_ids.shape[1]
+                cache.update(torch.zeros(*shape, key_dim), torch.zeros(*shape, value_dim), index)
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (
+            [(2, 8, 8), (2, 16, 16)],
+            "its layers differ: layer 1 keeps keys and values of 2 heads of 16, "
+            "layer 0 keys and values of 2 heads of 8",
+        ),
+        ([(2, 8, 4), (1, 8, 4)], "layer 1 keeps keys of 1 heads of 8, values of 1 heads of 4"),
+        ([None, (2, 8, 8)], "its layer 0 keeps no keys and values of its own"),
+        ([None], "its layer 0 keeps no keys and values of its own"),
+    ],
+)
+def test_layers_that_differ_are_named(kept: list[tuple[int, int, int] | None], reason: str) -> None:
+    model: Any = Unlike(*kept)
     with pytest.raises(LLMException, match=reason):
-        KVShape.of_config(getattr(transformers, config)(), torch.float32)
+        KVShape.of(model)
+
+
+def test_the_last_layers_may_use_what_others_keep() -> None:
+    model: Any = Unlike((2, 8, 8), (2, 8, 8), None)
+    assert KVShape.of(model, 4) == KVShape(2, 2, 8, "float32", 4)
+
+
+def test_asking_a_model_what_it_keeps_takes_no_random_numbers() -> None:
+    model = make_model("other names").train()  # with drop-out
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    KVShape.of(model)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_without_its_weights_a_model_has_the_same_shape(kind: str) -> None:
+    assert KVShape.of_config(CONFIGS[kind], torch.float32) == KVShape.of(make_model(kind))
+
+
+def test_keys_and_values_of_unequal_sizes_take_no_more_than_they_need() -> None:
+    shape = KVShape(2, 1, 512, "bfloat16", 16, value_dim=64)  # DeepSeek-V3's, of two layers
+    assert shape.block_nbytes == 2 * 16 * (512 + 64) * 2
 
 
 def test_a_type_that_cannot_be_transferred_is_refused() -> None:

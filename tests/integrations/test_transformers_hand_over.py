@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from tiny_models import (
     BLOCK_TOKENS,
+    CONFIGS,
     Prefill,
     generate,
     make_model,
@@ -95,6 +96,22 @@ def test_decode_goes_on_as_one_process_would(
         with pool.fetch(handle_of(text)) as cache:
             assert cache.get_seq_length() == num_tokens
             assert generate(model, tokens, 8, cache) == generate(model, prompt, 9)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_decode_goes_on_with_a_model_of_any_kind(
+    prefill: ObjectProcess[Prefill], node: Node, kind: str
+) -> None:
+    """Keys and values of unequal sizes, one head for all queries, windows in some layers."""
+    model, prompt = make_model(kind), make_prompt(10)
+    port = prefill.call(Prefill.start, kind=kind)
+    node.start(LLMRole.DECODER, 2)
+    assert node.link(port, 1) is LLMStatusCode.LLM_SUCCESS
+    pool = KVPool(node.datadist, KVShape.of(model, BLOCK_TOKENS), NUM_BLOCKS)
+    pool.new_cache().reserve(5)  # so that the block numbers differ on the two sides
+    text, tokens = prefill.call(Prefill.compute, prompt)
+    with pool.fetch(handle_of(text)) as cache:
+        assert generate(model, tokens, 12, cache) == generate(model, prompt, 13)
 
 
 def test_requests_that_are_fetched_later_are_not_mixed_up(
@@ -254,6 +271,7 @@ def test_a_published_cache_can_be_released_after_the_cluster_was_finalized(
         ("head_dim", 64, "head_dim is 64 at prefill, 12 here"),
         ("dtype", "bfloat16", "dtype is bfloat16 at prefill, float32 here"),
         ("block_tokens", 7, "block_tokens is 7 at prefill, 4 here"),
+        ("value_dim", 8, "value_dim is 8 at prefill, 12 here"),
     ],
 )
 def test_another_model_or_block_size_is_refused_by_name(

@@ -86,6 +86,7 @@ def test_settings_are_read_from_the_transfer_config() -> None:
     ("extra", "said"),
     [
         ({"hots": "10.0.0.1"}, "hots"),
+        ({"host": 7}, "host"),
         ({"kv_lease_duration": 0}, "kv_lease_duration"),
         ({"llm_config": {"transfer_paht": "tcp"}}, "LLMConfig has no transfer_paht"),
     ],

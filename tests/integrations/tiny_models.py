@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import GPT2Config, LlamaConfig, MistralConfig
+from transformers import (
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+)
 
 from llm_datadist import LLMRole
 from llm_datadist.integrations.transformers import KVPool, KVShape, cache_argument
@@ -32,6 +39,21 @@ CONFIGS = {
     "sliding window": MistralConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, sliding_window=6, pad_token_id=PADDING, **TOKENS,
+    ),
+    "some windows": Gemma2Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=6, pad_token_id=PADDING, **TOKENS,
+    ),
+    "multi-query": FalconConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True,
+        new_decoder_architecture=False, alibi=False, pad_token_id=PADDING, **TOKENS,
+    ),
+    "latent": DeepseekV3Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=16, v_head_dim=12, moe_intermediate_size=16, n_routed_experts=4,
+        n_group=1, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+        pad_token_id=PADDING, **TOKENS,
     ),
 }  # fmt: skip
 
@@ -62,7 +84,8 @@ class Prefill:
 
     def __init__(self) -> None:
         self.node = Node()
-        self.model = make_model()
+        self._kind = "grouped heads"
+        self.model = make_model(self._kind)
         self._pool: KVPool | None = None
 
     @property
@@ -70,8 +93,10 @@ class Prefill:
         assert self._pool is not None, "call start first"
         return self._pool
 
-    def start(self, num_blocks: int = 16, **settings: object) -> int:
+    def start(self, num_blocks: int = 16, kind: str = "grouped heads", **settings: object) -> int:
         """The port that it listens on."""
+        if kind != self._kind:
+            self._kind, self.model = kind, make_model(kind)
         port = self.node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
         self._pool = KVPool(self.node.datadist, KVShape.of(self.model, BLOCK_TOKENS), num_blocks)
         return port

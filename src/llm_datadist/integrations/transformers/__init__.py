@@ -7,9 +7,11 @@
 
 | module | what is in it |
 | --- | --- |
-| `shape` | KVShape: how a model's KV cache lies in blocks |
+| `argument` | cache_argument: how `generate` gets a cache |
+| `kept` | what a model keeps of each token |
+| `shape` | KVShape: how that lies in blocks |
 | `blocks` | the pool's memory, and the table that says which blocks a cache has |
-| `cache` | PagedCache: transformers' Cache over a table; cache_argument: how `generate` gets it |
+| `cache` | PagedCache: transformers' Cache over a table |
 | `handle` | KVHandle: what travels from prefill to decode |
 | `pool` | KVPool: new_cache, publish, fetch, release |
 """
@@ -30,8 +32,9 @@ if _missing:
         "pip install 'llm-datadist[transformers]'"
     )
 
+from llm_datadist.integrations.transformers.argument import cache_argument
 from llm_datadist.integrations.transformers.blocks import OutOfBlocks
-from llm_datadist.integrations.transformers.cache import PagedCache, cache_argument
+from llm_datadist.integrations.transformers.cache import PagedCache
 from llm_datadist.integrations.transformers.handle import KVHandle
 from llm_datadist.integrations.transformers.pool import KVPool
 from llm_datadist.integrations.transformers.shape import KVShape

@@ -13,7 +13,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llm_datadist.integrations.transformers.shape import KVShape
+    from llm_datadist.integrations.transformers.shape import KVShape, Place
 
 
 class OutOfBlocks(LLMException):
@@ -22,6 +22,8 @@ class OutOfBlocks(LLMException):
 
 class BlockStore:
     """One tensor [K, V, K, V, ... by layer; block; token; head; head_dim], and a free list.
+
+    Where values are of another size than keys, [K and V by layer; ...; head_dim + value_dim].
 
     Memory that belongs to nobody is NaN, so that using it cannot go unnoticed. Blocks are handed
     out in the order in which they were given back. Thread-safe.
@@ -104,14 +106,17 @@ class BlockTable:
         self.truncate(0)
         self._is_released = True
 
-    def write(self, tensor: int, begin: int, states: torch.Tensor) -> None:
+    def write(self, place: Place, begin: int, states: torch.Tensor) -> None:
         """Writes the states [token, head, head_dim] of the tokens from `begin` on."""
         slots = self._slots[begin : begin + len(states)]
-        self._store.memory[tensor].flatten(0, 1).index_copy_(0, slots, states)
+        self._memory_at(place).flatten(0, 1).index_copy_(0, slots, states)
 
-    def read(self, tensor: int, num_tokens: int) -> torch.Tensor:
+    def read(self, place: Place, num_tokens: int) -> torch.Tensor:
         """A copy of the first `num_tokens` tokens: [token, head, head_dim]."""
-        return self._store.memory[tensor].index_select(0, self._index).flatten(0, 1)[:num_tokens]
+        return self._memory_at(place).index_select(0, self._index).flatten(0, 1)[:num_tokens]
+
+    def _memory_at(self, place: Place) -> torch.Tensor:
+        return self._store.memory[place.tensor, ..., place.begin : place.end]
 
     def _set(self, blocks: list[int]) -> None:
         self._blocks = blocks

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from inspect import signature
 from typing import TYPE_CHECKING
 
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation import GenerationMixin
 
 from llm_datadist.errors import LLMException, invalid
 from llm_datadist.integrations.transformers.blocks import BlockTable
@@ -19,25 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from llm_datadist.integrations.transformers.blocks import BlockStore
-    from llm_datadist.integrations.transformers.shape import KVShape
-
-#: transformers 5.24 gave the argument a new name, and warns of the old one. That it takes the new
-#: one has to be seen where it is named: `generate` and `forward` swallow any keyword.
-_ARGUMENT = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
-
-
-def cache_argument(cache: Cache) -> dict[str, Cache]:
-    """`cache` as the keyword argument that the installed transformers has for it.
-
-    For `model.generate(..., **cache_argument(cache))` and `model(..., **cache_argument(cache))`:
-    that is `cache=cache` from transformers 5.24 on, and `past_key_values=cache` before. Any Cache
-    of transformers will do.
-    """
-    return {_ARGUMENT: cache}
+    from llm_datadist.integrations.transformers.shape import KVShape, Place
 
 
 class PagedCache(Cache):  # type: ignore[misc]  # mypy does not follow transformers
@@ -136,13 +116,13 @@ class _PagedLayer(DynamicLayer):  # type: ignore[misc]  # mypy does not follow t
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the states of new tokens; all keys and values. [1, head, token, head_dim]"""
-        for states in (key_states, value_states):
-            self._check(states)
+        self._check(key_states, self._shape.head_dim, "KV heads")
+        self._check(value_states, self._shape.value_dim, "heads of values")
         begin = self.num_tokens
         self._table.reserve(begin + key_states.shape[-2])
         self.num_tokens += key_states.shape[-2]
-        keys = self._append(2 * self._index, begin, key_states)
-        return keys, self._append(2 * self._index + 1, begin, value_states)
+        keys = self._append(self._shape.keys_at(self._index), begin, key_states)
+        return keys, self._append(self._shape.values_at(self._index), begin, value_states)
 
     def get_seq_length(self) -> int:
         """How many tokens it has. Raises LLMException when the cache was released."""
@@ -155,21 +135,21 @@ class _PagedLayer(DynamicLayer):  # type: ignore[misc]  # mypy does not follow t
 
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
-    def _append(self, tensor: int, begin: int, states: torch.Tensor) -> torch.Tensor:
-        self._table.write(tensor, begin, states[0].detach().transpose(0, 1))
-        return self._table.read(tensor, self.num_tokens).transpose(0, 1).unsqueeze(0)
+    def _append(self, place: Place, begin: int, states: torch.Tensor) -> torch.Tensor:
+        self._table.write(place, begin, states[0].detach().transpose(0, 1))
+        return self._table.read(place, self.num_tokens).transpose(0, 1).unsqueeze(0)
 
-    def _check(self, states: torch.Tensor) -> None:
+    def _check(self, states: torch.Tensor, pools_dim: int, what: str) -> None:
         batch, heads, _, dim = states.shape
         if batch != 1:
             raise _one_sequence()
         dtype = str(states.dtype).removeprefix("torch.")
         shape = self._shape
-        if (heads, dim, dtype) != (shape.num_kv_heads, shape.head_dim, shape.dtype):
+        if (heads, dim, dtype) != (shape.num_kv_heads, pools_dim, shape.dtype):
             raise invalid(
-                f"layer {self._index} of the model has {heads} KV heads of {dim} {dtype}, and the "
-                f"pool is for {shape.num_kv_heads} of {shape.head_dim} {shape.dtype}: make it for "
-                "this model (KVShape.of); models whose layers differ are not supported"
+                f"layer {self._index} of the model has {heads} {what} of {dim} {dtype}, and the "
+                f"pool is for {shape.num_kv_heads} of {pools_dim} {shape.dtype}: it was made for "
+                "another model, or by hand; KVShape.of(model) says what this one keeps"
             )
         if states.device.type != "cpu":
             raise invalid(f"the model runs on {states.device}: so far a pool is for the CPU alone")

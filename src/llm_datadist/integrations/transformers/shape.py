@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from llm_datadist.errors import invalid
+from llm_datadist.integrations.transformers.kept import kept_by, kept_without_weights
 from llm_datadist.types import DataType
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from llm_datadist.integrations.transformers.kept import Kept
+
 _DATA_TYPES: Final = {
     "float32": DataType.DT_FLOAT,
     "float16": DataType.DT_FLOAT16,
     "bfloat16": DataType.DT_BF16,
 }
-#: what a layer's whole past can be kept for; a sliding window is a matter of the mask alone
-_LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
+
+
+class Place(NamedTuple):
+    """Where the keys, or the values, of a layer lie: elements of each head's row in a tensor."""
+
+    tensor: int
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +44,12 @@ class KVShape:
     dtype: str
     #: tokens in a block
     block_tokens: int
+    #: as `head_dim`, of values; 0 becomes `head_dim`
+    value_dim: int = 0
 
     def __post_init__(self) -> None:
+        if self.value_dim == 0:
+            object.__setattr__(self, "value_dim", self.head_dim)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "dtype" and value < 1:
@@ -46,8 +59,9 @@ class KVShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel, block_tokens: int = 16) -> KVShape:
-        """The shape for a loaded model, with the type of its weights. Raises as `of_config`."""
-        return cls.of_config(model.config, model.dtype, block_tokens)
+        """The shape for a loaded model, which reads one token for it. Raises as `of_config`."""
+        kept = kept_by(model)
+        return cls._of(kept, kept.dtype, block_tokens)
 
     @classmethod
     def of_config(
@@ -55,34 +69,45 @@ class KVShape:
     ) -> KVShape:
         """The shape for any decoder with attention in every layer, before its weights are loaded.
 
-        Raises LLMException (LLM_PARAM_INVALID) for a model of another kind.
+        Raises LLMException (LLM_PARAM_INVALID), which names the layer, for a model of another kind.
         """
-        decoder = config.get_text_config(decoder=True)
-        others = set(getattr(decoder, "layer_types", None) or ()) - _LAYER_TYPES
-        heads = getattr(decoder, "num_attention_heads", None)
-        if config.is_encoder_decoder or others or heads is None:
-            kinds = f" with layers of type {', '.join(sorted(others))}" if others else ""
-            raise invalid(
-                f"{type(config).__name__}{kinds} is not supported: only decoders that keep keys "
-                "and values of all tokens in every layer are"
-            )
+        return cls._of(kept_without_weights(config), dtype, block_tokens)
+
+    @classmethod
+    def _of(cls, kept: Kept, dtype: torch.dtype, block_tokens: int) -> KVShape:
         return cls(
-            num_layers=decoder.num_hidden_layers,
-            num_kv_heads=getattr(decoder, "num_key_value_heads", None) or heads,
-            head_dim=getattr(decoder, "head_dim", None) or decoder.hidden_size // heads,
+            num_layers=kept.num_layers,
+            num_kv_heads=kept.num_heads,
+            head_dim=kept.key_dim,
             dtype=str(dtype).removeprefix("torch."),
             block_tokens=block_tokens,
+            value_dim=kept.value_dim,
         )
 
     @property
     def num_tensors(self) -> int:
-        """K and V of each layer."""
-        return 2 * self.num_layers
+        """K and V of each layer; they share one where they are of unequal sizes."""
+        return self.num_layers * (1 if self._is_shared else 2)
 
     @property
     def block(self) -> tuple[int, int, int]:
-        """The shape of one block of one tensor: tokens, heads, head_dim. It is contiguous."""
-        return (self.block_tokens, self.num_kv_heads, self.head_dim)
+        """The shape of one block of one tensor: tokens, heads, row. It is contiguous."""
+        row = self.head_dim + (self.value_dim if self._is_shared else 0)
+        return (self.block_tokens, self.num_kv_heads, row)
+
+    @property
+    def _is_shared(self) -> bool:
+        return self.head_dim != self.value_dim
+
+    def keys_at(self, layer: int) -> Place:
+        """Where the keys of that layer lie."""
+        return Place(layer if self._is_shared else 2 * layer, 0, self.head_dim)
+
+    def values_at(self, layer: int) -> Place:
+        """Where its values lie."""
+        if self._is_shared:
+            return Place(layer, self.head_dim, self.head_dim + self.value_dim)
+        return Place(2 * layer + 1, 0, self.value_dim)
 
     @property
     def block_nbytes(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
 )
@@ -44,6 +46,13 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not th
 
     def __init__(self, step: Step) -> None:
         self.step = step
+
+
+@dataclass
+class WorkerHost(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # as above
+    """Where a worker is dialled, on its way to the scheduler."""
+
+    host: str
 
 
 class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -110,6 +119,15 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._producer.fill(step)
         return StepMetadata(step)
 
+    def set_xfer_handshake_metadata(
+        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    ) -> None:
+        if self._producer:
+            said = metadata.items()  # behind vLLM's MultiConnector also what other connectors say
+            self._producer.told_of_workers(
+                {rank: each.host for rank, each in said if isinstance(each, WorkerHost)}
+            )
+
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self._consumer:
             self._consumer.received(connector_output.finished_recving or ())
@@ -136,6 +154,10 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
             kv_caches,
             self._kv_cache_config.num_blocks,
         )
+
+    def get_handshake_metadata(self) -> WorkerHost | None:
+        host = self._registered and self._registered.advertised_host
+        return WorkerHost(host) if host else None
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         metadata = self._get_connector_metadata()

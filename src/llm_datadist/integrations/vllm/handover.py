@@ -17,6 +17,7 @@ _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
+_MOST_WORKERS = 4096
 #: of the key of a lease
 KEY_NBYTES = 16
 
@@ -34,6 +35,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
 
     remote_engine_id: _Text
     remote_request_id: _Text
+    #: where the first worker is dialled
     remote_host: _Text
     remote_port: _Port
     #: by KV cache group, of which there is one
@@ -45,6 +47,8 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     #: how long the lease lasts without a word
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
     tp_size: _Count = 1
+    #: where each worker is dialled, by rank, unless all are where the first is
+    remote_hosts: Annotated[list[_Text], msgspec.Meta(max_length=_MOST_WORKERS)] = []
     #: `proof_of` this, by the lease's key
     remote_proof: _Text = ""
 
@@ -52,6 +56,11 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     def block_ids(self) -> list[int]:
         """The producer's blocks in the order of the prompt."""
         return self.remote_block_ids[0] if self.remote_block_ids else []
+
+    def address(self, rank: int) -> tuple[str, int]:
+        """Where that worker is dialled. Raises LookupError if the hand-over has no such worker."""
+        host = self.remote_hosts[rank] if self.remote_hosts else self.remote_host
+        return host, self.remote_port + rank
 
     def to_params(self) -> dict[str, Any]:
         """What the decode request is to carry."""
@@ -78,8 +87,9 @@ def handover_of(params: dict[str, Any]) -> Handover:
     except msgspec.ValidationError as error:
         raise ValueError(f"kv_transfer_params are not this connector's: {error}") from None
     for name in handover.__struct_fields__:
-        text = getattr(handover, name)
-        if isinstance(text, str) and not text.isprintable():  # it will be logged
+        value = getattr(handover, name)
+        texts = value if name == "remote_hosts" else [value]
+        if not all(text.isprintable() for text in texts if isinstance(text, str)):  # it is logged
             raise ValueError(f"kv_transfer_params are not this connector's: {name} is no text")
     return handover
 

@@ -198,7 +198,8 @@ def _key_of(source: Handover) -> _Key:
 
 
 def _engine_of(source: Handover) -> _Key:
-    return (source.remote_host, source.remote_port, source.remote_engine_id)
+    where = (source.remote_host, *source.remote_hosts, source.remote_port)
+    return (*where, source.remote_engine_id)
 
 
 def _could_not_tell(source: Handover, error: Exception) -> None:

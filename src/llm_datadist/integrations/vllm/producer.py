@@ -9,12 +9,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llm_datadist.integrations.vllm.addresses import advertised_host
 from llm_datadist.integrations.vllm.handover import KEY_NBYTES, Handover, Lease
 from llm_datadist.integrations.vllm.request import digest_of, wants_remote_decode
 from llm_datadist.integrations.vllm.step import Grant
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from llm_datadist.integrations.vllm.board import Board
     from llm_datadist.integrations.vllm.request import Request
@@ -31,11 +32,12 @@ class ProducerScheduler:
     """In the scheduler: gives each request that another engine will decode a lease.
 
     The lease begins before the request is computed, so that it stands on every worker's board when
-    the answer tells of it.
+    the answer tells of it. Raises ValueError as `advertised_host`, when it is made.
     """
 
     def __init__(self, settings: Settings, tp_size: int) -> None:
         self._settings, self._tp_size = settings, tp_size
+        self._hosts = [advertised_host(settings, rank) for rank in range(tp_size)]
         # the one that was given back first is used first: its last reader may still be writing
         self._free_slots = deque(range(settings.extra.max_leases))
         #: to requests that are being computed, and to finished ones whose blocks are kept
@@ -44,6 +46,11 @@ class ProducerScheduler:
         self._grants: list[Grant] = []
         self._drops: list[Lease] = []
         self._holds: dict[str, Lease] = {}
+
+    def told_of_workers(self, hosts: Mapping[int, str]) -> None:
+        """What each worker, by its rank, says where it is dialled: it may be on another node."""
+        for rank, host in hosts.items():
+            self._hosts[rank] = host
 
     def scheduled(self, request: Request) -> None:
         """A request has got blocks. May be called again for the same one.
@@ -82,7 +89,8 @@ class ProducerScheduler:
         handover = Handover(
             remote_engine_id=self._settings.engine_id,
             remote_request_id=request.request_id,
-            remote_host=self._settings.extra.host,
+            remote_host=self._hosts[0],
+            remote_hosts=self._hosts if len(set(self._hosts)) > 1 else [],
             remote_port=self._settings.port,
             remote_block_ids=[block_ids],
             remote_num_tokens=num_tokens,

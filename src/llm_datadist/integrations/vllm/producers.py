@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from concurrent import futures
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,8 @@ class Producers:
     def reach(self, source: Handover) -> Producer:
         """The producer of that hand-over. Begins to link to it if it is not linked.
 
-        Raises ConnectionError when we are closed, or wait for too many already.
+        Raises ConnectionError when we are closed, or wait for too many already; LookupError as
+        `Handover.address`.
         """
         cluster_id = self._cluster_id(source)
         with self._lock:
@@ -117,9 +119,10 @@ class Producers:
         return self.reach(source)
 
     def reached(self, source: Handover) -> Producer | None:
-        """As `reach`, but none is linked for it."""
-        with self._lock:
+        """As `reach`, but none is linked for it. Raises nothing."""
+        with self._lock, suppress(LookupError):
             return self._producers.get(self._cluster_id(source))
+        return None
 
     def await_link(self, producer: Producer) -> None:
         """As `Producer.await_link`. Raises ConnectionError when we are closed."""
@@ -159,10 +162,7 @@ class Producers:
             producer.words.wait(max(0.0, until - time.monotonic()))
 
     def _cluster_id(self, source: Handover) -> int:
-        return cluster_id_of(source.remote_engine_id, *self._address(source))
-
-    def _address(self, source: Handover) -> tuple[str, int]:
-        return source.remote_host, source.remote_port + self._rank
+        return cluster_id_of(source.remote_engine_id, *source.address(self._rank))
 
     def _forget_lost(self) -> None:
         for cluster_id, producer in list(self._producers.items()):
@@ -176,7 +176,7 @@ class Producers:
             producer.link.set_exception(error)
 
     def _link(self, producer: Producer, source: Handover) -> None:
-        host, port = self._address(source)
+        host, port = source.address(self._rank)
         try:
             endpoint = self._linking.link(producer.cluster_id, host, port)
         except BaseException as error:  # as above

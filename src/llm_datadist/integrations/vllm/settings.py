@@ -11,14 +11,18 @@ from llm_datadist import LLMConfig
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig
 
+_Hosts = str | list[str]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`kv_connector_extra_config`: what may stand there, and what holds without."""
 
-    #: where a producer listens, and what decode engines are told to dial
-    host: str = "127.0.0.1"
+    #: where a producer listens: an IP address or a name; 0.0.0.0 and :: are all addresses. One for
+    #: all workers, or one for each by its rank
+    host: _Hosts = "127.0.0.1"
+    #: what its readers are told to dial; without it `host`, or an address of the machine
+    advertised_host: _Hosts | None = None
     #: how long a producer keeps blocks without a word from their reader
     kv_lease_duration: _Seconds = 30.0
     pull_timeout_s: _Seconds = 10.0

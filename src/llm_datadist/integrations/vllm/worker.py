@@ -6,6 +6,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist import BlocksCacheKey, LLMConfig, LLMDataDist, LLMRole
+from llm_datadist.integrations.vllm.addresses import place_of
 from llm_datadist.integrations.vllm.board import Board
 from llm_datadist.integrations.vllm.consumer import ConsumerWorker
 from llm_datadist.integrations.vllm.handover import cluster_id_of
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from llm_datadist.integrations.vllm.addresses import Place
     from llm_datadist.integrations.vllm.settings import Settings
     from llm_datadist.integrations.vllm.step import Step
 
@@ -33,7 +35,11 @@ _ROLES = {
 
 
 class Worker:
-    """Owns a cluster from construction to `close`. `Worker` raises as `LLMDataDist.init` does."""
+    """Owns a cluster from construction to `close`.
+
+    `Worker` raises as `LLMDataDist.init` does, ValueError as `place_of`, and ConnectionError when a
+    producer cannot be reached where its readers are told to dial it.
+    """
 
     def __init__(
         self,
@@ -45,20 +51,26 @@ class Worker:
     ) -> None:
         extra = settings.extra
         regions = regions_of(kv_caches, num_blocks)
-        cluster_id = _cluster_id(settings, rank)
+        place = place_of(settings, rank) if settings.is_producer else None
+        cluster_id = _cluster_id(settings, place)
+        #: what readers are told to dial; a mere reader has none
+        self.advertised_host = place and place.advertised.host
         self._kv_caches = kv_caches  # the memory must outlive the cluster
         self._datadist = LLMDataDist(_ROLES[settings.role], cluster_id)
         config = LLMConfig()
         config.enable_cache_manager = True
         config.enable_remote_cache_accessible = True
         config.sync_kv_timeout = int(extra.pull_timeout_s * 1000)
-        if settings.is_producer:
-            config.listen_ip_info = f"{extra.host}:{settings.port + rank}"
+        if place:
+            config.listen_ip_info = str(place.listen)
         for name, value in extra.llm_config.items():
             setattr(config, name, value)
         options = config.generate_options()
         self._datadist.init(options)
+        security = read_link_security(options)
         try:
+            if place:
+                place.check_dialled(cluster_id, security, extra.link_timeout_s)
             manager = self._datadist.cache_manager
             caches = {
                 model_id: region.register(manager, BlocksCacheKey(cluster_id, model_id))
@@ -73,7 +85,7 @@ class Worker:
                 {**facts, "layout of KV blocks": layout},
                 extra.link_timeout_s,
                 extra.link_timeout_s + extra.pull_timeout_s,
-                read_link_security(options),
+                security,
             )
             self._consumer = ConsumerWorker(manager, caches, board, producers, extra.pull_timeout_s)
         except BaseException:
@@ -121,8 +133,8 @@ class Worker:
             self._datadist.finalize()
 
 
-def _cluster_id(settings: Settings, rank: int) -> int:
+def _cluster_id(settings: Settings, place: Place | None) -> int:
     """Readers find a producer by what its hand-overs say; nobody asks for a mere reader."""
-    if not settings.is_producer:
+    if place is None:
         return secrets.randbits(56)
-    return cluster_id_of(settings.engine_id, settings.extra.host, settings.port + rank)
+    return cluster_id_of(settings.engine_id, *place.advertised)
