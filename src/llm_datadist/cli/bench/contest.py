@@ -27,7 +27,7 @@ OURS = "llm_datadist"
 RIVALS = ("memcpy", "readv", "socket", "two-sided", "verified", "nixl", "mooncake")
 
 _INSTALL = {
-    "verified": ("xxhash", "pip install 'llm-datadist[integrity]'"),
+    "verified": ("xxhash", "pip install xxhash"),
     "nixl": ("nixl_cu12", "pip install --no-deps nixl-cu12, beside torch"),
     "mooncake": (
         "mooncake",

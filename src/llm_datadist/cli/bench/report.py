@@ -112,7 +112,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise SetupError("--plot needs matplotlib: pip install 'llm-datadist[bench]'") from None
+        raise SetupError("--plot needs matplotlib: pip install matplotlib") from None
 
 
 def draw(report: Report, path: Path) -> None:

@@ -47,7 +47,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not th
 
 
 class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """Hands KV blocks of finished prefill requests to decode engines. See docs/vllm.md.
+    """Hands KV blocks of finished prefill requests to decode engines. See the guide With vLLM.
 
     vLLM makes two: one in its scheduler, one in each worker. Raises ValueError at the start for
     what it does not do: several KV cache groups, pipeline and context parallelism, memory that is
