@@ -185,7 +185,7 @@ def _show(scenario: str, figures: Callable[[], "Iterator[Figure]"]) -> None:
     table.add_column(justify="right")
     table.add_column()
     console = Console()
-    with explained("bench"), console.status(scenario):
+    with explained("bench"), console.status(scenario, spinner="line"):
         for figure in figures():
             table.add_row(figure.name, f"{figure.value:.3f}", figure.unit)
     console.print(table)
@@ -213,7 +213,7 @@ def _run(
 
     console = Console()
     groups = []
-    with console.status("") as status:
+    with console.status("", spinner="line") as status:
         for workload in workloads:
             is_accessible = mode is Mode.REMOTE_ACCESSIBLE
             job = Job(workload, operation.value, path.value, is_accessible, threads)

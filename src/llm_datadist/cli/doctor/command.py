@@ -50,7 +50,7 @@ def doctor(
 
     console = Console(highlight=False)
     measures = peer_at is None if measure is None else measure
-    with Console(stderr=True).status("") as status:
+    with Console(stderr=True).status("", spinner="line") as status:
         case = Case(listen_at, peer_at)
         sections = _examine(case, _checks(case, measures=measures), status.update)
     report = Report(sections)
