@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist import __version__
 from llm_datadist.cli.doctor.findings import Case, Finding, State
+from llm_datadist.cli.kernel_files import free_nbytes, text_of
 from llm_datadist.core.messages import PROTOCOL_VERSION
 from llm_datadist.peer.streams import MAX_STREAMS
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from llm_datadist.cli.doctor.findings import Data
 
 STATUS = Path("/proc/self/status")
-_MEMINFO = Path("/proc/meminfo")
 #: one control connection, and the streams of both ends' threads
 _LINK_DESCRIPTORS = 1 + 2 * MAX_STREAMS
 #: what else a process with a cluster has open
@@ -28,7 +28,6 @@ _OTHER_DESCRIPTORS = 64
 #: a prefill or decode process with fewer links is an exception
 _FEW_LINKS = 4
 _LITTLE_NBYTES = 2**30
-_CGROUP = Path("/sys/fs/cgroup")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SHARED_MEMORY = "/dev/shm"
 _REQUIRED = ("numpy", "msgspec")
@@ -137,33 +136,6 @@ def extras(_: Case) -> Iterator[Finding]:
     here = ", ".join(f"{name} {number}" for name, number in versions.items()) or "none"
     found = f"{here}; not installed: {', '.join(missing)}" if missing else here
     yield Finding("optional", State.OK, found, data=versions)
-
-
-def free_nbytes() -> tuple[int, bool]:
-    """What can be taken without harm, and whether a container's limit says so."""
-    available = int(field_of(_MEMINFO, "MemAvailable").removesuffix(" kB")) * 1024
-    most, taken = text_of(_CGROUP / "memory.max"), text_of(_CGROUP / "memory.current")
-    if most is None or taken is None or most == "max":
-        return available, False
-    left = max(0, int(most) - int(taken))
-    return (left, True) if left < available else (available, False)
-
-
-def field_of(file: Path, name: str) -> str:
-    """The value behind `name:`. Raises OSError, LookupError."""
-    for line in file.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key == name:
-            return value.strip()
-    raise LookupError(f"{file} has no line {name}")
-
-
-def text_of(file: Path) -> str | None:
-    """The file without blanks around it; None where this kernel or container has none."""
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return None
 
 
 def version_of(name: str) -> str:

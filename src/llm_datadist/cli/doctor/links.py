@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm_datadist.cli.bench import ours
-from llm_datadist.cli.bench.command import usual_threads
 from llm_datadist.cli.bench.contestant import Job, Owner, Pair
+from llm_datadist.cli.bench.options import usual_threads
 from llm_datadist.cli.bench.rivals import Memcpy
 from llm_datadist.cli.bench.workload import CacheMemory, Workload
 from llm_datadist.cli.doctor.findings import Case, Finding, State
-from llm_datadist.cli.doctor.host import free_nbytes
 from llm_datadist.cli.failure import CommandError
+from llm_datadist.cli.kernel_files import free_nbytes
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.config import LLMConfig
 from llm_datadist.core.messages import PROTOCOL_VERSION

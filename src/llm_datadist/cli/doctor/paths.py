@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm_datadist.cli.doctor.findings import Case, Finding, State
-from llm_datadist.cli.doctor.host import STATUS, field_of, text_of, version_of
+from llm_datadist.cli.doctor.host import STATUS, version_of
+from llm_datadist.cli.kernel_files import field_of, text_of
 from llm_datadist.credential_file import is_public
 from llm_datadist.errors import LLMException
 from llm_datadist.link_security import LinkSecurity
