@@ -49,7 +49,7 @@ def descriptors(_: Case) -> Iterator[Finding]:
     some = "1 link at its" if links == 1 else f"{links} links at their"
     name, found = "descriptors", f"{soft}: enough for {some} busiest"
     if links >= _FEW_LINKS:
-        yield Finding(name, State.OK, found, data=data)
+        yield Finding(name, State.OK, found, data=data, brief=str(soft))
     else:
         remedy = (
             f"ulimit -n {hard}"
@@ -66,7 +66,7 @@ def memory(_: Case) -> Iterator[Finding]:
     is_little = free < _LITTLE_NBYTES
     remedy = "KV caches are large: free some, or raise the limit" if is_little else ""
     state = State.NOTE if is_little else State.OK
-    yield Finding("memory", state, found, remedy, {"free_nbytes": free})
+    yield Finding("memory", state, found, remedy, {"free_nbytes": free}, _gib(free))
 
 
 def shared_memory(_: Case) -> Iterator[Finding]:
@@ -86,7 +86,7 @@ def locked_memory(_: Case) -> Iterator[Finding]:
     if soft == resource.RLIM_INFINITY:
         yield Finding("memlock", State.OK, "unlimited", data={"soft": soft})
         return
-    found = f"{_gib(soft)}: no matter for cma and tcp, which lock nothing; RDMA needs more"
+    found = f"{_gib(soft)}: no matter for cma and tcp; RDMA needs more"
     remedy = "for RDMA: ulimit -l unlimited (--ulimit memlock=-1)"
     yield Finding("memlock", State.NOTE, found, remedy, {"soft": soft})
 
@@ -113,6 +113,7 @@ def installed(_: Case) -> Iterator[Finding]:
         State.OK,
         f"{packages}; protocol {PROTOCOL_VERSION}",
         data={**versions, "protocol": PROTOCOL_VERSION},
+        brief=__version__,
     )
 
 
@@ -126,7 +127,7 @@ def system(_: Case) -> Iterator[Finding]:
         "cores": cores,
     }
     found = "Python {python}, Linux {kernel}, {machine}, {cores} cores".format_map(data)
-    yield Finding("system", State.OK, found, data=data)
+    yield Finding("system", State.OK, found, data=data, brief=f"Python {data['python']}")
 
 
 def extras(_: Case) -> Iterator[Finding]:

@@ -149,7 +149,7 @@ def listening(case: Case) -> Iterator[Finding]:
         yield Finding(name, State.OK, f"{listen} can be had", data=data)
         return
     found = f"{listen} can be had, and whoever reaches it can link and read what is registered"
-    remedy = f"set {SECURITY_VARIABLE} or LLMConfig.link_security: {_EXAMPLE}"
+    remedy = f"set {SECURITY_VARIABLE} or LLMConfig.link_security"
     yield Finding(name, State.PROBLEM, found, remedy, data)
 
 
@@ -173,7 +173,7 @@ def link_security(_: Case) -> Iterator[Finding]:
     text = os.environ.get(SECURITY_VARIABLE)
     if not text:
         found = f"{SECURITY_VARIABLE} is not set: a cluster that sets none lets everybody in"
-        remedy = f"openssl rand -hex 32 makes a secret for a file, and this names it: {_EXAMPLE}"
+        remedy = 'openssl rand -hex 32 > FILE; {"secret_file": "FILE"}'
         yield Finding(_SECURITY, State.NOTE, found, remedy, {"kind": "none"})
         return
     try:
