@@ -306,7 +306,7 @@ class LLMConfig(NamedAttributes):
     transfer_path = Option[str](
         """Ours alone: the path that the bytes take, "auto", "cma", "tcp", "nixl", or the name of an
         installed transport. Unset, the environment variable LLM_DATADIST_PATH counts, and "auto"
-        without it. docs/transports.md says which path is taken when.""",
+        without it. The guide Transports says which path is taken when.""",
         _optional_path,
         _unless_empty(key.TRANSFER_PATH),
         unset="",
@@ -315,7 +315,7 @@ class LLMConfig(NamedAttributes):
         """Ours alone: JSON that says how clusters that link know each other: {"secret": "..."} or
         {"secret_file": "..."}, or for mutual TLS {"ca": "...", "certificate": "...", "key": "..."}
         with PEM files. Unset, the environment variable LLM_DATADIST_LINK_SECURITY counts; without
-        it nobody is asked. docs/security.md says what each protects against.""",
+        it nobody is asked. The guide Security says what each protects against.""",
         _text,
         _unless_empty(key.LINK_SECURITY),
         unset="",
@@ -323,7 +323,7 @@ class LLMConfig(NamedAttributes):
     verify_transfers = Option[bool](
         """Ours alone: compares a checksum of all bytes that a pull moved, or that were fetched for
         a peer's push, with one that their owner makes; LLM_FAILED when they differ. Needs the extra
-        `integrity`, on both ends. What it costs: docs/performance.md.""",
+        `integrity`, on both ends. What it costs: the guide Performance.""",
         _switch,
         _flag(key.VERIFY_TRANSFERS),
         unset=False,
@@ -331,7 +331,7 @@ class LLMConfig(NamedAttributes):
     metrics = Option[bool](
         """Ours alone: counts what operations do, for `LLMDataDist.stats`, Prometheus and
         `llm-datadist top`. Unset, the environment variable LLM_DATADIST_METRICS counts ("1"), and
-        off without it. docs/observability.md.""",
+        off without it. More: the guide Observability.""",
         _switch,
         _flag(key.METRICS),
         unset=False,

@@ -249,8 +249,8 @@ class LLMDataDist:
         """This cluster at the moment: links, pools, caches, keys; immutable. Cheap, at any time.
 
         With `LLMConfig.metrics` also what operations did since `init`: bytes, segments, times,
-        failures, waits. An addition to the reference; docs/observability.md. Raises RuntimeError
-        before `init`.
+        failures, waits. An addition to the reference, see the guide Observability. Raises
+        RuntimeError before `init`.
         """
         return self._require_cluster().stats()
 

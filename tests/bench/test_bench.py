@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,9 @@ def test_a_sweep_of_block_sizes_and_its_picture(tmp_path: Path) -> None:
     bench(*SMALL, "--block-bytes", "4k..16k", "--json", str(file), "--plot", str(picture))
     sizes = [group[0]["workload"]["block_nbytes"] for group in groups_of(file)]
     assert sizes == [4096, 8192, 16384]
-    assert "<svg" in picture.read_text()
+    words = words_of(picture)
+    for what in ("pull_blocks over cma, remote-accessible", "block size, KiB", "16"):
+        assert what in words
 
 
 @pytest.mark.parametrize("contiguous", [(), ("--contiguous",)])
@@ -73,8 +76,54 @@ def test_many_links() -> None:
 
 
 @pytest.mark.parametrize("scenario", ["plan", "startup"])
-def test_scenarios_that_need_little_memory(scenario: str) -> None:
-    assert "ms" in bench(scenario, "--rounds", "1")
+def test_scenarios_that_need_little_memory(scenario: str, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    assert "ms" in bench(scenario, "--rounds", "1", "--json", str(file))
+    said = json.loads(file.read_text())
+    assert (said["scenario"], said["settings"]) == (scenario, {"rounds": 1})
+    for figure in said["figures"]:
+        assert figure["name"]
+        assert figure["unit"]
+        assert figure["value"] > 0
+
+
+SUB_VERBS = ["plan", "startup", "link", "fan-out", "layers", "many-links"]
+
+
+@pytest.mark.parametrize("verb", SUB_VERBS)
+def test_every_sub_verb_writes_figures_and_pictures(verb: str) -> None:
+    assert "choose from" not in bench(verb, "--help")
+    for option in ("--json", "--plot"):
+        [line] = bench(verb, option, "/no/such/folder/x.svg", expect=2).splitlines()
+        assert line == "bench: /no/such/folder/x.svg: there is no such folder"
+
+
+def words_of(picture: Path) -> str:
+    """What is written in an SVG of matplotlib's: it draws letters, and notes them."""
+    return " ".join(re.findall("<!-- (.*?) -->", picture.read_text()))
+
+
+def test_the_picture_of_a_sub_verb(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+    picture = tmp_path / "plan.svg"
+    bench("plan", "--rounds", "1", "--plot", str(picture))
+    words = words_of(picture)
+    assert "plan: rounds 1" in words
+    assert "16,384 segments" in words
+
+
+def test_the_picture_of_one_size(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+    picture = tmp_path / "bars.svg"
+    bench(*SMALL, "--path", "tcp", "--mode", "two-sided", "--plot", str(picture))
+    words = words_of(picture)
+    for what in ("pull_blocks over tcp, two-sided", "blocks of 32 KiB", "GB/s", "sockets x2"):
+        assert what in words
+
+
+def test_options_before_a_sub_verb_are_refused() -> None:
+    [line] = bench("--rounds", "3", "plan", expect=2).splitlines()
+    assert line == "bench: --rounds before plan says nothing to it: write it behind plan"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +137,21 @@ def test_scenarios_that_need_little_memory(scenario: str) -> None:
         (["--operation", "push_blocks", "--mode", "two-sided"], "remote-accessible"),
         (["--plot", "picture.txt"], "a .png or .svg"),
         (["--json", "/no/such/folder/x.json"], "no such folder"),
+        (["--blocks", "100000000"], "of memory, "),
+        (["--blocks", "100000000", "--block-bytes", "8", "--vs", "none"], "of memory, "),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_a_line(arguments: list[str], message: str) -> None:
-    assert message in bench(*arguments, expect=2)
+    [line] = bench(*arguments, expect=2).splitlines()
+    assert line.startswith("bench: ")
+    assert message in line
+
+
+def test_a_missing_extra_is_said_in_a_line() -> None:
+    without = "import sys; sys.modules['matplotlib'] = None; import llm_datadist.cli as c; c.app()"
+    done = subprocess.run(
+        [sys.executable, "-c", without, "bench", "plan", "--plot", "x.png"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "bench: --plot needs matplotlib: pip install matplotlib\n"

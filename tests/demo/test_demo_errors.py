@@ -53,7 +53,7 @@ def test_a_missing_extra_comes_with_the_command_to_get_it(tmp_path: Path) -> Non
     done = run(*command_without(("torch", "transformers", "gguf"), tmp_path), "demo")
     assert done.returncode == 2
     assert "is missing torch, transformers, gguf" in done.stderr
-    assert "pip install 'llm-datadist[demo]'" in done.stderr
+    assert "pip install torch 'transformers>=5,<6' gguf" in done.stderr
     assert "Traceback" not in done.stderr
 
 

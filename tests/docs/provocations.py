@@ -235,6 +235,48 @@ def _(scene: Scene) -> None:
     scene.node.datadist.switch_role(LLMRole.PROMPT)
 
 
+@provokes("the port of … must be a number, got …")
+def _(scene: Scene) -> None:
+    scene.start(listen_ip_info="127.0.0.1:http")
+
+
+@provokes("… is no IP address and no host name")
+def _(scene: Scene) -> None:
+    LLMClusterInfo().append_remote_ip_info("http://10.0.0.1/", 26000)
+
+
+@provokes("cluster … answers at …, and not cluster …: the link has its own id")
+def _(scene: Scene) -> None:
+    port = scene.start_peer()
+    scene.start()
+    scene.node.link(port, 5)
+
+
+@provokes(
+    "this CacheManager's LLMDataDist was finalized, or initialised in the process that forked "
+    "this one"
+)
+def _(scene: Scene) -> None:
+    scene.start()
+    manager, cache = scene.node.manager, scene.node.blocks_cache()
+    scene.node.stop()
+    manager.pull_blocks(KEY, cache, [0], [0])
+
+
+@provokes("… was deallocated: make views of a cache before that, they keep its memory")
+def _(scene: Scene) -> None:
+    scene.start(mem_pool_cfg=POOL)
+    cache = scene.node.manager.allocate_blocks_cache(OURS, KEY)
+    scene.node.manager.deallocate_blocks_cache(cache)
+    cache.numpy()
+
+
+@provokes("no memory is mapped at … of … addresses, the first is")
+def _(scene: Scene) -> None:
+    scene.start()
+    scene.node.manager.register_blocks_cache(OURS, [4096, 8192])
+
+
 # -- a pull or push fails --
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -45,6 +46,32 @@ def test_the_screen_has_a_row_for_each_finding_and_a_verdict() -> None:
     assert "100: enough for 1 link at its busiest" in done.stdout
     assert "→ raise the hard limit" in done.stdout
     assert done.stdout.endswith("\ndoctor: to mend: descriptors\n")
+
+
+def lines_of(width: int, height: int, *arguments: str) -> list[str]:
+    """What a terminal of that size shows."""
+    done = doctor(
+        "--listen", "0.0.0.0:0", *arguments,
+        COLUMNS=str(width), LINES=str(height), FORCE_COLOR="1", TERM="xterm",
+    )  # fmt: skip
+    assert done.returncode == 1
+    return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).splitlines()
+
+
+def test_a_small_terminal_gets_what_is_to_be_done_and_the_names_of_the_rest() -> None:
+    lines = lines_of(80, 24)
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert lines[0].rstrip() == "to mend"
+    assert lines[1].startswith("  listening ")
+    assert any(line.startswith("  speed ") and "memcpy " in line for line in lines)
+    assert lines[-1] == "doctor: to mend: listening; --all says more"
+
+
+def test_every_finding_is_shown_where_there_is_room_and_where_it_is_asked_for() -> None:
+    for lines in (lines_of(200, 60, "--no-measure"), lines_of(80, 24, "--no-measure", "--all")):
+        assert "same host (cma)" in [line.rstrip() for line in lines]
+        assert lines[-1] == "doctor: to mend: listening"
 
 
 def test_what_the_environment_forbids_a_cluster_is_said_of_it(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import socket
 import subprocess
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +65,40 @@ def test_a_running_cluster_is_described_and_goes_on_as_before(
     cache = node.blocks_cache(*SHAPE)
     node.manager.pull_blocks(KEY, cache, list(range(8)), list(range(8)))
     np.testing.assert_array_equal(node.arrays[cache.cache_id], make_array(SHAPE, 1))
+
+
+#: of the peer's process, which other tests have after this one
+LET_GO = threading.Event()
+
+
+def let_go_of_the_gil(node: Node) -> None:
+    LET_GO.set()
+
+
+def keep_the_gil(node: Node) -> None:
+    """Most of the time, in pieces, as some extension modules do."""
+
+    LET_GO.clear()
+
+    def keep() -> None:
+        while not LET_GO.is_set():
+            ctypes.PyDLL(None).usleep(150_000)  # PyDLL: without letting go
+            time.sleep(0.005)
+
+    threading.Thread(target=keep, daemon=True).start()
+
+
+def test_a_peer_that_holds_the_gil_is_told_from_a_slow_network(peer: NodeProcess) -> None:
+    port = start(peer, is_accessible=False)
+    peer.call(keep_the_gil)
+    try:
+        said = ask("--peer", f"127.0.0.1:{port}")
+    finally:
+        peer.call(let_go_of_the_gil)
+    assert said.state_of("round trip") == "note"
+    data = said.findings["round trip"]["data"]
+    assert data["slowest_s"] > 0.1 > data["kernel_s"]
+    assert "a C call in it holds the GIL" in said.text("round trip")
 
 
 def test_security_of_the_environment_is_what_it_links_with(peer: NodeProcess) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import subprocess
 import threading
@@ -12,7 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from wire import Wire, hello, impostor, owner
+from wire import Wire, hello, impostor, linked_caller, owner
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
@@ -139,6 +140,143 @@ def test_who_repeats_what_a_linked_cluster_said_is_not_that_cluster(
         wire.send(m.Forget(instance))
         wire.expect(m.ByeDone)
     assert pulled(node, 2) == MINE
+
+
+def instance_at(port: int) -> bytes:
+    """What the cluster that listens there tells anybody."""
+    with Wire.dial(port) as wire:
+        wire.send(hello())
+        return wire.expect(m.Welcome).instance
+
+
+def linked_by_hand(wire: Wire, port: int, said: m.Hello) -> bool:
+    """Whether the one who says this is linked in the end."""
+    wire.send(said)
+    try:
+        welcome = wire.receive()
+        if not isinstance(welcome, m.Welcome):
+            return False
+        return shaken(wire, port, welcome)
+    except EOFError:
+        return False
+
+
+def shaken(wire: Wire, port: int, welcome: m.Welcome) -> bool:
+    """Goes on with the hand-shake behind a Welcome."""
+    wire.send(m.Ready("tcp"))
+    if not isinstance(wire.receive(), m.DialBack):
+        return False
+    with Wire.dial(port) as reverse:
+        reverse.send(m.Attach(welcome.token, is_reverse=True))
+        reverse.expect(m.Attached)
+        reverse.serve_probe()
+        return isinstance(wire.receive(), m.Linked)
+
+
+@pytest.mark.parametrize("named", [7, None])
+def test_a_listener_that_repeats_what_another_peer_said_is_refused(
+    node: Node, victim: NodeProcess, named: int | None
+) -> None:
+    port = victim.call(serve, 1, MINE, transfer_path="tcp")
+    node.start(LLMRole.DECODER, 2, transfer_path="tcp")
+    assert node.link(port, 1) == SUCCESS
+    with impostor(owner(lambda *_: None, instance_at(port))) as forged:
+        assert node.link(forged, named) == LINK_FAILED
+    assert pulled(node, 1) == MINE
+    assert ids_of(node) == [1]
+
+
+def test_who_is_called_cannot_call_others_in_the_callers_name(
+    node: Node, victim: NodeProcess
+) -> None:
+    """It has all that the caller says, at the very time at which it calls."""
+    port = serve(node, 1, 0, transfer_path="tcp")
+    victim.call(serve, 2, MINE, transfer_path="tcp")
+    assert victim.call(Node.link, port, 1) == SUCCESS
+    outcomes: list[bool] = []
+
+    def relay(wire: Wire) -> None:
+        said = wire.expect(m.Hello)
+        with Wire.dial(port) as other:
+            outcomes.append(linked_by_hand(other, port, said))
+        wire.hang_up()
+
+    with impostor(relay) as forged:
+        victim.call(Node.link, forged, 9)
+    assert outcomes == [False]
+    assert pulled(node, 2) == MINE
+
+
+def test_a_newcomer_in_a_hurry_does_not_hurry_the_one_that_is_asked(
+    node: Node, victim: NodeProcess
+) -> None:
+    port = serve(node, 1, 0, transfer_path="tcp")
+    victim.call(serve, 2, MINE, transfer_path="tcp")
+    assert victim.call(Node.link, port, 1) == SUCCESS
+    for _ in range(20):
+        victim.pause()
+        with Wire.dial(port) as wire:
+            wire.send(hello(cluster_id=2, timeout_ms=4))
+            victim.resume()
+            with suppress(EOFError):
+                assert isinstance(wire.receive(), m.Refused)
+    assert pulled(node, 2) == MINE
+
+
+def test_a_newcomer_that_began_before_the_other_one_is_asked_about_in_the_end(
+    node: Node, victim: NodeProcess
+) -> None:
+    port = serve(node, 1, 0, transfer_path="tcp")
+    with Wire.dial(port) as early:
+        early.send(hello(cluster_id=2))
+        welcome = early.expect(m.Welcome)
+        victim.call(serve, 2, MINE, transfer_path="tcp")
+        assert victim.call(Node.link, port, 1) == SUCCESS
+        assert not shaken(early, port, welcome)
+    assert pulled(node, 2) == MINE
+    assert ids_of(node) == [2]
+
+
+def test_who_says_that_it_is_the_listener_itself_is_not_linked(node: Node) -> None:
+    port = serve(node, 1, 0, transfer_path="tcp")
+    instance = instance_at(port)
+    for cluster_id in (1, 5):
+        with Wire.dial(port) as wire:
+            said = hello(cluster_id=cluster_id, instance=instance)
+            assert not linked_by_hand(wire, port, said)
+    assert ids_of(node) == []
+
+
+def test_newcomers_without_end_keep_no_descriptors_and_cut_no_link(
+    node: Node, victim: NodeProcess, settings: dict[str, Any]
+) -> None:
+    """The peer in whose name they come stands still for a moment; what it is asked is bounded."""
+    port = serve(node, 1, 0, **settings)
+    assert call(victim, port, 2, MINE, **settings) == SUCCESS
+    before = len(os.listdir("/proc/self/fd"))
+    victim.pause()
+    for _ in range(600):
+        with Wire.dial(port) as wire:
+            wire.send(hello(cluster_id=2))
+    victim.resume()
+    assert pulled(node, 2) == MINE
+    assert victim.call(pulled, 1) == 0
+    assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 2)
+
+
+def test_a_peer_that_asks_without_end_and_reads_nothing_is_unlinked_in_time(node: Node) -> None:
+    port = serve(node, 1, 0, transfer_path="tcp", enable_remote_cache_accessible=True)
+    with linked_caller(port, is_remote_accessible=True) as greedy:
+        greedy.control.socket.settimeout(0.2)
+        frame = m.encode(m.Vouch("1.2.3.4:5 6.7.8.9:10")) * 1000
+        with suppress(OSError):  # it is not read any more, or has been cut
+            for _ in range(200):
+                greedy.control.socket.sendall(frame)
+        with takes_at_most(3):
+            node.datadist.unlink_clusters([cluster_info(port, 4242)], 1000)
+            node.datadist.unlink_clusters([cluster_info(port, 4242)], 1000, force=True)
+        with takes_at_most(3):
+            node.stop()
 
 
 def relink(node: Node, port: int, times: int) -> set[Any]:

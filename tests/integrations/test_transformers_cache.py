@@ -391,7 +391,7 @@ def test_a_missing_package_comes_with_the_command_to_get_it(package: str) -> Non
     told = message_of_import(f"import sys; sys.modules[{package!r}] = None")
     assert told == (
         f"ImportError: llm_datadist.integrations.transformers needs {package}: "
-        "pip install 'llm-datadist[transformers]'"
+        "pip install torch 'transformers>=5,<6'"
     )
 
 

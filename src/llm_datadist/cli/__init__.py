@@ -8,12 +8,21 @@ from llm_datadist import __version__
 from llm_datadist.cli.bench.command import app as bench
 from llm_datadist.cli.demo.command import demo
 from llm_datadist.cli.doctor.command import doctor
+from llm_datadist.cli.terminal import print_anywhere
 from llm_datadist.cli.top.command import top
 
-app = typer.Typer(
+
+class _App(typer.Typer):
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        print_anywhere()
+        return super().__call__(*args, **kwargs)
+
+
+app = _App(
     name="llm-datadist",
     help="Moves the KV cache of large language models between processes.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # in which the lines of a docstring are not those of the screen
     pretty_exceptions_show_locals=False,
 )
 

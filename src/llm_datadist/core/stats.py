@@ -94,7 +94,7 @@ class HeldKey(msgspec.Struct, frozen=True):
 
 
 class OperationStats(msgspec.Struct, frozen=True):
-    """What one kind of operation has done with one peer over one path. docs/observability.md."""
+    """What one kind of operation has done with one peer over one path."""
 
     operation: Word
     peer: Id | None  #: its cluster id; None where there is no one peer

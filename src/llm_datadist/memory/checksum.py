@@ -25,7 +25,7 @@ def require_checksums() -> None:
     """Raises LLMException(LLM_FEATURE_NOT_ENABLED) where the package is missing."""
     if find_spec("xxhash") is None:
         raise LLMException(
-            "verify_transfers needs xxhash: pip install 'llm-datadist[integrity]'",
+            "verify_transfers needs xxhash: pip install xxhash",
             LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
         )
 

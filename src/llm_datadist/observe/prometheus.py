@@ -1,4 +1,4 @@
-"""Prometheus: a cluster's stats as metrics. Needs the extra `metrics`. docs/observability.md."""
+"""Prometheus: a cluster's stats as metrics. Needs the extra `metrics`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Tracer:
             from opentelemetry import context, trace
         except ImportError:
             raise LLMException(
-                "tracing needs opentelemetry-api: pip install 'llm-datadist[tracing]'",
+                "tracing needs opentelemetry-api: pip install opentelemetry-api",
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             ) from None
         self._cluster_id = cluster_id

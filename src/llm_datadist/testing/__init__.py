@@ -10,5 +10,6 @@
 | `timing` | takes_at_most, eventually |
 | `fixtures` | the types of the pytest fixtures |
 
-None of them needs pytest, which finds the fixtures when the package is installed: docs/testing.md.
+None of them needs pytest, which finds the fixtures when the package is installed. More: the guide
+Testing kit.
 """

@@ -6,7 +6,7 @@
         path = "mine"
 
 pytest then runs the contract between real processes over that path, in both modes of the library
-and for both placements of caches. docs/transports.md says in words what is promised.
+and for both placements of caches. The guide Transports says in words what is promised.
 """
 
 from __future__ import annotations

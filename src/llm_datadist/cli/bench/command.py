@@ -5,23 +5,26 @@
 
 # No `from __future__ import annotations`: typer reads the types when it runs.
 
-import os
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_datadist.cli.bench.options import (
+    JsonFile,
+    LinkPath,
+    PlotFile,
+    check_files,
+    usual_threads,
+)
+from llm_datadist.cli.bench.verbs import VERBS
 from llm_datadist.cli.bench.workload import SHAPES, Workload
 from llm_datadist.cli.failure import SetupError, explained
 
 if TYPE_CHECKING:
     from llm_datadist.cli.bench.report import Report
-    from llm_datadist.cli.bench.scenarios import Figure
-
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -31,12 +34,6 @@ class Operation(str, Enum):
     PUSH_BLOCKS = "push_blocks"
     PULL_CACHE = "pull_cache"
     TRANSFER_CACHE_ASYNC = "transfer_cache_async"
-
-
-class LinkPath(str, Enum):
-    CMA = "cma"
-    TCP = "tcp"
-    NIXL = "nixl"
 
 
 class Mode(str, Enum):
@@ -49,11 +46,15 @@ def move(
     context: typer.Context,
     shape: Annotated[str, typer.Option(help=f"The cache: {', '.join(SHAPES)}.")] = "llama3-8b",
     operation: Annotated[
-        Operation, typer.Option(help="What of CacheManager to measure.")
+        Operation,
+        typer.Option(
+            metavar="NAME", help=f"What of CacheManager to measure: {', '.join(Operation)}."
+        ),
     ] = Operation.PULL_BLOCKS,
     path: Annotated[LinkPath, typer.Option(help="How the bytes travel.")] = LinkPath.CMA,
     mode: Annotated[
-        Mode, typer.Option(help="Whether peers may read on their own.")
+        Mode,
+        typer.Option(metavar="MODE", help=f"Who finds the bytes: {' or '.join(Mode)}."),
     ] = Mode.REMOTE_ACCESSIBLE,
     vs: Annotated[
         str,
@@ -80,13 +81,8 @@ def move(
         int, typer.Option(min=0, max=16, help="Threads, or streams; 0: as many as cores, up to 4.")
     ] = 0,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of the alternation.")] = 7,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the figures here.")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="Draw a .png or .svg (extra `bench`)."),
-    ] = None,
+    json: JsonFile = None,
+    plot: PlotFile = None,
 ) -> None:
     """Measure how fast caches move between two processes, beside what else this machine can do.
 
@@ -97,102 +93,38 @@ def move(
     Exit code 0: measured, every byte verified; 1: a contestant failed; 2: wrong usage, or something
     is to be set up.
     """
-    if context.invoked_subcommand is not None:
-        return
     with explained("bench"):
+        if context.invoked_subcommand is not None:
+            _refuse_options(context)
+            return
         workloads = _workloads(shape, tensors, blocks, moved, block_bytes)
         if contiguous or operation is Operation.PULL_CACHE:
             workloads = [replace(workload, is_contiguous=True) for workload in workloads]
         if operation in (Operation.PUSH_BLOCKS, Operation.TRANSFER_CACHE_ASYNC):
             _require_accessible(mode)
-        if plot is not None:
-            from llm_datadist.cli.bench.report import check_plot
-
-            check_plot(plot)
-        for file in (json, plot):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise SetupError(f"{file}: there is no such folder")
+        check_files(json, plot)
         rivals = _rivals(vs, path)
         threads = threads or usual_threads()
         report = _run(workloads, operation, path, mode, rivals, threads, rounds)
         if json is not None:
             report.write_json(json)
         if plot is not None:
-            from llm_datadist.cli.bench.report import draw
+            from llm_datadist.cli.bench.plots import draw
 
             draw(report, plot)
 
 
-Rounds = Annotated[int, typer.Option(min=1, max=1000, help="How often to measure.")]
-Threads = Annotated[
-    int, typer.Option(min=0, max=16, help="Threads of a transfer; 0: as many as cores, up to 4.")
-]
+for verb in VERBS:
+    app.command()(verb)
 
 
-@app.command()
-def plan(rounds: Rounds = 9) -> None:
-    """How long it takes to turn block lists into the vectors of a system call."""
-    _show_figures("plan", rounds)
-
-
-@app.command()
-def startup(rounds: Rounds = 9) -> None:
-    """How long `import llm_datadist` takes in a fresh interpreter."""
-    _show_figures("startup", rounds)
-
-
-@app.command()
-def link(rounds: Rounds = 9) -> None:
-    """How long link_clusters takes on one host, for one cluster and for 64 in one call."""
-    _show_figures("link", rounds)
-
-
-@app.command()
-def fan_out(rounds: Rounds = 5, threads: Threads = 0) -> None:
-    """Eight decode processes that pull from one prefill at once (needs 12 GiB of memory)."""
-    _show_figures("fan_out", rounds, threads or usual_threads())
-
-
-@app.command()
-def layers(rounds: Rounds = 5, threads: Threads = 0) -> None:
-    """What is left to wait for when layers are pushed while the caller computes the next ones."""
-    _show_figures("layers", rounds, threads or usual_threads())
-
-
-@app.command()
-def many_links(
-    count: Annotated[int, typer.Option(min=2, max=4096, help="How many clusters.")] = 512,
-    path: Annotated[LinkPath, typer.Option(help="The path of the links.")] = LinkPath.CMA,
-) -> None:
-    """What many links cost one process: time, memory, threads, and each pull among them."""
-    from llm_datadist.cli.bench import many
-
-    _show("many_links", lambda: many.many_links(count, path.value))
-
-
-def _show_figures(scenario: str, *arguments: int) -> None:
-    from llm_datadist.cli.bench import scenarios
-
-    _show(scenario, lambda: getattr(scenarios, scenario)(*arguments))
-
-
-def _show(scenario: str, figures: Callable[[], "Iterator[Figure]"]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column()
-    console = Console()
-    with explained("bench"), console.status(scenario):
-        for figure in figures():
-            table.add_row(figure.name, f"{figure.value:.3f}", figure.unit)
-    console.print(table)
-
-
-def usual_threads() -> int:
-    return min(4, len(os.sched_getaffinity(0)))
+def _refuse_options(context: typer.Context) -> None:
+    """What stands before a sub-verb would be without effect."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option, verb = name.replace("_", "-"), context.invoked_subcommand
+            raise SetupError(f"--{option} before {verb} says nothing to it: write it behind {verb}")
 
 
 def _run(
@@ -213,7 +145,7 @@ def _run(
 
     console = Console()
     groups = []
-    with console.status("") as status:
+    with console.status("", spinner="line") as status:
         for workload in workloads:
             is_accessible = mode is Mode.REMOTE_ACCESSIBLE
             job = Job(workload, operation.value, path.value, is_accessible, threads)

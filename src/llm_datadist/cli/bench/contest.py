@@ -15,9 +15,12 @@ from llm_datadist.cli.bench.contestant import Contestant, Job, Pair
 from llm_datadist.cli.bench.ours import Ours
 from llm_datadist.cli.bench.rivals import Memcpy, Mooncake, Nixl, RawReads, RawSockets
 from llm_datadist.cli.failure import CommandError, SetupError
+from llm_datadist.cli.kernel_files import free_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from llm_datadist.cli.bench.workload import Workload
 
 #: a round of short moves lasts at least so long
 _ROUND_S = 0.05
@@ -27,7 +30,7 @@ OURS = "llm_datadist"
 RIVALS = ("memcpy", "readv", "socket", "two-sided", "verified", "nixl", "mooncake")
 
 _INSTALL = {
-    "verified": ("xxhash", "pip install 'llm-datadist[integrity]'"),
+    "verified": ("xxhash", "pip install xxhash"),
     "nixl": ("nixl_cu12", "pip install --no-deps nixl-cu12, beside torch"),
     "mooncake": (
         "mooncake",
@@ -124,6 +127,7 @@ class Result:
 
 def compete(entrants: Sequence[Entrant], rounds: int, show: Callable[[str], None]) -> list[Result]:
     """Runs the rounds. Raises CommandError, also when bytes did not arrive as they were."""
+    _require_memory([entrant.job.workload for entrant in entrants])
     with ExitStack() as stack:
         pairs = []
         for entrant in entrants:
@@ -143,6 +147,21 @@ def compete(entrants: Sequence[Entrant], rounds: int, show: Callable[[str], None
             Result(pair.name, pair.detail, entrant.job, rounds_s)
             for pair, entrant, rounds_s in zip(pairs, entrants, medians, strict=True)
         ]
+
+
+def _require_memory(workloads: Sequence[Workload]) -> None:
+    """All contestants have a cache at both ends, and one more is what verifying takes."""
+    largest = max(workload.cache_nbytes for workload in workloads)
+    needed = sum(2 * each.cache_nbytes + each.vector_nbytes for each in workloads) + largest
+    require_memory(needed, "take fewer or smaller --blocks, or --vs none")
+
+
+def require_memory(needed: int, remedy: str) -> None:
+    """Raises SetupError where there is less."""
+    free, _is_container = free_nbytes()
+    if needed > free:
+        gib = f"{needed / 2**30:,.1f} GiB"
+        raise SetupError(f"it takes {gib} of memory, {free / 2**30:,.1f} are free: {remedy}")
 
 
 def _repeats(seconds: Sequence[float]) -> int:

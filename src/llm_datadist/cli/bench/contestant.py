@@ -197,8 +197,9 @@ def _serve(
             pipe.send(_VERBS[verb](contestant, repeats))
     except EOFError:
         contestant.close()
-    except Exception:
-        pipe.send(_Answer(failure=traceback.format_exc()))
+    except Exception as error:
+        [line] = traceback.format_exception_only(type(error), error)[-1:]
+        pipe.send(_Answer(failure=line.strip()))
 
 
 def _measure(contestant: Contestant, repeats: int) -> _Answer:

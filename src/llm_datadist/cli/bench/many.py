@@ -78,7 +78,7 @@ def _figures(hub: _Reader, alone: _Reader, peers: list[Peer]) -> Iterator[Figure
     unlinked_s = hub.unlink(peers[1:])
     others = count - 1
     yield Figure(f"link {others:,} clusters in one call", linked_s, "s")
-    yield Figure("each", linked_s / others * 1e3, "ms")
+    yield Figure("link one of them", linked_s / others * 1e3, "ms")
     yield Figure("unlink them", unlinked_s, "s")
     for when, usage in (("linked", idle), ("used once", used)):
         nbytes = usage.resident_nbytes - before.resident_nbytes

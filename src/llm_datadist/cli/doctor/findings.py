@@ -39,6 +39,7 @@ class Finding:
     found: str
     remedy: str = ""  #: what to do, in a line
     data: Data = field(default_factory=dict)  #: the same for programs
+    brief: str = ""  #: what was found, in a word or two, if that is worth one
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Report:
     def to_json(self) -> str:
         """`state`, and a flat list of findings; a name can be in several sections."""
         findings = [
-            {"section": section.title, **asdict(finding)}
+            {"section": section.title, **_for_programs(finding)}
             for section in self._sections
             for finding in section.findings
         ]
@@ -102,10 +103,55 @@ class Report:
                 table.add_row(*_cells(finding))
         return Group(table, "", self._verdict())
 
+    def to_brief_screen(self) -> Group:
+        """What is to be done and known first; what is as it should be by its name alone."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for heading, state in (("to mend", State.PROBLEM), ("good to know", State.NOTE)):
+            found = self._in_state(state)
+            if found:
+                table.add_row(Text(heading, _STYLES[state]))
+            for finding in found:
+                table.add_row(Text(f"  {finding.name}"), _cells(finding)[2])
+        fine = [(section.title, _names(section, State.OK)) for section in self._sections]
+        if any(names for _, names in fine):
+            table.add_row(Text("as it should be", _STYLES[State.OK]))
+        for title, names in fine:
+            if names:
+                table.add_row(Text(f"  {title}"), Text(names))
+        missing = self._in_state(State.UNAVAILABLE)
+        if missing:
+            names = ", ".join(finding.name for finding in missing)
+            table.add_row(Text("not here", _STYLES[State.UNAVAILABLE]), Text(names, "dim"))
+        return Group(table, "", self._verdict().append("; --all says more", "not bold dim"))
+
+    def _in_state(self, state: State) -> list[Finding]:
+        return [
+            finding
+            for section in self._sections
+            for finding in section.findings
+            if finding.state is state
+        ]
+
     def _verdict(self) -> Text:
         if not self._problems:
             return Text("doctor: nothing to mend", "bold green")
         return Text(f"doctor: to mend: {', '.join(self._problems)}", "bold red")
+
+
+def _names(section: Section, state: State) -> str:
+    return ", ".join(
+        f"{finding.name} {finding.brief}".rstrip()
+        for finding in section.findings
+        if finding.state is state
+    )
+
+
+def _for_programs(finding: Finding) -> dict[str, object]:
+    fields = asdict(finding)
+    del fields["brief"]  # `data` has the figures
+    return fields
 
 
 def _cells(finding: Finding) -> tuple[Text, Text, Text]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist import __version__
 from llm_datadist.cli.doctor.findings import Case, Finding, State
+from llm_datadist.cli.kernel_files import free_nbytes, text_of
 from llm_datadist.core.messages import PROTOCOL_VERSION
 from llm_datadist.peer.streams import MAX_STREAMS
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from llm_datadist.cli.doctor.findings import Data
 
 STATUS = Path("/proc/self/status")
-_MEMINFO = Path("/proc/meminfo")
 #: one control connection, and the streams of both ends' threads
 _LINK_DESCRIPTORS = 1 + 2 * MAX_STREAMS
 #: what else a process with a cluster has open
@@ -28,7 +28,6 @@ _OTHER_DESCRIPTORS = 64
 #: a prefill or decode process with fewer links is an exception
 _FEW_LINKS = 4
 _LITTLE_NBYTES = 2**30
-_CGROUP = Path("/sys/fs/cgroup")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SHARED_MEMORY = "/dev/shm"
 _REQUIRED = ("numpy", "msgspec")
@@ -50,7 +49,7 @@ def descriptors(_: Case) -> Iterator[Finding]:
     some = "1 link at its" if links == 1 else f"{links} links at their"
     name, found = "descriptors", f"{soft}: enough for {some} busiest"
     if links >= _FEW_LINKS:
-        yield Finding(name, State.OK, found, data=data)
+        yield Finding(name, State.OK, found, data=data, brief=str(soft))
     else:
         remedy = (
             f"ulimit -n {hard}"
@@ -67,7 +66,7 @@ def memory(_: Case) -> Iterator[Finding]:
     is_little = free < _LITTLE_NBYTES
     remedy = "KV caches are large: free some, or raise the limit" if is_little else ""
     state = State.NOTE if is_little else State.OK
-    yield Finding("memory", state, found, remedy, {"free_nbytes": free})
+    yield Finding("memory", state, found, remedy, {"free_nbytes": free}, _gib(free))
 
 
 def shared_memory(_: Case) -> Iterator[Finding]:
@@ -87,7 +86,7 @@ def locked_memory(_: Case) -> Iterator[Finding]:
     if soft == resource.RLIM_INFINITY:
         yield Finding("memlock", State.OK, "unlimited", data={"soft": soft})
         return
-    found = f"{_gib(soft)}: no matter for cma and tcp, which lock nothing; RDMA needs more"
+    found = f"{_gib(soft)}: no matter for cma and tcp; RDMA needs more"
     remedy = "for RDMA: ulimit -l unlimited (--ulimit memlock=-1)"
     yield Finding("memlock", State.NOTE, found, remedy, {"soft": soft})
 
@@ -114,6 +113,7 @@ def installed(_: Case) -> Iterator[Finding]:
         State.OK,
         f"{packages}; protocol {PROTOCOL_VERSION}",
         data={**versions, "protocol": PROTOCOL_VERSION},
+        brief=__version__,
     )
 
 
@@ -127,7 +127,7 @@ def system(_: Case) -> Iterator[Finding]:
         "cores": cores,
     }
     found = "Python {python}, Linux {kernel}, {machine}, {cores} cores".format_map(data)
-    yield Finding("system", State.OK, found, data=data)
+    yield Finding("system", State.OK, found, data=data, brief=f"Python {data['python']}")
 
 
 def extras(_: Case) -> Iterator[Finding]:
@@ -137,33 +137,6 @@ def extras(_: Case) -> Iterator[Finding]:
     here = ", ".join(f"{name} {number}" for name, number in versions.items()) or "none"
     found = f"{here}; not installed: {', '.join(missing)}" if missing else here
     yield Finding("optional", State.OK, found, data=versions)
-
-
-def free_nbytes() -> tuple[int, bool]:
-    """What can be taken without harm, and whether a container's limit says so."""
-    available = int(field_of(_MEMINFO, "MemAvailable").removesuffix(" kB")) * 1024
-    most, taken = text_of(_CGROUP / "memory.max"), text_of(_CGROUP / "memory.current")
-    if most is None or taken is None or most == "max":
-        return available, False
-    left = max(0, int(most) - int(taken))
-    return (left, True) if left < available else (available, False)
-
-
-def field_of(file: Path, name: str) -> str:
-    """The value behind `name:`. Raises OSError, LookupError."""
-    for line in file.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key == name:
-            return value.strip()
-    raise LookupError(f"{file} has no line {name}")
-
-
-def text_of(file: Path) -> str | None:
-    """The file without blanks around it; None where this kernel or container has none."""
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return None
 
 
 def version_of(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_datadist.cli.doctor.findings import Case, Finding, State
-from llm_datadist.cli.doctor.host import text_of
+from llm_datadist.cli.kernel_files import text_of
 from llm_datadist.errors import LLMException
 from llm_datadist.links.ranks import BASE_PORT_VARIABLE, base_port
 

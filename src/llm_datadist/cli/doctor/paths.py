@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm_datadist.cli.doctor.findings import Case, Finding, State
-from llm_datadist.cli.doctor.host import STATUS, field_of, text_of, version_of
+from llm_datadist.cli.doctor.host import STATUS, version_of
+from llm_datadist.cli.kernel_files import field_of, text_of
 from llm_datadist.credential_file import is_public
 from llm_datadist.errors import LLMException
 from llm_datadist.link_security import LinkSecurity
@@ -46,7 +47,7 @@ _DAY_S = 24 * 60 * 60
 #: a certificate that ends sooner has to be renewed now
 _SOON_DAYS = 14
 _SECURITY = "link security"
-_GUIDE = "docs/security.md says what it may be"
+_EXAMPLE = '{"secret_file": "/etc/kv/secret"}'
 
 _RDMA = Path("/sys/class/infiniband")
 _GPUS = Path("/proc/driver/nvidia/gpus")
@@ -148,7 +149,7 @@ def listening(case: Case) -> Iterator[Finding]:
         yield Finding(name, State.OK, f"{listen} can be had", data=data)
         return
     found = f"{listen} can be had, and whoever reaches it can link and read what is registered"
-    remedy = f"set {SECURITY_VARIABLE}, or LLMConfig.link_security (docs/security.md)"
+    remedy = f"set {SECURITY_VARIABLE} or LLMConfig.link_security"
     yield Finding(name, State.PROBLEM, found, remedy, data)
 
 
@@ -172,7 +173,8 @@ def link_security(_: Case) -> Iterator[Finding]:
     text = os.environ.get(SECURITY_VARIABLE)
     if not text:
         found = f"{SECURITY_VARIABLE} is not set: a cluster that sets none lets everybody in"
-        yield Finding(_SECURITY, State.NOTE, found, "docs/security.md", {"kind": "none"})
+        remedy = 'openssl rand -hex 32 > FILE; {"secret_file": "FILE"}'
+        yield Finding(_SECURITY, State.NOTE, found, remedy, {"kind": "none"})
         return
     try:
         security = LinkSecurity.parse(text, SECURITY_VARIABLE)
@@ -181,7 +183,12 @@ def link_security(_: Case) -> Iterator[Finding]:
         else:
             yield _secret(json.loads(text).get("secret_file"))
     except LLMException as error:
-        yield Finding(_SECURITY, State.PROBLEM, str(error), f"no cluster starts with it: {_GUIDE}")
+        yield Finding(
+            _SECURITY,
+            State.PROBLEM,
+            str(error),
+            f"no cluster starts with it; one that does: {_EXAMPLE}",
+        )
 
 
 def _secret(file: str | None) -> Finding:

@@ -1,22 +1,22 @@
 """The verb `top`: its options, and its exit codes.
 
-0: every cluster answered, or Ctrl-C ended the view. 2: wrong usage. 3: with --once or --json, a
-cluster did not answer.
+0: every cluster answered, or `q` or Ctrl-C ended the view. 2: wrong usage. 3: with --once or
+--json, a cluster did not answer.
 """
 
 # No `from __future__ import annotations`: typer reads the types when it runs.
 
 import json as jsonlib
 import sys
-import time
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_datadist.cli.top.order import Order
+
 if TYPE_CHECKING:
-    from llm_datadist.cli.top.view import Sample
-    from llm_datadist.endpoint import Endpoint
-    from llm_datadist.link_security import LinkSecurity
+    from llm_datadist.cli.top.samples import Sample
 
 _NO_ANSWER = 3
 _LONGEST_S = 24 * 3600.0
@@ -31,6 +31,9 @@ def top(
     interval: Annotated[
         float, typer.Option(min=0.1, max=_LONGEST_S, help="Seconds between looks.")
     ] = 1.0,
+    sort: Annotated[
+        Order, typer.Option(metavar="BY", help=f"What comes first: {', '.join(Order)}.")
+    ] = Order.SPEED,
     once: Annotated[bool, typer.Option("--once", help="Print one table and exit.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print all figures once and exit.")] = False,
     timeout: Annotated[
@@ -43,10 +46,14 @@ def top(
     environment variable LLM_DATADIST_LINK_SECURITY. Figures of operations need metrics to be on in
     the cluster (LLM_DATADIST_METRICS=1); --once gives them since the cluster was initialised.
 
-    Exit code 0: every cluster answered, or Ctrl-C; 2: wrong usage; 3: with --once or --json, a
-    cluster did not answer, or with what is no answer.
+    On a terminal: `q` quits, `s` sorts by the next column, `r` turns the order round, `j`, `k`,
+    arrows and page keys scroll, the space bar pauses.
+
+    Exit code 0: every cluster answered, or `q` or Ctrl-C; 2: wrong usage; 3: with --once or
+    --json, a cluster did not answer, or with what is no answer.
     """
-    from llm_datadist.cli.top.view import take_samples
+    from llm_datadist.cli.top.live import watch
+    from llm_datadist.cli.top.samples import take_samples
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.errors import LLMException
     from llm_datadist.options import read_link_security
@@ -54,9 +61,11 @@ def top(
     try:
         endpoints = [Endpoint.parse(text, "HOST:PORT") for text in clusters]
         security = read_link_security({})
+        take = partial(take_samples, endpoints, security, timeout)
         if not (json or once):
-            _watch(endpoints, security, timeout, interval)
-        samples = take_samples(endpoints, security, timeout)
+            watch(take, interval, sort)
+            return
+        samples = take()
     except (LLMException, ValueError) as error:
         typer.secho(f"top: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
@@ -65,37 +74,17 @@ def top(
     if json:
         typer.echo(_to_json(samples))
     else:
-        _print(samples)
+        _print(samples, sort)
     if any(each.stats is None for each in samples):
         raise typer.Exit(_NO_ANSWER)
 
 
-def _print(samples: "list[Sample]") -> None:
+def _print(samples: "list[Sample]", order: Order) -> None:
     from rich.console import Console
 
     from llm_datadist.cli.top.view import view
 
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(view(samples, {}))
-
-
-def _watch(
-    endpoints: "list[Endpoint]",
-    security: "LinkSecurity | None",
-    timeout_s: float,
-    interval_s: float,
-) -> "NoReturn":
-    """Until Ctrl-C."""
-    from rich.live import Live
-
-    from llm_datadist.cli.top.view import take_samples, view
-
-    samples = take_samples(endpoints, security, timeout_s)
-    with Live(view(samples, {}), screen=sys.stdout.isatty(), auto_refresh=False) as live:
-        while True:
-            before = {each.endpoint: each.stats for each in samples if each.stats is not None}
-            time.sleep(interval_s)
-            samples = take_samples(endpoints, security, timeout_s)
-            live.update(view(samples, before), refresh=True)
+    Console(width=None if sys.stdout.isatty() else _WIDTH).print(view(samples, {}, order))
 
 
 def _to_json(samples: "list[Sample]") -> str:

@@ -1,113 +1,84 @@
-"""What running clusters say: asked at a moment, and shown as two tables.
-
-Two such moments say what went on between them: rates and latencies.
-"""
+"""What running clusters said, as two tables and the remarks between them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from llm_datadist.errors import LLMException
-from llm_datadist.peer.asking import ask_stats
+from llm_datadist.cli.top.order import Order
+from llm_datadist.cli.top.samples import Activity, activities
+from llm_datadist.cli.top.table import Column, FittedTable, Row, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from llm_datadist.core.stats import ClusterStats, LinkStats, OperationStats, PoolStats
+    from llm_datadist.cli.top.samples import Sample
+    from llm_datadist.core.stats import ClusterStats, LinkStats, PoolStats
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.link_security import LinkSecurity
 
 _NONE = "-"
-#: what went on in less is no rate: of a cluster that has just started, or of one that lies
-_LEAST_SPAN_S = 1e-3
 _GIB = 2**30
+_CLUSTERS = (
+    Column("address", 0, is_number=False), Column("cluster", 1), Column("up", 6),
+    Column("links", 2, is_number=False), Column("running", 5), Column("caches", 7),
+    Column("keys", 4), Column("oldest key", 3), Column("pool", 3),
+    Column("pools", 8, is_number=False),
+)  # fmt: skip
+_TRAFFIC = (
+    Column("cluster", 4), Column("peer", 1), Column("path", 5, is_number=False),
+    Column("state", 9, is_number=False), Column("operation", 0, is_number=False),
+    Column("GB/s", 0), Column("per s", 6), Column("p50 ms", 7), Column("p99 ms", 3),
+    Column("GiB moved", 8), Column("failed", 2),
+)  # fmt: skip
+_FAILED = "red"
+_IDLE = "dim"
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One cluster's answer, or why there is none."""
+class Traffic(NamedTuple):
+    """A link, what is done on it, or both: one row."""
 
-    endpoint: Endpoint
-    stats: ClusterStats | None
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Activity:
-    """What one kind of operation did in a span of time."""
-
-    operation: OperationStats
-    nbytes_per_s: float
-    per_s: float
-    p50_s: float | None
-    p99_s: float | None
+    cluster_id: int
+    peer: int | None
+    path: str
+    state: str
+    activity: Activity | None
 
 
-def take_samples(
-    endpoints: Sequence[Endpoint], security: LinkSecurity | None, timeout_s: float
-) -> list[Sample]:
-    """Asks all clusters at once; each has `timeout_s`."""
-
-    def ask(endpoint: Endpoint) -> Sample:
-        try:
-            return Sample(endpoint, ask_stats(endpoint, security, timeout_s))
-        except LLMException as error:
-            return Sample(endpoint, None, str(error))
-
-    with ThreadPoolExecutor(len(endpoints)) as threads:
-        return list(threads.map(ask, endpoints))
+_Key: TypeAlias = "tuple[float, ...]"
+#: ascending; of two that are equal, what moved more comes first
+_KEYS: dict[Order, Callable[[Activity], float]] = {
+    Order.SPEED: lambda each: -each.nbytes_per_s,
+    Order.RATE: lambda each: -each.per_s,
+    Order.LATENCY: lambda each: -(each.p99_s or 0.0),
+    Order.FAILED: lambda each: -each.operation.num_failed,
+}
 
 
-def activities(stats: ClusterStats, before: ClusterStats | None) -> list[Activity]:
-    """What was done since `before`, or since the cluster was initialised."""
-    if before is None or before.uptime_s >= stats.uptime_s:  # another process listens there now
-        return [_activity(each, None, stats.uptime_s) for each in stats.operations]
-    span_s = stats.uptime_s - before.uptime_s
-    earlier = {(each.operation, each.peer, each.path): each for each in before.operations}
-    return [
-        _activity(each, earlier.get((each.operation, each.peer, each.path)), span_s)
-        for each in stats.operations
-    ]
-
-
-def _activity(now: OperationStats, before: OperationStats | None, span_s: float) -> Activity:
-    duration, nbytes, ended = now.duration, now.nbytes, now.succeeded + now.num_failed
-    if before is not None:
-        duration = duration.since(before.duration)
-        nbytes = max(0, nbytes - before.nbytes)
-        ended = max(0, ended - before.succeeded - before.num_failed)
-    span_s = max(span_s, _LEAST_SPAN_S)
-    return Activity(
-        now, nbytes / span_s, ended / span_s, duration.quantile_s(0.5), duration.quantile_s(0.99)
+def view(
+    samples: Sequence[Sample],
+    before: Mapping[Endpoint, ClusterStats],
+    order: Order = Order.SPEED,
+    *,
+    is_reversed: bool = False,
+) -> Group:
+    """Rates and latencies since `before`, or since init for clusters that are not in it."""
+    return Group(
+        _clusters(samples), *_remarks(samples), "", _traffic(samples, before, order, is_reversed)
     )
 
 
-def view(samples: Sequence[Sample], before: Mapping[Endpoint, ClusterStats]) -> Group:
-    """Rates and latencies since `before`, or since init for clusters that are not in it."""
-    return Group(_clusters(samples), _traffic(samples, before))
-
-
-def _clusters(samples: Iterable[Sample]) -> Table:
-    table = Table(title="clusters", title_justify="left")
-    for name in ("address", "cluster", "up", "links", "running", "caches", "keys", "oldest key"):
-        table.add_column(name, justify="left" if name in ("address", "links") else "right")
-    table.add_column("pools")
-    table.add_column("remarks", overflow="fold")
-    for sample in samples:
-        if sample.stats is None:
-            cells = [*[_NONE] * 8, sample.problem]
-        else:
-            cells = _cluster_cells(sample.stats)
-        table.add_row(str(sample.endpoint), *map(_plain, cells))
-    return table
+def _clusters(samples: Iterable[Sample]) -> FittedTable:
+    rows = [
+        Row([str(sample.endpoint), *[_NONE] * 9], _FAILED)
+        if sample.stats is None
+        else Row([str(sample.endpoint), *_cluster_cells(sample.stats)])
+        for sample in samples
+    ]
+    return FittedTable("clusters", _CLUSTERS, rows)
 
 
 def _cluster_cells(stats: ClusterStats) -> list[str]:
@@ -122,60 +93,86 @@ def _cluster_cells(stats: ClusterStats) -> list[str]:
         str(stats.num_caches),
         str(stats.num_keys),
         _NONE if key is None else _age(key.age_s),
-        "\n".join(map(_pool, stats.pools)) or _NONE,
-        "\n".join(_remarks(stats)),
+        f"{max(map(_used, stats.pools)):.0%}" if stats.pools else _NONE,
+        ", ".join(map(_pool, stats.pools)) or _NONE,
     ]
 
 
-def _remarks(stats: ClusterStats) -> Iterable[str]:
-    if not stats.is_counting:
-        yield "metrics are off: LLM_DATADIST_METRICS=1"
-    if stats.num_silent:
-        yield f"silent connections: {stats.num_silent}"
-    if stats.num_half_open:
-        yield f"half-open hand-shakes: {stats.num_half_open}"
-
-
 def _pool(pool: PoolStats) -> str:
-    used = pool.used_nbytes / pool.capacity_nbytes if pool.capacity_nbytes else 0.0
-    return f"{pool.placement} {pool.part}: {used:.0%} of {pool.capacity_nbytes / _GIB:.2f} GiB"
+    capacity = f"{pool.capacity_nbytes / _GIB:.2f} GiB"
+    return f"{pool.placement} {pool.part}: {_used(pool):.0%} of {capacity}"
 
 
-def _traffic(samples: Iterable[Sample], before: Mapping[Endpoint, ClusterStats]) -> Table:
-    table = Table(title="links and operations", title_justify="left")
-    for name in ("cluster", "peer", "path", "state", "operation"):
-        table.add_column(name)
-    for name in ("GB/s", "per s", "p50 ms", "p99 ms", "GiB moved", "failed"):
-        table.add_column(name, justify="right")
+def _used(pool: PoolStats) -> float:
+    return pool.used_nbytes / pool.capacity_nbytes if pool.capacity_nbytes else 0.0
+
+
+def _remarks(samples: Iterable[Sample]) -> Iterable[Text]:
+    """What is wrong, whole, and why figures are missing."""
+    silent = []
     for sample in samples:
-        if sample.stats is not None:
-            for row in _rows(sample.stats, before.get(sample.endpoint)):
-                table.add_row(str(sample.stats.cluster_id), *map(_plain, row))
-    return table
+        if sample.stats is None:
+            problem = plain(sample.problem)
+            named = str(sample.endpoint) in sample.problem
+            yield Text.assemble("" if named else f"{sample.endpoint}: ", problem, style=_FAILED)
+            continue
+        if not sample.stats.is_counting:
+            silent.append(str(sample.endpoint))
+        if strangers := sample.stats.num_silent + sample.stats.num_half_open:
+            yield Text(f"{sample.endpoint}: {strangers} connections that are no link's", _IDLE)
+    if silent:
+        yield Text(f"metrics are off (LLM_DATADIST_METRICS=1): {', '.join(silent)}", _IDLE)
 
 
-def _rows(stats: ClusterStats, before: ClusterStats | None) -> Iterable[list[str]]:
-    """Links that live with what is done on them, then what is done without one."""
+def _traffic(
+    samples: Iterable[Sample],
+    before: Mapping[Endpoint, ClusterStats],
+    order: Order,
+    is_reversed: bool,
+) -> FittedTable:
+    found = [
+        each
+        for sample in samples
+        if sample.stats is not None
+        for each in _found(sample.stats, before.get(sample.endpoint))
+    ]
+    found.sort(key=lambda each: _place(each, order), reverse=is_reversed)
+    found.sort(key=lambda each: each.activity is None)  # whose links are idle comes last
+    title = f"links and operations, by {order.value}{', reversed' if is_reversed else ''}"
+    return FittedTable(title, _TRAFFIC, [_row(each) for each in found])
+
+
+def _place(traffic: Traffic, order: Order) -> _Key:
+    ids = (traffic.cluster_id, -1 if traffic.peer is None else traffic.peer)
+    if order is Order.PEER or traffic.activity is None:
+        return ids
+    return (_KEYS[order](traffic.activity), -traffic.activity.operation.nbytes, *ids)
+
+
+def _found(stats: ClusterStats, before: ClusterStats | None) -> Iterable[Traffic]:
+    """Links that live with what is done on them, and what is done without one."""
     rest = activities(stats, before)
     for link in stats.links:
         ours = [each for each in rest if _is_on(each, link)]
         rest = [each for each in rest if each not in ours]
-        head = [str(link.peer), link.path, link.state]
-        yield from ([*head, *_cells(each)] for each in ours)
-        if not ours:
-            yield [*head, *[_NONE] * 7]
+        for each in ours or (None,):
+            yield Traffic(stats.cluster_id, link.peer, link.path, link.state, each)
     for each in rest:
-        peer = each.operation.peer
-        yield [_NONE if peer is None else str(peer), each.operation.path, "", *_cells(each)]
+        yield Traffic(stats.cluster_id, each.operation.peer, each.operation.path, "", each)
 
 
 def _is_on(activity: Activity, link: LinkStats) -> bool:
     return (activity.operation.peer, activity.operation.path) == (link.peer, link.path)
 
 
-def _cells(activity: Activity) -> list[str]:
+def _row(traffic: Traffic) -> Row:
+    peer = _NONE if traffic.peer is None else str(traffic.peer)
+    head = [str(traffic.cluster_id), peer, traffic.path or _NONE, traffic.state or _NONE]
+    activity = traffic.activity
+    if activity is None:
+        return Row([*head, *[_NONE] * 7], _IDLE)
     operation = activity.operation
-    return [
+    cells = [
         operation.operation,
         f"{activity.nbytes_per_s / 1e9:.3f}",
         f"{activity.per_s:.1f}",
@@ -184,13 +181,7 @@ def _cells(activity: Activity) -> list[str]:
         f"{operation.nbytes / _GIB:.3f}",
         str(operation.num_failed),
     ]
-
-
-def _plain(cell: str) -> Text:
-    """Words of others on our terminal: no markup, no escape sequences."""
-    return Text(
-        "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in cell)
-    )
+    return Row([*head, *cells], _FAILED if operation.num_failed else "")
 
 
 def _ms(seconds: float | None) -> str:

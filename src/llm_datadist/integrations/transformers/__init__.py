@@ -29,7 +29,7 @@ if not _missing and int(_version("transformers").partition(".")[0]) < 5:
 if _missing:
     raise ImportError(
         f"llm_datadist.integrations.transformers needs {' and '.join(_missing)}: "
-        "pip install 'llm-datadist[transformers]'"
+        "pip install torch 'transformers>=5,<6'"
     )
 
 from llm_datadist.integrations.transformers.argument import cache_argument

@@ -1,4 +1,4 @@
-"""The KV connector for vLLM, loaded by `kv_connector_module_path`: docs/vllm.md.
+"""The KV connector for vLLM, loaded by `kv_connector_module_path`: see the guide With vLLM.
 
 --kv-transfer-config '{"kv_connector": "LLMDataDistConnector",
                        "kv_connector_module_path": "llm_datadist.integrations.vllm",

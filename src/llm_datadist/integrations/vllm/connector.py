@@ -56,7 +56,7 @@ class WorkerHost(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # as abov
 
 
 class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """Hands KV blocks of finished prefill requests to decode engines. See docs/vllm.md.
+    """Hands KV blocks of finished prefill requests to decode engines. See the guide With vLLM.
 
     vLLM makes two: one in its scheduler, one in each worker. Raises ValueError at the start for
     what it does not do: several KV cache groups, pipeline and context parallelism, memory that is
