@@ -71,6 +71,7 @@ _OUR_THREADS = "llm-datadist"
 _WORKERS = 16
 #: one peer has at most so many of them at a time, and of the fetchers one for each of its streams
 _WORKERS_OF_ONE = 12
+_CHECKERS_OF_ONE = 4
 #: more than the streams of several peers: one that stalls in a push holds its streams' threads
 _FETCHERS = 256
 #: started when needed; a listener greets no more callers at once
@@ -174,6 +175,7 @@ class Cluster:
                 fetching,
                 self.gate,
                 Shares(workers, _WORKERS_OF_ONE),
+                Shares(workers, _CHECKERS_OF_ONE),
                 Shares(fetchers, MAX_STREAMS),
                 recorder,
             ),

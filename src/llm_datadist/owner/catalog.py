@@ -308,6 +308,7 @@ class Catalog:
                 if (
                     entry is not self.probe
                     and entry.is_remote_accessible
+                    and entry.layout.covers(addrs[:1], nbytes[:1])  # quick: most are another's
                     and entry.layout.covers(addrs, nbytes)
                 ):
                     return entry

@@ -70,6 +70,8 @@ class Serving:
     gate: Gate
     #: threads that send large answers
     workers: Shares
+    #: … and that make checksums, which keep the interpreter from others where pieces are small
+    checkers: Shares
     #: threads that fetch what peers push
     fetchers: Shares
     #: None when metrics are off
@@ -260,7 +262,7 @@ class StreamService:
             self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))
             return
         self._token = checking
-        self._work(serving.workers, checking.go_on)
+        self._work(serving.checkers, checking.go_on)
 
     def _sender_of(self, message: m.Message) -> FrameSender:
         return FrameSender(self._socket, framed(message, self._shield))
