@@ -79,6 +79,25 @@ class Grid(NamedTuple):
                 yield Segments(*ends, np.tile(pieces.nbytes, len(lanes.src)))
 
 
+class Windows:
+    """The segments of a request, of which only so many exist at a time. Immutable."""
+
+    __slots__ = ("_count", "_grids", "total_nbytes")
+
+    def __init__(self, grids: Sequence[Grid], count: int) -> None:
+        self._grids = grids
+        self._count = count
+        self.total_nbytes = sum(len(g.lanes.src) * g.pieces.total_nbytes for g in grids)
+
+    def __len__(self) -> int:
+        """Of segments."""
+        return sum(map(len, self._grids))
+
+    def __iter__(self) -> Iterator[Segments]:
+        for grid in self._grids:
+            yield from grid.windows(self._count)
+
+
 class Planes(NamedTuple):
     """Where the heads of a layer, of K or V, begin: the tensor, and how far into it."""
 
@@ -125,7 +144,8 @@ class Pattern:
         that has the first of them. Raises LLMException (LLM_PARAM_INVALID) unless each list has
         exactly the blocks in which the tokens lie, and the caches have those blocks.
         """
-        return joined(list(self.windows(src_blocks, dst_blocks, tokens, src_addrs, dst_addrs)))
+        windows = self.windows(src_blocks, dst_blocks, tokens, src_addrs, dst_addrs, count=2**62)
+        return joined(list(windows))
 
     def windows(
         self,
@@ -135,12 +155,22 @@ class Pattern:
         src_addrs: U64,
         dst_addrs: U64,
         *,
-        count: int = 2**62,
-    ) -> Iterator[Segments]:
+        count: int,
+    ) -> Windows:
         """The same, at most `count` segments at a time, so that memory stays bounded."""
+        return Windows(self.grids(src_blocks, dst_blocks, tokens, src_addrs, dst_addrs), count)
+
+    def grids(
+        self,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        tokens: Tokens,
+        src_addrs: U64,
+        dst_addrs: U64,
+    ) -> list[Grid]:
+        """The same, as the few outer sums that it is."""
         planes = Axis(self._src_planes.at(src_addrs), self._dst_planes.at(dst_addrs))
-        for grid in self._grids(planes, src_blocks, dst_blocks, tokens):
-            yield from grid.windows(count)
+        return self._grids(planes, src_blocks, dst_blocks, tokens)
 
     def num_segments(
         self, src_blocks: Sequence[int], dst_blocks: Sequence[int], tokens: Tokens = None

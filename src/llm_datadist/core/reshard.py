@@ -7,16 +7,22 @@ it, so what several hold is read once, and what none holds is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from llm_datadist.core.pattern import HeadRun, Pattern
-from llm_datadist.errors import invalid
+from llm_datadist.core.pattern import HeadRun, Pattern, Windows, joined
+from llm_datadist.errors import LLMException, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from llm_datadist.core.segments import U64, Segments
+    from llm_datadist.core.strips import Tokens
     from llm_datadist.kv_layout import KVLayout, LayerName
+
+#: so many exist at a time of a plan: 6 MiB of them
+MOST_SEGMENTS: Final = 2**18
 
 
 def reshard(sources: Sequence[KVLayout], destination: KVLayout) -> tuple[Pattern, ...]:
@@ -28,6 +34,42 @@ def reshard(sources: Sequence[KVLayout], destination: KVLayout) -> tuple[Pattern
     heads differ in kind, and where no source has a layer or a head that the destination has.
     """
     return _reshard(tuple(sources), destination)
+
+
+def planned(
+    patterns: Sequence[Pattern],
+    src_addrs: U64,
+    src_blocks: Sequence[int],
+    dst_addrs: U64,
+    dst_blocks: Sequence[int],
+    tokens: Tokens,
+) -> Segments | Windows:
+    """What one source's patterns move of a request: at once, or, if it is much, by windows.
+
+    Raises as `Pattern.segments` does.
+    """
+    blocks = src_blocks, dst_blocks, tokens
+    grids = [g for each in patterns for g in each.grids(*blocks, src_addrs, dst_addrs)]
+    windows = Windows(grids, MOST_SEGMENTS)
+    return joined(list(windows)) if len(windows) <= MOST_SEGMENTS else windows
+
+
+def check_alike(source: KVLayout, destination: KVLayout) -> None:
+    """Raises LLM_PARAM_INVALID unless blocks of some layers may go as they are."""
+    ends = [
+        replace(end, layers=(0,), num_blocks=1) if "L" not in end.order else end
+        for end in (source, destination)
+    ]
+    if ends[0] != ends[1]:
+        raise invalid(
+            "the caches have layouts that differ, so their layers are matched by name: give no "
+            "layer ranges"
+        )
+
+
+def no_tokens() -> LLMException:
+    """For tokens that are asked for of caches which do not say where theirs lie."""
+    return invalid("tokens are counted between caches with layouts: register both with one")
 
 
 @lru_cache(maxsize=256)

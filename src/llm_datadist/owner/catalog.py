@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.pages import PoolUsage
     from llm_datadist.core.segments import U64
+    from llm_datadist.kv_layout import KVLayout
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.owner.tickets import Ticket
     from llm_datadist.running.gate import Gate
@@ -123,6 +124,7 @@ class Catalog:
         *,
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
+        kv_layout: KVLayout | None = None,
     ) -> Entry:
         """Files a cache over memory that stays the caller's. Spec 6.4.
 
@@ -139,6 +141,7 @@ class Catalog:
                 placement,
                 keys,
                 held,
+                kv_layout,
                 is_remote_accessible=is_remote_accessible,
             ),
             lambda entry: self._forget(entry.cache_id),
@@ -178,10 +181,15 @@ class Catalog:
             return entry
 
     def allocate(
-        self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
+        self,
+        geometry: Geometry,
+        placement: Placement,
+        keys: Sequence[KeyName | None],
+        kv_layout: KVLayout | None = None,
     ) -> Entry:
         """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
-        return self._errands.run(lambda: self._allocate(geometry, placement, keys), self._take_back)
+        work = partial(self._allocate, geometry, placement, keys, kv_layout)
+        return self._errands.run(work, self._take_back)
 
     def _take_back(self, entry: Entry) -> None:
         """Of an allocation that nobody got."""
@@ -193,14 +201,18 @@ class Catalog:
                 self._exposure.conceal(cache_id)
 
     def _allocate(
-        self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
+        self,
+        geometry: Geometry,
+        placement: Placement,
+        keys: Sequence[KeyName | None],
+        kv_layout: KVLayout | None,
     ) -> Entry:
         layout = self._take_memory(geometry, placement)
         region, space = None, self.pools[placement].space
         try:
             region = self._exposure.expose(layout, space, is_remote_accessible=True)
             with self._lock:
-                entry = self._registry.allocate(layout, placement, keys)
+                entry = self._registry.allocate(layout, placement, keys, kv_layout)
                 entry.allocated_at, entry.space = time.monotonic(), space
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
@@ -360,6 +372,7 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None],
         held: Sequence[object | None],
+        kv_layout: KVLayout | None = None,
         *,
         is_remote_accessible: bool,
     ) -> Entry:
@@ -367,8 +380,9 @@ class Catalog:
         try:
             with self._lock:
                 entry = self._registry.register(
-                    layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
-                )
+                    layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held,
+                    kv_layout=kv_layout,
+                )  # fmt: skip
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
             self._exposure.conceal_region(region)
