@@ -23,14 +23,13 @@ from llm_datadist.checks import (
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.layers import ALL_PULLED
 from llm_datadist.core.remote import RemoteRow
+from llm_datadist.core.shards import PullShard, PullShards
 from llm_datadist.core.transfer import (
     CopyBlocks,
     CopyRow,
     Place,
     PullBlocks,
     PullRow,
-    PullShard,
-    PullShards,
     PushBlocks,
     PushRow,
 )

@@ -10,8 +10,7 @@ from tiny_models import generate
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from llm_datadist import BlocksCacheKey, CacheDesc, KVHeads, KVLayout, LLMRole
-from llm_datadist.cli.demo.model import LanguageModel
-from llm_datadist.cli.demo.settings import LinkPath, Settings, find_model
+from llm_datadist.cli.demo.settings import find_model
 from llm_datadist.integrations.transformers import KVHandle, KVPool, KVShape, cache_argument
 from llm_datadist.testing.cluster import Node
 
@@ -29,12 +28,10 @@ def load_model(kind: str) -> Any:
     """The same in every process."""
     torch.set_num_threads(1)
     if kind == "demo":
-        loading = LanguageModel.load(Settings(find_model(None), 8, 16, 0, LinkPath.AUTO))
-        while True:
-            try:
-                next(loading)
-            except StopIteration as end:
-                return end.value.model
+        from llm_datadist.cli.demo.gguf_file import LlamaFile  # needs the package gguf
+
+        file = LlamaFile(find_model(None).path)
+        return file.to_model(dict(file.weights())).eval()
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,

@@ -12,7 +12,7 @@ within this process. Each comes as a row, as blocks, and as a row that is cut in
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from llm_datadist.core import plan
@@ -143,47 +143,6 @@ class PullBlocks(Pull):
             return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks)
         plan.check_batch_rows(src.geometry, 0, "source")
         return plan.row_to_blocks(src, src_row, dst, self.dst_blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class PullShard(PullBlocks):
-    """What one of several sources has of it: a part of `PullShards`."""
-
-    verb = "pull_shards"
-    #: made of the layouts of all sources
-    patterns: Sequence[Pattern] = ()
-
-    def _patterns(self, remote: RemoteCache, ours: Entry) -> Sequence[Pattern]:
-        for pattern in self.patterns:
-            if pattern.src != remote.kv_layout or pattern.dst != ours.kv_layout:
-                raise invalid("a cache was registered anew, with another layout, in the middle")
-        return self.patterns
-
-    def _plan(self, src: Layout, src_row: int, dst: Layout) -> Segments:
-        raise invalid("a cache was registered anew, without a layout, in the middle")
-
-
-@dataclass(frozen=True, slots=True)
-class PullShards:
-    """Several peers' caches, each with a part of it, into blocks of one of ours."""
-
-    cache_id: int  #: ours
-    shards: Sequence[PullShard]
-
-    def __str__(self) -> str:
-        keys = ", ".join(str(shard.key) for shard in self.shards)
-        return f"pull_shards of {keys} into cache {self.cache_id}"
-
-    def planned(self, found: Sequence[RemoteCache], ours: Entry) -> list[PullShard]:
-        """The shards, each with what is to be read of it. Raises LLM_PARAM_INVALID."""
-        layouts = [cache.kv_layout for cache in found if cache.kv_layout is not None]
-        if len(layouts) < len(found) or ours.kv_layout is None:
-            raise invalid("a cache has no layout: both ends must register theirs with one")
-        patterns = reshard(layouts, ours.kv_layout)
-        return [
-            replace(shard, patterns=tuple(p for p in patterns if p.source == index))
-            for index, shard in enumerate(self.shards)
-        ]
 
 
 class Layers(Protocol):

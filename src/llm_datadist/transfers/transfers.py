@@ -13,7 +13,8 @@ from threading import get_ident
 from typing import TYPE_CHECKING
 
 from llm_datadist.core.generations import STALE
-from llm_datadist.core.transfer import Copy, Place, Pull, PullShards, Push
+from llm_datadist.core.shards import PullShards
+from llm_datadist.core.transfer import Copy, Place, Pull, Push
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.remote import Guard, RemoteCache
     from llm_datadist.core.segments import U64
-    from llm_datadist.core.transfer import PullShard
+    from llm_datadist.core.shards import PullShard
     from llm_datadist.links.table import LinkTable
     from llm_datadist.memory.device import Device
     from llm_datadist.observe.watch import Observer, Watch
