@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, TypeVar, final
 from llm_datadist.cache import Cache
 from llm_datadist.cache_transfers import CacheTransfers
 from llm_datadist.checks import (
+    INT32_MAX,
     check_int64,
     check_object,
     check_optional,
     check_sequence,
+    check_type,
+    check_uint32,
 )
 from llm_datadist.core.geometry import CacheKind, Geometry
 from llm_datadist.core.registry import KeyName
@@ -85,6 +88,7 @@ class CacheManager(CacheTransfers):
         remote_accessible: bool | None = None,
         *,
         layout: KVLayout | None = None,
+        readers: int = 0,
     ) -> Cache:
         """Makes memory of the caller's a blocks cache: dim 0 counts blocks. Spec 6.4.
 
@@ -94,7 +98,8 @@ class CacheManager(CacheTransfers):
         An addition to the reference: `layout` says what the blocks hold and where. Between two
         caches that have one, tokens go where they belong, whatever the layouts; the block axis of
         the layout counts the blocks then. Raises LLMException (LLM_PARAM_INVALID) for a layout that
-        does not fit `cache_desc`.
+        does not fit `cache_desc`. `readers` says how many pulls of it there will be, by how many
+        ranks: see `wait_for_readers`.
         """
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         check_addrs(addrs)
@@ -105,7 +110,28 @@ class CacheManager(CacheTransfers):
             _refuse_null(memory.addrs)
         names = [] if key is None else [KeyName.of(key)]
         _check_layout(layout, desc)
-        return self._register(desc, memory, CacheKind.BLOCKS, names, remote_accessible, layout)
+        count = check_uint32("readers", readers)
+        kind = CacheKind.BLOCKS
+        return self._register(desc, memory, kind, names, remote_accessible, layout, count)
+
+    def wait_for_readers(self, cache: Cache, timeout: float) -> bool:
+        """Waits until `readers` pulls of a registered blocks cache have succeeded, so that its
+        memory may be used for something else; False if that takes longer than `timeout` seconds.
+
+        An addition to the reference. Readers that fail are not counted, and one that dies never
+        comes: what to do when it is late is the program's to say, most will `unregister_cache`. A
+        `pull_shards` counts once at each of its sources, when all has arrived. One that tries
+        again, because it did not learn that it had succeeded, counts again.
+
+        Raises TypeError, AttributeError, ValueError; LLMException (LLM_KV_CACHE_NOT_EXIST) when it
+        is not registered, or is unregistered meanwhile. Thread-safe.
+        """
+        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
+        cache_id = check_object("cache", cache, Cache).cache_id
+        seconds = check_type("timeout", timeout, int, float)
+        if not 0 <= seconds < INT32_MAX:
+            raise ValueError(f"timeout must be in [0, {INT32_MAX}), got {seconds}")
+        return cluster.catalog.await_readers(cache_id, seconds)
 
     def unregister_cache(self, cache_id: int) -> None:
         """Forgets a cache and its keys; an unknown id is no error. Spec 6.4.
@@ -249,6 +275,7 @@ class CacheManager(CacheTransfers):
         keys: Sequence[KeyName | None],
         remote_accessible: bool | None,
         layout: KVLayout | None = None,
+        num_readers: int = 0,
     ) -> Cache:
         cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
         if remote_accessible and cluster.ranks.were_made:
@@ -261,6 +288,7 @@ class CacheManager(CacheTransfers):
             is_remote_accessible=_is_accessible(desc, remote_accessible),
             held=memory.held,
             kv_layout=layout,
+            num_readers=num_readers,
         )
         is_blocks = kind is CacheKind.BLOCKS
         return Cache(entry.cache_id, desc, memory.addrs, self, True, is_blocks, layout)

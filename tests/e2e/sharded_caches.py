@@ -43,6 +43,7 @@ class Shard:
         heads: KVHeads,
         layers: Sequence[int] = range(LAYERS),
         key: BlocksCacheKey | None = None,
+        readers: int = 0,
     ) -> None:
         sizes = {"B": NUM_BLOCKS, "H": heads.count, "N": block_tokens, "D": HEAD_SIZE}
         self.order, self.heads, self.layers = order, heads, list(layers)
@@ -52,7 +53,7 @@ class Shard:
         desc = CacheDesc(2 * len(layers), shape, DataType.DT_INT32)
         layout = KVLayout.of(desc, order, heads=heads, layers=self.layers)
         self.cache: Cache = node.manager.register_blocks_cache(
-            desc, self.tensors, key, layout=layout
+            desc, self.tensors, key, layout=layout, readers=readers
         )
 
     def fill(self) -> None:
@@ -92,10 +93,11 @@ def add_shard(
     layers: Sequence[int] = range(LAYERS),
     *,
     is_filled: bool = True,
+    readers: int = 0,
 ) -> None:
     """In the peer's process, under its key."""
     key = BlocksCacheKey(node.datadist.cluster_id)
-    shard = Shard(node, order, block_tokens, heads, layers, key)
+    shard = Shard(node, order, block_tokens, heads, layers, key, readers)
     if is_filled:
         shard.fill()
     _shards.append(shard)
@@ -109,3 +111,8 @@ def has_it_all(_: Node) -> bool:
 def unregister(node: Node) -> None:
     """The last shard that was added."""
     node.manager.unregister_cache(_shards.pop().cache.cache_id)
+
+
+def is_read(node: Node, within_s: float = 0.0) -> bool:
+    """Of the last shard that was added."""
+    return node.manager.wait_for_readers(_shards[-1].cache, within_s)

@@ -14,6 +14,7 @@ from sharded_caches import (
     add_shard,
     blocks_of,
     has_it_all,
+    is_read,
     unregister,
 )
 
@@ -117,6 +118,43 @@ def test_a_push_brings_each_rank_its_head(processes: list[NodeProcess], path: st
             assert peer.call(has_it_all)
     finally:
         ranks.stop()
+
+
+# -- who has read it --
+
+
+def test_owners_know_when_all_readers_have_what_they_need(ranks: Ranks) -> None:
+    """Also the owner of whom nothing was needed: it waits for as many."""
+    for peer, heads in zip(ranks.peers, (*RANKS[:2], ALL), strict=True):
+        peer.call(add_shard, "BHND", 4, heads, readers=2)
+    for is_last in (False, True):
+        assert not any(peer.call(is_read) for peer in ranks.peers)
+        ranks.pull(Shard(ranks.node, "BHND", 8, ALL if is_last else RANKS[0]), 4)
+    assert all(peer.call(is_read, 10.0) for peer in ranks.peers)
+
+
+def test_a_pull_of_one_cache_counts_as_well(ranks: Ranks) -> None:
+    ranks.peers[0].call(add_shard, "BHND", 8, ALL, readers=1)
+    shard = Shard(ranks.node, "BHND", 8, ALL)
+    ranks.node.manager.pull_blocks(KEYS[0], shard.cache, shard.blocks, shard.blocks)
+    assert ranks.peers[0].call(is_read, 10.0)
+
+
+def test_a_reader_that_failed_is_not_counted(ranks: Ranks) -> None:
+    for peer, heads in zip(ranks.peers, RANKS, strict=True):
+        peer.call(add_shard, "BHND", 4, heads, readers=1)
+    ranks.peers[2].call(unregister)
+    with pytest.raises(LLMException):
+        ranks.pull(Shard(ranks.node, "BHND", 8, ALL), 4)
+    assert not any(peer.call(is_read) for peer in ranks.peers[:2])
+
+
+def test_to_wait_for_readers_of_what_is_not_there_is_an_error(ranks: Ranks) -> None:
+    shard = Shard(ranks.node, "BHND", 8, ALL)
+    ranks.node.manager.unregister_cache(shard.cache.cache_id)
+    with pytest.raises(LLMException) as caught:
+        ranks.node.manager.wait_for_readers(shard.cache, 0)
+    assert caught.value.status_code is GONE
 
 
 # -- what is refused, and what is left behind then --

@@ -78,7 +78,7 @@ def samples() -> Iterator[m.Message]:
     yield m.Resolve(7, 0, 0, False)
     yield m.Resolve(None, 5, 1, True)
     yield m.Resolved(_INFO, 2)
-    yield m.Resolved(msgspec.structs.replace(_INFO, layout=_LAYOUT), 2)
+    yield m.Resolved(msgspec.structs.replace(_INFO, layout=_LAYOUT, is_counted=True), 2)
     yield m.ListCaches()
     yield m.Caches([_INFO])
     yield m.Read(7, 2**62 + 3, 1000, _COLUMNS)

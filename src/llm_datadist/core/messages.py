@@ -223,6 +223,8 @@ class CacheInfo(Message, tag=21):
     keys: Annotated[list[tuple[UInt, UInt, bool, UInt]], Meta(max_length=MAX_KEYS)]
     #: None where the owner did not say what its blocks hold
     layout: LayoutInfo | None = None
+    #: its owner counts who has pulled of it, and is told by UseUp
+    is_counted: bool = False
 
 
 class Resolved(Message, tag=22):
@@ -262,7 +264,10 @@ class Sending(Message, tag=26):
 
 
 class UseUp(Message, tag=27):
-    """These tensors of a row have been pulled (none: all); its key has done its duty."""
+    """These tensors of a row have been pulled (none: all); its key has done its duty.
+
+    Of a cache that is counted: one more reader has what it needs of it.
+    """
 
     cache_id: int
     row: UInt

@@ -47,6 +47,9 @@ class Entry:
     generation: int
     #: what its blocks hold, where the program says it
     kv_layout: KVLayout | None = None
+    #: how many peers are to pull of it, and how many have; of no meaning where none is expected
+    num_readers: int = 0
+    num_read: int = 0
     #: what keeps registered memory, one per tensor, None where the program does; empty is all None
     held: Sequence[object | None] = ()
     #: what kind of memory it lies in, see memory/device.py
@@ -113,6 +116,7 @@ class Registry:
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
         kv_layout: KVLayout | None = None,
+        num_readers: int = 0,
     ) -> Entry:
         """Files a cache. `keys[i]` names batch row i or a whole blocks cache; None names none.
 
@@ -120,7 +124,7 @@ class Registry:
         `held` is kept as long as the entry is.
         """
         entry = self._add(layout, placement, is_remote_accessible=is_remote_accessible)
-        entry.held, entry.kv_layout = held, kv_layout
+        entry.held, entry.kv_layout, entry.num_readers = held, kv_layout, num_readers
         for row, key in enumerate(keys):
             if key is not None:
                 self._bind(entry, key, row)
@@ -181,6 +185,9 @@ class Registry:
         and keys of registered caches stay. Spec 6.7.
         """
         entry = self._entries.get(cache_id)
+        if entry is not None and entry.num_readers:
+            entry.num_read += 1
+            return None
         key = entry.key_at(row) if entry is not None and entry.is_owned else None
         if entry is None or key is None or not entry.layout.geometry.has_batch_rows:
             return None

@@ -56,6 +56,7 @@ class RemoteCache:
     is_owned: bool
     keys: dict[KeyName, int]
     kv_layout: KVLayout | None = None
+    is_counted: bool = False
 
     def claimed(self, key: KeyName, row: int) -> RemoteCache:
         """The same, to be reached only while the key leads there."""
@@ -108,6 +109,7 @@ def describe(entry: Entry) -> CacheInfo:
             if 0 <= key.model_id < 2**64  # a BlocksCacheKey may have any; no peer can ask for it
         ],
         layout=None if entry.kv_layout is None else _layout_info(entry.kv_layout),
+        is_counted=entry.num_readers > 0,
     )
 
 
@@ -130,6 +132,7 @@ def understand(info: CacheInfo) -> RemoteCache:
         info.is_owned,
         {KeyName(key_id, model_id, prefix): row for key_id, model_id, prefix, row in info.keys},
         kv_layout,
+        info.is_counted,
     )
 
 

@@ -24,6 +24,7 @@ class PullShard(PullBlocks):
     """What one of several sources has of it: a part of `PullShards`."""
 
     verb = "pull_shards"
+    is_all = False
     #: made of the layouts of all sources
     patterns: Sequence[Pattern] = ()
 

@@ -41,6 +41,8 @@ class Pull(abc.ABC):
     cache_id: int  #: ours
     layers: PulledLayers
     is_one_sided: bool  #: our cache, too, must be remote accessible then
+    #: whether the owner is told when it has arrived: a part of something larger is not yet all
+    is_all: ClassVar[bool] = True
 
     @property
     def tensors(self) -> range | None:

@@ -39,6 +39,7 @@ from llm_datadist.observe.log import get_logger
 from llm_datadist.owner.allocations import Allocations
 from llm_datadist.owner.exposure import Exposure
 from llm_datadist.owner.tickets import Tickets
+from llm_datadist.running.bell import Bell
 from llm_datadist.transport.base import NONCE_NBYTES, ProbeNonce
 from llm_datadist.transport.tcp import Permit
 from llm_datadist.types import Placement
@@ -94,6 +95,8 @@ class Catalog:
         self._exposure = Exposure(transports)
         self._gate = gate
         self._errands = errands
+        #: rung when a peer has pulled of a cache
+        self._was_read = Bell()
         self._lock = make_lock()
         #: being unregistered: no use may begin, or waiting for the last one might never end; and by
         #: which call, which an interruption loses
@@ -125,6 +128,7 @@ class Catalog:
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
         kv_layout: KVLayout | None = None,
+        num_readers: int = 0,
     ) -> Entry:
         """Files a cache over memory that stays the caller's. Spec 6.4.
 
@@ -142,6 +146,7 @@ class Catalog:
                 keys,
                 held,
                 kv_layout,
+                num_readers,
                 is_remote_accessible=is_remote_accessible,
             ),
             lambda entry: self._forget(entry.cache_id),
@@ -337,6 +342,23 @@ class Catalog:
     def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
         """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7."""
         self._drop(partial(self._registry.use_up, cache_id, row, tensors))
+        self._was_read.ring()
+
+    def await_readers(self, cache_id: int, timeout_s: float) -> bool:
+        """Waits until as many peers have pulled of a cache as are expected; False if they are late.
+
+        Raises LLMException(LLM_KV_CACHE_NOT_EXIST) when it is not there, or goes meanwhile.
+        """
+
+        def is_over() -> bool:
+            with self._lock:
+                entry = self._registry.get(cache_id)
+                return entry is None or entry.num_read >= entry.num_readers
+
+        is_read = self._was_read.wait_until(is_over, timeout_s)
+        with self._lock:
+            self._find(cache_id)
+        return is_read
 
     def view(self, cache_id: int, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one tensor of ours; the array keeps them, whatever becomes of the cache.
@@ -373,6 +395,7 @@ class Catalog:
         keys: Sequence[KeyName | None],
         held: Sequence[object | None],
         kv_layout: KVLayout | None = None,
+        num_readers: int = 0,
         *,
         is_remote_accessible: bool,
     ) -> Entry:
@@ -381,7 +404,7 @@ class Catalog:
             with self._lock:
                 entry = self._registry.register(
                     layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held,
-                    kv_layout=kv_layout,
+                    kv_layout=kv_layout, num_readers=num_readers,
                 )  # fmt: skip
                 self._exposure.file(entry.cache_id, region)
         except BaseException:

@@ -133,13 +133,16 @@ class Peer:
                 self.read(window, remote.guard, ours, deadline)
             else:
                 self.send(window, ticket, remote.guard, deadline)
-        if (
-            ticket is None
-            and not self._is_one_sided
-            and remote.has_key_at(row)
-            and isinstance(asked, Pull)
-        ):
-            self._use_up(remote, row, asked.tensors, deadline)
+        if ticket is None and isinstance(asked, Pull):
+            if remote.is_counted and asked.is_all:
+                self.tell_read(remote, deadline)
+            elif not self._is_one_sided and remote.has_key_at(row):
+                self._use_up(remote, row, asked.tensors, deadline)
+
+    def tell_read(self, remote: RemoteCache, deadline: Deadline) -> None:
+        """Tells an owner who counts readers that we have what we need of its cache."""
+        if remote.is_counted:
+            self._use_up(remote, 0, None, deadline)
 
     def _windows(self, asked: Pull | Push, segments: Segments | Windows) -> Iterable[Segments]:
         if isinstance(segments, Segments):

@@ -184,6 +184,8 @@ class Transfers:
         shards = asked.planned([found[index] for index in range(len(peers))], ours)
         pairs = zip(peers, shards, strict=True)
         self._movers.run([partial(pull, peer, shard) for peer, shard in pairs if shard.patterns])
+        for index, peer in enumerate(peers):  # those, too, of which nothing was needed
+            peer.tell_read(found[index], deadline)
 
     def _push(self, token: Token, asked: Push) -> None:
         ours = self._catalog.use(token, asked.cache_id)
