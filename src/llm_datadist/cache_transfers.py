@@ -95,8 +95,6 @@ class CacheTransfers:
         dst_cache: Cache,
         src_blocks: Sequence[int] = (),
         dst_blocks: Sequence[int] = (),
-        *,
-        tokens: int | range | None = None,
         **kwargs: object,
     ) -> None:
         """Copies from a peer's cache into blocks of ours. Spec 6.10.
@@ -108,8 +106,8 @@ class CacheTransfers:
 
         An addition to the reference: between caches with layouts (`register_blocks_cache`) tokens
         go where they belong, whatever the block sizes and orders; the peer's must hold all layers
-        and heads of ours. `tokens` is how many of a sequence, or which (a range); the lists name
-        the blocks in which those lie, in their order. Left out, it is all that both lists hold.
+        and heads of ours. The keyword `tokens` is how many of a sequence, or which (a range); the
+        lists name the blocks in which those lie, in their order. Left out, it is all that both hold.
 
         Raises as `pull_cache` does. Thread-safe.
         """
@@ -128,7 +126,7 @@ class CacheTransfers:
             raise invalid("dst_blocks is empty: name the blocks to fill")
         layers = pulled_layers(kwargs) if kwargs else ALL_PULLED
         _check_source_blocks(key, src, dst, target)
-        span = None if tokens is None else check_tokens(tokens)
+        span = check_tokens(kwargs.get("tokens")) if kwargs else None
         check_one_id(key)
         one_sided = cluster.options.remote_accessible
         place = RemoteRow.of(key)

@@ -152,8 +152,7 @@ class KvCacheManager:
         self._require_role("pull_blocks", LLMRole.DECODER)
         key = check_object("prompt_cache_key", prompt_cache_key, BlocksCacheKey)
         target = self._inner(check_object("decoder_kv_cache", decoder_kv_cache, KvCache))
-        # a keyword of the wrong type is found out there
-        self._caches.pull_blocks(key, target, prompt_blocks, decoder_blocks, **kwargs)  # type: ignore[arg-type]
+        self._caches.pull_blocks(key, target, prompt_blocks, decoder_blocks, **kwargs)
 
     def transfer_cache_async(
         self,

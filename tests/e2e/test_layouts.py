@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from sharded_caches import (
 )
 
 from llm_datadist import BlocksCacheKey, KVHeads, LLMException, LLMRole
+from llm_datadist.core import reshard
+from llm_datadist.observe.log import LOGGER_NAME
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 if TYPE_CHECKING:
@@ -216,3 +219,22 @@ def test_layouts_that_differ_are_not_moved_by_layer_ranges(ranks: Ranks) -> None
     ranks.node.manager.pull_blocks(KEYS[0], alike.cache, *lists, **keywords)
     assert alike.tensors[:2].any()
     assert not alike.tensors[2:].any()
+
+
+# -- many pieces --
+
+
+def test_a_large_plan_is_moved_by_windows_and_crumbs_are_warned_of_once(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reshard, "MOST_SEGMENTS", 50)
+    ranks.peers[0].call(add_shard, "BNHD", 8, ALL)
+    with caplog.at_level(logging.WARNING, LOGGER_NAME):
+        for _ in range(2):
+            shard = Shard(ranks.node, "BHND", 4, RANKS[1])
+            ranks.node.manager.pull_blocks(
+                KEYS[0], shard.cache, blocks_of(8), shard.blocks, tokens=TOKENS
+            )
+            assert shard.has_it_all()
+    told = [record.message for record in caplog.records if "pieces" in record.message]
+    assert [f"{4 * TOKENS} pieces of 20 bytes" in message for message in told] == [True]
