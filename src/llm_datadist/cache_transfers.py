@@ -107,7 +107,7 @@ class CacheTransfers:
         An addition to the reference: between caches with layouts (`register_blocks_cache`) tokens
         go where they belong, whatever the block sizes and orders; the peer's must hold all layers
         and heads of ours. The keyword `tokens` is how many of a sequence, or which (a range); the
-        lists name the blocks in which those lie, in their order. Left out, it is all that both hold.
+        lists name the blocks in which those lie, in their order. Left out: all that both hold.
 
         Raises as `pull_cache` does. Thread-safe.
         """

@@ -25,7 +25,8 @@ def values_of(kind: mi.Type) -> st.SearchStrategy[Any]:
             return st.integers(low, min(low + 3, last)) | st.integers(low, last)
         case mi.StrType(max_length=limit):
             # what does not print is another text behind the wire: test_words_of_peers.py
-            return st.text(max_size=SHORT if limit is None else min(SHORT, limit)).map(printable)
+            texts = st.text(max_size=SHORT if limit is None else min(SHORT, limit))
+            return texts.map(lambda text: printable(text)[:limit])
         case mi.BytesType(min_length=low, max_length=high):
             return st.binary(min_size=low or 0, max_size=SHORT if high is None else high)
         case mi.BoolType():
