@@ -12,6 +12,8 @@ from llm_datadist.datadist import LLMDataDist
 from llm_datadist.errors import LLMException, LLMStatusCode, Status
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.kv_cache import KvCache
+from llm_datadist.kv_layout import KVHeads as KVHeads
+from llm_datadist.kv_layout import KVLayout as KVLayout
 from llm_datadist.layerwise import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.types import (
     CacheDesc,
@@ -24,6 +26,7 @@ from llm_datadist.types import (
 )
 
 if _TYPE_CHECKING:
+    from llm_datadist.core.reshard import reshard as reshard
     from llm_datadist.kv_cache_manager import KvCacheManager
     from llm_datadist.tensor import Tensor, TensorDesc
 
@@ -94,6 +97,7 @@ _LATE = {
     "KvCacheManager": "llm_datadist.kv_cache_manager",
     "Tensor": "llm_datadist.tensor",
     "TensorDesc": "llm_datadist.tensor",
+    "reshard": "llm_datadist.core.reshard",
 }
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from llm_datadist.cache_tensor import CacheTensor
+    from llm_datadist.kv_layout import KVLayout
     from llm_datadist.memory.dlpack import SupportsDLPack
 
 T = TypeVar("T", bound="int | SupportsDLPack")
@@ -49,6 +50,7 @@ class Cache:
         cache_manager: TensorFinder | None,
         is_registered: bool,
         is_blocks_cache: bool,
+        layout: KVLayout | None = None,
     ) -> None:
         self._cache_id = check_int64("cache_id", cache_id)
         self._cache_desc = cache_desc
@@ -56,6 +58,7 @@ class Cache:
         self._cache_manager = cache_manager
         self._is_registered = is_registered
         self._is_blocks_cache = is_blocks_cache
+        self._layout = layout
         self._valid = True
         #: as it was made: `CacheDesc.update_dim` may change the description since
         self._shape = tuple(cache_desc.shape)
@@ -113,6 +116,11 @@ class Cache:
     def is_blocks_cache(self) -> bool:
         """Whether dim 0 of the shape counts blocks rather than batch rows. Spec 3.8."""
         return self._is_blocks_cache
+
+    @property
+    def layout(self) -> KVLayout | None:
+        """What its blocks hold and where, as it was registered. An addition to the reference."""
+        return self._layout
 
     @property
     def tensors(self) -> tuple[CacheTensor, ...]:

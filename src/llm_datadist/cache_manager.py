@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, TypeVar, final
 from llm_datadist.cache import Cache
 from llm_datadist.cache_transfers import CacheTransfers
 from llm_datadist.checks import (
+    INT32_MAX,
     check_int64,
     check_object,
     check_optional,
     check_sequence,
+    check_type,
+    check_uint32,
 )
 from llm_datadist.core.geometry import CacheKind, Geometry
 from llm_datadist.core.registry import KeyName
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, check_one_id
+from llm_datadist.kv_layout import KVLayout
 from llm_datadist.memory.tensors import check_addrs, locate
 from llm_datadist.types import CacheDesc, MemInfo, Memtype, Placement
 
@@ -82,11 +86,20 @@ class CacheManager(CacheTransfers):
         addrs: list[T] | SupportsDLPack,
         blocks_cache_key: BlocksCacheKey | None = None,
         remote_accessible: bool | None = None,
+        *,
+        layout: KVLayout | None = None,
+        readers: int = 0,
     ) -> Cache:
         """Makes memory of the caller's a blocks cache: dim 0 counts blocks. Spec 6.4.
 
         As `register_cache`, but that one key names the whole cache; registering another cache under
         the same key moves the key to it. Thread-safe.
+
+        An addition to the reference: `layout` says what the blocks hold and where. Between two
+        caches that have one, tokens go where they belong, whatever the layouts; the block axis of
+        the layout counts the blocks then. Raises LLMException (LLM_PARAM_INVALID) for a layout that
+        does not fit `cache_desc`. `readers` says how many pulls of it there will be, by how many
+        ranks: see `wait_for_readers`.
         """
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         check_addrs(addrs)
@@ -96,7 +109,29 @@ class CacheManager(CacheTransfers):
         if _is_accessible(desc, remote_accessible):
             _refuse_null(memory.addrs)
         names = [] if key is None else [KeyName.of(key)]
-        return self._register(desc, memory, CacheKind.BLOCKS, names, remote_accessible)
+        _check_layout(layout, desc)
+        count = check_uint32("readers", readers)
+        kind = CacheKind.BLOCKS
+        return self._register(desc, memory, kind, names, remote_accessible, layout, count)
+
+    def wait_for_readers(self, cache: Cache, timeout: float) -> bool:
+        """Waits until `readers` pulls of a registered blocks cache have succeeded, so that its
+        memory may be used for something else; False if that takes longer than `timeout` seconds.
+
+        An addition to the reference. Readers that fail are not counted, and one that dies never
+        comes: what to do when it is late is the program's to say, most will `unregister_cache`. A
+        `pull_shards` counts once at each of its sources, when all has arrived. One that tries
+        again, because it did not learn that it had succeeded, counts again.
+
+        Raises TypeError, AttributeError, ValueError; LLMException (LLM_KV_CACHE_NOT_EXIST) when it
+        is not registered, or is unregistered meanwhile. Thread-safe.
+        """
+        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
+        cache_id = check_object("cache", cache, Cache).cache_id
+        seconds = check_type("timeout", timeout, int, float)
+        if not 0 <= seconds < INT32_MAX:
+            raise ValueError(f"timeout must be in [0, {INT32_MAX}), got {seconds}")
+        return cluster.catalog.await_readers(cache_id, seconds)
 
     def unregister_cache(self, cache_id: int) -> None:
         """Forgets a cache and its keys; an unknown id is no error. Spec 6.4.
@@ -129,15 +164,22 @@ class CacheManager(CacheTransfers):
         return self._allocate(desc, CacheKind.CONTINUOUS, [KeyName.of(key) for key in keys])
 
     def allocate_blocks_cache(
-        self, cache_desc: CacheDesc, blocks_cache_key: BlocksCacheKey | None = None
+        self,
+        cache_desc: CacheDesc,
+        blocks_cache_key: BlocksCacheKey | None = None,
+        *,
+        layout: KVLayout | None = None,
     ) -> Cache:
         """A blocks cache in the library's memory, until `deallocate_blocks_cache`. Spec 6.3.
 
-        As `allocate_cache`, but that one key names the whole cache. Thread-safe.
+        As `allocate_cache`, but that one key names the whole cache; `layout` as of
+        `register_blocks_cache`. Thread-safe.
         """
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         key = check_optional("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
-        return self._allocate(desc, CacheKind.BLOCKS, [] if key is None else [KeyName.of(key)])
+        _check_layout(layout, desc)
+        names = [] if key is None else [KeyName.of(key)]
+        return self._allocate(desc, CacheKind.BLOCKS, names, layout)
 
     def deallocate_cache(self, cache: Cache) -> None:
         """Drops the id's reference to a continuous cache. Spec 6.5.
@@ -194,7 +236,13 @@ class CacheManager(CacheTransfers):
 
     # -- parts of the above --
 
-    def _allocate(self, desc: CacheDesc, kind: CacheKind, keys: Sequence[KeyName | None]) -> Cache:
+    def _allocate(
+        self,
+        desc: CacheDesc,
+        kind: CacheKind,
+        keys: Sequence[KeyName | None],
+        layout: KVLayout | None = None,
+    ) -> Cache:
         cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
         if not desc.num_tensors:
             raise invalid("a cache to allocate needs at least one tensor")
@@ -202,9 +250,9 @@ class CacheManager(CacheTransfers):
             option = "mem_pool_cfg" if desc.placement == Placement.DEVICE else "host_mem_pool_cfg"
             raise invalid(f"there is no pool for {desc.placement}: set LLMConfig.{option}")
         geometry = Geometry.of(kind, desc.num_tensors, desc.shape, desc.size)
-        entry = cluster.catalog.allocate(geometry, desc.placement, keys)
+        entry = cluster.catalog.allocate(geometry, desc.placement, keys, layout)
         addrs = entry.layout.addrs.tolist()
-        return Cache(entry.cache_id, desc, addrs, self, False, kind is CacheKind.BLOCKS)
+        return Cache(entry.cache_id, desc, addrs, self, False, kind is CacheKind.BLOCKS, layout)
 
     def _deallocate(self, cache: Cache) -> None:
         self._require_pool().catalog.deallocate(cache.cache_id)
@@ -226,6 +274,8 @@ class CacheManager(CacheTransfers):
         kind: CacheKind,
         keys: Sequence[KeyName | None],
         remote_accessible: bool | None,
+        layout: KVLayout | None = None,
+        num_readers: int = 0,
     ) -> Cache:
         cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
         if remote_accessible and cluster.ranks.were_made:
@@ -237,9 +287,20 @@ class CacheManager(CacheTransfers):
             keys,
             is_remote_accessible=_is_accessible(desc, remote_accessible),
             held=memory.held,
+            kv_layout=layout,
+            num_readers=num_readers,
         )
         is_blocks = kind is CacheKind.BLOCKS
-        return Cache(entry.cache_id, desc, memory.addrs, self, True, is_blocks)
+        return Cache(entry.cache_id, desc, memory.addrs, self, True, is_blocks, layout)
+
+
+def _check_layout(layout: KVLayout | None, desc: CacheDesc) -> None:
+    check_optional("layout", layout, KVLayout)
+    if layout is None:
+        return
+    if layout.data_type is not desc.data_type:
+        raise invalid(f"the layout is of {layout.data_type.name}, cache_desc {desc.data_type}")
+    layout.check_cache(desc.num_tensors, desc.size)
 
 
 def _is_accessible(desc: CacheDesc, remote_accessible: bool | None) -> bool:

@@ -5,6 +5,7 @@ Each method makes one frozen value of its arguments, all checked, and has it car
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from llm_datadist.checks import (
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.layers import ALL_PULLED
 from llm_datadist.core.remote import RemoteRow
+from llm_datadist.core.shards import PullShard, PullShards
 from llm_datadist.core.transfer import (
     CopyBlocks,
     CopyRow,
@@ -42,6 +44,7 @@ from llm_datadist.memory.device import HOST
 from llm_datadist.transfers import layerwise
 from llm_datadist.transfers.arguments import (
     check_layerwise_blocks,
+    check_tokens,
     check_whole_row,
     pulled_layers,
     pushed_layers,
@@ -49,7 +52,7 @@ from llm_datadist.transfers.arguments import (
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -101,6 +104,11 @@ class CacheTransfers:
         source is a batch row, `src_blocks` stays empty, and the row's bytes fill `dst_blocks` in
         order; a shorter last chunk leaves the rest of its block alone. Keywords as `pull_cache`.
 
+        An addition to the reference: between caches with layouts (`register_blocks_cache`) tokens
+        go where they belong, whatever the block sizes and orders; the peer's must hold all layers
+        and heads of ours. The keyword `tokens` is how many of a sequence, or which (a range); the
+        lists name the blocks in which those lie, in their order. Left out: all that both hold.
+
         Raises as `pull_cache` does. Thread-safe.
         """
         cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
@@ -117,11 +125,56 @@ class CacheTransfers:
         if not dst:
             raise invalid("dst_blocks is empty: name the blocks to fill")
         layers = pulled_layers(kwargs) if kwargs else ALL_PULLED
-        _check_source_blocks(key, src, dst)
+        _check_source_blocks(key, src, dst, target)
+        span = check_tokens(kwargs.get("tokens")) if kwargs else None
         check_one_id(key)
         one_sided = cluster.options.remote_accessible
         place = RemoteRow.of(key)
-        cluster.transfers.run(PullBlocks(key, place, target.cache_id, layers, one_sided, src, dst))
+        named = key, place, target.cache_id, layers, one_sided
+        cluster.transfers.run(PullBlocks(*named, src, dst, span))
+
+    def pull_shards(
+        self,
+        sources: Mapping[BlocksCacheKey, Sequence[int]],
+        dst_cache: Cache,
+        dst_blocks: Sequence[int],
+        *,
+        tokens: int | range | None = None,
+    ) -> None:
+        """Fills blocks of ours from several peers' caches, each of which holds a part of it.
+
+        An addition to the reference, for unequal parallelism: the sources are shards of a model
+        (heads, layers), `dst_cache` is another shard, or all of it; all have layouts. `sources`
+        has the key of each and the blocks that hold the tokens there; `tokens` and the lists of
+        blocks as in `pull_blocks`. What several sources hold is read from the first.
+
+        All sources are read side by side (at most `transfer_threads` at a time), all or nothing:
+        it returns when everything has arrived. When it raises, nothing but `dst_blocks` was
+        touched, and nothing arrives later.
+
+        Raises TypeError, AttributeError; LLMException as `pull_blocks`, and LLM_PARAM_INVALID where
+        no source has a layer or a head that is needed, or a cache has no layout. Thread-safe.
+        """
+        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        target = check_object("dst_cache", dst_cache, Cache)
+        dst = check_sequence("dst_blocks", dst_blocks, int)
+        span, one_sided = check_tokens(tokens), cluster.options.remote_accessible
+        if target.layout is None:
+            raise invalid("dst_cache has no layout: register it with one")
+        if not dst:
+            raise invalid("dst_blocks is empty: name the blocks to fill")
+        pairs: Mapping[BlocksCacheKey, Sequence[int]] = check_type("sources", sources, Mapping)  # type: ignore[type-abstract]
+        if not pairs:
+            raise invalid("sources is empty: name the caches to pull from")
+        shards = [
+            PullShard(
+                check_type("a key of sources", key, BlocksCacheKey), RemoteRow.of(key),
+                target.cache_id, ALL_PULLED, one_sided,
+                check_sequence(f"the blocks of {key}", blocks, int), dst, span,
+            )
+            for key, blocks in pairs.items()
+        ]  # fmt: skip
+        cluster.transfers.run(PullShards(target.cache_id, shards))
 
     def push_cache(
         self,
@@ -159,10 +212,13 @@ class CacheTransfers:
         src_layer_range: range | None = None,
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
+        *,
+        tokens: int | range | None = None,
     ) -> None:
         """Copies block `src_blocks[j]` of ours to block `dst_blocks[j]` of a peer's cache.
 
-        As `push_cache` otherwise. Spec 6.11. Thread-safe.
+        As `push_cache` otherwise. Between caches with layouts, and for `tokens`, as `pull_blocks`:
+        ours must hold all layers and heads of the peer's. Spec 6.11. Thread-safe.
         """
         cluster = self._require_one_sided()
         key = check_type("dst_cache_key", dst_cache_key, BlocksCacheKey)
@@ -174,9 +230,10 @@ class CacheTransfers:
         if not dst:
             raise invalid("dst_blocks is empty: name the blocks to fill")
         layers = pushed_layers(src_layer_range, dst_layer_range, tensor_num_per_layer)
-        if len(src) != len(dst):
+        if cache.layout is None and len(src) != len(dst):
             raise invalid(f"{len(src)} src_blocks do not pair with {len(dst)} dst_blocks")
-        cluster.transfers.run(PushBlocks(key, RemoteRow.of(key), cache.cache_id, layers, src, dst))
+        named = key, RemoteRow.of(key), cache.cache_id, layers, src, dst
+        cluster.transfers.run(PushBlocks(*named, tokens=check_tokens(tokens)))
 
     def transfer_cache_async(
         self,
@@ -356,13 +413,15 @@ class CacheTransfers:
         self._cluster = None
 
 
-def _check_source_blocks(key: AnyKey, src: Sequence[int], dst: Sequence[int]) -> None:
+def _check_source_blocks(
+    key: AnyKey, src: Sequence[int], dst: Sequence[int], target: Cache
+) -> None:
     if not isinstance(key, BlocksCacheKey):
         if src:
             raise invalid(f"src_blocks must be empty: the source of {key} is a batch row")
     elif not src:
         raise invalid("src_blocks is empty: name the blocks to pull")
-    elif len(src) != len(dst):
+    elif len(src) != len(dst) and target.layout is None:
         raise invalid(f"{len(src)} src_blocks do not pair with {len(dst)} dst_blocks")
 
 

@@ -138,6 +138,7 @@ class Cluster:
             self._observer,
             options.sync_timeout_s,
             errands,
+            movers,
         )
 
     def _make_context(

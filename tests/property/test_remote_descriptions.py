@@ -12,7 +12,8 @@ from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import Guard, RemoteTable, describe, understand
-from llm_datadist.types import Placement
+from llm_datadist.kv_layout import KVLayout
+from llm_datadist.types import DataType, Placement
 
 examples = settings(max_examples=40, deadline=None)
 
@@ -179,3 +180,45 @@ def test_what_is_understood_lies_within_the_address_space(
     size = cache.layout.geometry.tensor_nbytes
     assert len(cache.layout.addrs) == cache.layout.geometry.num_tensors
     assert all(addr + size <= 2**64 for addr in cache.layout.addrs.tolist())
+
+
+#: of the layout of a cache, which has half of its bytes
+LAYOUT = m.LayoutInfo(["a", 1], (0, 1, 1), 8, 2, 4, 2, "BND", [32, 8, 1])
+
+
+def with_layout(**changes: object) -> m.CacheInfo:
+    layout = msgspec.structs.replace(LAYOUT, **changes)
+    return msgspec.structs.replace(INFO, layout=layout)
+
+
+def test_a_layout_is_understood_as_its_owner_said_it() -> None:
+    layout = KVLayout.of_tensor([8, 2, 4], [32, 8, 1], DataType.DT_INT8, "ND", num_tensors=2)
+    entry = Registry(Generations(1)).register(
+        Layout.at(Geometry(CacheKind.BLOCKS, 2, 8, 64), [4096, 8192]),
+        Placement.DEVICE, [], is_remote_accessible=True, kv_layout=layout,
+    )  # fmt: skip
+    assert understand(sent(describe(entry))).kv_layout == layout
+    assert understand(with_layout()).kv_layout is not None
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        pytest.param({"layers": ["a", "a"]}, id="a layer twice"),
+        pytest.param({"layers": ["a"]}, id="fewer layers than tensors"),
+        pytest.param({"heads": (0, 2, 1)}, id="heads that there are not"),
+        pytest.param({"heads": (0, 1, 4)}, id="heads of a latent cache"),
+        pytest.param({"num_blocks": 0}, id="no blocks"),
+        pytest.param({"num_blocks": 17}, id="more blocks than the cache has room for"),
+        pytest.param({"num_blocks": 2**64 - 1}, id="more blocks than there is memory"),
+        pytest.param({"block_tokens": 2**63}, id="blocks of more tokens than there are"),
+        pytest.param({"data_type": 99}, id="no such type"),
+        pytest.param({"order": "BNN"}, id="an axis twice"),
+        pytest.param({"order": "BN"}, id="an axis missing"),
+        pytest.param({"strides": [2**64 - 1, 8, 1]}, id="a stride beyond all memory"),
+        pytest.param({"strides": [4, 8, 1]}, id="blocks on top of each other"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_a_protocol_error(lie: dict[str, object]) -> None:
+    with pytest.raises(m.ProtocolError):
+        understand(with_layout(**lie))

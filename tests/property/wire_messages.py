@@ -25,7 +25,8 @@ def values_of(kind: mi.Type) -> st.SearchStrategy[Any]:
             return st.integers(low, min(low + 3, last)) | st.integers(low, last)
         case mi.StrType(max_length=limit):
             # what does not print is another text behind the wire: test_words_of_peers.py
-            return st.text(max_size=SHORT if limit is None else min(SHORT, limit)).map(printable)
+            texts = st.text(max_size=SHORT if limit is None else min(SHORT, limit))
+            return texts.map(lambda text: printable(text)[:limit])
         case mi.BytesType(min_length=low, max_length=high):
             return st.binary(min_size=low or 0, max_size=SHORT if high is None else high)
         case mi.BoolType():
@@ -41,8 +42,8 @@ def values_of(kind: mi.Type) -> st.SearchStrategy[Any]:
         case mi.VarTupleType(item_type=item, min_length=low, max_length=high):
             most = max(low or 0, 3 if high is None else min(3, high))
             return st.lists(values_of(item), min_size=low or 0, max_size=most).map(tuple)
-        case mi.ListType(item_type=item):
-            return st.lists(values_of(item), max_size=3)
+        case mi.ListType(item_type=item, min_length=low):
+            return st.lists(values_of(item), min_size=low or 0, max_size=max(low or 0, 3))
         case mi.DictType(key_type=key, value_type=value):
             return st.dictionaries(values_of(key), values_of(value), max_size=3)
         case mi.StructType(cls=cls, fields=fields):

@@ -29,6 +29,9 @@ _INFO = m.CacheInfo(
     7, 1, 2, 512, 32768, True, False, 2**62 + 3, 0x7F00_0000_3000, bytes(range(16)),
     [(5, 1, False, 2), (6, 1, True, 3)],
 )  # fmt: skip
+_LAYOUT = m.LayoutInfo(
+    ["layers.0", 1], (4, 2, 8), 512, 16, 128, 27, "LBHND", [2**26, 8192, 4096, 256, 2]
+)
 _COLUMNS = bytes(range(48))
 _TIMES = Histogram((3, *(0 for _ in Histogram().counts[2:]), 1), 12.5)
 
@@ -78,6 +81,7 @@ def samples() -> Iterator[m.Message]:
     yield m.Resolve(7, 0, 0, False)
     yield m.Resolve(None, 5, 1, True)
     yield m.Resolved(_INFO, 2)
+    yield m.Resolved(msgspec.structs.replace(_INFO, layout=_LAYOUT, is_counted=True), 2)
     yield m.ListCaches()
     yield m.Caches([_INFO])
     yield m.Read(7, 2**62 + 3, 1000, _COLUMNS)

@@ -8,7 +8,7 @@ and the layer-wise transfer (6.12), where a layer is K and V and the last may ha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from llm_datadist.errors import invalid
 
@@ -43,6 +43,11 @@ class PulledLayers:
     src: range | None = None
     dst: range | None = None
     per_layer: int = PER_LAYER
+
+    @property
+    def are_all(self) -> bool:
+        """Whether no range is given: caches with layouts then match their layers by name."""
+        return self.src is None and self.dst is None
 
     @classmethod
     def of(cls, src: range | None, dst: range | None, per_layer: int) -> PulledLayers:
@@ -99,6 +104,11 @@ class PushedLayers:
     dst: range | None
     per_layer: int
 
+    @property
+    def are_all(self) -> bool:
+        """As of `PulledLayers`."""
+        return self.src is None and self.dst is None
+
     def check(self, ours: Geometry) -> None:
         """The rules that need only the pusher's cache. Raises LLM_PARAM_INVALID."""
         self._ranges(ours)
@@ -146,6 +156,7 @@ class OneLayer:
 
     src: int
     dst: int
+    are_all: ClassVar[bool] = False
 
     def check(self, ours: Geometry) -> None:
         """Nothing: the layers of ours were checked when the transfer was asked for."""

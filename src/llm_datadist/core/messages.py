@@ -39,6 +39,8 @@ MAX_REQUEST_NBYTES = 2**40
 
 #: keys of one cache that peers are told
 MAX_KEYS = 65536
+#: layers of one cache that peers are told
+MAX_LAYERS = 4096
 
 UInt: TypeAlias = Annotated[int, Meta(ge=0)]
 #: as many as the longest timeout has that a program can set, 2**31 seconds
@@ -191,6 +193,19 @@ class Resolve(Message, tag=20):
     is_prefix: bool
 
 
+class LayoutInfo(Message):
+    """A KVLayout; `heads` are the first, how many, and of how many."""
+
+    layers: Annotated[list[int | Text], Meta(min_length=1, max_length=MAX_LAYERS)]
+    heads: tuple[UInt, UInt, UInt]
+    num_blocks: UInt
+    block_tokens: UInt
+    head_size: UInt
+    data_type: UInt
+    order: Annotated[str, Meta(max_length=6)]
+    strides: Annotated[list[UInt], Meta(min_length=3, max_length=6)]
+
+
 class CacheInfo(Message, tag=21):
     """All that a peer may know of a cache; `addrs` are little-endian u64.
 
@@ -209,6 +224,10 @@ class CacheInfo(Message, tag=21):
     addrs: bytes
     #: (id, model_id, is_prefix, row)
     keys: Annotated[list[tuple[UInt, UInt, bool, UInt]], Meta(max_length=MAX_KEYS)]
+    #: None where the owner did not say what its blocks hold
+    layout: LayoutInfo | None = None
+    #: its owner counts who has pulled of it, and is told by UseUp
+    is_counted: bool = False
 
 
 class Resolved(Message, tag=22):
@@ -248,7 +267,10 @@ class Sending(Message, tag=26):
 
 
 class UseUp(Message, tag=27):
-    """These tensors of a row have been pulled (none: all); its key has done its duty."""
+    """These tensors of a row have been pulled (none: all); its key has done its duty.
+
+    Of a cache that is counted: one more reader has what it needs of it.
+    """
 
     cache_id: int
     row: UInt

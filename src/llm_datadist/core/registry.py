@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.generations import Generations
     from llm_datadist.core.geometry import Layout
     from llm_datadist.keys import CacheKey
+    from llm_datadist.kv_layout import KVLayout
     from llm_datadist.types import Placement
 
 
@@ -44,6 +45,11 @@ class Entry:
     is_remote_accessible: bool
     word_addr: int
     generation: int
+    #: what its blocks hold, where the program says it
+    kv_layout: KVLayout | None = None
+    #: how many peers are to pull of it, and how many have; of no meaning where none is expected
+    num_readers: int = 0
+    num_read: int = 0
     #: what keeps registered memory, one per tensor, None where the program does; empty is all None
     held: Sequence[object | None] = ()
     #: what kind of memory it lies in, see memory/device.py
@@ -109,6 +115,8 @@ class Registry:
         *,
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
+        kv_layout: KVLayout | None = None,
+        num_readers: int = 0,
     ) -> Entry:
         """Files a cache. `keys[i]` names batch row i or a whole blocks cache; None names none.
 
@@ -116,14 +124,18 @@ class Registry:
         `held` is kept as long as the entry is.
         """
         entry = self._add(layout, placement, is_remote_accessible=is_remote_accessible)
-        entry.held = held
+        entry.held, entry.kv_layout, entry.num_readers = held, kv_layout, num_readers
         for row, key in enumerate(keys):
             if key is not None:
                 self._bind(entry, key, row)
         return entry
 
     def allocate(
-        self, layout: Layout, placement: Placement, keys: Sequence[KeyName | None]
+        self,
+        layout: Layout,
+        placement: Placement,
+        keys: Sequence[KeyName | None],
+        kv_layout: KVLayout | None = None,
     ) -> Entry:
         """Files a cache in the library's memory; the id and each key hold a reference. Spec 6.2.
 
@@ -139,7 +151,7 @@ class Registry:
                     f"{key} names cache {self._by_key[key].cache_id} already; remove that key first"
                 )
         entry = self._add(layout, placement, is_remote_accessible=True)
-        entry.is_owned = True
+        entry.is_owned, entry.kv_layout = True, kv_layout
         for key, row in rows.items():
             self._bind(entry, key, row)
         if rows and layout.geometry.has_batch_rows:
@@ -173,6 +185,9 @@ class Registry:
         and keys of registered caches stay. Spec 6.7.
         """
         entry = self._entries.get(cache_id)
+        if entry is not None and entry.num_readers:
+            entry.num_read += 1
+            return None
         key = entry.key_at(row) if entry is not None and entry.is_owned else None
         if entry is None or key is None or not entry.layout.geometry.has_batch_rows:
             return None

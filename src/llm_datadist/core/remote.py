@@ -9,10 +9,12 @@ import numpy as np
 
 from llm_datadist.core.generations import STALE
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
-from llm_datadist.core.messages import CacheInfo, ProtocolError
+from llm_datadist.core.messages import CacheInfo, LayoutInfo, ProtocolError
 from llm_datadist.core.registry import Entry, KeyName
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import CacheKeyByIdAndIndex
+from llm_datadist.kv_layout import KVHeads, KVLayout
+from llm_datadist.types import DataType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,6 +55,8 @@ class RemoteCache:
     is_remote_accessible: bool
     is_owned: bool
     keys: dict[KeyName, int]
+    kv_layout: KVLayout | None = None
+    is_counted: bool = False
 
     def claimed(self, key: KeyName, row: int) -> RemoteCache:
         """The same, to be reached only while the key leads there."""
@@ -104,6 +108,8 @@ def describe(entry: Entry) -> CacheInfo:
             for key, row in list(entry.keys.items())
             if 0 <= key.model_id < 2**64  # a BlocksCacheKey may have any; no peer can ask for it
         ],
+        layout=None if entry.kv_layout is None else _layout_info(entry.kv_layout),
+        is_counted=entry.num_readers > 0,
     )
 
 
@@ -118,13 +124,38 @@ def understand(info: CacheInfo) -> RemoteCache:
     if len(addrs) and int(addrs.max()) > 2**64 - max(tensor_nbytes, 1):
         raise ProtocolError(f"cache {info.cache_id} is described as beyond the address space")
     geometry = Geometry(CacheKind(info.kind), info.num_tensors, info.num_rows, info.row_nbytes)
+    kv_layout = None if info.layout is None else _layout_of(info.layout, geometry)
     return RemoteCache(
         Guard(info.cache_id, info.generation, info.word_addr),
         Layout(geometry, addrs),
         info.is_remote_accessible,
         info.is_owned,
         {KeyName(key_id, model_id, prefix): row for key_id, model_id, prefix, row in info.keys},
+        kv_layout,
+        info.is_counted,
     )
+
+
+def _layout_info(layout: KVLayout) -> LayoutInfo:
+    heads = layout.heads
+    return LayoutInfo(
+        list(layout.layers), (heads.first, heads.count, heads.of), layout.num_blocks,
+        layout.block_tokens, layout.head_size, layout.data_type.value, layout.order,
+        list(layout.strides),
+    )  # fmt: skip
+
+
+def _layout_of(info: LayoutInfo, geometry: Geometry) -> KVLayout:
+    """Raises ProtocolError for one that cannot be, or reaches beyond the cache."""
+    try:
+        layout = KVLayout(
+            tuple(info.layers), KVHeads(*info.heads), info.num_blocks, info.block_tokens,
+            info.head_size, DataType(info.data_type), info.order, tuple(info.strides),
+        )  # fmt: skip
+        layout.check_cache(geometry.num_tensors, geometry.tensor_nbytes)
+    except (ValueError, LLMException) as error:
+        raise ProtocolError(f"a cache has a layout that cannot be: {error}") from error
+    return layout
 
 
 class RemoteTable:

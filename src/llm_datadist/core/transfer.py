@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.core.reshard import check_alike, no_tokens, planned, reshard
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llm_datadist.core.layers import PulledLayers
+    from llm_datadist.core.pattern import Pattern, Windows
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.remote import RemoteCache, RemoteRow
     from llm_datadist.core.segments import Segments
+    from llm_datadist.core.strips import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class Pull(abc.ABC):
     cache_id: int  #: ours
     layers: PulledLayers
     is_one_sided: bool  #: our cache, too, must be remote accessible then
+    #: whether the owner is told when it has arrived: a part of something larger is not yet all
+    is_all: ClassVar[bool] = True
 
     @property
     def tensors(self) -> range | None:
@@ -50,17 +55,28 @@ class Pull(abc.ABC):
     def check(self, ours: Entry) -> None:
         """The rules that need only our cache. Raises LLM_PARAM_INVALID."""
         geometry = ours.layout.geometry
-        self._check_fit(geometry)
+        if ours.kv_layout is None:  # else the plan counts its blocks, if the peer has one as well
+            self._check_fit(geometry)
         self.layers.check(geometry)
 
-    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Segments:
+    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Segments | Windows:
         """What to read. Raises LLMException: LLM_PARAM_INVALID, LLM_KV_CACHE_NOT_EXIST."""
         _check_row(remote, row)
         if self.is_one_sided:
             _check_ours(ours)
         _check_theirs(remote)
+        if remote.kv_layout is not None and ours.kv_layout is not None:
+            if self.layers.are_all:
+                return self._reshard(remote, ours)
+            check_alike(remote.kv_layout, ours.kv_layout)
+        if ours.kv_layout is not None:
+            self._check_fit(ours.layout.geometry)
         src, dst = self.layers.select(remote.layout, ours.layout)
         return self._plan(src, row, dst)
+
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+        """What to read where both caches say what their blocks hold."""
+        raise invalid(f"{self.verb} moves rows, and both caches have blocks")
 
     @abc.abstractmethod
     def _check_fit(self, ours: Geometry) -> None: ...
@@ -106,11 +122,24 @@ class PullBlocks(Pull):
     verb = "pull_blocks"
     src_blocks: Sequence[int]
     dst_blocks: Sequence[int]
+    tokens: Tokens = None  #: for caches with layouts
 
     def _check_fit(self, ours: Geometry) -> None:
         plan.check_blocks(ours, self.dst_blocks, "destination")
 
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+        if not self.src_blocks:
+            raise invalid("the key names a cache of blocks: name the blocks to pull (src_blocks)")
+        patterns = self._patterns(remote, ours)
+        src, dst = remote.layout.addrs, ours.layout.addrs
+        return planned(patterns, src, self.src_blocks, dst, self.dst_blocks, self.tokens)
+
+    def _patterns(self, remote: RemoteCache, ours: Entry) -> Sequence[Pattern]:
+        return _patterns(remote, ours)
+
     def _plan(self, src: Layout, src_row: int, dst: Layout) -> Segments:
+        if self.tokens is not None:
+            raise no_tokens()
         if self.src_blocks:
             plan.check_blocks(src.geometry, self.src_blocks, "source")
             return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks)
@@ -120,6 +149,9 @@ class PullBlocks(Pull):
 
 class Layers(Protocol):
     """Which tensors a push moves: PushedLayers, or OneLayer."""
+
+    @property
+    def are_all(self) -> bool: ...
 
     def check(self, ours: Geometry) -> None: ...
 
@@ -143,19 +175,30 @@ class Push(abc.ABC):
 
     def check(self, ours: Entry) -> None:
         """The rules that need only our cache. Raises LLM_PARAM_INVALID."""
-        self.check_fit(ours.layout.geometry)
+        if ours.kv_layout is None:  # as of a pull
+            self.check_fit(ours.layout.geometry)
         _check_ours(ours)
 
     def check_fit(self, ours: Geometry) -> None:
         """Those of them that hold for destinations which are known by address, too."""
         self.layers.check(ours)
 
-    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Segments:
+    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Segments | Windows:
         """What the peer is to read. Raises as `Pull.segments` does."""
         _check_theirs(remote)
         _check_row(remote, row)
+        if remote.kv_layout is not None and ours.kv_layout is not None:
+            if self.layers.are_all:
+                return self._reshard(remote, ours)
+            check_alike(ours.kv_layout, remote.kv_layout)
+        if ours.kv_layout is not None:
+            self.check_fit(ours.layout.geometry)
         src, dst = self.layers.select(ours.layout, remote.layout)
         return self.plan(src, dst, row)
+
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+        """As of a pull."""
+        raise invalid(f"{self.verb} moves rows, and both caches have blocks")
 
     @abc.abstractmethod
     def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
@@ -196,6 +239,7 @@ class PushBlocks(Push):
     dst_blocks: Sequence[int]
     #: what the caller thinks a block has (spec 6.12); 0: nothing
     block_nbytes: int = 0
+    tokens: Tokens = None  #: for caches with layouts
 
     def check_fit(self, ours: Geometry) -> None:
         Push.check_fit(self, ours)
@@ -206,7 +250,14 @@ class PushBlocks(Push):
             )
         plan.check_blocks(ours, self.src_blocks, "source")
 
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+        patterns = _patterns(ours, remote)
+        src, dst = ours.layout.addrs, remote.layout.addrs
+        return planned(patterns, src, self.src_blocks, dst, self.dst_blocks, self.tokens)
+
     def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
+        if self.tokens is not None:
+            raise no_tokens()
         plan.check_blocks(dst.geometry, self.dst_blocks, "destination")
         return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks)
 
@@ -311,6 +362,12 @@ class CopyBlocks(Copy):
         plan.check_blocks(src.geometry, self.src_blocks, "source")
         plan.check_blocks(dst.geometry, self.dst_blocks, "destination")
         return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks)
+
+
+def _patterns(src: RemoteCache | Entry, dst: RemoteCache | Entry) -> Sequence[Pattern]:
+    assert src.kv_layout is not None
+    assert dst.kv_layout is not None
+    return reshard([src.kv_layout], dst.kv_layout)
 
 
 def _name_of(cache: int | Place) -> str:

@@ -39,6 +39,7 @@ from llm_datadist.observe.log import get_logger
 from llm_datadist.owner.allocations import Allocations
 from llm_datadist.owner.exposure import Exposure
 from llm_datadist.owner.tickets import Tickets
+from llm_datadist.running.bell import Bell
 from llm_datadist.transport.base import PROBE_NBYTES, ProbeNonce
 from llm_datadist.transport.tcp import Permit
 from llm_datadist.types import Placement
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.pages import PoolUsage
     from llm_datadist.core.segments import U64
+    from llm_datadist.kv_layout import KVLayout
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.owner.tickets import Ticket
     from llm_datadist.running.gate import Gate
@@ -93,6 +95,8 @@ class Catalog:
         self._exposure = Exposure(transports)
         self._gate = gate
         self._errands = errands
+        #: rung when a peer has pulled of a cache
+        self._was_read = Bell()
         self._lock = make_lock()
         #: being unregistered: no use may begin, or waiting for the last one might never end; and by
         #: which call, which an interruption loses
@@ -123,6 +127,8 @@ class Catalog:
         *,
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
+        kv_layout: KVLayout | None = None,
+        num_readers: int = 0,
     ) -> Entry:
         """Files a cache over memory that stays the caller's. Spec 6.4.
 
@@ -139,6 +145,8 @@ class Catalog:
                 placement,
                 keys,
                 held,
+                kv_layout,
+                num_readers,
                 is_remote_accessible=is_remote_accessible,
             ),
             lambda entry: self._forget(entry.cache_id),
@@ -178,10 +186,15 @@ class Catalog:
             return entry
 
     def allocate(
-        self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
+        self,
+        geometry: Geometry,
+        placement: Placement,
+        keys: Sequence[KeyName | None],
+        kv_layout: KVLayout | None = None,
     ) -> Entry:
         """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
-        return self._errands.run(lambda: self._allocate(geometry, placement, keys), self._take_back)
+        work = partial(self._allocate, geometry, placement, keys, kv_layout)
+        return self._errands.run(work, self._take_back)
 
     def _take_back(self, entry: Entry) -> None:
         """Of an allocation that nobody got."""
@@ -193,14 +206,18 @@ class Catalog:
                 self._exposure.conceal(cache_id)
 
     def _allocate(
-        self, geometry: Geometry, placement: Placement, keys: Sequence[KeyName | None]
+        self,
+        geometry: Geometry,
+        placement: Placement,
+        keys: Sequence[KeyName | None],
+        kv_layout: KVLayout | None,
     ) -> Entry:
         layout = self._take_memory(geometry, placement)
         region, space = None, self.pools[placement].space
         try:
             region = self._exposure.expose(layout, space, is_remote_accessible=True)
             with self._lock:
-                entry = self._registry.allocate(layout, placement, keys)
+                entry = self._registry.allocate(layout, placement, keys, kv_layout)
                 entry.allocated_at, entry.space = time.monotonic(), space
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
@@ -344,6 +361,23 @@ class Catalog:
     def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
         """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7."""
         self._drop(partial(self._registry.use_up, cache_id, row, tensors))
+        self._was_read.ring()
+
+    def await_readers(self, cache_id: int, timeout_s: float) -> bool:
+        """Waits until as many peers have pulled of a cache as are expected; False if they are late.
+
+        Raises LLMException(LLM_KV_CACHE_NOT_EXIST) when it is not there, or goes meanwhile.
+        """
+
+        def is_over() -> bool:
+            with self._lock:
+                entry = self._registry.get(cache_id)
+                return entry is None or entry.num_read >= entry.num_readers
+
+        is_read = self._was_read.wait_until(is_over, timeout_s)
+        with self._lock:
+            self._find(cache_id)
+        return is_read
 
     def view(self, cache_id: int, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one tensor of ours; the array keeps them, whatever becomes of the cache.
@@ -379,6 +413,8 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None],
         held: Sequence[object | None],
+        kv_layout: KVLayout | None = None,
+        num_readers: int = 0,
         *,
         is_remote_accessible: bool,
     ) -> Entry:
@@ -387,8 +423,9 @@ class Catalog:
             with self._lock:
                 bound = self._registry.bound(keys)
                 entry = self._registry.register(
-                    layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held
-                )
+                    layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held,
+                    kv_layout=kv_layout, num_readers=num_readers,
+                )  # fmt: skip
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
             self._exposure.conceal_region(region)

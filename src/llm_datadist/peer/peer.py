@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.segments import Segments
 from llm_datadist.core.transfer import Pull
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.checksum import digest_of
@@ -23,9 +24,11 @@ from llm_datadist.transport.base import StaleCache
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
-    from llm_datadist.core.registry import Entry
+    from collections.abc import Iterable
+
+    from llm_datadist.core.pattern import Windows
+    from llm_datadist.core.registry import Entry, KeyName
     from llm_datadist.core.remote import Guard, RemoteCache
-    from llm_datadist.core.segments import Segments
     from llm_datadist.core.transfer import Push
     from llm_datadist.observe.watch import Watch
     from llm_datadist.peer.lookup import Found
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 #: a cache that is freed or re-made while it is read is looked up anew so many times
 _ATTEMPTS = 3
+#: pieces of a large transfer that are smaller than this on average are warned about
+_CRUMB_NBYTES = 1024
 #: how it shows that what was found earlier has been replaced by something else
 _MAYBE_STALE = (LLMStatusCode.LLM_PARAM_INVALID, LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
 
@@ -65,6 +70,7 @@ class Peer:
         self._streams = streams
         self._is_one_sided = is_one_sided
         self._checking = checking
+        self._has_warned = False
         # where the owner takes part in each read, it checks there what it once answered
         remembers = transport.asks_owner and not is_one_sided
         self._lookup = Lookup(streams, is_tabled=is_one_sided, remembers=remembers)
@@ -104,6 +110,14 @@ class Peer:
             else:
                 return
 
+    def find(self, name: int | KeyName, deadline: Deadline) -> RemoteCache:
+        """A cache of the peer's. Raises LLMException. The caller has entered the door."""
+        return self._lookup.find(name, deadline).cache
+
+    def forget(self) -> None:
+        """What was found earlier does not fit, and may have been replaced: asks anew next time."""
+        self._lookup.forget()
+
     def _move(
         self,
         asked: Pull | Push,
@@ -119,12 +133,34 @@ class Peer:
         segments = asked.segments(remote, row, ours)
         if watch is not None:
             watch.moves(segments)
-        if ticket is None:
-            self.read(segments, remote.guard, ours, deadline)
-            if not self._is_one_sided and remote.has_key_at(row) and isinstance(asked, Pull):
+        # Windows are made one after the other, for a plan that is too large to exist at once
+        for window in (segments,) if type(segments) is Segments else self._windows(asked, segments):
+            if ticket is None:
+                self.read(window, remote.guard, ours, deadline)
+            else:
+                self.send(window, ticket, remote.guard, deadline)
+        if ticket is None and isinstance(asked, Pull):
+            if remote.is_counted and asked.is_all:
+                self.tell_read(remote, deadline)
+            elif not self._is_one_sided and remote.has_key_at(row):
                 self._use_up(remote, row, asked.tensors, deadline)
-        else:
-            self.send(segments, ticket, remote.guard, deadline)
+
+    def tell_read(self, remote: RemoteCache, deadline: Deadline) -> None:
+        """Tells an owner who counts readers that we have what we need of its cache."""
+        if remote.is_counted:
+            self._use_up(remote, 0, None, deadline)
+
+    def _windows(self, asked: Pull | Push, segments: Segments | Windows) -> Iterable[Segments]:
+        if isinstance(segments, Segments):
+            return (segments,)
+        if segments.total_nbytes < _CRUMB_NBYTES * len(segments) and not self._has_warned:
+            self._has_warned = True
+            get_logger().warning(
+                "%s moves %d pieces of %d bytes on average, which costs more than their bytes: "
+                "with heads outside of tokens (HND) at both ends a split by heads has fewer",
+                asked, len(segments), segments.total_nbytes // len(segments),
+            )  # fmt: skip
+        return segments
 
     def read(self, segments: Segments, guard: Guard, ours: Entry, deadline: Deadline) -> None:
         """Reads into our cache over the link's path, and compares what came where that is asked.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llm_datadist.checks import (
     check_int64,
     check_optional,
+    check_type,
     check_uint32,
     check_uint64,
     check_uint64_sequence,
@@ -18,11 +19,18 @@ from llm_datadist.layerwise import check_optional_layer_range
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from llm_datadist.core.strips import Tokens
+
 
 def check_whole_row(size: object) -> None:
     """A push has no other size than -1. Raises TypeError, ValueError, LLMException. Spec 6.11."""
     if check_int64("size", size) != -1:
         raise invalid(f"size must be -1, got {size}: a push moves whole rows")
+
+
+def check_tokens(tokens: object) -> Tokens:
+    """How many tokens, or which; None: all that the blocks hold. Raises TypeError."""
+    return None if tokens is None else check_type("tokens", tokens, int, range)
 
 
 def pulled_layers(options: Mapping[str, object]) -> PulledLayers:

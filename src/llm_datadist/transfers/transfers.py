@@ -8,12 +8,14 @@ the peer is found (`links/table.py`); it looks its own cache up, has the value p
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING
 
 from llm_datadist.core.generations import STALE
+from llm_datadist.core.shards import PullShards
 from llm_datadist.core.transfer import Copy, Place, Pull, Push
-from llm_datadist.errors import LLMException, invalid
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import WAKE
@@ -24,14 +26,16 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from llm_datadist.core.registry import Entry
-    from llm_datadist.core.remote import Guard
+    from llm_datadist.core.remote import Guard, RemoteCache
     from llm_datadist.core.segments import U64
+    from llm_datadist.core.shards import PullShard
     from llm_datadist.links.table import LinkTable
     from llm_datadist.memory.device import Device
     from llm_datadist.observe.watch import Observer, Watch
     from llm_datadist.owner.catalog import Catalog
     from llm_datadist.peer.peer import Peer
     from llm_datadist.running.gate import Gate
+    from llm_datadist.running.movers import Call, Movers
     from llm_datadist.running.threads import Errands
 
 
@@ -58,6 +62,7 @@ class Transfers:
         observer: Observer | None,
         timeout_s: float,
         errands: Errands,
+        movers: Movers,
     ) -> None:
         self._catalog = catalog
         self._links = links
@@ -69,8 +74,9 @@ class Transfers:
         self._has_warned = False
         #: starts threads where no signal strikes
         self.errands = errands
+        self._movers = movers
 
-    def run(self, asked: Pull | Push | Copy) -> None:
+    def run(self, asked: Pull | Push | Copy | PullShards) -> None:
         """Moves what is asked, within the cluster's time-out.
 
         Raises LLMException; nothing arrives after it was raised.
@@ -126,7 +132,7 @@ class Transfers:
         path = "" if cluster_id is None else self._links.paths.get(cluster_id, "")
         return self._observer.watch(operation, cluster_id, path)
 
-    def _run(self, token: Token, asked: Pull | Push | Copy) -> None:
+    def _run(self, token: Token, asked: Pull | Push | Copy | PullShards) -> None:
         if isinstance(asked, Pull):
             cluster_id = asked.place.cluster_id
             if self._links.is_self(cluster_id):
@@ -140,13 +146,51 @@ class Transfers:
                     self._move(token, asked, ours, None, watch)
         elif isinstance(asked, Push):
             self._push(token, asked)
+        elif isinstance(asked, PullShards):
+            self._pull_shards(token, asked)
         else:
             self._copy(token, asked)
+
+    def _pull_shards(self, token: Token, asked: PullShards) -> None:
+        """All peers side by side. What was known of their caches may be out of date: then anew."""
+        ours, deadline = self._catalog.use(token, asked.cache_id), Deadline.after(self._timeout_s)
+        clusters = [shard.place.cluster_id for shard in asked.shards]
+        if any(map(self._links.is_self, clusters)):
+            raise invalid("a key names this cluster itself; only linked peers can be pulled")
+        peers = [self._enter(token, cluster_id) for cluster_id in clusters]
+        try:
+            self._pull_from(peers, asked, ours, deadline)
+        except LLMException as error:
+            if error.status_code is not LLMStatusCode.LLM_PARAM_INVALID:
+                raise
+            for peer in peers:
+                peer.forget()
+            self._pull_from(peers, asked, ours, deadline)
+
+    def _pull_from(
+        self, peers: Sequence[Peer], asked: PullShards, ours: Entry, deadline: Deadline
+    ) -> None:
+        found: dict[int, RemoteCache] = {}
+
+        def find(index: int, _: Call) -> None:
+            found[index] = peers[index].find(asked.shards[index].place.name, deadline)
+
+        def pull(peer: Peer, shard: PullShard, call: Call) -> None:
+            call.require()  # another may have failed meanwhile
+            with self.watching("pull", peer.cluster_id) as watch:
+                peer.move(shard, ours, None, deadline, watch)
+
+        self._movers.run([partial(find, index) for index in range(len(peers))])
+        shards = asked.planned([found[index] for index in range(len(peers))], ours)
+        pairs = zip(peers, shards, strict=True)
+        self._movers.run([partial(pull, peer, shard) for peer, shard in pairs if shard.patterns])
+        for index, peer in enumerate(peers):  # those, too, of which nothing was needed
+            peer.tell_read(found[index], deadline)
 
     def _push(self, token: Token, asked: Push) -> None:
         ours = self._catalog.use(token, asked.cache_id)
         asked.check(ours)
-        if asked.layers.moves_nothing(ours.layout.geometry):
+        if ours.kv_layout is None and asked.layers.moves_nothing(ours.layout.geometry):
             self._warn_of_nothing(asked, ours)
         ticket = self._catalog.issue(token, ours)
         token.cell = ticket.cell

@@ -11,9 +11,12 @@ from llm_datadist.integrations.transformers.blocks import BlockStore
 from llm_datadist.integrations.transformers.cache import PagedCache
 from llm_datadist.integrations.transformers.handle import KVHandle
 from llm_datadist.keys import BlocksCacheKey
+from llm_datadist.kv_layout import KVLayout
 from llm_datadist.types import CacheDesc
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from llm_datadist.cache import Cache
     from llm_datadist.datadist import LLMDataDist
     from llm_datadist.integrations.transformers.shape import KVShape
@@ -38,6 +41,7 @@ class KVPool:
         self._manager = datadist.cache_manager
         self._store = BlockStore(shape, num_blocks)
         self._desc = CacheDesc(shape.num_tensors, [num_blocks, *shape.block], shape.data_type)
+        self._layout = KVLayout.of(self._desc, shape.order)
         self._here = self._register(None)
         self._published: dict[int, PagedCache] = {}
 
@@ -94,15 +98,31 @@ class KVPool:
         `CacheManager.pull_blocks`. No block stays taken then.
         """
         self.shape.check_prefill(handle.shape)
+        source = BlocksCacheKey(handle.cluster_id, handle.key)
+        return self.fetch_shards({source: handle.blocks}, handle.num_tokens)
+
+    def fetch_shards(
+        self, sources: Mapping[BlocksCacheKey, Sequence[int]], num_tokens: int
+    ) -> PagedCache:
+        """As `fetch`, of a cache that several clusters have parts of: ranks with some KV heads, or
+        some layers, each. `sources` as in `CacheManager.pull_shards`.
+
+        They are caches with a layout (`KVLayout`) whose layers are numbered as this model's, in
+        blocks of any size and order. Raises as `pull_shards` does, and OutOfBlocks.
+        """
         cache = self.new_cache()
         try:
-            cache.reserve(handle.num_tokens)
-            source = BlocksCacheKey(handle.cluster_id, handle.key)
-            self._manager.pull_blocks(source, self._here, list(handle.blocks), cache.blocks)
+            cache.reserve(num_tokens)
+            lists = {key: list(blocks) for key, blocks in sources.items()}
+            if len(lists) == 1:
+                ((key, blocks),) = lists.items()
+                self._manager.pull_blocks(key, self._here, blocks, cache.blocks, tokens=num_tokens)
+            else:
+                self._manager.pull_shards(lists, self._here, cache.blocks, tokens=num_tokens)
         except BaseException:
             cache.release()
             raise
-        cache.note_length(handle.num_tokens)
+        cache.note_length(num_tokens)
         return cache
 
     def release(self, handle: KVHandle) -> None:
@@ -129,7 +149,9 @@ class KVPool:
         self._unregister(self._here.cache_id)
 
     def _register(self, key: BlocksCacheKey | None) -> Cache:
-        return self._manager.register_blocks_cache(self._desc, self._store.memory, key)
+        return self._manager.register_blocks_cache(
+            self._desc, self._store.memory, key, layout=self._layout
+        )
 
     def _withdraw(self, key: int, cache_id: int) -> None:
         del self._published[key]

@@ -32,7 +32,8 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What the KV cache of a model looks like; equal on both ends of a hand-over.
+    """What the KV cache of a model looks like; equal on both ends of a hand-over, but for
+    `block_tokens`.
 
     `dtype` is torch's name of the elements: float32, float16 or bfloat16. Raises LLMException
     (LLM_PARAM_INVALID) for another one, and for numbers below 1.
@@ -96,6 +97,11 @@ class KVShape:
         return (self.block_tokens, self.num_kv_heads, row)
 
     @property
+    def order(self) -> str:
+        """What the dims of a tensor count, as `KVLayout.of` takes it."""
+        return "BNHC" if self._is_shared else "BNHD"
+
+    @property
     def _is_shared(self) -> bool:
         return self.head_dim != self.value_dim
 
@@ -129,10 +135,11 @@ class KVShape:
         differences = [
             f"{field.name} is {theirs} at prefill, {ours} here"
             for field in fields(self)
-            if (theirs := getattr(prefill, field.name)) != (ours := getattr(self, field.name))
+            if field.name != "block_tokens"
+            and (theirs := getattr(prefill, field.name)) != (ours := getattr(self, field.name))
         ]
         if differences:
             raise invalid(
                 f"the KV cache does not fit this pool: {'; '.join(differences)}. Both ends need "
-                "the same model, in the same dtype, and pools with the same block_tokens"
+                "the same model, in the same dtype"
             )
