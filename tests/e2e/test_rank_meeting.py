@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import subprocess
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,7 +216,10 @@ LISTENS = "00010000"
 def meeting_points(member: NodeProcess) -> set[str]:
     """The names at which a member can be met."""
     fds = Path(f"/proc/{member.pid}/fd")
-    own = {os.readlink(fd) for fd in fds.iterdir() if fd.is_symlink()}
+    own = set()
+    for fd in fds.iterdir():
+        with suppress(FileNotFoundError):  # it is closed again
+            own.add(os.readlink(fd))
     return {name for name, inode in listening() if f"socket:[{inode}]" in own}
 
 

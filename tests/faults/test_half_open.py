@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from wire import NONCE, PROBE, TRAILER, Wire, columns, hello, impostor
+from wire import NONCE, PROBE, Wire, columns, hello, impostor
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
@@ -143,9 +143,7 @@ def test_a_request_ahead_of_the_word_that_the_link_is_made(node: Node, is_linked
                 wire.send(m.ListCaches())
                 said.append(wire.receive())
             else:
-                wire.expect(m.Read)
-                wire.send(m.Sending(len(NONCE)))
-                wire.send_bytes(NONCE + TRAILER.pack(PROBE.generation, 0))
+                wire.serve_probe()
             wire.is_ended()
             return
         wire.send(m.Welcome(m.PROTOCOL_VERSION, 1, bytes(16), NONCE, {"tcp": b""}, PROBE))

@@ -34,7 +34,7 @@ PULLS, LOOKS = 500, 10
 #: what an allocator keeps for the next time
 SLACK_NBYTES = 2 * MIB
 #: the same for the first 512 links, which leave arenas with a few live objects in each
-MANY_SLACK_NBYTES = 24 * MIB
+MANY_SLACK_NBYTES = 32 * MIB
 #: rounds after which nothing may grow any more
 WARM_ROUNDS = 20
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from llm_datadist.transport.same_host import Address
     from llm_datadist.transport.shield import Shield
 
-_CHUNK_NBYTES = 64 * 1024
+#: control messages are small, and each connection that waits has room for so much
+_CHUNK_NBYTES = 4 * 1024
 _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),

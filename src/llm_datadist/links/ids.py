@@ -77,7 +77,10 @@ class Ids:
             for other in _live(self._links.all(), newcomer)
             if other.cluster_id == cluster_id or _is_at(other, newcomer)
         ]
-        answers = await _ask(others, newcomer)
+        # by the program's word those who say that they are others need not be asked
+        is_meant = named == cluster_id and _belongs(newcomer, others)
+        asked = [each for each in others if not is_meant or _is_like(each, newcomer)]
+        answers = {**dict.fromkeys(others), **await _ask(asked, newcomer)}
         same = _replaced(newcomer, [other for other in others if answers[other]])
         strange = {other: answer for other, answer in answers.items() if not answer}
         for other, answer in strange.items():
@@ -87,14 +90,13 @@ class Ids:
                     f"linked and alive, and {cluster_id}, which answered now; give each an address "
                     "of its own"
                 )
-        # … and what says nothing, at another address, of what says that it is the same instance
         gone = [
             other
             for other, answer in strange.items()
-            if answer is None and (_is_at(other, newcomer) or other.instance == newcomer.instance)
+            if answer is None and _is_like(other, newcomer)
         ]
         rest = {other: answer for other, answer in strange.items() if other not in gone}
-        if not same and (named != cluster_id or not _belongs(newcomer, rest)):
+        if not same and not is_meant:
             verdict = _judge(newcomer, cluster_id, rest)
             return Verdict(verdict.objection, [*gone, *verdict.displaced])
         for other in rest if not same else ():
@@ -148,6 +150,11 @@ def _replaced(newcomer: Session, same: Iterable[Session]) -> list[Session]:
 
 def _is_at(other: Session, newcomer: Session) -> bool:
     return newcomer.endpoint is not None and other.endpoint == newcomer.endpoint
+
+
+def _is_like(other: Session, newcomer: Session) -> bool:
+    """Whether they may be one and the same: what a newcomer says of itself is no more than that."""
+    return _is_at(other, newcomer) or other.instance == newcomer.instance
 
 
 def _name_objection(cluster_id: int, certificate: Certificate | None) -> str:

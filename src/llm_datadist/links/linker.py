@@ -238,10 +238,7 @@ class Linker:
         """Whether the link has ended; else it is kept, also when this is cancelled."""
         has_left = False
         try:
-            drained = await self._context.loop.run_in_executor(
-                self._context.waiters, session.drain, max(0.0, deadline.remaining_s())
-            )
-            if drained:
+            if await session.drain(max(0.0, deadline.remaining_s())):
                 has_left = await session.leave(max(0.001, deadline.remaining_s()))
         finally:
             if not has_left and not session.is_closed:

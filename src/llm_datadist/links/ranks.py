@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llm_datadist.links.groups import Groups
     from llm_datadist.links.linker import Linker
     from llm_datadist.links.listening import Listening
+    from llm_datadist.links.session import Session
     from llm_datadist.options import Options
     from llm_datadist.running.loop import Loop
     from llm_datadist.types import RegisterMemStatus
@@ -90,9 +92,7 @@ class RankLinks:
         deadline = Deadline.after(self._options.sync_timeout_s)
         sessions = list(self._groups.find(comm_id).sessions.values())
         try:
-            for session in sessions:
-                session.drain(max(0.0, deadline.remaining_s()))
-            self._loop.run(self._stop(comm_id))
+            self._loop.run(self._leave(comm_id, sessions, deadline))
         except BaseException:  # interrupted: the links are kept
             for session in sessions:
                 if not session.is_closed:
@@ -102,6 +102,11 @@ class RankLinks:
     def status_of(self, comm_id: int) -> RegisterMemStatus:
         """Never blocks. Raises LLMException(LLM_NOT_YET_LINK) for an id that is not known."""
         return self._groups.status_of(comm_id)
+
+    async def _leave(self, comm_id: int, sessions: Sequence[Session], deadline: Deadline) -> None:
+        left_s = max(0.0, deadline.remaining_s())
+        await asyncio.gather(*(session.drain(left_s) for session in sessions))
+        await self._stop(comm_id)
 
     async def _start(self, plan: GroupPlan) -> int:
         comm_id = self._groups.start(plan, self._linker)

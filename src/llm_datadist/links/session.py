@@ -10,7 +10,7 @@ whoever is told of links (`Registrar`) was told. After `cut` nothing of a sessio
 `join` waits for what it has running.
 
 Only the loop's thread calls a session, but for `_ask_for_stream`, which threads call that lack a
-stream, and `drain`. No locks. A session knows neither the table of links nor
+stream. No locks. A session knows neither the table of links nor
 groups: it tells a Registrar. Rejected: a thread for each link (a thousand peers), and a Peer that
 exists during the hand-shake (threads would have to ask whether it is one yet).
 """
@@ -198,13 +198,15 @@ class Session:
         assert self._link.peer is not None
         return self._link.peer
 
-    def drain(self, timeout_s: float) -> bool:
-        """Lets no new call use the link, and waits for those that do; False when some still do.
-
-        In any thread but the loop's.
-        """
-        self._context.gate.shut(self.door, "the link is being unlinked")
-        return self._context.gate.drain(self.door, timeout_s)
+    async def drain(self, timeout_s: float) -> bool:
+        """Lets no new call use the link, and waits for those that do; False when some still do."""
+        context = self._context
+        context.gate.shut(self.door, "the link is being unlinked")
+        if not self.num_running:  # as ever: no thread need wait for it
+            return True
+        return await context.loop.run_in_executor(
+            context.waiters, context.gate.drain, self.door, timeout_s
+        )
 
     def reopen(self) -> None:
         """The end of `drain`."""
@@ -281,7 +283,9 @@ class Session:
             elif isinstance(action, lk.Meet):
                 self._meeting_task = self._spawn(self._meet(action.offer))
             elif isinstance(action, lk.Publish):
-                await self._publish()
+                # apart: others are asked about it meanwhile, and the peer may ask on this very link
+                self._spawn(self._publish(tuple(todo)))
+                return
             elif isinstance(action, lk.Dial):
                 self.services.owe(action.count)
             elif isinstance(action, lk.SayWhether):
@@ -367,7 +371,8 @@ class Session:
         """A stream that the peer dialled for us."""
         self._streams.add(stream)
 
-    async def _publish(self) -> None:
+    async def _publish(self, rest: Sequence[lk.Action]) -> None:
+        """The link is made; then the rest of what was decided."""
         context = self._context
         self.peer = Peer(
             self.cluster_id,
@@ -381,6 +386,7 @@ class Session:
         self.reopen()
         self._guest.link_made(self.peer)
         await self._registrar.linked(self)
+        await self.perform(rest)
         self._settled.set()
 
     def report(self) -> None:
@@ -398,9 +404,7 @@ class Session:
                 )  # fmt: skip
 
     async def _drain_for_peer(self) -> None:
-        await self._context.loop.run_in_executor(
-            self._context.waiters, self.drain, self._context.sync_timeout_s
-        )
+        await self.drain(self._context.sync_timeout_s)
         await self.perform(self._link.drained())
 
     async def _dial_service(self) -> Control | None:

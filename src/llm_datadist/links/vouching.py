@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: a peer that takes longer is taken for gone
 ANSWER_S: Final = 1.0
-_MOST_ASKED: Final = 16
+_MOST_ASKED: Final = 256
 
 
 class Vouching:

@@ -123,7 +123,7 @@ class Threads(Executor):
     def _has_started(self, work: Callable[[], object]) -> bool:
         """Whether a new thread does the work; False when those that are there must."""
         name = f"{self._name}-{len(self._threads)}"
-        begin = partial(start_thread, partial(self._run, work), name)
+        begin = partial(start_thread, partial(self._run, [work]), name)
         try:
             if self._errands is None:
                 begin()
@@ -135,10 +135,11 @@ class Threads(Executor):
             return False
         return True
 
-    def _run(self, first: Callable[[], object]) -> None:
+    def _run(self, first: list[Callable[[], object]]) -> None:
         # here, since whoever starts a thread may be interrupted behind its first step
         self._threads.append(threading.current_thread())
-        work: Callable[[], object] | None = first
+        # taken out: the thread's object has the list as long as it lives
+        work: Callable[[], object] | None = first.pop()
         while work is not None:
             try:
                 work()

@@ -6,6 +6,7 @@ or sessions; a Guard is passed through to whoever can check it.
 
 from __future__ import annotations
 
+import mmap
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -182,7 +183,8 @@ def _read_probe(
     transport: Transport, channel: Channel, target: ProbeTarget, nbytes: int, deadline: Deadline
 ) -> bytes:
     """The nonce, read with so much behind it. Raises LLMException."""
-    landing = np.zeros(nbytes, dtype=np.uint8)
+    # pages of its own: those of many links would not all go back from the heap
+    landing = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
     region = Region((landing.ctypes.data,), nbytes, is_remote_accessible=False)
     segments = Segments.few([target.addr], [landing.ctypes.data], [nbytes])
     transport.expose(region)

@@ -169,6 +169,8 @@ class Process:
         try:
             return self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                return None
             if error.errno != errno.ENOPROTOOPT:
                 raise
         try:  # an older kernel: whoever has the number now
