@@ -60,10 +60,9 @@ class Ids:
         for _ in range(_ROUNDS):
             live = _live(self._links.of(cluster_id), newcomer)
             answers = await _ask(live, newcomer)
+            if same := [other for other in live if answers[other]]:
+                return Verdict("", _replaced(newcomer, same))
             if set(_live(self._links.of(cluster_id), newcomer)) <= answers.keys():
-                same = [other for other in live if answers[other]]
-                if same:
-                    return Verdict("", _replaced(newcomer, same))
                 return _judge(newcomer, cluster_id, answers)
         return Verdict(f"several clusters come with the id {cluster_id} at a time")
 

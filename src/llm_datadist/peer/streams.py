@@ -214,8 +214,9 @@ class StreamPool:
             for loan in tuple(loans):
                 if loan() is None:
                     loans.pop(loan, None)
-        for stream, loan in tuple(self._lent.items()):
-            if loan() is None:
+        for stream in tuple(self._lent):  # not of pairs: to make those lets others in
+            lent_to = self._lent.get(stream)
+            if lent_to is not None and lent_to() is None:
                 self._drop(stream)
                 self._lent.pop(stream, None)
 
