@@ -290,6 +290,8 @@ class CallerLink(Link):
     expected: bytes = b""
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
+    #: why the first connection ended while the ends met; empty while it lives
+    _lost_because: str = ""
 
     def start(self, *, is_fresh: bool, timeout_ms: int, group: str = "") -> list[Action]:
         self.state = State.GREETING
@@ -356,12 +358,21 @@ class CallerLink(Link):
         if failure is None:
             ending = self._close(LLMStatusCode.LLM_SUCCESS, "it goes on over a same-host socket")
             return [Send(m.Moved()), *ending]
+        if self._lost_because:
+            return self._close(LLMStatusCode.LLM_FAILED, self._lost_because)
         self.rejected.append((SAME_HOST, failure, is_remarkable))
         return self._propose()
 
+    def ended_elsewhere(self, status: LLMStatusCode, reason: str) -> list[Action]:
+        """The link that was made, or being made, where the ends met has ended: so has this one."""
+        return self._close(status, reason) if self.state is State.MEETING else []
+
     def lost(self, reason: str) -> list[Action]:
         """As above; while the ends meet elsewhere, the first connection may end."""
-        return [] if self.state is State.MEETING else super().lost(reason)
+        if self.state is not State.MEETING:
+            return super().lost(reason)
+        self._lost_because = reason
+        return []
 
     def _propose(self) -> list[Action]:
         if not self._candidates:

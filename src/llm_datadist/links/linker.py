@@ -158,7 +158,8 @@ class Linker:
             raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
         control = await self._reach(at, is_here, max(0.001, deadline.remaining_s()))
         session = await self._shake_hands(control, call, deadline, first.instance)
-        if not session.is_closed:
+        no_way = LLMStatusCode.LLM_LINK_FAILED, LLMStatusCode.LLM_FAILED
+        if not session.is_closed or session.status not in no_way:  # as: unlinked meanwhile
             return session
         if session.rejected:
             _, reason, is_remarkable = session.rejected[-1]

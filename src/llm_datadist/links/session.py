@@ -346,6 +346,9 @@ class Session:
         except PathUnavailable as error:
             await self.perform(link.met(error.reason, is_remarkable=error.is_remarkable))
             return
+        if met.is_closed:
+            await self.perform(link.ended_elsewhere(met.status, met.reason))
+            return
         if self.is_closed:
             await met.cut("the call that it was made for has ended")
         await self.perform(link.met(None))
