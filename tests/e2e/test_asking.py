@@ -55,6 +55,22 @@ def test_a_cluster_answers_who_is_not_linked(node: Node, peer: NodeProcess) -> N
     assert len(node.datadist.links()) == 1, "asking makes no link"
 
 
+def test_an_address_without_a_route_does_not_end_the_dialling(
+    node: Node, peer: NodeProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = start(node, peer)
+
+    def two_addresses(_host: str, port: int, **_: Any) -> list[Any]:
+        stream = (socket.SOCK_STREAM, 6, "")
+        return [
+            (socket.AF_INET, *stream, ("255.255.255.255", port)),  # ENETUNREACH for a stream
+            (socket.AF_INET, *stream, ("127.0.0.1", port)),
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
+    assert ask_stats(Endpoint("two.example", port), None, 5.0).cluster_id == 1
+
+
 def test_without_link_security_addresses_and_keys_are_kept_back(
     node: Node, peer: NodeProcess
 ) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import socket
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,11 @@ def connect(at: Address, deadline: Deadline, failure: LLMStatusCode) -> socket.s
         infos = _look_up(at, deadline)
         for index, info in enumerate(infos[:-1]):
             fair_s = deadline.require(what) / (len(infos) - index)
-            with suppress(ConnectionError, BlockingIOError):
+            try:
                 return _connect(info[0], info[4], fair_s)
+            except OSError as error:  # the next may be on a network that is there
+                if error.errno is None:  # a signal's handler raised it
+                    raise
         return _connect(infos[-1][0], infos[-1][4], deadline.require(what))
     except BlockingIOError:
         raise deadline.expired(what) from None
@@ -84,7 +87,7 @@ def _connect(family: int, sockaddr: tuple[Any, ...], timeout_s: float) -> socket
         sock.close()
         if error.errno is None and limit.remaining_s() > 0:
             raise  # a signal's handler did
-        raise BlockingIOError from None
+        raise BlockingIOError(errno.EAGAIN, "no answer in time") from None
     except BaseException:
         sock.close()
         raise
