@@ -374,8 +374,7 @@ def _make_room() -> None:
     other = LLMDataDist.llm_engine_instance
     if other is None:
         return
-    managers = [each for each in (other._cache_manager, other._kv_cache_manager) if each]
-    manager = managers.pop()
+    manager = other._cache_manager or other._kv_cache_manager
     # each is known to a variable here, and to the one place where the library keeps it
     known = object()
     once = sys.getrefcount(known) + 1

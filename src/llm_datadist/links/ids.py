@@ -80,7 +80,7 @@ class Ids:
         is_meant = named == cluster_id and _belongs(newcomer, others)
         asked = [each for each in others if not is_meant or _is_like(each, newcomer)]
         answers = {**dict.fromkeys(others), **await _ask(asked, newcomer)}
-        same = _replaced(newcomer, [other for other in others if answers[other]])
+        same = [other for other in others if answers[other]]
         strange = {other: answer for other, answer in answers.items() if not answer}
         for other, answer in strange.items():
             if _is_at(other, newcomer) and answer is not None:
@@ -98,12 +98,12 @@ class Ids:
         if not same and not is_meant:
             verdict = _judge(newcomer, cluster_id, rest)
             return Verdict(verdict.objection, [*gone, *verdict.displaced])
-        for other in rest if not same else ():
+        for other in rest if is_meant and not same else ():
             get_logger().warning(
                 "two peers have the cluster id %d: that at %s, which is used from here on, and one "
                 "%s", cluster_id, newcomer.endpoint, other.whereabouts,
             )  # fmt: skip
-        return Verdict("", [*same, *gone])
+        return Verdict("", [*_replaced(newcomer, same), *gone])
 
 
 def _judge(newcomer: Session, cluster_id: int, answers: Mapping[Session, bool | None]) -> Verdict:
