@@ -343,8 +343,8 @@ class CallerLink(Link):
             )
         self.token = message.token
         self._candidates = self._paths(message.offers)
-        best = candidates(self.me.offers, message.offers, self.me.path)[:1]
-        if best != [SAME_HOST] or self.is_same_host:
+        common = candidates(self.me.offers, message.offers, self.me.path)
+        if self.is_same_host or SAME_HOST not in common:
             return self._propose()
         self.state = State.MEETING
         if message.offers[SAME_HOST]:

@@ -23,12 +23,17 @@ def printable(text: str) -> str:
     What does not print (controls, line breaks, marks of direction, lone surrogates) is written as
     an escape, `\x1b`; where the text was cut there is an ellipsis. Once more changes nothing.
     """
-    shown = text[:MAX_SHOWN]
-    if not shown.isprintable():
-        shown = "".join(c if c.isprintable() else _escape(c) for c in shown)
+    shown = escaped(text[:MAX_SHOWN])
     if max(len(text), len(shown)) > MAX_SHOWN:
         shown = f"{shown[: MAX_SHOWN - 1]}…"
     return shown
+
+
+def escaped(text: str) -> str:
+    """The text, with an escape in place of each character that does not print."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
 def heard(value: T) -> T:

@@ -245,9 +245,7 @@ class Listener:
         self, session: Session, link: ListenerLink, hello: m.Hello
     ) -> Sequence[Action]:
         """What is answered to a Hello."""
-        if hello.group and (
-            refusal := self._groups.refusal_of(hello, session.process)
-        ):  # before the id's owner asks
+        if refusal := self._refusal_of_group(session, hello):  # before others are asked
             return link.refuse(*refusal)
         known = any(not s.is_closed for s in self._links.with_instance(hello.instance))
         is_known = known and not hello.group
@@ -256,11 +254,15 @@ class Listener:
             if verdict.objection:
                 get_logger().warning("refused a caller: %s", verdict.objection)
                 return link.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
-        refusal = self._groups.refusal_of(hello, session.process) if hello.group else None
-        if refusal is not None:
+        if refusal := self._refusal_of_group(session, hello):  # it may have changed meanwhile
             return link.refuse(*refusal)
         self._groups.answer(session, hello.cluster_id)
         return link.admit(hello, is_known=is_known)
+
+    def _refusal_of_group(
+        self, session: Session, hello: m.Hello
+    ) -> tuple[LLMStatusCode, str] | None:
+        return self._groups.refusal_of(hello, session.process) if hello.group else None
 
     async def _attach(self, control: Control, attach: m.Attach) -> bool:
         session = self._sessions.get(attach.token)

@@ -79,7 +79,8 @@ class Session:
         self._context = context
         self._registrar = registrar
         control.watch()
-        self._control = control
+        #: the connection that it is on
+        self.control = control
         self._link = link
         #: where the caller reached its peer; None at the listener, and at a meeting point
         self.endpoint = endpoint
@@ -160,29 +161,19 @@ class Session:
         return isinstance(self._link, lk.CallerLink)
 
     @property
-    def control(self) -> Control:
-        """The connection that it is on."""
-        return self._control
-
-    @property
     def certificate(self) -> Certificate | None:
         """The peer's, under TLS."""
-        return self._control.shield.peer_certificate
+        return self.control.shield.peer_certificate
 
     @property
     def whereabouts(self) -> str:
         """Where the peer is, for messages."""
-        return f"at {self.endpoint or self._control.at}"
+        return f"at {self.endpoint or self.control.at}"
 
     @property
     def process(self) -> Process | None:
         """The peer's, where the kernel says which one that is."""
-        return self._control.process
-
-    @property
-    def left_s(self) -> float:
-        """What is left of the time for the hand-shake."""
-        return max(0.001, self._deadline.remaining_s())
+        return self.control.process
 
     @property
     def token(self) -> bytes:
@@ -228,10 +219,10 @@ class Session:
             raise
         finally:
             if self._listening is None:
-                self._control.close()
+                self.control.close()
             elif self.is_closed:
                 await asyncio.wait([self._listening])
-                self._control.close()  # a task that is cancelled before it began closes nothing
+                self.control.close()  # a task that is cancelled before it began closes nothing
 
     async def join(self) -> None:
         """Waits for what a closed session still has running."""
@@ -266,7 +257,7 @@ class Session:
     @property
     def is_with_ourselves(self) -> bool:
         """Whether this very cluster is the other end."""
-        return self._control.theirs in self._context.connections
+        return self.control.theirs in self._context.connections
 
     async def cut(self, reason: str) -> None:
         await self.perform(self._link.cut(reason))
@@ -315,12 +306,12 @@ class Session:
             while not self.is_closed and await self._has_received():
                 pass
         finally:
-            self._control.close()
+            self.control.close()
 
     async def _has_received(self) -> bool:
         """Whether the connection goes on."""
         try:
-            message = await self._control.receive()
+            message = await self.control.receive()
         except ConnectionEnded as error:
             if self.peer is not None and isinstance(error, Unwelcome):
                 get_logger().warning("the link to cluster %d is cut: %s", self.cluster_id, error)
@@ -332,7 +323,7 @@ class Session:
 
     async def _send(self, message: m.Message) -> Sequence[lk.Action]:
         try:
-            await self._control.send(message)
+            await self.control.send(message)
         except ConnectionEnded as error:
             return self._link.lost(str(error))
         return ()
@@ -435,9 +426,9 @@ class Session:
         self._streams.close(ending)
         self._paths.close()
         self.services.close()
-        self._control.end()
+        self.control.end()
         self._vouching.close()
-        self._context.connections.discard(self._control.mine)
+        self._context.connections.discard(self.control.mine)
         self.closed.set()
         self._settled.set()
         for call in self._on_close:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from llm_datadist.core.words import escaped
+
 
 def printable(text: object, most: int = 500) -> str:
     """The text on one line, without control characters, and not longer than `most`.
 
     What is in the middle is left out: an error says first what was done, and last what came of it.
     """
-    words = _cut(str(text), most)
-    if words.isprintable():
-        return words
-    return _cut("".join(each if each.isprintable() else ascii(each)[1:-1] for each in words), most)
+    return _cut(escaped(_cut(str(text), most)), most)
 
 
 def _cut(text: str, most: int) -> str:
