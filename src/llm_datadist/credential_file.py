@@ -7,6 +7,7 @@ import stat
 from typing import Final
 
 from llm_datadist.errors import invalid
+from llm_datadist.system_errors import pass_on_handlers
 
 #: the bundle of all public authorities is a quarter of it
 _MAX_NBYTES: Final = 1024 * 1024
@@ -30,6 +31,7 @@ def read_credential(name: str, file: str) -> bytes:
     except FileNotFoundError:
         raise invalid(f"{name}: there is no file {file}") from None
     except OSError as error:
+        pass_on_handlers(error)
         raise invalid(f"{name}: {file} cannot be read: {error.strerror}") from None
     except ValueError:
         raise invalid(f"{name}: {file!r} is no path of a file") from None
@@ -47,7 +49,10 @@ def identity_of(file: str) -> tuple[int, ...] | None:
     """What differs when the file was written anew or replaced; None when there is none."""
     try:
         found = os.stat(file)
-    except (OSError, ValueError):
+    except OSError as error:
+        pass_on_handlers(error)
+        return None
+    except ValueError:
         return None
     # with the time of change: tools that copy files set the time of modification back
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -4,50 +4,70 @@ from __future__ import annotations
 
 import random
 import signal
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
-from edges.user import EVERY, KEY, SMALL, SUCCESS, settings, start_owner
-from llm_datadist import LLMException, LLMRole
+from edges.user import SMALL, User, start_owner
+from llm_datadist import LLMException
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist.testing.cluster import Node, NodeProcess
 
 STRIKES = 400
 LONGEST_S = 4e-4
-#: more pulls than the longest delay has room for
-MANY = 1000
+#: more calls than the longest delay has room for
+MANY = 10_000
 
 
-def pull_under_alarms(node: Node, path: str, port: int) -> tuple[int, list[str]]:
-    """How many alarms came out as what they are, and what else came out. In a main thread."""
+class Alarms:
+    """Strike while something is called over and over; in a main thread."""
 
-    def strike(*_: object) -> None:
-        raise TimeoutError("my alarm")
+    def __init__(self) -> None:
+        self.draw = random.Random(1)
+        #: struck where no exception passes: in a finalizer
+        self.unraisable = 0
+        signal.signal(signal.SIGALRM, self._strike)
+        sys.unraisablehook = self._count
 
-    node.start(LLMRole.DECODER, 2, **settings(path))
-    assert node.link(port, 1) is SUCCESS
-    cache, draw = node.blocks_cache(*SMALL), random.Random(1)
-    signal.signal(signal.SIGALRM, strike)
-    alarms, others = 0, []
-    for _ in range(STRIKES):
+    def within(self, call: Callable[[], object]) -> BaseException | None:
+        """What came out, as it is handed on; None when the alarm did not."""
         try:
             try:
-                signal.setitimer(signal.ITIMER_REAL, draw.uniform(2e-5, LONGEST_S))
+                signal.setitimer(signal.ITIMER_REAL, self.draw.uniform(2e-5, LONGEST_S))
                 for _ in range(MANY):
-                    node.manager.pull_blocks(KEY, cache, EVERY, EVERY)
+                    call()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        except TimeoutError as error:
-            alarms += str(error) == "my alarm"
-        except LLMException as error:
-            others.append(str(error))
-    return alarms, others
+        except (OSError, LLMException) as error:
+            return error
+        return None
+
+    def _strike(self, *_: object) -> None:
+        raise TimeoutError("my alarm")
+
+    def _count(self, _: Any) -> None:
+        self.unraisable += 1
+
+
+def struck(node: Node, path: str, port: int, verb: str) -> tuple[int, set[str]]:
+    """How many alarms were lost, and what else came out."""
+    user, alarms = User(node, path, port, shape=SMALL), Alarms()
+    came = [alarms.within(user.verbs[verb]) for _ in range(STRIKES)]
+    lost = came.count(None) - alarms.unraisable
+    return lost, {repr(error) for error in came if error is not None}
 
 
 def test_a_time_out_of_the_programs_own_is_passed_on(
     peer: NodeProcess, victim: NodeProcess, path: str
 ) -> None:
     port = peer.call(start_owner, path, shape=SMALL)
-    alarms, others = victim.call(pull_under_alarms, path, port)
-    assert others == []
-    assert alarms >= STRIKES - 2  # one may strike where no exception passes: a finalizer
+    for verb in ("pull", "push", "copy", "swap"):
+        lost, others = victim.call(struck, path, port, verb)
+        assert (verb, lost, others) == (verb, 0, {"TimeoutError('my alarm')"})
+        victim.call(ended)
+
+
+def ended(node: Node) -> None:
+    node.datadist.finalize()

@@ -20,6 +20,7 @@ from llm_datadist.core.pages import PagePool
 from llm_datadist.core.slots import SlotPool
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.locks import make_lock
+from llm_datadist.system_errors import pass_on_handlers, refusals_ignored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,13 +49,15 @@ class Arena:
             # the system maps nothing of no bytes, while a pool may have no page
             self._mapping = mmap.mmap(-1, max(nbytes, 1), flags=flags)
         except (OSError, OverflowError) as error:
+            if isinstance(error, OSError):
+                pass_on_handlers(error)
             raise LLMException(
                 f"cannot reserve {nbytes} bytes for a memory pool: {error}. Configure a smaller "
                 "pool, or lift the limit: `ulimit -v`, or sysctl vm.overcommit_memory=2",
                 LLMStatusCode.LLM_OUT_OF_MEMORY,
             ) from error
         # transfers by the kernel are an eighth faster on huge pages
-        with suppress(OSError):  # a kernel without them
+        with refusals_ignored():  # a kernel without them
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.addr = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 

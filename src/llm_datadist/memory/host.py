@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_datadist.observe.log import get_logger
+from llm_datadist.system_errors import pass_on_handlers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,7 +22,8 @@ def unmapped(addrs: Iterable[int], nbytes: int) -> list[int]:
     """
     try:
         ranges = _mapped_ranges(_MAPS.read_text())
-    except OSError:
+    except OSError as error:
+        pass_on_handlers(error)
         return []
     return [addr for addr in addrs if not _lies_within(ranges, addr, addr + nbytes)]
 

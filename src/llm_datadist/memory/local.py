@@ -15,6 +15,7 @@ import numpy as np
 from llm_datadist.core.segments import first_unfinished, iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory import native, pipe
+from llm_datadist.system_errors import pass_on_handlers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -96,8 +97,7 @@ def _moved(dst: U64, src: U64) -> int:
     try:
         return native.process_vm_readv(os.getpid(), dst.ctypes.data, src.ctypes.data, len(dst))
     except OSError as error:
-        if error.errno is None:  # no system call's: a signal's handler raised it
-            raise
+        pass_on_handlers(error)
         if error.errno == errno.EFAULT:
             return 0
         if error.errno not in _REFUSALS:
@@ -105,8 +105,7 @@ def _moved(dst: U64, src: U64) -> int:
     try:
         return pipe.copy(dst, src)
     except OSError as error:
-        if error.errno is None:
-            raise
+        pass_on_handlers(error)
         raise _refused(error) from error
 
 

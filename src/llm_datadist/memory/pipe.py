@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.memory import native
+from llm_datadist.system_errors import refusals_ignored
 
 if TYPE_CHECKING:
     from llm_datadist.core.segments import U64
@@ -31,7 +31,7 @@ def copy(dst: U64, src: U64) -> int:
     # full or empty, it must not be waited for
     out, into = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        with suppress(OSError):  # the user has too many of that size; it works with less
+        with refusals_ignored():  # the user has too many of that size; it works with less
             fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, _NBYTES)
         return _copy(out, into, dst.copy(), src.copy())
     finally:

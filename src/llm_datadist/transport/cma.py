@@ -9,7 +9,6 @@ say why.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -26,6 +25,7 @@ from llm_datadist.core.segments import FEW, first_unfinished, iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
 from llm_datadist.running.movers import MIN_PART_NBYTES
+from llm_datadist.system_errors import pass_on_handlers, refusals_ignored
 from llm_datadist.transport.base import (
     AllMemory,
     Channel,
@@ -58,7 +58,7 @@ class CmaTransport(AllMemory):
 
     def offer(self) -> bytes | None:
         if ptrace_scope() in (1, None):
-            with contextlib.suppress(OSError):  # the peer's probe then fails and says why
+            with refusals_ignored():  # the peer's probe then fails and says why
                 native.allow_tracing_by_same_user()
         return b""  # where we are to be met is the link's to say
 
@@ -129,8 +129,7 @@ class CmaChannel:
                 self._pid, ours.buffer_info()[0], theirs.buffer_info()[0], len(local) // 2
             )
         except OSError as error:
-            if error.errno is None:  # no system call's: a signal's handler raised it
-                raise
+            pass_on_handlers(error)
             return False
         is_right = moved == total_nbytes and words[0] == words[1] == guard.generation
         return is_right and not _has_ended(self._pidfd) and not self._is_closed
@@ -167,8 +166,7 @@ class CmaChannel:
                 self._pid, local.ctypes.data, remote.ctypes.data, len(local)
             )
         except OSError as error:
-            if error.errno is None:
-                raise
+            pass_on_handlers(error)
             raise self._explain(error, local, remote, guard) from error
         if moved != wanted:
             raise self._bad_address(first_unfinished(local[:, 1], moved), local, remote, guard)
@@ -211,7 +209,8 @@ class CmaChannel:
         base = vectors.ctypes.data
         try:
             return native.process_vm_readv(pid, base, base + 16, 1) == nbytes
-        except OSError:
+        except OSError as error:
+            pass_on_handlers(error)
             return False
 
 
@@ -220,6 +219,7 @@ def _pidfd(process: Process) -> int | None:
     try:
         pidfd = process.open_pidfd()
     except OSError as error:
+        pass_on_handlers(error)
         if error.errno in (errno.ESRCH, errno.EINVAL):
             raise PathUnavailable(f"process {process.pid} of the peer is gone") from error
         raise PathUnavailable(f"process {process.pid} of the peer: {error.strerror}") from error
@@ -236,6 +236,7 @@ def _has_ended(pidfd: int | None) -> bool:
     try:
         signal.pidfd_send_signal(pidfd, 0)
     except OSError as error:
+        pass_on_handlers(error)
         return error.errno in (errno.ESRCH, errno.EPERM, errno.EBADF)
     return False
 
@@ -247,7 +248,10 @@ def ptrace_scope() -> int | None:
     """
     try:
         return int(_PTRACE_SCOPE.read_text())
-    except (OSError, ValueError):
+    except OSError as error:
+        pass_on_handlers(error)
+        return None
+    except ValueError:
         return None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from llm_datadist.credential_file import is_public, read_credential
 from llm_datadist.errors import invalid
 from llm_datadist.observe.log import get_logger
+from llm_datadist.system_errors import pass_on_handlers, refusals_ignored
 from llm_datadist.transport.certificate import Certificate, fault_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def load_tls(security: LinkSecurity) -> TlsContexts:
 def warn_of_public_files(security: LinkSecurity | None) -> None:
     """Says so in the log when others than their owner can read what must be secret."""
     for file in () if security is None else (security.secret_file, security.key):
-        with suppress(OSError):  # it was read a moment ago, and is read again
+        with refusals_ignored():  # it was read a moment ago, and is read again
             if file and is_public(file):
                 get_logger().warning(
                     "link_security: every user of this host can read %s; chmod o-r %s", file, file
@@ -89,7 +90,8 @@ def _context(security: LinkSecurity, protocol: ssl._SSLMethod) -> ssl.SSLContext
     certificate, key = security.certificate, security.key
     try:
         context.load_verify_locations(security.ca)
-    except (ssl.SSLError, OSError) as error:
+    except OSError as error:
+        pass_on_handlers(error)
         raise invalid(f"{_NAME}: the CA in {security.ca}: {_reason(error)}") from None
     try:
         context.load_cert_chain(certificate, key, password=_refuse)
@@ -98,7 +100,8 @@ def _context(security: LinkSecurity, protocol: ssl._SSLMethod) -> ssl.SSLContext
             f"{_NAME}: the key {key} is encrypted, and nobody is asked for its pass phrase; "
             f"decrypt it (openssl pkey -in {key} -out ...)"
         ) from None
-    except (ssl.SSLError, OSError) as error:
+    except OSError as error:
+        pass_on_handlers(error)
         if getattr(error, "reason", None) in _OTHER_KEY:
             raise invalid(
                 f"{_NAME}: the key {key} is not that of the certificate {certificate}"

@@ -12,6 +12,7 @@ from llm_datadist.running import forks
 from llm_datadist.running.bell import Latch
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.threads import start_thread
+from llm_datadist.system_errors import pass_on_handlers
 from llm_datadist.transport.same_host import SameHost
 
 if TYPE_CHECKING:
@@ -36,14 +37,12 @@ def connect(at: Address, deadline: Deadline, failure: LLMStatusCode) -> socket.s
             try:
                 return _connect(info[0], info[4], fair_s)
             except OSError as error:  # the next may be on a network that is there
-                if error.errno is None:  # a signal's handler raised it
-                    raise
+                pass_on_handlers(error)
         return _connect(infos[-1][0], infos[-1][4], deadline.require(what))
     except BlockingIOError:
         raise deadline.expired(what) from None
     except OSError as error:
-        if error.errno is None:  # a signal's handler raised it
-            raise
+        pass_on_handlers(error)
         raise LLMException(f"cannot connect to {at}: {error.strerror}", failure) from error
 
 

@@ -22,6 +22,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.locks import make_lock
 from llm_datadist.memory.device import HOST
 from llm_datadist.running.bell import Turn, Turns
+from llm_datadist.system_errors import pass_on_handlers
 from llm_datadist.transport.base import Channel, Region, StaleCache, Streams
 from llm_datadist.transport.nixl_agent import Agent, package
 
@@ -49,7 +50,8 @@ def _is_active(state: Path) -> bool:
     """Whether a port of an RDMA device is up: "4: ACTIVE"."""
     try:
         return "ACTIVE" in state.read_text()
-    except OSError:  # it was unplugged
+    except OSError as error:  # it was unplugged
+        pass_on_handlers(error)
         return False
 
 

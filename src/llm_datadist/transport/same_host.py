@@ -17,7 +17,6 @@ import os
 import secrets
 import socket
 import struct
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import msgspec
 
 from llm_datadist.running import forks
+from llm_datadist.system_errors import pass_on_handlers
 from llm_datadist.transport.stream import timeval
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ class Process:
         try:
             return self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
         except OSError as error:
+            pass_on_handlers(error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 return None
             if error.errno != errno.ENOPROTOOPT:
@@ -177,7 +178,8 @@ class Process:
             return os.pidfd_open(self.pid)
         except ProcessLookupError:
             raise
-        except OSError:  # an old kernel, or a sandbox
+        except OSError as error:  # an old kernel, or a sandbox
+            pass_on_handlers(error)
             return None
 
 
@@ -186,6 +188,8 @@ def _host() -> str:
 
     A service's or a sandbox's /proc may lack it.
     """
-    with suppress(OSError):
+    try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
+    except OSError as error:
+        pass_on_handlers(error)
+        return ""

@@ -13,6 +13,7 @@ from llm_datadist.core.link import status_of
 from llm_datadist.core.segments import skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
+from llm_datadist.system_errors import pass_on_handlers, refusals_ignored
 from llm_datadist.transport.beginnings import Kind, why_to_leave
 from llm_datadist.transport.shield import NotAuthentic
 
@@ -104,7 +105,7 @@ class Stream:
     def shutdown(self) -> None:
         """Ends whatever waits on the stream, which cannot be used again; in any thread."""
         self.is_shut = True
-        with suppress(OSError):  # it is closed already
+        with refusals_ignored():  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -168,8 +169,7 @@ class RequestRefused(LLMException):
 
 
 def _explain(error: OSError) -> LLMException:
-    if error.errno is None:  # no system call's: a signal's handler raised it (TimeoutError, often)
-        raise error
+    pass_on_handlers(error)
     if error.errno == errno.EFAULT:
         return LLMException(
             "a local address of the transfer is not mapped memory: "

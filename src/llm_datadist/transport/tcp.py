@@ -28,6 +28,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
 from llm_datadist.memory.local import gather
 from llm_datadist.running.movers import MIN_PART_NBYTES
+from llm_datadist.system_errors import refusals_ignored
 from llm_datadist.transport.base import AllMemory, Channel, StaleCache, Streams
 from llm_datadist.transport.stream import RequestRefused, timeval
 
@@ -146,7 +147,8 @@ def unpace(sock: socket.socket) -> None:
     BBR does, which serves long paths; between hosts of one network the timers took a third of the
     throughput here. Every other algorithm is left alone, and one that the route locks.
     """
-    with suppress(OSError, struct.error):  # a system that does not tell, or lets nobody choose
+    # a system may not tell, or let nobody choose
+    with refusals_ignored(), suppress(struct.error):
         if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.size)
             if _MIN_RTT.unpack(info)[0] < _NEAR_US:
