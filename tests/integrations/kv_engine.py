@@ -6,7 +6,6 @@ The KV of a token is a number made of the token and the layer, so that every blo
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from dataclasses import dataclass
@@ -128,7 +127,6 @@ class Engine:
         end = time.monotonic() + seconds
         self.step()
         while time.monotonic() < end:
-            os.sched_yield()
             self.step()
 
     def step_until_sent(self, request_id: str, within_s: float = 10.0) -> bool:

@@ -219,7 +219,7 @@ def test_thousands_of_leases_are_renewed_while_their_producer_computes(
 ) -> None:
     """It holds Python's lock: each transfer takes as long as its thread has to wait for that."""
     tcp = {"llm_config": {"transfer_path": "tcp"}}
-    lease = {"kv_lease_duration": SHORT_S, **tcp}
+    lease = {"kv_lease_duration": 3 * SHORT_S, **tcp}  # the hand-overs take a while, too
     with (
         opened(processes[0], "prefill", "kv_producer", free_port(), **lease) as prefill,
         opened(processes[1], "decode", "kv_consumer", **tcp) as decode,
@@ -227,7 +227,7 @@ def test_thousands_of_leases_are_renewed_while_their_producer_computes(
         assert decode.call(Engine.read, "first", PROMPT, hand_over(prefill, "first"), OURS)
         assert prefill.call(Engine.step_until_sent, "first")
         decode.call(wait_for_all, prefill.call(hand_over_many, 2000))
-        assert prefill.call(num_sent_within, 3 * SHORT_S) == 1
+        assert prefill.call(num_sent_within, 9 * SHORT_S) == 1
 
 
 def hand_over_many(engine: Engine, count: int) -> list[dict[str, Any]]:

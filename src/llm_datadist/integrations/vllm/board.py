@@ -33,7 +33,7 @@ _BEAT = _KEY + _NUM_KEY_WORDS
 _RELEASE, _WORDS_PER_SLOT = _BEAT + 1, _BEAT + 2
 _BEAT_BITS = 16
 #: so many leases are looked at, or answered, by one transfer
-_LEASES_PER_PAGE = 256
+_LEASES_PER_PAGE = 2048
 _WORDS_PER_PAGE = _LEASES_PER_PAGE * (1 + _NUM_KEY_WORDS)
 
 
