@@ -90,6 +90,8 @@ def move(
     bytes and touches no others, and is then measured in alternation with the rest. Machines are
     noisy: trust the ratios, which compare the same rounds.
 
+    More: `llm-datadist docs performance`.
+
     Exit code 0: measured, every byte verified; 1: a contestant failed; 2: wrong usage, or something
     is to be set up.
     """

@@ -46,6 +46,8 @@ def doctor(
     Where that takes more lines than the terminal has, what is as it should be is named, no more;
     `--all` and pipes get every finding.
 
+    More: `llm-datadist docs doctor`.
+
     Exit code 0: nothing has to be mended; 1: something has; 2: wrong usage.
     """
     listen_at, peer_at = _listen(listen), _endpoint(peer)

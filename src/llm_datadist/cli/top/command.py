@@ -49,6 +49,8 @@ def top(
     On a terminal: `q` quits, `s` sorts by the next column, `r` turns the order round, `j`, `k`,
     arrows and page keys scroll, the space bar pauses.
 
+    More: `llm-datadist docs observability`.
+
     Exit code 0: every cluster answered, or `q` or Ctrl-C; 2: wrong usage; 3: with --once or
     --json, a cluster did not answer, or with what is no answer.
     """
