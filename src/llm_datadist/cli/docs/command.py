@@ -21,7 +21,7 @@ def docs(
     page: Annotated[
         str,
         typer.Argument(
-            metavar="[PAGE]",
+            metavar="PAGE",
             help="A page, as security; a section of it, as security#renew-them, which is how links "
             "are printed; a section of the specification, as 6.9, or a decision, as O19.",
             show_default=False,

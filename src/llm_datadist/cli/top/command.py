@@ -61,7 +61,7 @@ def top(
     from llm_datadist.options import read_link_security
 
     try:
-        endpoints = [Endpoint.parse(text, "HOST:PORT") for text in clusters]
+        endpoints = [Endpoint.parse(text) for text in clusters]
         security = read_link_security({})
         take = partial(take_samples, endpoints, security, timeout)
         if not (json or once):
