@@ -1,4 +1,8 @@
-"""LLM-DataDist on any machine: moves the KV cache of large language models between processes."""
+"""LLM-DataDist on any machine: moves the KV cache of large language models between processes.
+
+The command `llm-datadist docs` lists the pages of the documentation, which are in the package;
+`llm-datadist docs 6.10` shows what a docstring here cites as "Spec 6.10".
+"""
 
 import os as _os
 from importlib import import_module as _import_module

@@ -29,15 +29,15 @@ class Endpoint(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @classmethod
-    def parse(cls, text: str, name: str = "the address") -> Endpoint:
+    def parse(cls, text: str, name: str = "the address", *, form: str = "host:port") -> Endpoint:
         """The endpoint that `host:port` or `[ipv6]:port` names. Spec 5.1, decision O34.
 
         Raises LLMException for text of another form, ValueError when the port is no number of
-        [0, 65535]. `name` is what the messages call the text.
+        [0, 65535]. `name` is what the messages call the text, `form` what they ask for.
         """
         found = _HOST_AND_PORT.fullmatch(text)
         if found is None:
-            raise invalid(f'{name} must be "ip:port" or "[ipv6]:port", got {text!r}')
+            raise invalid(f'{name} must be "{form}" or "[ipv6]:port", got {text!r}')
         if found["bracketed"] and not _is_ipv6(found["bracketed"]):
             raise invalid(f"{name} has no IPv6 address between its brackets: {text!r}")
         return cls(found["bracketed"] or found["plain"], _parse_port(name, found["port"]))

@@ -130,7 +130,7 @@ def parse_listen(raw: Mapping[str, str]) -> Endpoint | None:
             f"{key.LISTEN_IP_INFO} has an address for each of several devices, "
             f"a process has one device: {text!r}"
         )
-    listen = Endpoint.parse(text, key.LISTEN_IP_INFO)
+    listen = Endpoint.parse(text, key.LISTEN_IP_INFO, form="ip:port")
     if not listen.is_literal:
         raise invalid(f"{key.LISTEN_IP_INFO} must have an IPv4 or IPv6 address, got {text!r}")
     return listen

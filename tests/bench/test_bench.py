@@ -65,8 +65,10 @@ def test_a_sweep_of_block_sizes_and_its_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("contiguous", [(), ("--contiguous",)])
 def test_other_shapes(contiguous: tuple[str, ...]) -> None:
-    table = bench("--shape", "one-block", "--rounds", "1", *contiguous)
-    assert "memcpy" in table
+    title, *table = bench("--shape", "one-block", "--rounds", "1", *contiguous).splitlines()
+    assert title.startswith("pull_blocks over cma, remote-accessible, one-block: ")
+    assert title.endswith(" threads")
+    assert "memcpy" in "\n".join(table)
 
 
 def test_many_links() -> None:
@@ -78,7 +80,9 @@ def test_many_links() -> None:
 @pytest.mark.parametrize("scenario", ["plan", "startup"])
 def test_scenarios_that_need_little_memory(scenario: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    assert "ms" in bench(scenario, "--rounds", "1", "--json", str(file))
+    title, *table = bench(scenario, "--rounds", "1", "--json", str(file)).splitlines()
+    assert title == f"{scenario}: rounds 1"
+    assert " ms " in "\n".join(table)
     said = json.loads(file.read_text())
     assert (said["scenario"], said["settings"]) == (scenario, {"rounds": 1})
     for figure in said["figures"]:

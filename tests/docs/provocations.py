@@ -96,7 +96,7 @@ def _(scene: Scene) -> None:
         scene.start(listen_ip_info=f"127.0.0.1:{taken.getsockname()[1]}")
 
 
-@provokes('… must be "ip:port" or "[ipv6]:port", got …')
+@provokes('… must be "…" or "[ipv6]:port", got …')
 def _(scene: Scene) -> None:
     scene.start(listen_ip_info="26000")
 

@@ -5,14 +5,12 @@ On the page as in the source's templates here, `…` stands for what differs fro
 
 from __future__ import annotations
 
-import ast
 import logging
 import re
-from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
-from doc_blocks import DOCS, ROOT
+from messages import TROUBLESHOOTING, quoted, templates
 from provocations import PROVOCATIONS, Scene
 
 from llm_datadist.testing.timing import eventually
@@ -20,7 +18,6 @@ from llm_datadist.testing.timing import eventually
 if TYPE_CHECKING:
     from llm_datadist.testing.cluster import Node, NodeProcess
 
-PAGE = DOCS / "troubleshooting.md"
 #: what needs two hosts, users or releases, comes by chance, or is shown by the tests of faults
 NOT_PROVOKED = [
     # in tests/integrations, with what only they need
@@ -86,30 +83,11 @@ NOT_PROVOKED = [
 ]
 
 
-def messages() -> list[str]:
-    """What the page quotes: code that begins a paragraph or a table's row, if it is a sentence."""
-    return re.findall(r"(?:^\| |(?<=\n\n))`([^`]* [^`]*)`", PAGE.read_text(), re.MULTILINE)
-
-
-@cache
-def templates() -> frozenset[str]:
-    """Every text of the source, with `…` for what is put into it."""
-    found = set()
-    for file in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = (str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
-                found.add(re.sub("…+", "…", "".join(parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(re.sub("%[sd]", "…", node.value))
-    return frozenset(found)
-
-
 def test_each_message_is_provoked_or_said_not_to_be() -> None:
-    assert sorted([*PROVOCATIONS, *NOT_PROVOKED]) == sorted(messages())
+    assert sorted([*PROVOCATIONS, *NOT_PROVOKED]) == sorted(quoted(TROUBLESHOOTING))
 
 
-@pytest.mark.parametrize("message", messages())
+@pytest.mark.parametrize("message", quoted(TROUBLESHOOTING))
 def test_a_message_is_in_the_source(message: str) -> None:
     assert any(message in template for template in templates())
 

@@ -160,4 +160,4 @@ def test_a_check_that_fails_is_a_finding_and_the_others_go_on(tmp_path: Path) ->
 def test_wrong_usage_has_a_code_of_its_own(arguments: list[str]) -> None:
     done = CliRunner().invoke(app, ["doctor", *arguments])
     assert done.exit_code == 2
-    assert "Invalid value" in done.output
+    assert f"Invalid value for {arguments[0]}: " in done.output

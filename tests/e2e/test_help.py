@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-VERBS = ((), ("demo",), ("doctor",), ("top",), ("bench",), ("bench", "plan"))
+VERBS = ((), ("demo",), ("docs",), ("doctor",), ("top",), ("bench",), ("bench", "plan"))
 
 
 def said(*arguments: str, **env: str) -> str:
@@ -21,7 +21,7 @@ def said(*arguments: str, **env: str) -> str:
     return done.stdout.decode("ascii" if "PYTHONIOENCODING" in env else "utf-8")
 
 
-@pytest.mark.parametrize("verb", ["demo", "top", "bench"])
+@pytest.mark.parametrize("verb", ["demo", "docs", "top", "bench"])
 @pytest.mark.parametrize("width", [80, 200])
 def test_paragraphs_are_broken_where_the_terminal_ends(verb: str, width: int) -> None:
     page = said(verb, "--help", COLUMNS=str(width))

@@ -17,7 +17,15 @@ import pytest
 import llm_datadist
 
 #: what the installed command must be able to do anywhere; `doctor` belongs here
-COMMANDS = [["--help"], ["--version"], ["doctor"]]
+COMMANDS = [["--help"], ["--version"], ["doctor"], ["docs"]]
+#: every link of every page
+FOLLOW = """
+import re
+from llm_datadist.cli.docs.pages import find, pages
+links = re.compile(r"\\]\\(((?!https?:)[^)\\s]+)")
+links = {each for page in pages() for each in links.findall(find(page))}
+print(len([find(each) for each in links]), "links")
+"""
 
 
 @pytest.mark.slow
@@ -30,6 +38,11 @@ def test_the_wheel_works_in_a_fresh_environment(tmp_path: Path) -> None:
     python = install(wheel, tmp_path / "environment")
     for command in COMMANDS:
         outside.run([python.with_name("llm-datadist"), *command], folder)
+    for page in pages_mentioned(python, folder):
+        outside.run([python.with_name("llm-datadist"), "docs", page], folder)
+    links = re.fullmatch(r"(\d+) links\n", outside.run([python, "-c", FOLLOW], folder))
+    assert links is not None
+    assert int(links[1]) > 50
     assert "LLM_SUCCESS" in outside.run([python, "-W", "error", readme_example(folder)], folder)
     assert "3 passed" in outside.run_pytest(folder, python)
 
@@ -64,7 +77,8 @@ def check_wheel(wheel: Path) -> None:
         fields = message_from_bytes(archive.read(metadata))
     tops = {Path(name).parts[0] for name in names}
     assert tops == {"llm_datadist", "_llm_datadist_pytest.py", Path(metadata).parts[0]}
-    assert "llm_datadist/py.typed" in names
+    assert {"llm_datadist/py.typed", "llm_datadist/pages/specification/caches.md"} <= set(names)
+    assert not [name for name in names if "/pages/" in name and not name.endswith(".md")]
     assert fields["Version"] == llm_datadist.__version__
     assert fields["Requires-Python"] == ">=3.10"
     classifiers = fields.get_all("Classifier", [])
@@ -91,6 +105,19 @@ def install(wheel: Path, environment: Path) -> Path:
         timeout_s=300,
     )
     return python
+
+
+def pages_mentioned(python: Path, folder: Path) -> set[str]:
+    """Those that the package's description names, which has no link of its own, and its source."""
+    description = outside.run(
+        [python, "-c", "import importlib.metadata as m; print(m.metadata('llm-datadist'))"], folder
+    )
+    assert re.findall(r"\]\((?!https?:)", description) == []
+    sources = (outside.ROOT / "src").rglob("*.py")
+    text = "".join([description, *(source.read_text() for source in sources)])
+    mentioned = set(re.findall(r"`llm-datadist docs ([^` ]+)`", text))
+    assert len(mentioned) > 15
+    return mentioned
 
 
 def readme_example(folder: Path) -> Path:

@@ -252,15 +252,6 @@ def test_programs_with_the_old_name_get_the_same_tokens(pool: KVPool, model: Any
 # -- what is refused --
 
 
-def test_more_than_one_sequence_is_refused(pool: KVPool, model: Any) -> None:
-    ids = torch.tensor([PROMPT, PROMPT])
-    with pytest.raises(LLMException, match="holds one sequence"):
-        model.generate(ids, max_new_tokens=1, **cache_argument(pool.new_cache()))
-    with pytest.raises(LLMException, match="holds one sequence"):
-        model.generate(ids[:1], max_new_tokens=1, num_beams=2, **cache_argument(pool.new_cache()))
-    assert pool.num_free_blocks == NUM_BLOCKS
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype", "theirs"),
     [

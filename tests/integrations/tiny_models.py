@@ -79,6 +79,29 @@ def generate(
     return [int(token) for token in answer[0]]
 
 
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    """Prompts of unequal lengths as one batch, padded before their first token; its mask."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), PADDING)
+    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def generate_batch(
+    model: Any, ids: Any, mask: Any, count: int, cache: PagedCache | None = None, **how: object
+) -> Any:
+    """As `generate`; the mask of what was padded may be shorter than the tokens are by now."""
+    ones = torch.ones((len(ids), ids.shape[1] - mask.shape[1]), dtype=torch.long)
+    more = {} if cache is None else cache_argument(cache)
+    settings = {"do_sample": False, **how}
+    return model.generate(
+        ids, attention_mask=torch.cat([mask, ones], 1), max_new_tokens=count, **settings, **more
+    )
+
+
 class Prefill:
     """A cluster with a model and a pool, driven from a test."""
 
@@ -112,6 +135,12 @@ class Prefill:
         if num_more:
             generate(self.model, answer, num_more, cache)
         return handle.to_json(), answer
+
+    def compute_batch(self, prompts: list[list[int]]) -> tuple[str, list[list[int]]]:
+        """The handle of all of them, and the padded tokens with the next ones."""
+        cache = self.pool.new_cache()
+        answers = generate_batch(self.model, *pad(prompts), 1, cache)
+        return self.pool.publish(cache).to_json(), answers.tolist()
 
     def release(self, handle: KVHandle) -> int:
         """How many blocks are free then."""

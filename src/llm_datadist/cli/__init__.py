@@ -7,6 +7,7 @@ import typer
 from llm_datadist import __version__
 from llm_datadist.cli.bench.command import app as bench
 from llm_datadist.cli.demo.command import demo
+from llm_datadist.cli.docs.command import docs
 from llm_datadist.cli.doctor.command import doctor
 from llm_datadist.cli.terminal import print_anywhere
 from llm_datadist.cli.top.command import top
@@ -46,3 +47,4 @@ app.command()(demo)
 app.command()(doctor)
 app.command()(top)
 app.add_typer(bench, name="bench")
+app.command()(docs)

@@ -26,6 +26,9 @@ from llm_datadist.cli.failure import SetupError, explained
 if TYPE_CHECKING:
     from llm_datadist.cli.bench.report import Report
 
+#: what 0 stands for
+_SHAPES = "as the shape has"
+
 app = typer.Typer(invoke_without_command=True)
 
 
@@ -64,9 +67,11 @@ def move(
             "verified, nixl, mooncake, or none. By default the path's ceiling: memcpy or socket.",
         ),
     ] = "",
-    tensors: Annotated[int, typer.Option(min=0, help="Instead of the shape's.")] = 0,
-    blocks: Annotated[int, typer.Option(min=0, help="Blocks of a cache.")] = 0,
-    moved: Annotated[int, typer.Option(min=0, help="Blocks that are moved.")] = 0,
+    tensors: Annotated[int, typer.Option(min=0, help="Of a cache.", show_default=_SHAPES)] = 0,
+    blocks: Annotated[int, typer.Option(min=0, help="Of a cache.", show_default=_SHAPES)] = 0,
+    moved: Annotated[
+        int, typer.Option(min=0, help="Blocks that are moved.", show_default=_SHAPES)
+    ] = 0,
     block_bytes: Annotated[
         str,
         typer.Option(
@@ -89,6 +94,8 @@ def move(
     Every contestant runs in processes of its own, proves on poisoned memory that it moves the right
     bytes and touches no others, and is then measured in alternation with the rest. Machines are
     noisy: trust the ratios, which compare the same rounds.
+
+    More: `llm-datadist docs performance`.
 
     Exit code 0: measured, every byte verified; 1: a contestant failed; 2: wrong usage, or something
     is to be set up.
@@ -151,7 +158,7 @@ def _run(
             job = Job(workload, operation.value, path.value, is_accessible, threads)
             groups.append(compete(line_up(job, rivals), rounds, status.update))
     report = Report(groups)
-    console.print(report.to_table())
+    console.print(report.to_screen())
     return report
 
 

@@ -8,7 +8,9 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from llm_datadist import __version__
 from llm_datadist.cli.failure import SetupError
@@ -38,10 +40,9 @@ class Report:
             f"{count_nbytes(shape.moved_nbytes)}, {job.threads} threads"
         )
 
-    def to_table(self) -> Table:
+    def to_screen(self) -> Group:
         """One line a contestant; the last column compares the medians of the same rounds."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="underline")
-        table.title, table.title_justify, table.title_style = self.title, "left", "bold"
         for heading in ("block", "", "how"):
             table.add_column(heading, no_wrap=True)
         for heading in ("median", "GB/s", "best GB/s", "ours is"):
@@ -49,7 +50,7 @@ class Report:
         for ours, *others in self.groups:
             for result in (ours, *others):
                 table.add_row(*_cells(result, ours))
-        return table
+        return _titled(self.title, table)
 
     def write_json(self, path: Path) -> None:
         """All figures, with what they were measured on."""
@@ -89,7 +90,7 @@ class Findings:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         return f"{self.scenario.replace('_', '-')}: {settings}"
 
-    def to_table(self) -> Table:
+    def to_screen(self) -> Group:
         """One line a figure."""
         table = Table(show_header=False)
         table.add_column()
@@ -97,7 +98,7 @@ class Findings:
         table.add_column()
         for figure in self.figures:
             table.add_row(figure.name, f"{figure.value:.3f}", figure.unit)
-        return table
+        return _titled(self.title, table)
 
     def write_json(self, path: Path) -> None:
         """All figures, with what they were measured on."""
@@ -105,6 +106,11 @@ class Findings:
         _write(
             {"scenario": self.scenario, "settings": dict(self.settings), "figures": figures}, path
         )
+
+
+def _titled(title: str, table: Table) -> Group:
+    """A table's own title would be broken where the table ends, and not the terminal."""
+    return Group(Text(title, "bold"), table)
 
 
 def _write(figures: dict[str, object], path: Path) -> None:

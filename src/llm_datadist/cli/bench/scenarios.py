@@ -99,7 +99,8 @@ def link(rounds: int) -> Iterator[Figure]:
                         raise CommandError(f"linking {count} clusters ended with {status}")
                     datadist.unlink_clusters(infos[:count], 30_000)
                 medians[count] = statistics.median(seconds)
-                yield Figure(f"link {count} clusters", medians[count] * 1e3, "ms")
+                what = "one cluster" if count == 1 else f"{count} clusters"
+                yield Figure(f"link {what}", medians[count] * 1e3, "ms")
             yield Figure("64 take as long as", medians[64] / medians[1], "x one")
         finally:
             datadist.finalize()

@@ -79,7 +79,7 @@ def _run(
         console = Console()
         with console.status(scenario, spinner="line"):
             findings = Findings(scenario, settings, list(_figures(scenario)(**settings)))
-        console.print(findings.to_table())
+        console.print(findings.to_screen())
         if json is not None:
             findings.write_json(json)
         if plot is not None:

@@ -51,6 +51,8 @@ def demo(
     without ever seeing the prompt. The answers are then compared, token by token, with plain greedy
     generation in one process.
 
+    More: `llm-datadist docs transformers`.
+
     Exit code 0: every answer is identical; 1: one differs, or a worker failed; 2: wrong usage, or
     something is to be set up.
     """

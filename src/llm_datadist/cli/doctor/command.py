@@ -46,9 +46,11 @@ def doctor(
     Where that takes more lines than the terminal has, what is as it should be is named, no more;
     `--all` and pipes get every finding.
 
+    More: `llm-datadist docs doctor`.
+
     Exit code 0: nothing has to be mended; 1: something has; 2: wrong usage.
     """
-    listen_at, peer_at = _listen(listen), _endpoint(peer)
+    listen_at, peer_at = _listen(listen), _endpoint(peer, "--peer", "host:port")
     # not needed by `--help`
     from rich.console import Console
 
@@ -70,19 +72,21 @@ def doctor(
     raise typer.Exit(1 if report.has_problems else 0)
 
 
-def _endpoint(text: str | None) -> Endpoint | None:
+def _endpoint(text: str | None, option: str, form: str) -> Endpoint | None:
     if text is None:
         return None
     try:
-        return Endpoint.parse(text)
+        return Endpoint.parse(text, form=form)
     except (LLMException, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def _listen(text: str | None) -> Endpoint | None:
-    endpoint = _endpoint(text)
+    endpoint = _endpoint(text, "--listen", "ip:port")
     if endpoint is not None and not endpoint.is_literal:
-        raise typer.BadParameter(f"a cluster listens on an IP address, got {endpoint.host!r}")
+        raise typer.BadParameter(
+            f"a cluster listens on an IP address, got {endpoint.host!r}", param_hint="--listen"
+        )
     return endpoint
 
 

@@ -49,6 +49,8 @@ def top(
     On a terminal: `q` quits, `s` sorts by the next column, `r` turns the order round, `j`, `k`,
     arrows and page keys scroll, the space bar pauses.
 
+    More: `llm-datadist docs observability`.
+
     Exit code 0: every cluster answered, or `q` or Ctrl-C; 2: wrong usage; 3: with --once or
     --json, a cluster did not answer, or with what is no answer.
     """
@@ -59,7 +61,7 @@ def top(
     from llm_datadist.options import read_link_security
 
     try:
-        endpoints = [Endpoint.parse(text, "HOST:PORT") for text in clusters]
+        endpoints = [Endpoint.parse(text) for text in clusters]
         security = read_link_security({})
         take = partial(take_samples, endpoints, security, timeout)
         if not (json or once):

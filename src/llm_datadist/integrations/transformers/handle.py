@@ -23,17 +23,26 @@ class KVHandle:
     cluster_id: int
     #: the `model_id` of the BlocksCacheKey under which it was published; of no other meaning
     key: int
+    #: of each sequence
     num_tokens: int
-    #: the block numbers at prefill, in the order of the tokens
+    #: the block numbers at prefill, in the order of the tokens, one sequence behind the other
     blocks: tuple[int, ...]
     shape: KVShape
+    num_sequences: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1 or len(self.blocks) != self.shape.num_blocks(self.num_tokens):
+        needed = self.num_sequences * self.shape.num_blocks(self.num_tokens)
+        if self.num_tokens < 1 or self.num_sequences < 1 or len(self.blocks) != needed:
             raise invalid(
-                f"a handle of {self.num_tokens} tokens in {len(self.blocks)} blocks of "
-                f"{self.shape.block_tokens} tokens cannot be"
+                f"a handle of {self.num_sequences} times {self.num_tokens} tokens in "
+                f"{len(self.blocks)} blocks of {self.shape.block_tokens} tokens cannot be"
             )
+
+    @property
+    def sequences(self) -> list[tuple[int, ...]]:
+        """The blocks of each sequence."""
+        width = len(self.blocks) // self.num_sequences
+        return [self.blocks[i : i + width] for i in range(0, len(self.blocks), width)]
 
     def to_json(self) -> str:
         """The handle as one line of text."""

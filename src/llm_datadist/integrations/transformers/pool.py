@@ -78,14 +78,15 @@ class KVPool:
         num_tokens = cache.get_seq_length()
         if not num_tokens:
             raise invalid("the PagedCache is empty: let a model fill it before it is published")
-        blocks = tuple(cache.blocks[: self.shape.num_blocks(num_tokens)])
+        filled, sequences = self.shape.num_blocks(num_tokens), cache.sequences
+        blocks = tuple(block for each in sequences for block in each[:filled])
         # A registration of its own for each, although they share the memory: that gives it a
         # generation, by which a fetch in its very middle finds out that it was released.
         key = secrets.randbits(_KEY_BITS)
         registered = self._register(BlocksCacheKey(self._cluster_id, key))
         self._published[key] = cache
         cache.note_published(partial(self._withdraw, key, registered.cache_id))
-        return KVHandle(self._cluster_id, key, num_tokens, blocks, self.shape)
+        return KVHandle(self._cluster_id, key, num_tokens, blocks, self.shape, len(sequences))
 
     def fetch(self, handle: KVHandle) -> PagedCache:
         """A cache of this pool with the tokens that prefill published: `generate` goes on from it.
@@ -99,31 +100,18 @@ class KVPool:
         """
         self.shape.check_prefill(handle.shape)
         source = BlocksCacheKey(handle.cluster_id, handle.key)
-        return self.fetch_shards({source: handle.blocks}, handle.num_tokens)
+        return self._fetch([{source: each} for each in handle.sequences], handle.num_tokens)
 
     def fetch_shards(
         self, sources: Mapping[BlocksCacheKey, Sequence[int]], num_tokens: int
     ) -> PagedCache:
-        """As `fetch`, of a cache that several clusters have parts of: ranks with some KV heads, or
-        some layers, each. `sources` as in `CacheManager.pull_shards`.
+        """As `fetch`, of one sequence that several clusters have parts of: ranks with some KV
+        heads, or some layers, each. `sources` as in `CacheManager.pull_shards`.
 
         They are caches with a layout (`KVLayout`) whose layers are numbered as this model's, in
         blocks of any size and order. Raises as `pull_shards` does, and OutOfBlocks.
         """
-        cache = self.new_cache()
-        try:
-            cache.reserve(num_tokens)
-            lists = {key: list(blocks) for key, blocks in sources.items()}
-            if len(lists) == 1:
-                ((key, blocks),) = lists.items()
-                self._manager.pull_blocks(key, self._here, blocks, cache.blocks, tokens=num_tokens)
-            else:
-                self._manager.pull_shards(lists, self._here, cache.blocks, tokens=num_tokens)
-        except BaseException:
-            cache.release()
-            raise
-        cache.note_length(num_tokens)
-        return cache
+        return self._fetch([sources], num_tokens)
 
     def release(self, handle: KVHandle) -> None:
         """Releases the cache that was published as `handle`: nobody fetches it any more.
@@ -147,6 +135,33 @@ class KVPool:
         for cache in list(self._published.values()):
             cache.release()
         self._unregister(self._here.cache_id)
+
+    def _fetch(
+        self, sequences: Sequence[Mapping[BlocksCacheKey, Sequence[int]]], num_tokens: int
+    ) -> PagedCache:
+        cache = self.new_cache()
+        try:
+            cache.reserve(num_tokens, len(sequences))
+            for sources, ours in zip(sequences, cache.sequences, strict=True):
+                self._pull(sources, ours, num_tokens)
+        except BaseException:
+            cache.release()
+            raise
+        cache.note_length(num_tokens)
+        return cache
+
+    def _pull(
+        self,
+        sources: Mapping[BlocksCacheKey, Sequence[int]],
+        ours: Sequence[int],
+        num_tokens: int,
+    ) -> None:
+        lists = {key: list(blocks) for key, blocks in sources.items()}
+        if len(lists) == 1:
+            ((key, blocks),) = lists.items()
+            self._manager.pull_blocks(key, self._here, blocks, ours, tokens=num_tokens)
+        else:
+            self._manager.pull_shards(lists, self._here, ours, tokens=num_tokens)
 
     def _register(self, key: BlocksCacheKey | None) -> Cache:
         return self._manager.register_blocks_cache(
