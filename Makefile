@@ -18,7 +18,7 @@ PAGES_ZH := README.zh-CN.md $(wildcard docs/zh/*.md)
 PAGES := $(filter-out $(PAGES_ZH) docs/conformance.md,$(wildcard *.md docs/*.md docs/specification/*.md changes/*.md))
 
 .PHONY: demo vllm-demo dev test test-latest affected soak check lint style types imports conformant
-.PHONY: conformance lock locked docs changelog format clean
+.PHONY: conformance planners lock locked docs changelog format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llm-datadist demo $(ARGS)
@@ -46,6 +46,12 @@ test-latest:
 # Hours of faults in about twenty minutes; ARGS="--only NAME --scale 0.1" for less.
 soak: $(VENV)/.dev
 	cd tests && ../$(BIN)/python -m soak $(ARGS)
+
+# Our plans beside vLLM's and Mooncake's, and how long planning takes: docs/layouts.md.
+planners: $(VENV)-planners/.ready $(VENV)-vllm/.ready
+	cd tests && ../$(VENV)-vllm/bin/python -m planners vllm
+	cd tests && ../$(VENV)-planners/bin/python -m planners mooncake
+	cd tests && ../$(VENV)-planners/bin/python -m planners speed
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not model" $(FAST_TESTS)
@@ -100,7 +106,7 @@ format: $(VENV)/.dev
 	$(MDFORMAT) --wrap keep $(PAGES_ZH)
 
 clean:
-	rm -rf $(VENV) $(VENV)-latest $(VENV)-lock $(VENV)-vllm dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-latest $(VENV)-lock $(VENV)-planners $(VENV)-vllm dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.base: pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llm-datadist needs Python 3.10 or newer: make PYTHON=python3.11")'
@@ -132,4 +138,12 @@ $(VENV)-vllm/.ready: pyproject.toml constraints.txt examples/vllm/constraints.tx
 	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-vllm/bin/python examples/vllm/install.py
 	$(VENV)-vllm/bin/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+# Mooncake's planner asks for no other package; what its transfer engine does is not used.
+$(VENV)-planners/.ready: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)-planners
+	$(VENV)-planners/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-planners/bin/python -m pip install --quiet --build-constraint $(LOCK) -c $(LOCK) -e .
+	$(VENV)-planners/bin/python -m pip install --quiet --no-deps mooncake-transfer-engine-cuda13==0.3.14
 	touch $@

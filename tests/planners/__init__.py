@@ -1,0 +1,1 @@
+"""Our plans beside vLLM's and Mooncake's; run by hand: `make planners`, docs/layouts.md."""
