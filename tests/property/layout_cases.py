@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from random import Random
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.pattern import Pattern
-    from llm_datadist.core.segments import Segments
+    from llm_datadist.core.segments import U64, Segments
 
 Cells: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -112,6 +113,14 @@ class Rank:
             shape, strides, data_type, self.order,
             num_tensors=num_tensors, heads=self.heads, layers=self.layers,
         )  # fmt: skip
+
+    def places_of(self, vectors: U64) -> Cells:
+        """The cells of these vectors, each of which lies in one tensor."""
+        for addr, nbytes in vectors.tolist():
+            offsets = [addr - int(start) for start in self.addrs]
+            assert any(0 <= offset <= self.tensor_cells - nbytes for offset in offsets), "outside"
+        ranges = [np.arange(addr, addr + nbytes) - self.base for addr, nbytes in vectors.tolist()]
+        return np.concatenate(ranges)
 
     def elements(self) -> Iterator[tuple[Cells, tuple[int | str, int, int, int, int]]]:
         """The bytes of each element of the tokens, and which element it is."""
@@ -203,20 +212,22 @@ class Case:
             segments = pattern.segments(*blocks, source.addrs, self.destination.addrs)
             assert len(segments) == pattern.num_segments(*blocks)
             assert segments.total_nbytes == pattern.nbytes_per_token * len(self.tokens)
-            windows = list(pattern.windows(*blocks, source.addrs, self.destination.addrs, count=3))
-            assert max(map(len, windows)) <= 3
-            assert _rows(windows) == _rows([segments])
-            for src, dst, nbytes in _rows([segments]):
-                self._copy(source, src, dst, nbytes, written)
+            addrs = source.addrs, self.destination.addrs
+            for count in (3, 2**20):
+                windows = list(pattern.windows(*blocks, *addrs, count=count))
+                assert max(map(len, windows)) <= count
+                assert _rows([window.flat() for window in windows]) == _rows([segments])
+            for window in windows:
+                for part in window.split(2):
+                    self._copy(source, part, written)
         assert written.max() <= 1, "a byte was written twice"
 
-    def _copy(self, source: Rank, src: int, dst: int, nbytes: int, written: Cells) -> None:
-        for rank, addr in ((source, src), (self.destination, dst)):
-            offsets = [addr - int(start) for start in rank.addrs]
-            assert any(0 <= offset <= rank.tensor_cells - nbytes for offset in offsets), "outside"
-        here, there = dst - self.destination.base, src - source.base
-        self.destination.cells[here : here + nbytes] = source.cells[there : there + nbytes]
-        written[here : here + nbytes] += 1
+    def _copy(self, source: Rank, pieces: Pieces, written: Cells) -> None:
+        """As the kernel does: the bytes of the one end's vectors into the other's."""
+        here = self.destination.places_of(pieces.dst_iovecs())
+        there = source.places_of(pieces.src_iovecs())
+        self.destination.cells[here] = source.cells[there]
+        np.add.at(written, here, 1)
 
 
 def _rows(parts: Sequence[Segments]) -> list[tuple[int, int, int]]:

@@ -12,12 +12,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from llm_datadist.core.pattern import HeadRun, Pattern, Windows, joined
+from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llm_datadist.core.segments import U64, Segments
+    from llm_datadist.core.combs import Pieces
+    from llm_datadist.core.segments import U64
     from llm_datadist.core.strips import Tokens
     from llm_datadist.kv_layout import KVLayout, LayerName
 
@@ -43,7 +45,7 @@ def planned(
     dst_addrs: U64,
     dst_blocks: Sequence[int],
     tokens: Tokens,
-) -> Segments | Windows:
+) -> Pieces | Windows:
     """What one source's patterns move of a request: at once, or, if it is much, by windows.
 
     Raises as `Pattern.segments` does.
@@ -51,7 +53,13 @@ def planned(
     blocks = src_blocks, dst_blocks, tokens
     grids = [g for each in patterns for g in each.grids(*blocks, src_addrs, dst_addrs)]
     windows = Windows(grids, MOST_SEGMENTS)
-    return joined(list(windows)) if len(windows) <= MOST_SEGMENTS else windows
+    if len(windows) > MOST_SEGMENTS:
+        return windows
+    made = list(windows)
+    segments = [window for window in made if isinstance(window, Segments)]
+    if len(segments) == len(made):
+        return joined(segments)
+    return made[0] if len(made) == 1 else windows
 
 
 def check_alike(source: KVLayout, destination: KVLayout) -> None:

@@ -23,6 +23,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.layers import PulledLayers
     from llm_datadist.core.pattern import Pattern, Windows
     from llm_datadist.core.registry import Entry
@@ -59,7 +60,7 @@ class Pull(abc.ABC):
             self._check_fit(geometry)
         self.layers.check(geometry)
 
-    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Segments | Windows:
+    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Pieces | Windows:
         """What to read. Raises LLMException: LLM_PARAM_INVALID, LLM_KV_CACHE_NOT_EXIST."""
         _check_row(remote, row)
         if self.is_one_sided:
@@ -74,7 +75,7 @@ class Pull(abc.ABC):
         src, dst = self.layers.select(remote.layout, ours.layout)
         return self._plan(src, row, dst)
 
-    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
         """What to read where both caches say what their blocks hold."""
         raise invalid(f"{self.verb} moves rows, and both caches have blocks")
 
@@ -127,7 +128,7 @@ class PullBlocks(Pull):
     def _check_fit(self, ours: Geometry) -> None:
         plan.check_blocks(ours, self.dst_blocks, "destination")
 
-    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
         if not self.src_blocks:
             raise invalid("the key names a cache of blocks: name the blocks to pull (src_blocks)")
         patterns = self._patterns(remote, ours)
@@ -183,7 +184,7 @@ class Push(abc.ABC):
         """Those of them that hold for destinations which are known by address, too."""
         self.layers.check(ours)
 
-    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Segments | Windows:
+    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Pieces | Windows:
         """What the peer is to read. Raises as `Pull.segments` does."""
         _check_theirs(remote)
         _check_row(remote, row)
@@ -196,7 +197,7 @@ class Push(abc.ABC):
         src, dst = self.layers.select(ours.layout, remote.layout)
         return self.plan(src, dst, row)
 
-    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
         """As of a pull."""
         raise invalid(f"{self.verb} moves rows, and both caches have blocks")
 
@@ -250,7 +251,7 @@ class PushBlocks(Push):
             )
         plan.check_blocks(ours, self.src_blocks, "source")
 
-    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
         patterns = _patterns(ours, remote)
         src, dst = ours.layout.addrs, remote.layout.addrs
         return planned(patterns, src, self.src_blocks, dst, self.dst_blocks, self.tokens)
