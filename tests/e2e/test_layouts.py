@@ -19,13 +19,23 @@ from sharded_caches import (
     unregister,
 )
 
-from llm_datadist import BlocksCacheKey, KVHeads, LLMException, LLMRole
+from llm_datadist import (
+    BlocksCacheKey,
+    CacheDesc,
+    DataType,
+    KVHeads,
+    KVLayout,
+    LLMException,
+    LLMRole,
+)
 from llm_datadist.core import reshard
 from llm_datadist.observe.log import LOGGER_NAME
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from llm_datadist import Cache
 
 ALL = KVHeads.all(HEADS)
 RANKS = [KVHeads.share(HEADS, rank, 3) for rank in range(3)]
@@ -222,6 +232,51 @@ def test_layouts_that_differ_are_not_moved_by_layer_ranges(ranks: Ranks) -> None
 
 
 # -- many pieces --
+
+
+def test_as_many_pieces_as_fill_many_system_calls_arrive(ranks: Ranks) -> None:
+    """A piece for each head and token, whose source is contiguous, or has others between them."""
+    tokens = 2085
+    for peer, heads in zip(ranks.peers, RANKS, strict=True):
+        peer.call(add_shard, "BNHD", 16, heads, tokens=tokens)
+    whole = Shard(ranks.node, "BNHD", 64, ALL, tokens=tokens)
+    sources = {key: blocks_of(16, tokens) for key in KEYS}
+    ranks.node.manager.pull_shards(sources, whole.cache, whole.blocks, tokens=tokens)
+    assert whole.has_it_all()
+    ranks.peers[0].call(unregister)
+    ranks.peers[0].call(add_shard, "BNHD", 16, ALL, tokens=tokens)
+    for order in ORDERS:
+        head = Shard(ranks.node, order, 64, RANKS[1], tokens=tokens)
+        ranks.node.manager.pull_blocks(
+            KEYS[0], head.cache, blocks_of(16, tokens), head.blocks, tokens=tokens
+        )
+        assert head.has_it_all()
+
+
+def unmapped_shard(node: Node, heads: KVHeads) -> Cache:
+    """At addresses that no program has."""
+    desc = CacheDesc(4, [24, 8, heads.count, 5], DataType.DT_INT32)
+    layout, key = KVLayout.of(desc, "NHD", heads=heads), BlocksCacheKey(node.datadist.cluster_id)
+    return node.manager.register_blocks_cache(desc, [0x1000] * 4, key, layout=layout)
+
+
+def add_unmapped_shard(node: Node, heads: KVHeads) -> None:
+    unmapped_shard(node, heads)
+
+
+def test_small_pieces_of_unmapped_memory_are_refused_by_address(ranks: Ranks) -> None:
+    ranks.peers[0].call(add_unmapped_shard, ALL)
+    ranks.peers[1].call(add_shard, "BNHD", 8, ALL)
+    ours = Shard(ranks.node, "BNHD", 8, RANKS[1])
+    with pytest.raises(LLMException, match=r"remote address.*not mapped") as caught:
+        ranks.node.manager.pull_blocks(KEYS[0], ours.cache, ours.blocks, ours.blocks)
+    assert caught.value.status_code is INVALID
+    unmapped = unmapped_shard(ranks.node, RANKS[1])
+    with pytest.raises(LLMException, match=r"local address.*not mapped") as caught:
+        ranks.node.manager.pull_blocks(KEYS[1], unmapped, ours.blocks, ours.blocks)
+    assert caught.value.status_code is INVALID
+    ranks.node.manager.pull_blocks(KEYS[1], ours.cache, ours.blocks, ours.blocks, tokens=TOKENS)
+    assert ours.has_it_all()
 
 
 def test_a_large_plan_is_moved_by_windows_and_crumbs_are_warned_of_once(
