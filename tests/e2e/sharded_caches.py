@@ -117,6 +117,12 @@ def add_shard(
     _shards.append(shard)
 
 
+def push(node: Node, key: BlocksCacheKey, blocks: list[int], tokens: int = TOKENS) -> None:
+    """The last shard that was added, to a cache of a peer's."""
+    shard = _shards[-1]
+    node.manager.push_blocks(key, shard.cache, shard.blocks, blocks, tokens=tokens)
+
+
 def has_it_all(_: Node) -> bool:
     """Of the last shard that was added."""
     return _shards[-1].has_it_all()

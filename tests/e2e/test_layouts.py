@@ -6,16 +6,20 @@ import logging
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from linked_pair import GONE, INVALID, SUCCESS
 from sharded_caches import (
+    HEAD_SIZE,
     HEADS,
+    LAYERS,
     TOKENS,
     Shard,
     add_shard,
     blocks_of,
     has_it_all,
     is_read,
+    push,
     unregister,
 )
 
@@ -129,6 +133,65 @@ def test_a_push_brings_each_rank_its_head(processes: list[NodeProcess], path: st
                 key, whole.cache, whole.blocks, blocks_of(4), tokens=TOKENS
             )
             assert peer.call(has_it_all)
+    finally:
+        ranks.stop()
+
+
+def test_ranks_push_their_heads_into_one_cache_side_by_side(
+    processes: list[NodeProcess], path: str
+) -> None:
+    ranks = Ranks(processes, path, is_accessible=True)
+    try:
+        key = BlocksCacheKey(4)
+        for order in ORDERS:
+            ranks.hold(order, 4)
+            whole = Shard(ranks.node, "BNHD", 8, ALL, key=key)
+            for peer in ranks.peers:
+                peer.begin(push, key, whole.blocks)
+            for peer in ranks.peers:
+                peer.result()
+            assert whole.has_it_all()
+            ranks.node.manager.unregister_cache(whole.cache.cache_id)
+    finally:
+        ranks.stop()
+
+
+def test_stages_push_their_layers_and_each_touches_nothing_else(
+    processes: list[NodeProcess], path: str
+) -> None:
+    ranks = Ranks(processes, path, is_accessible=True)
+    try:
+        key = BlocksCacheKey(4)
+        whole = Shard(ranks.node, "BHND", 8, ALL, key=key)
+        for layer in (0, 1):
+            ranks.peers[layer].call(add_shard, "BNHD", 4, RANKS[1], [layer])
+            ranks.peers[layer].call(push, key, whole.blocks)
+            one_head = LAYERS * TOKENS * HEAD_SIZE
+            assert np.count_nonzero(whole.tensors) == (layer + 1) * one_head
+        ranks.peers[2].call(add_shard, "BHND", 8, ALL, is_filled=True)
+        ranks.peers[2].call(push, key, whole.blocks)
+        assert whole.has_it_all()
+    finally:
+        ranks.stop()
+
+
+def test_a_push_of_what_the_destination_does_not_hold_is_refused(
+    processes: list[NodeProcess], path: str
+) -> None:
+    ranks = Ranks(processes, path, is_accessible=True)
+    try:
+        key = BlocksCacheKey(4)
+        head = Shard(ranks.node, "BHND", 8, RANKS[0], [0], key=key)
+        for heads, layers, words in (
+            (RANKS[1], [0], "axis H.*1 to 1 of 3.*0 to 0 of 3"),
+            (RANKS[0], [1], "axis L.*source has 1, the destination 0"),
+        ):
+            ranks.peers[0].call(add_shard, "BHND", 4, heads, layers)
+            with pytest.raises(LLMException, match=words) as caught:
+                ranks.peers[0].call(push, key, head.blocks)
+            assert caught.value.status_code is INVALID
+            ranks.peers[0].call(unregister)
+        assert not head.tensors.any()
     finally:
         ranks.stop()
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from llm_datadist.core.reshard import reshard
+from llm_datadist.core.reshard import common, reshard
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.kv_layout import KVHeads, KVLayout
 from llm_datadist.types import DataType
@@ -114,6 +114,10 @@ class Rank:
             num_tensors=num_tensors, heads=self.heads, layers=self.layers,
         )  # fmt: skip
 
+    def has(self, layer: int | str, head: int) -> bool:
+        """Whether it holds this head of the model in that layer."""
+        return layer in self.layers and self.heads.first <= head < self.heads.stop
+
     def places_of(self, vectors: U64) -> Cells:
         """The cells of these vectors, each of which lies in one tensor."""
         for addr, nbytes in vectors.tolist():
@@ -174,14 +178,11 @@ class Case:
 
     def is_covered(self) -> bool:
         """Whether the sources have all that the destination needs."""
-        held = {
-            (layer, head)
-            for source in self.sources
-            for layer in source.layers
-            for head in range(source.heads.first, source.heads.stop)
-        }
         heads = range(self.destination.heads.first, self.destination.heads.stop)
-        return held.issuperset(product(self.destination.layers, heads))
+        return all(
+            any(source.has(layer, head) for source in self.sources)
+            for layer, head in product(self.destination.layers, heads)
+        )
 
     def check(self) -> None:
         """Fails unless the plan moves just what the naive copy does, or is refused as it must."""
@@ -191,23 +192,42 @@ class Case:
                 reshard(layouts, self.destination.layout)
             assert refused.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
             return
+        expected = self._fill(self.sources)
+        self._move(reshard(layouts, self.destination.layout), self.sources)
+        np.testing.assert_array_equal(self.destination.cells, expected)
+
+    def check_pushes(self) -> None:
+        """Fails unless each source brings just what it has, or is refused where it has nothing."""
+        for source in self.sources:
+            expected = self._fill([source])
+            if (expected == UNTOUCHED).all():
+                with pytest.raises(LLMException, match=r"axis [LH].*none of them") as refused:
+                    common(source.layout, self.destination.layout)
+                assert refused.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
+            else:
+                self._move([common(source.layout, self.destination.layout)], [source])
+                np.testing.assert_array_equal(self.destination.cells, expected)
+
+    def _fill(self, sources: Sequence[Rank]) -> Cells:
+        """Gives elements values; the destination's cells with all that these sources have."""
         values: dict[object, int] = {}
+        self.destination.cells[:] = UNTOUCHED
         for cells, which in self.destination.elements():
             values[which] = 8 * len(values)
-            cells[:] = values[which] + np.arange(len(cells))
+            if any(source.has(which[0], which[2]) for source in sources):
+                cells[:] = values[which] + np.arange(len(cells))
         expected = self.destination.cells.copy()
         self.destination.cells[:] = UNTOUCHED
-        for source in self.sources:
+        for source in sources:
             for cells, which in source.elements():
                 number = values.get(which)
                 cells[:] = -2 if number is None else number + np.arange(len(cells))
-        self._move(reshard(layouts, self.destination.layout))
-        np.testing.assert_array_equal(self.destination.cells, expected)
+        return expected
 
-    def _move(self, patterns: Sequence[Pattern]) -> None:
+    def _move(self, patterns: Sequence[Pattern], sources: Sequence[Rank]) -> None:
         written = np.zeros(len(self.destination.cells), np.int64)
         for pattern in patterns:
-            source = self.sources[pattern.source]
+            source = sources[pattern.source]
             blocks = source.blocks, self.destination.blocks, self.tokens
             segments = pattern.segments(*blocks, source.addrs, self.destination.addrs)
             assert len(segments) == pattern.num_segments(*blocks)

@@ -2,7 +2,8 @@
 
 `reshard` compares layouts once, and gives a few patterns (`core/pattern.py`): these layers and
 these heads of that source go there. Each head of each layer is taken from the first source that has
-it, so what several hold is read once, and what none holds is refused.
+it, so what several hold is read once, and what none holds is refused. `common` is the pusher's view
+of the same: what one source has of a destination, of which others bring the rest.
 """
 
 from __future__ import annotations
@@ -36,6 +37,34 @@ def reshard(sources: Sequence[KVLayout], destination: KVLayout) -> tuple[Pattern
     heads differ in kind, and where no source has a layer or a head that the destination has.
     """
     return _reshard(tuple(sources), destination)
+
+
+@lru_cache(maxsize=256)
+def common(source: KVLayout, destination: KVLayout) -> Pattern:
+    """What a source has of a destination, each byte of that once; all else is others' to bring.
+
+    Raises LLMException (LLM_PARAM_INVALID), naming the axis and both values, where elements or
+    heads differ in kind, and where they have no layer or no head in common.
+    """
+    _check_alike(0, source, destination)
+    places = {name: place for place, name in enumerate(source.layers)}
+    layers = [
+        (places[name], place) for place, name in enumerate(destination.layers) if name in places
+    ]
+    if not layers:
+        raise invalid(
+            f"axis L (layers): the source has {_some(source.layers)}, the destination "
+            f"{_some(destination.layers)}, and none of them is the same"
+        )
+    theirs, ours = source.heads, destination.heads
+    first, stop = max(theirs.first, ours.first), min(theirs.stop, ours.stop)
+    if first >= stop:
+        raise invalid(
+            f"axis H (KV heads): the source has heads {theirs}, the destination {ours}, and none "
+            "of them is the same"
+        )
+    run = HeadRun(0, first - theirs.first, first - ours.first, stop - first)
+    return Pattern(source, destination, run, *zip(*layers, strict=True))
 
 
 def planned(

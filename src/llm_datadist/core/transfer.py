@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
-from llm_datadist.core.reshard import check_alike, no_tokens, planned, reshard
+from llm_datadist.core.reshard import check_alike, common, no_tokens, planned, reshard
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 
 if TYPE_CHECKING:
@@ -136,7 +136,9 @@ class PullBlocks(Pull):
         return planned(patterns, src, self.src_blocks, dst, self.dst_blocks, self.tokens)
 
     def _patterns(self, remote: RemoteCache, ours: Entry) -> Sequence[Pattern]:
-        return _patterns(remote, ours)
+        assert remote.kv_layout is not None
+        assert ours.kv_layout is not None
+        return reshard([remote.kv_layout], ours.kv_layout)
 
     def _plan(self, src: Layout, src_row: int, dst: Layout) -> Segments:
         if self.tokens is not None:
@@ -252,9 +254,11 @@ class PushBlocks(Push):
         plan.check_blocks(ours, self.src_blocks, "source")
 
     def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
-        patterns = _patterns(ours, remote)
+        assert ours.kv_layout is not None
+        assert remote.kv_layout is not None
+        pattern = common(ours.kv_layout, remote.kv_layout)
         src, dst = ours.layout.addrs, remote.layout.addrs
-        return planned(patterns, src, self.src_blocks, dst, self.dst_blocks, self.tokens)
+        return planned([pattern], src, self.src_blocks, dst, self.dst_blocks, self.tokens)
 
     def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
         if self.tokens is not None:
@@ -363,12 +367,6 @@ class CopyBlocks(Copy):
         plan.check_blocks(src.geometry, self.src_blocks, "source")
         plan.check_blocks(dst.geometry, self.dst_blocks, "destination")
         return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks)
-
-
-def _patterns(src: RemoteCache | Entry, dst: RemoteCache | Entry) -> Sequence[Pattern]:
-    assert src.kv_layout is not None
-    assert dst.kv_layout is not None
-    return reshard([src.kv_layout], dst.kv_layout)
 
 
 def _name_of(cache: int | Place) -> str:
