@@ -45,17 +45,20 @@ def bytes_at(vectors: U64) -> U64:
 
 
 @settings(deadline=None)
-@given(combs())
-def test_calls_move_the_pieces_and_waste_what_is_between_them(pieces: Combs) -> None:
+@given(combs(), st.sampled_from([1, 5000, 2**20]))
+def test_calls_move_the_pieces_and_waste_what_is_between_them(
+    pieces: Combs, max_nbytes: int
+) -> None:
     moved = []
     starts = np.sort(pieces.src)
     span = pieces.teeth.src[-1] + np.uint64(pieces.teeth.nbytes)
-    for sources, destinations in calls_of(pieces, MOST_VECTORS, WASTE):
+    for sources, destinations in calls_of(pieces, MOST_VECTORS, max_nbytes, WASTE):
         assert len(sources) == len(destinations)
         assert max(sources.shape[1], destinations.shape[1]) <= MOST_VECTORS
         for theirs, ours in zip(sources[:, 1:], destinations[:, 1:], strict=True):
             inside = theirs[:, 0] - starts[np.searchsorted(starts, theirs[:, 0], "right") - 1]
             assert (inside + theirs[:, 1] <= span).all(), "between places"
+            assert int(theirs[:, 1].sum()) <= max(max_nbytes, int(span))
             assert ours[ours[:, 0] == WASTE, 1].max(initial=0) <= MOST_WASTE_NBYTES
             moved.append(np.stack((bytes_at(theirs), bytes_at(ours))))
     flat = pieces.flat()
@@ -71,7 +74,7 @@ def test_only_short_gaps_are_read() -> None:
         np.array([0, 256, 600, 5000], np.uint64), np.array([0, 256, 900, 800], np.uint64), 100
     )
     combs = Combs(np.array([1000], np.uint64), np.array([DST], np.uint64), teeth)
-    ((sources, destinations),) = calls_of(combs, MOST_VECTORS, WASTE)
+    ((sources, destinations),) = calls_of(combs, MOST_VECTORS, 2**20, WASTE)
     assert sources[0, 1:].tolist() == [[1000, 700], [6000, 100]]
     assert destinations[0, 1:].tolist() == [
         *([DST, 100], [WASTE, 156], [DST + 256, 100], [WASTE, 244]),

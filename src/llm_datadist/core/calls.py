@@ -54,15 +54,19 @@ def ends_of(teeth: Teeth) -> Ends:
     return Ends(src, Runs(offsets, nbytes), behind)
 
 
-def calls_of(combs: Combs, count: int, waste_addr: int) -> Iterator[tuple[U64, U64]]:
+def calls_of(
+    combs: Combs, count: int, max_nbytes: int, waste_addr: int
+) -> Iterator[tuple[U64, U64]]:
     """Vectors at the source, and at the destination, of several system calls at a time.
 
     Each call takes at most `count` vectors of either: [call, vector, 2]. The first is the caller's
     own. They are overwritten by the next. What is in gaps goes to the address of the waste, which
-    is as large as the largest gap.
+    is as large as the largest gap. With gaps, a call of more than one comb is of `max_nbytes` at
+    most.
     """
     ends = ends_of(combs.teeth)
-    at_once = (count - 1) // max(len(ends.src.offsets), len(ends.dst.offsets))
+    fit = (count - 1) // max(len(ends.src.offsets), len(ends.dst.offsets))
+    at_once = max(1, min(fit, max_nbytes // int(ends.src.nbytes.sum())))
     whole = len(combs.src) // at_once * at_once
     for first, last, width in (
         (0, whole, at_once),

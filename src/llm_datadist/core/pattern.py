@@ -275,11 +275,11 @@ _ONE: Final = Axis(np.zeros(1, np.uint64), np.zeros(1, np.uint64))
 
 
 def _across(planes: Axis, strips: Segments, teeth: Teeth) -> Pieces:
-    ends = planes.across(Axis(strips.src, strips.dst))
+    places = Axis(strips.src, strips.dst)
     if len(teeth) > 1:
-        return Combs(*ends, teeth)
-    at = Axis(teeth.src, teeth.dst)
-    return Segments(*at.across(ends), np.tile(strips.nbytes, len(planes.src)))
+        return Combs(*planes.across(places), teeth)
+    planes = Axis(planes.src + teeth.src, planes.dst + teeth.dst)
+    return Segments(*planes.across(places), np.tile(strips.nbytes, len(planes.src)))
 
 
 def _alike(strips: Segments, num_teeth: int) -> list[Segments]:

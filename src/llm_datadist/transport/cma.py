@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import signal
 from array import array
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from llm_datadist.core.calls import MOST_WASTE_NBYTES, calls_of
 from llm_datadist.core.combs import Combs
 from llm_datadist.core.generations import WORD_NBYTES
-from llm_datadist.core.segments import FEW, first_unfinished, joined
+from llm_datadist.core.segments import FEW, first_unfinished, iovecs, joined
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
 from llm_datadist.running.movers import MIN_PART_NBYTES
@@ -141,35 +142,36 @@ class CmaChannel:
     def _read_part(self, part: Pieces, guard: Guard, deadline: Deadline, call: Call | None) -> None:
         if isinstance(part, Combs):
             self._read_combs(part, guard, deadline, call)
-        else:
-            self._read_segments(part, guard, deadline, call)
-        if _has_ended(self._pidfd):  # its number may be another process's by now
-            raise self._gone()
-
-    def _read_segments(
-        self, part: Segments, guard: Guard, deadline: Deadline, call: Call | None
-    ) -> None:
+            return
         words = np.zeros(2, dtype=np.uint64)
-        ours, theirs = words.ctypes.data, guard.word_addr
+        addr = words.ctypes.data
+        ours, behind = (addr, WORD_NBYTES), (addr + WORD_NBYTES, WORD_NBYTES)
+        theirs = guard.word_addr, WORD_NBYTES
         # the word goes in front of each call's vectors, and behind the last one's
         windows = list(part.windows(native.IOV_MAX - 2, _CALL_NBYTES))
         for window in windows:
             self._require(deadline, call)
             last = window is windows[-1]
-            local = window.dst_iovecs(*_words_at(ours, last, ours + 8))
-            remote = joined(window.src_iovecs(*_words_at(theirs, last, theirs)))
-            self._call(local, remote, int(local[:, 1].sum()), guard)
+            local = iovecs(window.dst, window.nbytes, [ours], [behind] * last)
+            remote = iovecs(window.src, window.nbytes, [theirs], [theirs] * last)
+            nbytes = int(local[:, 1].sum())
+            if nbytes < mmap.PAGESIZE * len(local):
+                remote = joined(remote)
+            self._call(local, remote, nbytes, guard)
             if words[0] != guard.generation:  # nothing more is read of what is stale
                 raise StaleCache(guard)
         if words[1] != guard.generation:
             raise StaleCache(guard)
+        if _has_ended(self._pidfd):  # its number may be another process's by now
+            raise self._gone()
 
     def _read_combs(self, part: Combs, guard: Guard, deadline: Deadline, call: Call | None) -> None:
         """The same; the word behind all is read by a call of its own."""
         word = np.zeros(1, dtype=np.uint64)
-        ours, theirs = [(addr, WORD_NBYTES) for addr in (word.ctypes.data, guard.word_addr)]
+        ours, theirs = (word.ctypes.data, WORD_NBYTES), (guard.word_addr, WORD_NBYTES)
         waste = np.empty(MOST_WASTE_NBYTES, dtype=np.uint8)
-        for sources, destinations in calls_of(part, native.IOV_MAX, waste.ctypes.data):
+        calls = calls_of(part, native.IOV_MAX, _CALL_NBYTES, waste.ctypes.data)
+        for sources, destinations in calls:
             sources[:, 0], destinations[:, 0] = theirs, ours
             nbytes = int(destinations[0, :, 1].sum())
             for local, remote in zip(destinations, sources, strict=True):
@@ -180,6 +182,8 @@ class CmaChannel:
         self._call(destinations[0, :1], sources[0, :1], WORD_NBYTES, guard)
         if word[0] != guard.generation:
             raise StaleCache(guard)
+        if _has_ended(self._pidfd):
+            raise self._gone()
 
     def _require(self, deadline: Deadline, call: Call | None) -> None:
         """Raises LLMException when nothing more is to be read."""
@@ -277,13 +281,6 @@ def ptrace_scope() -> int | None:
         return int(_PTRACE_SCOPE.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _words_at(
-    before: int, is_last: bool, behind: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The generation word's vectors in front of and behind a call's data, where they belong."""
-    return [(before, WORD_NBYTES)], [(behind, WORD_NBYTES)] * is_last
 
 
 def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:
