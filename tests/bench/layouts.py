@@ -121,9 +121,8 @@ def plan(rounds: int = 5) -> None:
         begun = time.perf_counter()
         reshard(*ends)
         seconds.append(time.perf_counter() - begun)
-    Console().print(
-        "layouts are compared in {:.0f} µs, and then in {:.1f}".format(*(s * 1e6 for s in seconds))
-    )
+    first, again = (f"{each * 1e6:.1f} µs" for each in seconds)
+    Console().print(f"to compare the layouts took {first}, and then {again}")
 
 
 def _plan(job: Job, blocks: list[list[int]], addrs: npt.NDArray[np.uint64]) -> int:

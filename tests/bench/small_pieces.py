@@ -126,10 +126,8 @@ def main(rounds: int = 9) -> None:
         ways[f"… what is between them read along, of {heads}"] = partial(
             read, pid, with_gaps(by_piece, heads), block
         )
-    for name in answers:
-        ways[f"… by the owner, through a socket, of {name.decode()}"] = partial(
-            ask, ours, name, blocks
-        )
+    for of in answers:
+        ways[f"… by the owner, through a socket, of {of.decode()}"] = partial(ask, ours, of, blocks)
     took: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
