@@ -217,8 +217,10 @@ class CacheTransfers:
     ) -> None:
         """Copies block `src_blocks[j]` of ours to block `dst_blocks[j]` of a peer's cache.
 
-        As `push_cache` otherwise. Between caches with layouts, and for `tokens`, as `pull_blocks`:
-        ours must hold all layers and heads of the peer's. Spec 6.11. Thread-safe.
+        As `push_cache` otherwise. Between caches with layouts, and for `tokens`, as `pull_blocks`;
+        but ours need not hold all of the peer's: what both hold of layers and heads goes, and the
+        rest of the peer's blocks stays as it is, for other ranks to bring theirs. Where they have
+        no layer or no head in common it is LLM_PARAM_INVALID. Spec 6.11. Thread-safe.
         """
         cluster = self._require_one_sided()
         key = check_type("dst_cache_key", dst_cache_key, BlocksCacheKey)

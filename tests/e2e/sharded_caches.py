@@ -21,15 +21,21 @@ NUM_BLOCKS = 24
 Elements = npt.NDArray[np.int32]
 
 
-def model_kv() -> Elements:
+def model_kv(tokens: int = TOKENS) -> Elements:
     """What the model has computed: [layer, K or V, head, token, element]."""
-    shape = (LAYERS, 2, HEADS, TOKENS, HEAD_SIZE)
+    shape = (LAYERS, 2, HEADS, tokens, HEAD_SIZE)
     return np.arange(1, np.prod(shape) + 1, dtype=np.int32).reshape(shape)
 
 
-def blocks_of(block_tokens: int, step: int = 5) -> list[int]:
+def blocks_of(block_tokens: int, tokens: int = TOKENS) -> list[int]:
     """Scattered blocks for the tokens."""
-    return [step * index % NUM_BLOCKS for index in range(-(-TOKENS // block_tokens))]
+    count = -(-tokens // block_tokens)
+    return [5 * index % num_blocks(count) for index in range(count)]
+
+
+def num_blocks(count: int) -> int:
+    """How many a cache has that holds so many of a sequence."""
+    return max(NUM_BLOCKS, count + -count % 5 + 1)
 
 
 class Shard:
@@ -44,10 +50,17 @@ class Shard:
         layers: Sequence[int] = range(LAYERS),
         key: BlocksCacheKey | None = None,
         readers: int = 0,
+        tokens: int = TOKENS,
     ) -> None:
-        sizes = {"B": NUM_BLOCKS, "H": heads.count, "N": block_tokens, "D": HEAD_SIZE}
+        self.blocks, self.block_tokens = blocks_of(block_tokens, tokens), block_tokens
+        self.tokens = tokens
+        sizes = {
+            "B": num_blocks(len(self.blocks)),
+            "H": heads.count,
+            "N": block_tokens,
+            "D": HEAD_SIZE,
+        }
         self.order, self.heads, self.layers = order, heads, list(layers)
-        self.blocks, self.block_tokens = blocks_of(block_tokens), block_tokens
         shape = [sizes[axis] for axis in order]
         self.tensors: Elements = np.zeros((2 * len(layers), *shape), np.int32)
         desc = CacheDesc(2 * len(layers), shape, DataType.DT_INT32)
@@ -63,12 +76,12 @@ class Shard:
     def has_it_all(self) -> bool:
         """Whether the tokens' elements are the model's, and all others are as they were."""
         wrong = [1 for tensor, part in self._parts() if (tensor != part).any()]
-        expected = len(self.layers) * 2 * self.heads.count * TOKENS * HEAD_SIZE
+        expected = len(self.layers) * 2 * self.heads.count * self.tokens * HEAD_SIZE
         return not wrong and np.count_nonzero(self.tensors) == expected
 
     def _parts(self) -> list[tuple[Elements, Elements]]:
         """Of each block: what it has of the tokens, and what it must have, as [head, token, D]."""
-        kv, parts = model_kv(), []
+        kv, parts = model_kv(self.tokens), []
         by_layer = self.tensors.transpose(0, *(1 + self.order.index(axis) for axis in "BHND"))
         heads = slice(self.heads.first, self.heads.stop)
         for index, block in enumerate(self.blocks):
@@ -94,13 +107,20 @@ def add_shard(
     *,
     is_filled: bool = True,
     readers: int = 0,
+    tokens: int = TOKENS,
 ) -> None:
     """In the peer's process, under its key."""
     key = BlocksCacheKey(node.datadist.cluster_id)
-    shard = Shard(node, order, block_tokens, heads, layers, key, readers)
+    shard = Shard(node, order, block_tokens, heads, layers, key, readers, tokens)
     if is_filled:
         shard.fill()
     _shards.append(shard)
+
+
+def push(node: Node, key: BlocksCacheKey, blocks: list[int], tokens: int = TOKENS) -> None:
+    """The last shard that was added, to a cache of a peer's."""
+    shard = _shards[-1]
+    node.manager.push_blocks(key, shard.cache, shard.blocks, blocks, tokens=tokens)
 
 
 def has_it_all(_: Node) -> bool:

@@ -6,26 +6,40 @@ import logging
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from linked_pair import GONE, INVALID, SUCCESS
 from sharded_caches import (
+    HEAD_SIZE,
     HEADS,
+    LAYERS,
     TOKENS,
     Shard,
     add_shard,
     blocks_of,
     has_it_all,
     is_read,
+    push,
     unregister,
 )
 
-from llm_datadist import BlocksCacheKey, KVHeads, LLMException, LLMRole
+from llm_datadist import (
+    BlocksCacheKey,
+    CacheDesc,
+    DataType,
+    KVHeads,
+    KVLayout,
+    LLMException,
+    LLMRole,
+)
 from llm_datadist.core import reshard
 from llm_datadist.observe.log import LOGGER_NAME
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from llm_datadist import Cache
 
 ALL = KVHeads.all(HEADS)
 RANKS = [KVHeads.share(HEADS, rank, 3) for rank in range(3)]
@@ -119,6 +133,65 @@ def test_a_push_brings_each_rank_its_head(processes: list[NodeProcess], path: st
                 key, whole.cache, whole.blocks, blocks_of(4), tokens=TOKENS
             )
             assert peer.call(has_it_all)
+    finally:
+        ranks.stop()
+
+
+def test_ranks_push_their_heads_into_one_cache_side_by_side(
+    processes: list[NodeProcess], path: str
+) -> None:
+    ranks = Ranks(processes, path, is_accessible=True)
+    try:
+        key = BlocksCacheKey(4)
+        for order in ORDERS:
+            ranks.hold(order, 4)
+            whole = Shard(ranks.node, "BNHD", 8, ALL, key=key)
+            for peer in ranks.peers:
+                peer.begin(push, key, whole.blocks)
+            for peer in ranks.peers:
+                peer.result()
+            assert whole.has_it_all()
+            ranks.node.manager.unregister_cache(whole.cache.cache_id)
+    finally:
+        ranks.stop()
+
+
+def test_stages_push_their_layers_and_each_touches_nothing_else(
+    processes: list[NodeProcess], path: str
+) -> None:
+    ranks = Ranks(processes, path, is_accessible=True)
+    try:
+        key = BlocksCacheKey(4)
+        whole = Shard(ranks.node, "BHND", 8, ALL, key=key)
+        for layer in (0, 1):
+            ranks.peers[layer].call(add_shard, "BNHD", 4, RANKS[1], [layer])
+            ranks.peers[layer].call(push, key, whole.blocks)
+            one_head = LAYERS * TOKENS * HEAD_SIZE
+            assert np.count_nonzero(whole.tensors) == (layer + 1) * one_head
+        ranks.peers[2].call(add_shard, "BHND", 8, ALL, is_filled=True)
+        ranks.peers[2].call(push, key, whole.blocks)
+        assert whole.has_it_all()
+    finally:
+        ranks.stop()
+
+
+def test_a_push_of_what_the_destination_does_not_hold_is_refused(
+    processes: list[NodeProcess], path: str
+) -> None:
+    ranks = Ranks(processes, path, is_accessible=True)
+    try:
+        key = BlocksCacheKey(4)
+        head = Shard(ranks.node, "BHND", 8, RANKS[0], [0], key=key)
+        for heads, layers, words in (
+            (RANKS[1], [0], "axis H.*1 to 1 of 3.*0 to 0 of 3"),
+            (RANKS[0], [1], "axis L.*source has 1, the destination 0"),
+        ):
+            ranks.peers[0].call(add_shard, "BHND", 4, heads, layers)
+            with pytest.raises(LLMException, match=words) as caught:
+                ranks.peers[0].call(push, key, head.blocks)
+            assert caught.value.status_code is INVALID
+            ranks.peers[0].call(unregister)
+        assert not head.tensors.any()
     finally:
         ranks.stop()
 
@@ -222,6 +295,51 @@ def test_layouts_that_differ_are_not_moved_by_layer_ranges(ranks: Ranks) -> None
 
 
 # -- many pieces --
+
+
+def test_as_many_pieces_as_fill_many_system_calls_arrive(ranks: Ranks) -> None:
+    """A piece for each head and token, whose source is contiguous, or has others between them."""
+    tokens = 2085
+    for peer, heads in zip(ranks.peers, RANKS, strict=True):
+        peer.call(add_shard, "BNHD", 16, heads, tokens=tokens)
+    whole = Shard(ranks.node, "BNHD", 64, ALL, tokens=tokens)
+    sources = {key: blocks_of(16, tokens) for key in KEYS}
+    ranks.node.manager.pull_shards(sources, whole.cache, whole.blocks, tokens=tokens)
+    assert whole.has_it_all()
+    ranks.peers[0].call(unregister)
+    ranks.peers[0].call(add_shard, "BNHD", 16, ALL, tokens=tokens)
+    for order in ORDERS:
+        head = Shard(ranks.node, order, 64, RANKS[1], tokens=tokens)
+        ranks.node.manager.pull_blocks(
+            KEYS[0], head.cache, blocks_of(16, tokens), head.blocks, tokens=tokens
+        )
+        assert head.has_it_all()
+
+
+def unmapped_shard(node: Node, heads: KVHeads) -> Cache:
+    """At addresses that no program has."""
+    desc = CacheDesc(4, [24, 8, heads.count, 5], DataType.DT_INT32)
+    layout, key = KVLayout.of(desc, "NHD", heads=heads), BlocksCacheKey(node.datadist.cluster_id)
+    return node.manager.register_blocks_cache(desc, [0x1000] * 4, key, layout=layout)
+
+
+def add_unmapped_shard(node: Node, heads: KVHeads) -> None:
+    unmapped_shard(node, heads)
+
+
+def test_small_pieces_of_unmapped_memory_are_refused_by_address(ranks: Ranks) -> None:
+    ranks.peers[0].call(add_unmapped_shard, ALL)
+    ranks.peers[1].call(add_shard, "BNHD", 8, ALL)
+    ours = Shard(ranks.node, "BNHD", 8, RANKS[1])
+    with pytest.raises(LLMException, match=r"remote address.*not mapped") as caught:
+        ranks.node.manager.pull_blocks(KEYS[0], ours.cache, ours.blocks, ours.blocks)
+    assert caught.value.status_code is INVALID
+    unmapped = unmapped_shard(ranks.node, RANKS[1])
+    with pytest.raises(LLMException, match=r"local address.*not mapped") as caught:
+        ranks.node.manager.pull_blocks(KEYS[1], unmapped, ours.blocks, ours.blocks)
+    assert caught.value.status_code is INVALID
+    ranks.node.manager.pull_blocks(KEYS[1], ours.cache, ours.blocks, ours.blocks, tokens=TOKENS)
+    assert ours.has_it_all()
 
 
 def test_a_large_plan_is_moved_by_windows_and_crumbs_are_warned_of_once(

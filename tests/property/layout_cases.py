@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from llm_datadist.core.reshard import reshard
+from llm_datadist.core.reshard import common, reshard
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.kv_layout import KVHeads, KVLayout
 from llm_datadist.types import DataType
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from random import Random
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.pattern import Pattern
-    from llm_datadist.core.segments import Segments
+    from llm_datadist.core.segments import U64, Segments
 
 Cells: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -113,6 +114,18 @@ class Rank:
             num_tensors=num_tensors, heads=self.heads, layers=self.layers,
         )  # fmt: skip
 
+    def has(self, layer: int | str, head: int) -> bool:
+        """Whether it holds this head of the model in that layer."""
+        return layer in self.layers and self.heads.first <= head < self.heads.stop
+
+    def places_of(self, vectors: U64) -> Cells:
+        """The cells of these vectors, each of which lies in one tensor."""
+        for addr, nbytes in vectors.tolist():
+            offsets = [addr - int(start) for start in self.addrs]
+            assert any(0 <= offset <= self.tensor_cells - nbytes for offset in offsets), "outside"
+        ranges = [np.arange(addr, addr + nbytes) - self.base for addr, nbytes in vectors.tolist()]
+        return np.concatenate(ranges)
+
     def elements(self) -> Iterator[tuple[Cells, tuple[int | str, int, int, int, int]]]:
         """The bytes of each element of the tokens, and which element it is."""
         head_size = self.arrays[0].shape[self.order.index("D")]
@@ -165,14 +178,11 @@ class Case:
 
     def is_covered(self) -> bool:
         """Whether the sources have all that the destination needs."""
-        held = {
-            (layer, head)
-            for source in self.sources
-            for layer in source.layers
-            for head in range(source.heads.first, source.heads.stop)
-        }
         heads = range(self.destination.heads.first, self.destination.heads.stop)
-        return held.issuperset(product(self.destination.layers, heads))
+        return all(
+            any(source.has(layer, head) for source in self.sources)
+            for layer, head in product(self.destination.layers, heads)
+        )
 
     def check(self) -> None:
         """Fails unless the plan moves just what the naive copy does, or is refused as it must."""
@@ -182,41 +192,62 @@ class Case:
                 reshard(layouts, self.destination.layout)
             assert refused.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
             return
+        expected = self._fill(self.sources)
+        self._move(reshard(layouts, self.destination.layout), self.sources)
+        np.testing.assert_array_equal(self.destination.cells, expected)
+
+    def check_pushes(self) -> None:
+        """Fails unless each source brings just what it has, or is refused where it has nothing."""
+        for source in self.sources:
+            expected = self._fill([source])
+            if (expected == UNTOUCHED).all():
+                with pytest.raises(LLMException, match=r"axis [LH].*none of them") as refused:
+                    common(source.layout, self.destination.layout)
+                assert refused.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
+            else:
+                self._move([common(source.layout, self.destination.layout)], [source])
+                np.testing.assert_array_equal(self.destination.cells, expected)
+
+    def _fill(self, sources: Sequence[Rank]) -> Cells:
+        """Gives elements values; the destination's cells with all that these sources have."""
         values: dict[object, int] = {}
+        self.destination.cells[:] = UNTOUCHED
         for cells, which in self.destination.elements():
             values[which] = 8 * len(values)
-            cells[:] = values[which] + np.arange(len(cells))
+            if any(source.has(which[0], which[2]) for source in sources):
+                cells[:] = values[which] + np.arange(len(cells))
         expected = self.destination.cells.copy()
         self.destination.cells[:] = UNTOUCHED
-        for source in self.sources:
+        for source in sources:
             for cells, which in source.elements():
                 number = values.get(which)
                 cells[:] = -2 if number is None else number + np.arange(len(cells))
-        self._move(reshard(layouts, self.destination.layout))
-        np.testing.assert_array_equal(self.destination.cells, expected)
+        return expected
 
-    def _move(self, patterns: Sequence[Pattern]) -> None:
+    def _move(self, patterns: Sequence[Pattern], sources: Sequence[Rank]) -> None:
         written = np.zeros(len(self.destination.cells), np.int64)
         for pattern in patterns:
-            source = self.sources[pattern.source]
+            source = sources[pattern.source]
             blocks = source.blocks, self.destination.blocks, self.tokens
             segments = pattern.segments(*blocks, source.addrs, self.destination.addrs)
             assert len(segments) == pattern.num_segments(*blocks)
             assert segments.total_nbytes == pattern.nbytes_per_token * len(self.tokens)
-            windows = list(pattern.windows(*blocks, source.addrs, self.destination.addrs, count=3))
-            assert max(map(len, windows)) <= 3
-            assert _rows(windows) == _rows([segments])
-            for src, dst, nbytes in _rows([segments]):
-                self._copy(source, src, dst, nbytes, written)
+            addrs = source.addrs, self.destination.addrs
+            for count in (3, 2**20):
+                windows = list(pattern.windows(*blocks, *addrs, count=count))
+                assert max(map(len, windows)) <= count
+                assert _rows([window.flat() for window in windows]) == _rows([segments])
+            for window in windows:
+                for part in window.split(2):
+                    self._copy(source, part, written)
         assert written.max() <= 1, "a byte was written twice"
 
-    def _copy(self, source: Rank, src: int, dst: int, nbytes: int, written: Cells) -> None:
-        for rank, addr in ((source, src), (self.destination, dst)):
-            offsets = [addr - int(start) for start in rank.addrs]
-            assert any(0 <= offset <= rank.tensor_cells - nbytes for offset in offsets), "outside"
-        here, there = dst - self.destination.base, src - source.base
-        self.destination.cells[here : here + nbytes] = source.cells[there : there + nbytes]
-        written[here : here + nbytes] += 1
+    def _copy(self, source: Rank, pieces: Pieces, written: Cells) -> None:
+        """As the kernel does: the bytes of the one end's vectors into the other's."""
+        here = self.destination.places_of(pieces.dst_iovecs())
+        there = source.places_of(pieces.src_iovecs())
+        self.destination.cells[here] = source.cells[there]
+        np.add.at(written, here, 1)
 
 
 def _rows(parts: Sequence[Segments]) -> list[tuple[int, int, int]]:

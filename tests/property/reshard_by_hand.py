@@ -15,6 +15,7 @@ def main(count: int, seed: int = 0) -> None:
         case = Case.random(Random(number))
         try:
             case.check()
+            case.check_pushes()
         except BaseException:
             sys.stderr.write(f"the case with the seed {number} fails\n")
             raise

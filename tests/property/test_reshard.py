@@ -16,3 +16,9 @@ if TYPE_CHECKING:
 @given(st.randoms(use_true_random=False))
 def test_any_layout_goes_to_any_layout_as_a_naive_copy_would(rng: Random) -> None:
     Case.random(rng).check()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.randoms(use_true_random=False))
+def test_each_source_pushes_what_it_has_and_touches_nothing_else(rng: Random) -> None:
+    Case.random(rng).check_pushes()

@@ -6,26 +6,28 @@ no loop runs over blocks or tokens.
 The tokens of a request are cut where a block ends on either side. Of such a *strip*, which lies in
 one block here and in one there, each axis of the layouts is two columns of offsets. An axis whose
 offsets at both ends go up by what is contiguous so far is absorbed: it makes segments longer. The
-others make *lanes*: each strip in each lane is a segment, so they are an outer sum. Thus equal
-layouts give whole blocks, runs of blocks merge, HND cut by heads gives a segment for each head and
-block, and NHD one for each token, without a case for any of them.
+others make *teeth*: each tooth of each strip in each plane - K or V of a layer - is a piece, so
+they are an outer sum. Thus equal layouts give whole blocks, runs of blocks merge, HND cut by heads
+gives a piece for each head and block, and NHD one for each token, without a case for any of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_datadist.core.combs import Combs, Teeth
 from llm_datadist.core.segments import U64, Segments
 from llm_datadist.core.strips import strips_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.strips import Tokens
     from llm_datadist.kv_layout import KVLayout
 
@@ -61,39 +63,50 @@ class Axis(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Segments as an outer sum: each piece in each lane."""
+    """Pieces as an outer sum: in each plane, at each strip, each tooth."""
 
-    lanes: Axis
-    pieces: Segments
+    planes: Axis
+    #: equally long where there are several teeth
+    strips: Segments
+    teeth: Teeth
 
     def __len__(self) -> int:
-        return len(self.lanes.src) * len(self.pieces)
+        return len(self.planes.src) * len(self.strips) * len(self.teeth)
 
-    def windows(self, count: int) -> Iterator[Segments]:
-        """All segments, at most so many at a time."""
-        at_once = max(1, count // len(self.pieces))
-        for start in range(0, len(self.lanes.src), at_once):
-            lanes = Axis(*(column[start : start + at_once] for column in self.lanes))
-            for pieces in self.pieces.windows(count):
-                ends = lanes.across(Axis(pieces.src, pieces.dst))
-                yield Segments(*ends, np.tile(pieces.nbytes, len(lanes.src)))
+    @property
+    def total_nbytes(self) -> int:
+        return len(self.planes.src) * self.strips.total_nbytes * len(self.teeth)
+
+    def windows(self, count: int) -> Iterator[Pieces]:
+        """All pieces, at most so many at a time."""
+        for teeth in self.teeth.chunks(count):
+            for strips in self.strips.windows(count // len(teeth)):
+                at_once = max(1, count // (len(strips) * len(teeth)))
+                for start in range(0, len(self.planes.src), at_once):
+                    planes = Axis(*(column[start : start + at_once] for column in self.planes))
+                    yield _across(planes, strips, teeth)
 
 
 class Windows:
-    """The segments of a request, of which only so many exist at a time. Immutable."""
+    """The pieces of a request, of which only so many exist at a time. Immutable."""
 
     __slots__ = ("_count", "_grids", "total_nbytes")
 
     def __init__(self, grids: Sequence[Grid], count: int) -> None:
         self._grids = grids
         self._count = count
-        self.total_nbytes = sum(len(g.lanes.src) * g.pieces.total_nbytes for g in grids)
+        self.total_nbytes = sum(grid.total_nbytes for grid in grids)
 
     def __len__(self) -> int:
-        """Of segments."""
+        """Of pieces."""
         return sum(map(len, self._grids))
 
-    def __iter__(self) -> Iterator[Segments]:
+    @property
+    def are_many(self) -> bool:
+        """Whether they do not exist all at a time."""
+        return len(self) > self._count
+
+    def __iter__(self) -> Iterator[Pieces]:
         for grid in self._grids:
             yield from grid.windows(self._count)
 
@@ -145,7 +158,7 @@ class Pattern:
         exactly the blocks in which the tokens lie, and the caches have those blocks.
         """
         windows = self.windows(src_blocks, dst_blocks, tokens, src_addrs, dst_addrs, count=2**62)
-        return joined(list(windows))
+        return joined([window.flat() for window in windows])
 
     def windows(
         self,
@@ -189,19 +202,21 @@ class Pattern:
         tokens: Tokens,
     ) -> list[Grid]:
         strips = strips_of(self.src, src_blocks, self.dst, dst_blocks, tokens)
-        by_lanes: dict[object, tuple[dict[str, Axis], list[Segments]]] = {}
+        by_teeth: dict[object, tuple[Axis, list[Segments]]] = {}
         for count in _distinct(strips.nbytes):
             nbytes, left = self._stretch(count)
             alike = strips.nbytes == count
             pieces = Segments(
                 strips.src[alike], strips.dst[alike], np.full(int(alike.sum()), nbytes, np.uint64)
             )
-            # strips of other lengths may merge with these, as long as both have the same lanes
-            lanes = tuple(left), count if "N" in left else None
-            by_lanes.setdefault(lanes, (left, []))[1].append(pieces)
+            # strips of other lengths may merge with these, as long as both have the same teeth
+            which = tuple(left), count if "N" in left else None
+            teeth = reduce(Axis.across, left.values(), _ONE)
+            by_teeth.setdefault(which, (teeth, []))[1].append(pieces)
         return [
-            Grid(reduce(Axis.across, left.values(), planes), _merged(joined(pieces)))
-            for left, pieces in by_lanes.values()
+            Grid(planes, strips, Teeth.of(*teeth, int(strips.nbytes[0])))
+            for teeth, pieces in by_teeth.values()
+            for strips in _alike(_merged(joined(pieces)), len(teeth.src))
         ]
 
     def _stretch(self, count: int) -> tuple[int, dict[str, Axis]]:
@@ -253,6 +268,26 @@ class Pattern:
 
     def _is_inside(self, axis: str) -> bool:
         return axis in self.src.order and axis in self.dst.order
+
+
+#: the offset of what is not repeated
+_ONE: Final = Axis(np.zeros(1, np.uint64), np.zeros(1, np.uint64))
+
+
+def _across(planes: Axis, strips: Segments, teeth: Teeth) -> Pieces:
+    places = Axis(strips.src, strips.dst)
+    if len(teeth) > 1:
+        return Combs(*planes.across(places), teeth)
+    planes = Axis(planes.src + teeth.src, planes.dst + teeth.dst)
+    return Segments(*planes.across(places), np.tile(strips.nbytes, len(planes.src)))
+
+
+def _alike(strips: Segments, num_teeth: int) -> list[Segments]:
+    """By their lengths, where each has several teeth."""
+    if num_teeth == 1:
+        return [strips]
+    which = [strips.nbytes == nbytes for nbytes in _distinct(strips.nbytes)]
+    return [Segments(strips.src[at], strips.dst[at], strips.nbytes[at]) for at in which]
 
 
 def joined(parts: Sequence[Segments]) -> Segments:

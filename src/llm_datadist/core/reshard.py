@@ -2,7 +2,8 @@
 
 `reshard` compares layouts once, and gives a few patterns (`core/pattern.py`): these layers and
 these heads of that source go there. Each head of each layer is taken from the first source that has
-it, so what several hold is read once, and what none holds is refused.
+it, so what several hold is read once, and what none holds is refused. `common` is the pusher's view
+of the same: what one source has of a destination, of which others bring the rest.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from llm_datadist.core.pattern import HeadRun, Pattern, Windows, joined
+from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llm_datadist.core.segments import U64, Segments
+    from llm_datadist.core.combs import Pieces
+    from llm_datadist.core.segments import U64
     from llm_datadist.core.strips import Tokens
     from llm_datadist.kv_layout import KVLayout, LayerName
 
@@ -36,6 +39,34 @@ def reshard(sources: Sequence[KVLayout], destination: KVLayout) -> tuple[Pattern
     return _reshard(tuple(sources), destination)
 
 
+@lru_cache(maxsize=256)
+def common(source: KVLayout, destination: KVLayout) -> Pattern:
+    """What a source has of a destination, each byte of that once; all else is others' to bring.
+
+    Raises LLMException (LLM_PARAM_INVALID), naming the axis and both values, where elements or
+    heads differ in kind, and where they have no layer or no head in common.
+    """
+    _check_alike(0, source, destination)
+    places = {name: place for place, name in enumerate(source.layers)}
+    layers = [
+        (places[name], place) for place, name in enumerate(destination.layers) if name in places
+    ]
+    if not layers:
+        raise invalid(
+            f"axis L (layers): the source has {_some(source.layers)}, the destination "
+            f"{_some(destination.layers)}, and none of them is the same"
+        )
+    theirs, ours = source.heads, destination.heads
+    first, stop = max(theirs.first, ours.first), min(theirs.stop, ours.stop)
+    if first >= stop:
+        raise invalid(
+            f"axis H (KV heads): the source has heads {theirs}, the destination {ours}, and none "
+            "of them is the same"
+        )
+    run = HeadRun(0, first - theirs.first, first - ours.first, stop - first)
+    return Pattern(source, destination, run, *zip(*layers, strict=True))
+
+
 def planned(
     patterns: Sequence[Pattern],
     src_addrs: U64,
@@ -43,7 +74,7 @@ def planned(
     dst_addrs: U64,
     dst_blocks: Sequence[int],
     tokens: Tokens,
-) -> Segments | Windows:
+) -> Pieces | Windows:
     """What one source's patterns move of a request: at once, or, if it is much, by windows.
 
     Raises as `Pattern.segments` does.
@@ -51,7 +82,13 @@ def planned(
     blocks = src_blocks, dst_blocks, tokens
     grids = [g for each in patterns for g in each.grids(*blocks, src_addrs, dst_addrs)]
     windows = Windows(grids, MOST_SEGMENTS)
-    return joined(list(windows)) if len(windows) <= MOST_SEGMENTS else windows
+    if len(windows) > MOST_SEGMENTS:
+        return windows
+    made = list(windows)
+    segments = [window for window in made if isinstance(window, Segments)]
+    if len(segments) == len(made):
+        return joined(segments)
+    return made[0] if len(made) == 1 else windows
 
 
 def check_alike(source: KVLayout, destination: KVLayout) -> None:

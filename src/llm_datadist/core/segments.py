@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 #: a column of addresses or lengths
 U64 = npt.NDArray[np.uint64]
 
+ANY_NBYTES: Final = 2**64
 #: so many segments or fewer are planned and moved as lists
 FEW: Final = 16
+#: a few addresses and lengths
+Vectors: TypeAlias = "Sequence[tuple[int, int]]"
 Lists: TypeAlias = tuple[list[int], list[int], list[int]]
 
 
@@ -63,6 +66,17 @@ class Segments:
     def __len__(self) -> int:
         return self._count
 
+    def src_iovecs(self, before: Vectors = (), behind: Vectors = ()) -> U64:
+        """What the kernel is given for the source: see `iovecs`."""
+        return iovecs(self.src, self.nbytes, before, behind)
+
+    def dst_iovecs(self, before: Vectors = (), behind: Vectors = ()) -> U64:
+        """The same for the destination: as many bytes, though not always as many vectors."""
+        return iovecs(self.dst, self.nbytes, before, behind)
+
+    def flat(self) -> Segments:
+        return self
+
     def overlap(self, other: Segments) -> bool:
         """Whether a byte of the other's destination is one of this one's."""
         if not len(self) or not len(other) or self._ends_before(other) or other._ends_before(self):
@@ -85,8 +99,13 @@ class Segments:
     def slice(self, start: int, stop: int) -> Segments:
         return Segments(self.src[start:stop], self.dst[start:stop], self.nbytes[start:stop])
 
-    def windows(self, count: int) -> Iterator[Segments]:
-        """So many segments after the other; one empty window where there are none."""
+    def windows(self, count: int, max_nbytes: int = ANY_NBYTES) -> Iterator[Segments]:
+        """So many segments after the other; one empty window where there are none.
+
+        Or fewer, so that they are at most so many bytes; one at least.
+        """
+        if max_nbytes < ANY_NBYTES:
+            count = min(count, max(1, max_nbytes // int(self.nbytes.max(initial=1))))
         if self._count <= count:
             yield self
             return
@@ -134,8 +153,8 @@ class Segments:
 def iovecs(
     addrs: U64,
     nbytes: U64,
-    before: Sequence[tuple[int, int]] = (),
-    behind: Sequence[tuple[int, int]] = (),
+    before: Vectors = (),
+    behind: Vectors = (),
 ) -> U64:
     """The columns as an array of `struct iovec` (address, length), C-contiguous.
 
@@ -154,6 +173,17 @@ def iovecs(
     if behind:
         vectors[last:] = behind
     return vectors
+
+
+def joined(vectors: U64) -> U64:
+    """Vectors with neighbours that touch merged."""
+    ends = vectors[:, 0] + vectors[:, 1]
+    starts = np.flatnonzero(np.concatenate(([True], ends[:-1] != vectors[1:, 0])))
+    if len(starts) == len(vectors):
+        return vectors
+    merged = vectors[starts]
+    merged[:, 1] = np.add.reduceat(vectors[:, 1], starts)
+    return merged
 
 
 def first_unfinished(nbytes: U64, moved: int) -> int:

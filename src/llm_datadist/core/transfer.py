@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
-from llm_datadist.core.reshard import check_alike, no_tokens, planned, reshard
+from llm_datadist.core.reshard import check_alike, common, no_tokens, planned, reshard
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.layers import PulledLayers
     from llm_datadist.core.pattern import Pattern, Windows
     from llm_datadist.core.registry import Entry
@@ -59,7 +60,7 @@ class Pull(abc.ABC):
             self._check_fit(geometry)
         self.layers.check(geometry)
 
-    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Segments | Windows:
+    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Pieces | Windows:
         """What to read. Raises LLMException: LLM_PARAM_INVALID, LLM_KV_CACHE_NOT_EXIST."""
         _check_row(remote, row)
         if self.is_one_sided:
@@ -74,7 +75,7 @@ class Pull(abc.ABC):
         src, dst = self.layers.select(remote.layout, ours.layout)
         return self._plan(src, row, dst)
 
-    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
         """What to read where both caches say what their blocks hold."""
         raise invalid(f"{self.verb} moves rows, and both caches have blocks")
 
@@ -127,7 +128,7 @@ class PullBlocks(Pull):
     def _check_fit(self, ours: Geometry) -> None:
         plan.check_blocks(ours, self.dst_blocks, "destination")
 
-    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
         if not self.src_blocks:
             raise invalid("the key names a cache of blocks: name the blocks to pull (src_blocks)")
         patterns = self._patterns(remote, ours)
@@ -135,7 +136,9 @@ class PullBlocks(Pull):
         return planned(patterns, src, self.src_blocks, dst, self.dst_blocks, self.tokens)
 
     def _patterns(self, remote: RemoteCache, ours: Entry) -> Sequence[Pattern]:
-        return _patterns(remote, ours)
+        assert remote.kv_layout is not None
+        assert ours.kv_layout is not None
+        return reshard([remote.kv_layout], ours.kv_layout)
 
     def _plan(self, src: Layout, src_row: int, dst: Layout) -> Segments:
         if self.tokens is not None:
@@ -183,7 +186,7 @@ class Push(abc.ABC):
         """Those of them that hold for destinations which are known by address, too."""
         self.layers.check(ours)
 
-    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Segments | Windows:
+    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Pieces | Windows:
         """What the peer is to read. Raises as `Pull.segments` does."""
         _check_theirs(remote)
         _check_row(remote, row)
@@ -196,7 +199,7 @@ class Push(abc.ABC):
         src, dst = self.layers.select(ours.layout, remote.layout)
         return self.plan(src, dst, row)
 
-    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
         """As of a pull."""
         raise invalid(f"{self.verb} moves rows, and both caches have blocks")
 
@@ -250,10 +253,12 @@ class PushBlocks(Push):
             )
         plan.check_blocks(ours, self.src_blocks, "source")
 
-    def _reshard(self, remote: RemoteCache, ours: Entry) -> Segments | Windows:
-        patterns = _patterns(ours, remote)
+    def _reshard(self, remote: RemoteCache, ours: Entry) -> Pieces | Windows:
+        assert ours.kv_layout is not None
+        assert remote.kv_layout is not None
+        pattern = common(ours.kv_layout, remote.kv_layout)
         src, dst = ours.layout.addrs, remote.layout.addrs
-        return planned(patterns, src, self.src_blocks, dst, self.dst_blocks, self.tokens)
+        return planned([pattern], src, self.src_blocks, dst, self.dst_blocks, self.tokens)
 
     def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
         if self.tokens is not None:
@@ -362,12 +367,6 @@ class CopyBlocks(Copy):
         plan.check_blocks(src.geometry, self.src_blocks, "source")
         plan.check_blocks(dst.geometry, self.dst_blocks, "destination")
         return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks)
-
-
-def _patterns(src: RemoteCache | Entry, dst: RemoteCache | Entry) -> Sequence[Pattern]:
-    assert src.kv_layout is not None
-    assert dst.kv_layout is not None
-    return reshard([src.kv_layout], dst.kv_layout)
 
 
 def _name_of(cache: int | Place) -> str:

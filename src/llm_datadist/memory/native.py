@@ -51,14 +51,18 @@ for _call in (_sendmsg, _recvmsg, _writev, _readv):
     _call.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 
 
-def process_vm_readv(pid: int, local_addr: int, remote_addr: int, count: int) -> int:
+def process_vm_readv(
+    pid: int, local_addr: int, remote_addr: int, count: int, remote_count: int | None = None
+) -> int:
     """Copies from `pid`'s iovecs to ours; both arrays lie here and have `count` elements.
 
-    Returns the bytes copied, fewer than asked for where an address is bad. Raises OSError.
+    The one of `pid`'s may have another count. The bytes of both are one sequence. Returns the bytes
+    copied, fewer than asked for where an address is bad. Raises OSError.
     """
-    moved: int = _process_vm_readv(pid, local_addr, count, remote_addr, count, 0)
+    theirs = count if remote_count is None else remote_count
+    moved: int = _process_vm_readv(pid, local_addr, count, remote_addr, theirs, 0)
     if moved < 0:  # not by `_retried` at once: small reads are a few microseconds in all
-        return _retried(_process_vm_readv, pid, local_addr, count, remote_addr, count, 0)
+        return _retried(_process_vm_readv, pid, local_addr, count, remote_addr, theirs, 0)
     return moved
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.pattern import Windows
-    from llm_datadist.core.segments import Segments
     from llm_datadist.observe.recorder import Series
     from llm_datadist.observe.tracing import OperationSpan
     from llm_datadist.options import Options
@@ -26,7 +26,7 @@ _SUCCESS = (LLMStatusCode.LLM_SUCCESS,)
 class Watch:
     """Runs from its making to the end of `with`, then tells series and span. For one thread."""
 
-    _segments: Segments | Windows | None = None
+    _segments: Pieces | Windows | None = None
     _statuses: Sequence[LLMStatusCode] = _SUCCESS
     _planning_at = _moving_at = NEVER
 
@@ -43,7 +43,7 @@ class Watch:
         self._moving_at = NEVER
         self._planning_at = perf_counter()
 
-    def moves(self, segments: Segments | Windows) -> None:
+    def moves(self, segments: Pieces | Windows) -> None:
         """The plan is there, and is carried out from now on."""
         self._segments = segments
         self._moving_at = perf_counter()

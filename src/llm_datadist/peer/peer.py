@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.pattern import Windows
 from llm_datadist.core.segments import Segments
 from llm_datadist.core.transfer import Pull
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
@@ -26,7 +27,7 @@ from llm_datadist.transport.stream import RequestRefused
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from llm_datadist.core.pattern import Windows
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.registry import Entry, KeyName
     from llm_datadist.core.remote import Guard, RemoteCache
     from llm_datadist.core.transfer import Push
@@ -138,7 +139,7 @@ class Peer:
             if ticket is None:
                 self.read(window, remote.guard, ours, deadline)
             else:
-                self.send(window, ticket, remote.guard, deadline)
+                self.send(window.flat(), ticket, remote.guard, deadline)
         if ticket is None and isinstance(asked, Pull):
             if remote.is_counted and asked.is_all:
                 self.tell_read(remote, deadline)
@@ -150,19 +151,20 @@ class Peer:
         if remote.is_counted:
             self._use_up(remote, 0, None, deadline)
 
-    def _windows(self, asked: Pull | Push, segments: Segments | Windows) -> Iterable[Segments]:
-        if isinstance(segments, Segments):
-            return (segments,)
-        if segments.total_nbytes < _CRUMB_NBYTES * len(segments) and not self._has_warned:
+    def _windows(self, asked: Pull | Push, pieces: Pieces | Windows) -> Iterable[Pieces]:
+        if not isinstance(pieces, Windows):
+            return (pieces,)
+        are_crumbs = pieces.are_many and pieces.total_nbytes < _CRUMB_NBYTES * len(pieces)
+        if are_crumbs and not self._has_warned:
             self._has_warned = True
             get_logger().warning(
                 "%s moves %d pieces of %d bytes on average, which costs more than their bytes: "
                 "with heads outside of tokens (HND) at both ends a split by heads has fewer",
-                asked, len(segments), segments.total_nbytes // len(segments),
+                asked, len(pieces), pieces.total_nbytes // len(pieces),
             )  # fmt: skip
-        return segments
+        return pieces
 
-    def read(self, segments: Segments, guard: Guard, ours: Entry, deadline: Deadline) -> None:
+    def read(self, pieces: Pieces, guard: Guard, ours: Entry, deadline: Deadline) -> None:
         """Reads into our cache over the link's path, and compares what came where that is asked.
 
         Raises LLMException, as `Channel.read` does.
@@ -172,10 +174,10 @@ class Peer:
                 f"our cache {ours.cache_id} lies in {ours.space}, which the path {self.path} of "
                 f"the link to cluster {self.cluster_id} does not reach"
             )
-        self._channel.read(segments, guard, deadline)
-        if self._checking is not None and len(segments):
+        self._channel.read(pieces, guard, deadline)
+        if self._checking is not None and len(pieces):
             movers = self._checking
-            parts = segments.split(movers.parts_of(segments.total_nbytes))
+            parts = pieces.flat().split(movers.parts_of(pieces.total_nbytes))
             movers.run([partial(self._verify, part, guard, deadline) for part in parts])
 
     def send(self, segments: Segments, src: Guard, dst: Guard | None, deadline: Deadline) -> None:

@@ -22,6 +22,7 @@ from llm_datadist.running.deadline import Deadline
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.messages import ProbeTarget
     from llm_datadist.transport.same_host import Process
     from llm_datadist.transport.stream import Stream
@@ -79,12 +80,12 @@ class Streams(Protocol):
 class Channel(Protocol):
     """A verified way to one peer's memory. Thread-safe."""
 
-    def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
-        """Copies the peer's `segments.src` to our `segments.dst`.
+    def read(self, pieces: Pieces, guard: Guard, deadline: Deadline) -> None:
+        """Copies the peer's `pieces.src_iovecs()` to our `dst_iovecs()`.
 
         Ours lies in exposed regions. Returns only when every byte was copied while the guard held.
         Raises StaleCache, or LLMException with LLM_TIMEOUT, LLM_PARAM_INVALID (memory that is not
-        mapped or not registered) or LLM_NOT_YET_LINK (the peer is gone); the destination segments
+        mapped or not registered) or LLM_NOT_YET_LINK (the peer is gone); the destination
         may then hold anything, all else is untouched, and nothing arrives later.
         """
         ...

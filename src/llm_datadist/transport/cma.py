@@ -10,6 +10,7 @@ say why.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import signal
 from array import array
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from llm_datadist.core.calls import MOST_WASTE_NBYTES, calls_of
+from llm_datadist.core.combs import Combs
 from llm_datadist.core.generations import WORD_NBYTES
-from llm_datadist.core.segments import FEW, first_unfinished, iovecs
+from llm_datadist.core.segments import FEW, first_unfinished, iovecs, joined
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
 from llm_datadist.running.movers import MIN_PART_NBYTES
@@ -35,6 +38,7 @@ from llm_datadist.transport.base import (
 )
 
 if TYPE_CHECKING:
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.remote import Guard
     from llm_datadist.core.segments import U64, Segments
     from llm_datadist.running.deadline import Deadline
@@ -91,13 +95,13 @@ class CmaChannel:
         self._movers = movers
         self._is_closed = False
 
-    def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
-        if len(segments) <= FEW and self._read_few(segments, guard):
+    def read(self, pieces: Pieces, guard: Guard, deadline: Deadline) -> None:
+        if len(pieces) <= FEW and self._read_few(pieces.flat(), guard):
             return
-        if segments.total_nbytes < 2 * MIN_PART_NBYTES:  # not worth another thread
-            self._read_part(segments, guard, deadline, None)
+        if pieces.total_nbytes < 2 * MIN_PART_NBYTES:  # not worth another thread
+            self._read_part(pieces, guard, deadline, None)
             return
-        parts = segments.bounded(_CALL_NBYTES).split(self._movers.parts_of(segments.total_nbytes))
+        parts = pieces.bounded(_CALL_NBYTES).split(self._movers.parts_of(pieces.total_nbytes))
         self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])
 
     def close(self) -> None:
@@ -134,24 +138,25 @@ class CmaChannel:
         is_right = moved == total_nbytes and words[0] == words[1] == guard.generation
         return is_right and not _has_ended(self._pidfd) and not self._is_closed
 
-    def _read_part(
-        self, part: Segments, guard: Guard, deadline: Deadline, call: Call | None
-    ) -> None:
+    def _read_part(self, part: Pieces, guard: Guard, deadline: Deadline, call: Call | None) -> None:
+        if isinstance(part, Combs):
+            self._read_combs(part, guard, deadline, call)
+            return
         words = np.zeros(2, dtype=np.uint64)
-        ours, theirs = words.ctypes.data, guard.word_addr
-        calls = max(1, _CALL_NBYTES // int(part.nbytes.max(initial=1)))
+        addr = words.ctypes.data
+        ours, behind = (addr, WORD_NBYTES), (addr + WORD_NBYTES, WORD_NBYTES)
+        theirs = guard.word_addr, WORD_NBYTES
         # the word goes in front of each call's vectors, and behind the last one's
-        windows = list(part.windows(min(native.IOV_MAX - 2, calls)))
+        windows = list(part.windows(native.IOV_MAX - 2, _CALL_NBYTES))
         for window in windows:
-            deadline.require("the transfer")
-            if self._is_closed:
-                raise LLMException("the link was cut", LLMStatusCode.LLM_NOT_YET_LINK)
-            if call is not None:
-                call.require()
+            self._require(deadline, call)
             last = window is windows[-1]
-            local = iovecs(window.dst, window.nbytes, *_words_at(ours, last, ours + 8))
-            remote = iovecs(window.src, window.nbytes, *_words_at(theirs, last, theirs))
-            self._call(local, remote, guard)
+            local = iovecs(window.dst, window.nbytes, [ours], [behind] * last)
+            remote = iovecs(window.src, window.nbytes, [theirs], [theirs] * last)
+            nbytes = int(local[:, 1].sum())
+            if nbytes < mmap.PAGESIZE * len(local):
+                remote = joined(remote)
+            self._call(local, remote, nbytes, guard)
             if words[0] != guard.generation:  # nothing more is read of what is stale
                 raise StaleCache(guard)
         if words[1] != guard.generation:
@@ -159,17 +164,44 @@ class CmaChannel:
         if _has_ended(self._pidfd):  # its number may be another process's by now
             raise self._gone()
 
-    def _call(self, local: U64, remote: U64, guard: Guard) -> None:
-        wanted = int(local[:, 1].sum())
+    def _read_combs(self, part: Combs, guard: Guard, deadline: Deadline, call: Call | None) -> None:
+        """The same; the word behind all is read by a call of its own."""
+        word = np.zeros(1, dtype=np.uint64)
+        ours, theirs = (word.ctypes.data, WORD_NBYTES), (guard.word_addr, WORD_NBYTES)
+        waste = np.empty(MOST_WASTE_NBYTES, dtype=np.uint8)
+        calls = calls_of(part, native.IOV_MAX, _CALL_NBYTES, waste.ctypes.data)
+        for sources, destinations in calls:
+            sources[:, 0], destinations[:, 0] = theirs, ours
+            nbytes = int(destinations[0, :, 1].sum())
+            for local, remote in zip(destinations, sources, strict=True):
+                self._require(deadline, call)
+                self._call(local, remote, nbytes, guard)
+                if word[0] != guard.generation:
+                    raise StaleCache(guard)
+        self._call(destinations[0, :1], sources[0, :1], WORD_NBYTES, guard)
+        if word[0] != guard.generation:
+            raise StaleCache(guard)
+        if _has_ended(self._pidfd):
+            raise self._gone()
+
+    def _require(self, deadline: Deadline, call: Call | None) -> None:
+        """Raises LLMException when nothing more is to be read."""
+        deadline.require("the transfer")
+        if self._is_closed:
+            raise LLMException("the link was cut", LLMStatusCode.LLM_NOT_YET_LINK)
+        if call is not None:
+            call.require()
+
+    def _call(self, local: U64, remote: U64, nbytes: int, guard: Guard) -> None:
         try:
             moved = native.process_vm_readv(
-                self._pid, local.ctypes.data, remote.ctypes.data, len(local)
+                self._pid, local.ctypes.data, remote.ctypes.data, len(local), len(remote)
             )
         except OSError as error:
             pass_on_handlers(error)
             raise self._explain(error, local, remote, guard) from error
-        if moved != wanted:
-            raise self._bad_address(first_unfinished(local[:, 1], moved), local, remote, guard)
+        if moved != nbytes:
+            raise self._bad_address(moved, local, remote, guard)
 
     def _explain(self, error: OSError, local: U64, remote: U64, guard: Guard) -> LLMException:
         if error.errno == errno.ESRCH:
@@ -190,18 +222,18 @@ class CmaChannel:
             f"process {self._pid} of the peer is gone", LLMStatusCode.LLM_NOT_YET_LINK
         )
 
-    def _bad_address(self, index: int, local: U64, remote: U64, guard: Guard) -> LLMException:
-        """Why the kernel stopped at this segment: a stale cache, our address or the peer's."""
+    def _bad_address(self, moved: int, local: U64, remote: U64, guard: Guard) -> LLMException:
+        """Why the kernel stopped behind so many bytes: a stale cache, our address or the peer's."""
         word = np.zeros(1, dtype=np.uint64)
         if not self._can_read(self._pid, guard.word_addr, WORD_NBYTES, word):
             return StaleCache(guard)
         if word[0] != guard.generation:
             return StaleCache(guard)
-        addr, nbytes = (int(value) for value in local[index])
+        addr, nbytes = local[first_unfinished(local[:, 1], moved)].tolist()
         landing = np.zeros(nbytes, dtype=np.uint8)
         if not self._can_read(os.getpid(), addr, nbytes, landing):
             return _not_mapped("local", addr, nbytes)
-        addr, nbytes = (int(value) for value in remote[index])
+        addr, nbytes = remote[first_unfinished(remote[:, 1], moved)].tolist()
         return _not_mapped("remote", addr, nbytes)
 
     def _can_read(self, pid: int, addr: int, nbytes: int, landing: npt.NDArray[Any]) -> bool:
@@ -253,13 +285,6 @@ def ptrace_scope() -> int | None:
         return None
     except ValueError:
         return None
-
-
-def _words_at(
-    before: int, is_last: bool, behind: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The generation word's vectors in front of and behind a call's data, where they belong."""
-    return [(before, WORD_NBYTES)], [(behind, WORD_NBYTES)] * is_last
 
 
 def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:

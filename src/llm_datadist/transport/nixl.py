@@ -29,6 +29,7 @@ from llm_datadist.transport.nixl_agent import Agent, package
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.remote import Guard
     from llm_datadist.core.segments import U64
     from llm_datadist.running.deadline import Deadline
@@ -125,8 +126,8 @@ class NixlChannel:
         self._reader: Reader | None = None
         self._is_closed = False
 
-    def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
-        turn = Turn()
+    def read(self, pieces: Pieces, guard: Guard, deadline: Deadline) -> None:
+        segments, turn = pieces.flat(), Turn()
 
         def go_on() -> None:
             deadline.require("the transfer")

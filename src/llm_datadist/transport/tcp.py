@@ -23,7 +23,7 @@ import numpy as np
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.generations import STALE, WORD_NBYTES
-from llm_datadist.core.segments import FEW, Segments, iovecs, skip_bytes
+from llm_datadist.core.segments import FEW, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
 from llm_datadist.memory.local import gather
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.remote import Guard
     from llm_datadist.core.segments import U64
     from llm_datadist.running.deadline import Deadline
@@ -89,33 +90,31 @@ class TcpChannel:
         self._streams = streams
         self._movers = movers
 
-    def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
-        parts = self._movers.parts_of(segments.total_nbytes)
-        if parts == 1 and len(segments) <= FEW:
-            self._read_part(segments, guard, deadline, None)
+    def read(self, pieces: Pieces, guard: Guard, deadline: Deadline) -> None:
+        count = self._movers.parts_of(pieces.total_nbytes)
+        if count == 1 and len(pieces) <= FEW:
+            self._read_part(pieces, guard, deadline, None)
             return
-        pieces = segments.bounded(_PIECE_NBYTES).split(parts)
-        self._movers.run([partial(self._read_part, part, guard, deadline) for part in pieces])
+        parts = pieces.bounded(_PIECE_NBYTES).split(count)
+        self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])
 
     def close(self) -> None:
         pass
 
-    def _read_part(
-        self, part: Segments, guard: Guard, deadline: Deadline, call: Call | None
-    ) -> None:
+    def _read_part(self, part: Pieces, guard: Guard, deadline: Deadline, call: Call | None) -> None:
         with (
             self._streams.borrow(deadline) as stream,
             nullcontext() if call is None else call.ended_by(stream.shutdown),
         ):
-            for start in range(0, len(part), m.MAX_REQUEST_SEGMENTS):
-                piece = part.slice(start, start + m.MAX_REQUEST_SEGMENTS)
-                _read_piece(stream, piece, guard, deadline)
+            for window in part.windows(m.MAX_REQUEST_SEGMENTS):
+                if len(window):
+                    _read_window(stream, window, guard, deadline)
 
 
-def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadline) -> None:
+def _read_window(stream: Stream, window: Pieces, guard: Guard, deadline: Deadline) -> None:
     timeout_ms = max(1, int(deadline.require("the transfer") * 1000))
     claim = guard.claim and (*guard.claim.key, guard.claim.row)
-    columns = m.pack_columns(piece.src, piece.nbytes)
+    columns = m.pack_columns(*window.src_iovecs().T)
     read = m.Read(guard.cache_id, guard.generation, timeout_ms, columns, claim)
     try:
         answer = stream.ask(read, deadline)
@@ -123,12 +122,12 @@ def _read_piece(stream: Stream, piece: Segments, guard: Guard, deadline: Deadlin
         if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
             raise StaleCache(guard) from refused
         raise
-    if not isinstance(answer, m.Sending) or answer.nbytes != piece.total_nbytes:
+    if not isinstance(answer, m.Sending) or answer.nbytes != window.total_nbytes:
         raise LLMException(f"the peer answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
     trailer = array("Q", (0, 0))
     behind = [(trailer.buffer_info()[0], _TRAILER_NBYTES)]
     wanted_nbytes = answer.nbytes + _TRAILER_NBYTES
-    vectors = iovecs(piece.dst, piece.nbytes, behind=behind)
+    vectors = window.dst_iovecs(behind=behind)
     stream.receive_into(vectors, wanted_nbytes, deadline)
     generation, bad_addr = trailer
     if bad_addr:
