@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.errors import LLMException, LLMStatusCode
+
+if TYPE_CHECKING:
+    from llm_datadist.running.token import Token
 
 
 class Deadline(NamedTuple):
@@ -13,10 +16,12 @@ class Deadline(NamedTuple):
 
     at: float
     timeout_s: float
+    #: the call that has it, which may end in the middle of a wait; None where nothing can cut that
+    token: Token | None = None
 
     @classmethod
-    def after(cls, timeout_s: float) -> Deadline:
-        return cls(time.monotonic() + timeout_s, timeout_s)
+    def after(cls, timeout_s: float, token: Token | None = None) -> Deadline:
+        return cls(time.monotonic() + timeout_s, timeout_s, token)
 
     def remaining_s(self) -> float:
         return self.at - time.monotonic()

@@ -108,6 +108,9 @@ class Stream:
         with refusals_ignored():  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def is_on(self, sock: socket.socket) -> bool:
+        return self._socket is sock
+
     def close(self) -> None:
         self._socket.close()
 

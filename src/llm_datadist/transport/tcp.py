@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from array import array
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -92,21 +92,19 @@ class TcpChannel:
     def read(self, segments: Segments, guard: Guard, deadline: Deadline) -> None:
         parts = self._movers.parts_of(segments.total_nbytes)
         if parts == 1 and len(segments) <= FEW:
-            self._read_part(segments, guard, deadline, None)
+            self._read_part(segments, guard, deadline)
             return
         pieces = segments.bounded(_PIECE_NBYTES).split(parts)
-        self._movers.run([partial(self._read_part, part, guard, deadline) for part in pieces])
+        tasks = [partial(self._read_part, part, guard, deadline) for part in pieces]
+        self._movers.run(tasks, deadline.token)
 
     def close(self) -> None:
         pass
 
     def _read_part(
-        self, part: Segments, guard: Guard, deadline: Deadline, call: Call | None
+        self, part: Segments, guard: Guard, deadline: Deadline, _: Call | None = None
     ) -> None:
-        with (
-            self._streams.borrow(deadline) as stream,
-            nullcontext() if call is None else call.ended_by(stream.shutdown),
-        ):
+        with self._streams.borrow(deadline) as stream:
             for start in range(0, len(part), m.MAX_REQUEST_SEGMENTS):
                 piece = part.slice(start, start + m.MAX_REQUEST_SEGMENTS)
                 _read_piece(stream, piece, guard, deadline)
