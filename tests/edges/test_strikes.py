@@ -111,6 +111,33 @@ def test_exceptions_that_the_program_keeps_keep_nothing_of_the_link(
     assert victim.result(60) == {name: KEPT}
 
 
+def keep_of_unregistering(node: Node) -> tuple[int, int]:
+    """Struck calls whose exceptions are kept; how many left a cache that is there, and not."""
+    node.start(LLMRole.MIX, 2)
+    draw, kept, unusable = random.Random(1), list[BaseException](), 0
+    strikes = Strikes(files=["owner/catalog.py"])
+    for _ in range(50 * KEPT):
+        if len(kept) == KEPT:
+            break
+        cache = node.blocks_cache(*SMALL)
+        unregister = partial(node.manager.unregister_cache, cache.cache_id)
+        count = node.datadist.stats().num_caches
+        came = strikes.within(unregister, draw.uniform(1e-5, 2e-4), 1e-5)
+        if came is not None:
+            kept.append(came)
+        if node.datadist.stats().num_caches == count:
+            copy = partial(node.manager.copy_blocks, cache, {0: [1]})
+            unusable += status_of(copy) != SUCCESS
+        unregister()
+    return len(kept), unusable
+
+
+def test_exceptions_that_the_program_keeps_keep_no_cache_half_unregistered(
+    victim: NodeProcess,
+) -> None:
+    assert victim.call(keep_of_unregistering) == (KEPT, 0)
+
+
 def add_shard(node: Node, heads: KVHeads, key: BlocksCacheKey | None = None) -> Cache:
     """A cache with these heads of a model of two."""
     desc = CacheDesc(2, [8, 4, heads.count, 16], DataType.DT_INT8)

@@ -131,7 +131,7 @@ class StreamPool:
             token.waits[loan] = None
         if self._wanting or not self._claims(loan):  # those that wait come first
             self._wait(loan, deadline)
-        if self._closed_because is not None or loan.is_cut:
+        if self._closed_because is not None or (token is not None and token.is_cut):
             self.cut(loan)
         return loan
 

@@ -37,6 +37,8 @@ P = ParamSpec("P")
 class _OurThread(threading.Thread):
     """A thread of the library's own."""
 
+    runs_program = False
+
 
 def is_ours() -> bool:
     """Whether this thread is the library's, which no call in it can wait for.
@@ -48,9 +50,21 @@ def is_ours() -> bool:
     return isinstance(me, _OurThread) and me is not threading.main_thread()
 
 
-def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
-    """A daemon thread. Raises LLMException(LLM_FAILED) when the system has none to give."""
+def is_finalizer() -> bool:
+    """Whether what the program has called here can only be a finalizer's: this thread is ours."""
+    me = threading.current_thread()
+    return is_ours() and isinstance(me, _OurThread) and not me.runs_program
+
+
+def start_thread(
+    target: Callable[[], object], name: str, *, runs_program: bool = False
+) -> threading.Thread:
+    """A daemon thread; `runs_program`: it calls what the program gave us.
+
+    Raises LLMException(LLM_FAILED) when the system has none to give.
+    """
     thread = _OurThread(target=target, name=name, daemon=True)
+    thread.runs_program = runs_program
     try:
         thread.start()
     except RuntimeError as error:

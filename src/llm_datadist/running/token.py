@@ -8,12 +8,16 @@ as test runners and futures do, keeps their frames, too.
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import TYPE_CHECKING, Protocol
 
+from llm_datadist.core.generations import STALE
 from llm_datadist.errors import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
     from collections.abc import Container
+
+    from llm_datadist.core.segments import U64
 
 
 class Wait(Protocol):
@@ -27,11 +31,15 @@ class Wait(Protocol):
 class Token:
     """A call on a cluster. Thread-safe."""
 
-    __slots__ = ("_running", "is_cut", "waits")
+    __slots__ = ("_running", "cell", "is_cut", "thread", "waits")
 
     def __init__(self, running: Container[object]) -> None:
         """`running` is the gate's."""
         self._running = running
+        #: the one that began it
+        self.thread = get_ident()
+        #: the word of the ticket that it issued; STALE is written there when it ends
+        self.cell: U64 | list[int] = [STALE]
         self.is_cut = False
         #: of all of its threads
         self.waits: dict[Wait, None] = {}

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.remote import Guard, RemoteCache
-    from llm_datadist.core.segments import U64
     from llm_datadist.core.shards import PullShard
     from llm_datadist.links.table import LinkTable
     from llm_datadist.memory.device import Device
@@ -41,15 +40,9 @@ if TYPE_CHECKING:
 
 
 class _Token(Token):
-    """It ends in single steps, which a signal's exception cannot come between."""
+    """That of a call in a thread of the program's: it ends in single steps."""
 
-    __slots__ = ("cell", "thread")
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__(gate.running)
-        self.thread = get_ident()
-        #: the word of the ticket that it issued; STALE is written there when it ends
-        self.cell: U64 | list[int] = [STALE]
+    __slots__ = ()
 
 
 class Transfers:
@@ -84,7 +77,7 @@ class Transfers:
         Raises LLMException; nothing arrives after it was raised.
         """
         gate = self._gate
-        token, ringing = _Token(gate), map(WAKE, gate.bell.waiting)
+        token, ringing = _Token(gate.running), map(WAKE, gate.bell.waiting)
         try:
             self._run(token, asked)
         except LLMException as error:
