@@ -12,7 +12,7 @@ Rejected: a request by each thread (one whose stream another one took waited in 
 
 A stream is claimed by one step (`_lent`). A claim is a Loan, which names the call that it is for:
 it is lost when that call is over, wherever a signal's exception struck, and whatever the program
-keeps of that (`running/token.py`). Whoever finds no free stream collects such claims, and closes
+keeps of that (`running/deadline.py`). Whoever finds no free stream collects such claims, and closes
 their streams; a socket is noted with its claim before it is one. `_lock` guards that nothing is
 added to what is closed, and that a call which is cut ends no stream of another; nothing is waited
 for under it.
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core import messages as m
     from llm_datadist.observe.recorder import Recorder
-    from llm_datadist.running.deadline import Deadline
-    from llm_datadist.running.token import Token
+    from llm_datadist.running.deadline import Deadline, Token
     from llm_datadist.transport.same_host import Address
     from llm_datadist.transport.shield import Shield
 

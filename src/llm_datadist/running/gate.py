@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.bell import Bell
-from llm_datadist.running.token import Token
+from llm_datadist.running.deadline import Token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from llm_datadist.errors import LLMException
 from llm_datadist.running.bell import Latch
+from llm_datadist.running.deadline import Token, given_up
 from llm_datadist.running.presence import WAIT_FOR_ALL, Presence
 from llm_datadist.running.threads import Errands, Threads
-from llm_datadist.running.token import Token, given_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -19,8 +19,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import WAKE
-from llm_datadist.running.deadline import Deadline
-from llm_datadist.running.token import Token
+from llm_datadist.running.deadline import Deadline, Token
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
