@@ -87,6 +87,7 @@ class Strikes:
     def __init__(self, kind: type[BaseException] = Interrupted, files: Sequence[str] = ()) -> None:
         self._kind, self._files = kind, tuple(files)
         self._left = 0
+        self._is_striking = False
         #: in the last call
         self.count = 0
         #: struck where no exception passes: in a finalizer
@@ -112,9 +113,16 @@ class Strikes:
         call()
 
     def _strike(self, _: int, frame: FrameType | None) -> None:
-        if self._left <= 0 or frame is None:
+        if self._left <= 0 or self._is_striking:
             return
-        if self._files and not frame.f_code.co_filename.endswith(self._files):
+        self._is_striking = True  # the next signal finds this one at it
+        try:
+            self._strike_in(frame)
+        finally:
+            self._is_striking = False
+
+    def _strike_in(self, frame: FrameType | None) -> None:
+        if self._files and not (frame and frame.f_code.co_filename.endswith(self._files)):
             return
         while frame is not None:
             if frame.f_code is Strikes._call.__code__:
