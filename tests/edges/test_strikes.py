@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from edges.user import (
 )
 from llm_datadist import (
     BlocksCacheKey,
+    Cache,
     CacheDesc,
     DataType,
     KVHeads,
@@ -32,10 +34,9 @@ from llm_datadist import (
     LLMStatusCode,
 )
 from llm_datadist.testing.cluster import NodeProcess
-from llm_datadist.testing.timing import takes_at_most
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
-    from llm_datadist import Cache
     from llm_datadist.testing.cluster import Node
 
 #: large enough for several threads to be at it for milliseconds
@@ -136,6 +137,37 @@ def test_exceptions_that_the_program_keeps_keep_no_cache_half_unregistered(
     victim: NodeProcess,
 ) -> None:
     assert victim.call(keep_of_unregistering) == (KEPT, 0)
+
+
+def allocate_under_strikes(node: Node, most: int) -> tuple[int, int, int]:
+    """Allocations that were struck; caches, and bytes of the pool, that are left of them."""
+    node.start(LLMRole.MIX, 2, mem_pool_cfg=json.dumps({"memory_size": 1 << 28}))
+    desc, got, struck = CacheDesc(1, [4, 4096], DataType.DT_INT8), list[Cache](), 0
+    strikes, draw, manager = Strikes(), random.Random(1), node.manager
+    before = node.datadist.stats().num_caches
+    for _ in range(20 * KEPT):
+        if struck == KEPT:
+            break
+        again_s = draw.choice((2e-5, 1e-4))
+        strikes.within(
+            lambda: got.append(manager.allocate_blocks_cache(desc)),
+            draw.uniform(2e-5, 4e-4),
+            again_s,
+            draw.randint(1, most),
+        )
+        struck += strikes.count > 0
+        while got:
+            manager.deallocate_blocks_cache(got.pop())
+    eventually(lambda: node.datadist.stats().num_caches == before, 5)
+    ((usage,),) = node.datadist.pools().values()
+    left = usage.capacity_nbytes - usage.free_nbytes
+    return struck, node.datadist.stats().num_caches - before, left
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_an_allocation_that_is_struck_keeps_no_memory(victim: NodeProcess, most: int) -> None:
+    victim.begin(allocate_under_strikes, most)
+    assert victim.result(60) == (KEPT, 0, 0)
 
 
 def add_shard(node: Node, heads: KVHeads, key: BlocksCacheKey | None = None) -> Cache:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import secrets
 import time
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.generations import Generations
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from llm_datadist.running.gate import Gate
     from llm_datadist.running.threads import Errands
     from llm_datadist.transport.base import Transport
+
+T = TypeVar("T")
 
 #: a finalizer in a thread of ours waits so long for the last use of a cache
 _MOMENT_S = 0.1
@@ -123,12 +125,13 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None] = (),
         *,
+        make: Callable[[Entry], T],
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
         kv_layout: KVLayout | None = None,
         num_readers: int = 0,
-    ) -> Entry:
-        """Files a cache over memory that stays the caller's. Spec 6.4.
+    ) -> T:
+        """Files a cache over memory that stays the caller's; what `make` makes of it. Spec 6.4.
 
         The memory is not touched: what is not mapped is warned about, and fails when it is moved.
         `held` keeps it until the cache is unregistered, one object per tensor or none. Raises
@@ -136,19 +139,32 @@ class Catalog:
         """
         layout = Layout.at(geometry, addrs)
         warn_of_strays(addrs, geometry.tensor_nbytes, held)
-        return self._errands.run(
-            partial(
-                self._file,
-                layout,
-                placement,
-                keys,
-                held,
-                kv_layout,
-                num_readers,
-                is_remote_accessible=is_remote_accessible,
-            ),
-            lambda entry: self._forget(entry.cache_id),
+        work = partial(
+            self._file,
+            layout,
+            placement,
+            keys,
+            held,
+            kv_layout,
+            num_readers,
+            is_remote_accessible=is_remote_accessible,
         )
+        return self._run_and_make(work, lambda entry: self._forget(entry.cache_id), make)
+
+    def _run_and_make(
+        self, work: Callable[[], Entry], undo: Callable[[Entry], object], make: Callable[[Entry], T]
+    ) -> T:
+        """What the caller gets of an entry is made with it: it has both, or nothing is left."""
+
+        def both() -> tuple[Entry, T]:
+            entry = work()
+            try:
+                return entry, make(entry)
+            except BaseException:
+                undo(entry)
+                raise
+
+        return self._errands.run(both, lambda made: undo(made[0]))[1]
 
     def unregister(self, cache_id: int, timeout_s: float) -> Entry | None:
         """Forgets a cache, once the calls of this process that use its memory have ended.
@@ -194,10 +210,15 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None],
         kv_layout: KVLayout | None = None,
-    ) -> Entry:
-        """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
+        *,
+        make: Callable[[Entry], T],
+    ) -> T:
+        """A cache in pool memory; what `make` makes of it.
+
+        Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID.
+        """
         work = partial(self._allocate, geometry, placement, keys, kv_layout)
-        return self._errands.run(work, self._take_back)
+        return self._run_and_make(work, self._take_back, make)
 
     def _take_back(self, entry: Entry) -> None:
         """Of an allocation that nobody got."""

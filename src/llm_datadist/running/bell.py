@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: wakes a thread that waits: `any(map(WAKE, bell.waiting))`, and to go through a map is one step
 WAKE: Final = methodcaller("put", None)
+#: a wait of the system's may end by so much before its time
+_EARLY_S = 0.005
 
 
 class Bell:
@@ -58,6 +60,8 @@ class Bell:
                 try:
                     wakes.get(timeout=None if deadline is None else max(0, deadline.remaining_s()))
                 except Empty:
+                    if deadline is None or deadline.remaining_s() > _EARLY_S:
+                        raise  # a signal's handler did
                     return bool(is_true())
         finally:
             if wakes in self.waiting:

@@ -13,6 +13,7 @@ held but `_lock`, and nothing waits under it.
 from __future__ import annotations
 
 import threading
+from _thread import start_new_thread
 from collections import deque
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -107,11 +108,10 @@ class Threads(Executor):
                 raise LLMException(
                     f"{self._name} has ended: the cluster was finalized", LLMStatusCode.LLM_FAILED
                 )
-            try:
+            if self._idle:
                 self._idle.pop()
-            except IndexError:
-                if len(self._threads) < self._max_threads and self._has_started(work):
-                    return
+            elif len(self._threads) < self._max_threads and self._has_started(work):
+                return
             self._work.put(work)
 
     def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -202,10 +202,14 @@ class Errands:
             except LLMException:
                 errand.do()
             errand.over.wait(None)
+            return errand.result()
         except BaseException:
-            errand.abandon()
+            if errand.error is None:  # else nothing was made
+                try:  # one step: what undoes it is not struck by a further exception
+                    start_new_thread(errand.abandon, ())
+                except RuntimeError:  # no thread is to be had
+                    errand.abandon()
             raise
-        return errand.result()
 
     def end(self, deadline: Deadline) -> None:
         """Ends the thread. Raises LLMException(LLM_TIMEOUT)."""
@@ -219,27 +223,34 @@ class _Errand(Generic[T]):
         self._work = work
         self._undo = undo
         self._made: list[T] = []
-        self._error: BaseException | None = None
+        #: who does it
+        self._doer: dict[None, object] = {}
+        self.error: BaseException | None = None
         #: who came first: the work, or its caller's leaving
         self._fate: dict[None, str] = {}
         self.over = Latch()
 
     def do(self) -> None:
+        """Once, however often it is called."""
+        me = object()
+        if self._doer.setdefault(None, me) is not me:
+            return
         try:
             self._made.append(self._work())
         except BaseException as error:  # the caller gets it
-            self._error = error
+            self.error = error
         if self._fate.setdefault(None, "done") != "done":
             self._take_back()
         self.over.set()
 
     def abandon(self) -> None:
+        """Nobody takes what it makes, or has made. In a thread that no exception strikes."""
         if self._fate.setdefault(None, "abandoned") == "done":
             self._take_back()
 
     def result(self) -> T:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return self._made[0]
 
     def _take_back(self) -> None:

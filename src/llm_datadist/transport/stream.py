@@ -92,7 +92,8 @@ class Stream:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 got = native.recvmsg(self._socket.fileno(), vectors, native.MSG_WAITALL)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
                 raise _explain(error) from error
@@ -120,7 +121,8 @@ class Stream:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
                 sent = self._socket.send(view)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
                 raise _explain(error) from error
@@ -133,7 +135,8 @@ class Stream:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 got = self._socket.recv_into(view, 0, native.MSG_WAITALL)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
                 raise _explain(error) from error
@@ -147,7 +150,8 @@ class Stream:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 data = self._socket.recv(max_nbytes)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                pass_on_handlers(error)
                 continue
             except OSError as error:
                 raise _explain(error) from error
