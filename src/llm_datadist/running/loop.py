@@ -59,7 +59,8 @@ class Loop:
         LLMException with LLM_FAILED when the loop ends meanwhile, LLM_TIMEOUT at the deadline;
         CannotWait.
         """
-        if threading.current_thread() is self._thread or holds_lock():
+        thread = self._thread
+        if (thread is not None and thread.ident == threading.get_ident()) or holds_lock():
             work.close()
             raise CannotWait
         job = _Job(work)

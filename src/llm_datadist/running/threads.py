@@ -47,14 +47,23 @@ def is_ours() -> bool:
     The garbage collector runs finalizers in any thread. A child that one forks has it as its main
     thread, and is the program's.
     """
-    me = threading.current_thread()
-    return isinstance(me, _OurThread) and me is not threading.main_thread()
+    return not is_main() and isinstance(threading.current_thread(), _OurThread)
+
+
+def is_main() -> bool:
+    """Whether this is the main thread, which signals strike.
+
+    Not by `current_thread`, in which a handler's KeyError is lost, and makes it another one.
+    """
+    return threading.get_ident() == threading.main_thread().ident
 
 
 def is_finalizer() -> bool:
     """Whether what the program has called here can only be a finalizer's: this thread is ours."""
+    if is_main():
+        return False
     me = threading.current_thread()
-    return is_ours() and isinstance(me, _OurThread) and not me.runs_program
+    return isinstance(me, _OurThread) and not me.runs_program
 
 
 def start_thread(
@@ -193,7 +202,7 @@ class Errands:
 
         `besides` is a lock that the caller holds, and the work does not need.
         """
-        if threading.current_thread() is not threading.main_thread() or holds_lock(besides):
+        if not is_main() or holds_lock(besides):
             return work()
         errand = _Errand(work, undo)
         try:
