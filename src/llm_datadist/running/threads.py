@@ -78,8 +78,10 @@ def start_thread(
     try:
         thread.start()
     except RuntimeError as error:
-        if "start new thread" not in str(error):  # an interrupted wait for the thread's first step
-            raise
+        if "start new thread" not in str(error):
+            # in place of what struck its wait for the thread's first step, maybe
+            struck = error.__context__ if "unlocked lock" in str(error) else None
+            raise struck or error from None
         raise LLMException(
             f"the system gives this process no more threads ({error}): raise its limit on "
             "processes (ulimit -u, a container's pids limit)",
