@@ -59,11 +59,15 @@ def check_object(name: str, value: object, kind: type[T]) -> T:
     return check_type(name, value, kind)
 
 
+class OutOfRange(ValueError):
+    """A number that an argument cannot be, told from the ValueErrors of a program's handlers."""
+
+
 def check_int(name: str, value: object, low: int, high: int) -> int:
     """`value`, an int of [low, high]. Raises TypeError, ValueError. Spec 3.1."""
     number = check_type(name, value, int)
     if not low <= number <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {number}")
+        raise OutOfRange(f"{name} must be in [{low}, {high}], got {number}")
     return number
 
 

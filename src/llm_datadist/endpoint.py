@@ -8,7 +8,7 @@ import socket
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from llm_datadist.checks import check_uint16, check_uint32
+from llm_datadist.checks import OutOfRange, check_uint16, check_uint32
 from llm_datadist.errors import invalid
 
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>[^:]*)")
@@ -75,11 +75,13 @@ class Endpoint(NamedTuple):
 
 def is_ip_literal(host: str) -> bool:
     """Whether `host` is a complete IPv4 or IPv6 address."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
+    if "\0" in host:
         return False
-    return True
+    address, _, zone = host.partition("%")
+    if ":" not in address:
+        return not zone and _is_packed(socket.AF_INET, host)
+    has_zone = "%" in host
+    return bool(zone) == has_zone and "%" not in zone and _is_packed(socket.AF_INET6, address)
 
 
 def ipv4_to_int(text: str) -> int:
@@ -87,11 +89,10 @@ def ipv4_to_int(text: str) -> int:
 
     Raises RuntimeError when it is none.
     """
-    # inet_aton of glibc reads up to a blank and takes no notice of what follows
-    if text.split() == [text]:
-        with suppress(OSError, ValueError):
-            return int.from_bytes(socket.inet_aton(text), "little")
-    raise RuntimeError(f"{text!r} is no IPv4 address")
+    number = _ipv4(text)
+    if number is None:
+        raise RuntimeError(f"{text!r} is no IPv4 address")
+    return number
 
 
 def parse_ip(text: str) -> int | str:
@@ -100,12 +101,12 @@ def parse_ip(text: str) -> int | str:
     Raises RuntimeError when it is neither an IP address nor a possible host name. Names are looked
     up when the link is made.
     """
-    try:
-        return ipv4_to_int(text)
-    except RuntimeError:
-        if not is_ip_literal(text) and not _is_host_name(text):
-            raise RuntimeError(f"{text!r} is no IP address and no host name") from None
-        return text
+    number = _ipv4(text)
+    if number is not None:
+        return number
+    if not is_ip_literal(text) and not _is_host_name(text):
+        raise RuntimeError(f"{text!r} is no IP address and no host name")
+    return text
 
 
 def host_of(ip: int | str) -> str:
@@ -116,6 +117,32 @@ def host_of(ip: int | str) -> str:
     if isinstance(ip, str):
         return ip
     return socket.inet_ntoa(check_uint32("ip", ip).to_bytes(4, "little"))
+
+
+def _ipv4(text: str) -> int | None:
+    # inet_aton of glibc reads up to a blank and takes no notice of what follows
+    if text.split() != [text] or "\0" in text:
+        return None
+    try:
+        return int.from_bytes(socket.inet_aton(text), "little")
+    except OSError as error:
+        _require_no_address(error)
+        return None
+
+
+def _is_packed(family: int, text: str) -> bool:
+    try:
+        socket.inet_pton(family, text)
+    except OSError as error:
+        _require_no_address(error)
+        return False
+    return True
+
+
+def _require_no_address(error: OSError) -> None:
+    """What says that a text is no address has no number: `pass_on_handlers` cannot tell."""
+    if type(error) is not OSError:
+        raise error
 
 
 def _is_ipv6(host: str) -> bool:
@@ -133,6 +160,6 @@ def _is_host_name(text: str) -> bool:
 
 
 def _parse_port(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"the port of {name} must be a number, got {text!r}")
+    if not (text.isascii() and text.isdigit()) or len(text) > _MAX_HOST_NAME:
+        raise OutOfRange(f"the port of {name} must be a number, got {text!r}")
     return check_uint16(f"the port of {name}", int(text))

@@ -39,4 +39,9 @@ def make_lock() -> Lock:
 def holds_lock(besides: Lock | None = None) -> bool:
     """Whether this thread holds a lock of the library's, besides one that is not waited for."""
     locks = [known() for known in tuple(_locks)]
-    return any(lock._is_owned() for lock in locks if lock is not None and lock is not besides)
+    return any(is_owned(lock) for lock in locks if lock is not None and lock is not besides)
+
+
+def is_owned(lock: object) -> bool:
+    """Whether this thread holds it."""
+    return cast("Lock", lock)._is_owned()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,8 @@ from soak.stage import Doing
 from soak.tally import descriptors, threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
 
     from llm_datadist import LLMStatusCode
     from llm_datadist.testing.cluster import Node
@@ -73,6 +75,64 @@ def is_interrupted(call: Callable[[], object], delay_s: float) -> bool:
     except Interrupted:
         return True
     return False  # it struck where no exception passes: a finalizer
+
+
+class Strikes:
+    """Exceptions of a handler, several of them one behind the other, in calls and nowhere else.
+
+    In the main thread of a process. `files` narrows it down: only where the thread is in one of
+    these, so that rare places are found soon.
+    """
+
+    def __init__(self, kind: type[BaseException] = Interrupted, files: Sequence[str] = ()) -> None:
+        self._kind, self._files = kind, tuple(files)
+        self._left = 0
+        self._is_striking = False
+        #: in the last call
+        self.count = 0
+        #: struck where no exception passes: in a finalizer
+        self.unraisable = 0
+        signal.signal(signal.SIGALRM, self._strike)
+        sys.unraisablehook = self._note
+
+    def within(
+        self, call: Callable[[], object], first_s: float, again_s: float = 0.0, most: int = 1
+    ) -> BaseException | None:
+        """What came out of the call, if anything."""
+        self._left, self.count, came = most, 0, None
+        try:
+            signal.setitimer(signal.ITIMER_REAL, first_s, again_s)
+            self._call(call)
+        except Exception as error:
+            came = error
+        self._left = 0
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return came
+
+    def _call(self, call: Callable[[], object]) -> None:
+        call()
+
+    def _strike(self, _: int, frame: FrameType | None) -> None:
+        if self._left <= 0 or self._is_striking:
+            return
+        self._is_striking = True  # the next signal finds this one at it
+        try:
+            self._strike_in(frame)
+        finally:
+            self._is_striking = False
+
+    def _strike_in(self, frame: FrameType | None) -> None:
+        if self._files and not (frame and frame.f_code.co_filename.endswith(self._files)):
+            return
+        while frame is not None:
+            if frame.f_code is Strikes._call.__code__:
+                self._left -= 1
+                self.count += 1
+                raise self._kind("struck")
+            frame = frame.f_back
+
+    def _note(self, _: object) -> None:
+        self.unraisable += 1
 
 
 class Ready(LayerSynchronizer):

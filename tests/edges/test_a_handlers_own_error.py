@@ -1,14 +1,17 @@
-"""A signal's handler that raises TimeoutError, as alarms do: an OSError, but no system call's."""
+"""A signal's handler that raises TimeoutError, as alarms do, or what else may mean something."""
 
 from __future__ import annotations
 
+import queue
 import random
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from edges.user import SMALL, User, start_owner
-from llm_datadist import LLMException
+from edges.interrupting import Strikes
+from edges.user import SMALL, SUCCESS, User, start_owner
+from llm_datadist import LLMException, LLMStatusCode
+from llm_datadist.testing.timing import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from llm_datadist.testing.cluster import Node, NodeProcess
 
 STRIKES = 400
+#: each has a meaning to some code that waits
+KINDS = (RuntimeError, TimeoutError, BlockingIOError, IndexError, queue.Empty, ValueError, KeyError)
 LONGEST_S = 4e-4
 #: more calls than the longest delay has room for
 MANY = 10_000
@@ -71,3 +76,44 @@ def test_a_time_out_of_the_programs_own_is_passed_on(
 
 def ended(node: Node) -> None:
     node.datadist.finalize()
+
+
+LINKED = (SUCCESS, LLMStatusCode.LLM_ALREADY_LINK)
+
+
+class Own(Exception):
+    """No kind that the library, or Python's own, has a meaning for."""
+
+
+def kinds_that_were_lost(node: Node, path: str, port: int) -> dict[str, set[str]]:
+    """By what was called and the handler's exception: what came out instead."""
+    user, draw = User(node, path, port, 2000, SMALL), random.Random(1)
+    lost: dict[str, set[str]] = {}
+
+    def relink() -> None:
+        node.unlink(port, 1)
+        node.link(port, 1)
+
+    def register() -> None:
+        node.manager.unregister_cache(node.blocks_cache(*SMALL).cache_id)
+
+    calls = {"link": (relink, 3e-3), "pull": (user.pull, 4e-4), "register": (register, 4e-4)}
+    for name, (call, longest_s) in calls.items():
+        for kind in (Own, *KINDS):
+            strikes = Strikes(kind)
+            for _ in range(STRIKES):
+                came = strikes.within(call, draw.uniform(2e-5, longest_s))
+                missed = strikes.count - strikes.unraisable
+                strikes.unraisable = 0
+                if missed > 0 and type(came) is not kind:
+                    lost.setdefault(f"{name} {kind.__name__}", set()).add(repr(came))
+                if name == "link":  # a link may have been made behind the exception
+                    assert eventually(lambda: node.link(port, 1) in LINKED)
+    return lost
+
+
+def test_what_a_handler_raises_comes_out_whatever_its_type(
+    peer: NodeProcess, victim: NodeProcess
+) -> None:
+    victim.begin(kinds_that_were_lost, "tcp", peer.call(start_owner, "tcp", shape=SMALL))
+    assert victim.result(100) == {}

@@ -7,12 +7,14 @@ import json
 import signal
 import threading
 import time
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from edges.user import KEY, OWNED, SMALL, SUCCESS, settings, start_owner
+from edges.user import KEY, OWNED, SHAPE, SMALL, SUCCESS, User, settings, start_owner, status_of
 from llm_datadist import (
     CacheDesc,
     DataType,
@@ -22,6 +24,7 @@ from llm_datadist import (
     LLMRole,
     LLMStatusCode,
 )
+from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import eventually, takes_at_most
 from soak.stage import Doing
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llm_datadist.cache_manager import CacheManager
-    from llm_datadist.testing.cluster import Node, NodeProcess
+    from llm_datadist.testing.cluster import Bytes, Node, NodeProcess
 
 #: room for all that the test makes, should nobody collect it in time
 POOL = json.dumps({"memory_size": 32 << 20, "page_shift": 12})
@@ -197,3 +200,58 @@ def test_a_finalize_inside_a_call_of_its_own_thread_does_not_wait_for_that(
     assert took_s < 1
     assert status in (LLMStatusCode.LLM_TIMEOUT, LLMStatusCode.LLM_NOT_YET_LINK)
     victim.call(link_to, port)
+
+
+class Noted(Registered):
+    """Says where and how it was unregistered."""
+
+    def __init__(self, manager: CacheManager, memory: Bytes) -> None:
+        desc = CacheDesc(SHAPE[0], list(SHAPE[1:]), DataType.DT_UINT8)
+        self._manager, self._memory, self._me = manager, memory, self
+        self._cache = manager.register_blocks_cache(desc, memory, KEY)
+
+    def __del__(self) -> None:
+        begun, how = time.monotonic(), "ok"
+        try:
+            super().__del__()
+        except LLMException as error:
+            how = str(error)
+        noted.put((threading.current_thread().name, how, time.monotonic() - begun))
+
+
+noted = SimpleQueue[tuple[str, str, float]]()
+
+
+def hold_buffer(node: Node) -> int:
+    """Cluster 1, with a cache that the collector will end; the port."""
+    gc.disable()
+    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings("tcp", 3000))
+    node.buffer = Noted(node.manager, np.ones(SHAPE, np.uint8))  # type: ignore[attr-defined]
+    return port
+
+
+def let_go_of_buffer(node: Node) -> tuple[str, str, float]:
+    """Another thread collects it, while this one makes no objects."""
+    del node.buffer  # type: ignore[attr-defined]
+    enable, wait = gc.enable, noted.get
+    gc.set_threshold(1, 1, 1)
+    enable()
+    return wait(True, 10)
+
+
+def test_a_finalizer_in_the_clusters_threads_does_not_wait_for_them(
+    node: Node, victim: NodeProcess
+) -> None:
+    """A slow peer is being sent the very cache: by those threads, by turns."""
+    with FaultProxy(victim.call(hold_buffer)) as proxy:
+        user = User(node, "tcp", proxy.port, 20_000)
+        before = proxy.nbytes_passed(to_caller=True)
+        proxy.slow(1 << 18)
+        pull = Doing(partial(status_of, user.pull))
+        while proxy.nbytes_passed(to_caller=True) < before + (1 << 17):
+            pass
+        thread, how, took_s = victim.call(let_go_of_buffer)
+        assert (thread.startswith("llm-datadist"), how) == (True, "ok")
+        assert took_s < 1
+        proxy.restore()
+        assert pull.result(20) == LLMStatusCode.LLM_KV_CACHE_NOT_EXIST

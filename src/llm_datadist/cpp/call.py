@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
+from llm_datadist.checks import OutOfRange
 from llm_datadist.cpp.status import LLM_FAILED, LLM_PARAM_INVALID, LLM_SUCCESS, Status
 from llm_datadist.errors import LLMException, code_to_status
 from llm_datadist.observe.log import get_logger
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class Call:
     """Turns what is raised inside of it into a status, and logs the cause, once.
 
-    A TypeError is a slip of the program's, which C++ would not compile; it passes.
+    A TypeError is a slip of the program's, which C++ would not compile; it passes, and so does what
+    a signal's handler raised.
     """
 
     def __init__(self, name: str, cluster_id: int) -> None:
@@ -46,9 +48,9 @@ class Call:
     ) -> bool:
         if isinstance(error, LLMException):
             self.fail(int(error.status_code), error)
-        elif isinstance(error, ValueError):
+        elif isinstance(error, OutOfRange):
             self.fail(LLM_PARAM_INVALID, error)
-        elif isinstance(error, OSError):
+        elif isinstance(error, OSError) and error.errno is not None:  # a system call's
             self.fail(LLM_FAILED, error)
         else:
             return False

@@ -198,8 +198,13 @@ class LlmDataDist(LlmTransfers):
                 raise invalid("addrs is empty: give one address per tensor")
             if 0 in addrs:
                 raise invalid(f"addrs[{addrs.index(0)}] is 0: every tensor needs an address")
-            entry = cluster.catalog.register(geometry, addrs, placement, is_remote_accessible=True)
-            cache_id = entry.cache_id
+            cache_id = cluster.catalog.register(
+                geometry,
+                addrs,
+                placement,
+                make=lambda entry: entry.cache_id,
+                is_remote_accessible=True,
+            )
         return call.status, cache_id
 
     def UnregisterKvCache(self, cache_id: int) -> Status:
@@ -227,8 +232,12 @@ class LlmDataDist(LlmTransfers):
             cluster = self._require_cluster()
             placement, geometry = parse_desc(cache_desc)
             _require_pool(cluster, placement)
-            entry = cluster.catalog.allocate(geometry, placement, ())
-            cache = Cache(entry.cache_id, entry.layout.addrs.tolist(), cache_desc)
+            cache = cluster.catalog.allocate(
+                geometry,
+                placement,
+                (),
+                make=lambda entry: Cache(entry.cache_id, entry.layout.addrs.tolist(), cache_desc),
+            )
         return call.status, cache
 
     def DeallocateCache(self, cache_id: int) -> Status:

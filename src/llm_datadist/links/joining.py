@@ -17,6 +17,8 @@ from llm_datadist.peer.streams import dial_stream
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
+    import socket
+
     from llm_datadist.core import link as lk
     from llm_datadist.links.context import Context
     from llm_datadist.running.deadline import Deadline
@@ -34,11 +36,12 @@ class Joining:
         self._control = control
         self._link = link
 
-    def dial_stream(self, deadline: Deadline) -> Stream:
-        """A stream on which we ask. Raises LLMException."""
+    def dial_stream(self, deadline: Deadline, opened: list[socket.socket]) -> Stream:
+        """A stream on which we ask; its sockets are noted in `opened`. Raises LLMException."""
         control, shield = self._control, self._context.shields.make(is_caller=True)
         try:
-            return dial_stream(control.at, control.process, shield, self._attach, deadline)
+            at, process = control.at, control.process
+            return dial_stream(at, process, shield, self._attach, deadline, opened)
         except RequestRefused as refused:
             peer = self._link.peer
             raise LLMException(

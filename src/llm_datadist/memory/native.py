@@ -1,4 +1,4 @@
-"""System calls that move bytes by address. The only file that calls libc.
+"""System calls that move bytes by address. Beside `running/presence.py` none calls libc.
 
 All of them let go of the GIL while they run, and none touches memory itself: the kernel does, and
 answers EFAULT where a load or store of ours would crash.

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import secrets
 import time
-import weakref
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.generations import Generations
@@ -40,6 +39,7 @@ from llm_datadist.owner.allocations import Allocations
 from llm_datadist.owner.exposure import Exposure
 from llm_datadist.owner.tickets import Tickets
 from llm_datadist.running.bell import Bell
+from llm_datadist.running.threads import is_finalizer
 from llm_datadist.transport.base import PROBE_NBYTES, ProbeNonce
 from llm_datadist.transport.tcp import Permit
 from llm_datadist.types import Placement
@@ -59,14 +59,12 @@ if TYPE_CHECKING:
     from llm_datadist.running.threads import Errands
     from llm_datadist.transport.base import Transport
 
+T = TypeVar("T")
+
+#: a finalizer in a thread of ours waits so long for the last use of a cache
+_MOMENT_S = 0.1
 #: the cache that holds the nonce of the hand-shake
 PROBE_ID = 0
-
-
-class Leave:
-    """A call that unregisters a cache."""
-
-    __slots__ = ("__weakref__",)
 
 
 class Holdings(NamedTuple):
@@ -98,9 +96,11 @@ class Catalog:
         #: rung when a peer has pulled of a cache
         self._was_read = Bell()
         self._lock = make_lock()
-        #: being unregistered: no use may begin, or waiting for the last one might never end; and by
-        #: which call, which an interruption loses
-        self._leaving: dict[Entry, weakref.ref[Leave]] = {}
+        #: being unregistered, by which call: no use may begin, or waiting for the last one might
+        #: never end
+        self._leaving: dict[object, Entry] = {}
+        #: unregistered by finalizers that could not wait for their last use
+        self._left: dict[Entry, None] = {}
         self._allocations = Allocations(pools, gate, self._exposure)
         generations = Generations(secrets.randbits(62), self._exposure.expose_words)
         self._tickets = Tickets(generations, gate)
@@ -125,12 +125,13 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None] = (),
         *,
+        make: Callable[[Entry], T],
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
         kv_layout: KVLayout | None = None,
         num_readers: int = 0,
-    ) -> Entry:
-        """Files a cache over memory that stays the caller's. Spec 6.4.
+    ) -> T:
+        """Files a cache over memory that stays the caller's; what `make` makes of it. Spec 6.4.
 
         The memory is not touched: what is not mapped is warned about, and fails when it is moved.
         `held` keeps it until the cache is unregistered, one object per tensor or none. Raises
@@ -138,51 +139,69 @@ class Catalog:
         """
         layout = Layout.at(geometry, addrs)
         warn_of_strays(addrs, geometry.tensor_nbytes, held)
-        return self._errands.run(
-            partial(
-                self._file,
-                layout,
-                placement,
-                keys,
-                held,
-                kv_layout,
-                num_readers,
-                is_remote_accessible=is_remote_accessible,
-            ),
-            lambda entry: self._forget(entry.cache_id),
+        work = partial(
+            self._file,
+            layout,
+            placement,
+            keys,
+            held,
+            kv_layout,
+            num_readers,
+            is_remote_accessible=is_remote_accessible,
         )
+        return self._run_and_make(work, lambda entry: self._forget(entry.cache_id), make)
+
+    def _run_and_make(
+        self, work: Callable[[], Entry], undo: Callable[[Entry], object], make: Callable[[Entry], T]
+    ) -> T:
+        """What the caller gets of an entry is made with it: it has both, or nothing is left."""
+
+        def both() -> tuple[Entry, T]:
+            entry = work()
+            try:
+                return entry, make(entry)
+            except BaseException:
+                undo(entry)
+                raise
+
+        return self._errands.run(both, lambda made: undo(made[0]))[1]
 
     def unregister(self, cache_id: int, timeout_s: float) -> Entry | None:
         """Forgets a cache, once the calls of this process that use its memory have ended.
 
         Returns it, so that its tensors go when the lock is free: their finalizers may call us.
         An unknown id is no error, nor is that of an allocated cache, which stays (O19). Raises
-        LLMException(LLM_TIMEOUT) when the calls do not end; the cache then stays.
+        LLMException(LLM_TIMEOUT) when the calls do not end; the cache then stays. A finalizer in a
+        thread of the library's, which those calls may need, waits for a moment; then the cache is
+        gone for everybody at once, and its tensors go with a later look.
         """
-        leave = Leave()
-        entry = self._begin_to_leave(cache_id, leave)
-        if entry is None:
-            return None
+        leave = object()
         try:
+            entry = self._begin_to_leave(cache_id, leave)
+            if entry is None:
+                return None
             for permit in self._gate.uses_beside(entry):
                 if isinstance(permit, Permit):
                     permit.revoke()
-            if not self._gate.drain(entry, timeout_s):
-                raise LLMException(
-                    f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
-                    LLMStatusCode.LLM_TIMEOUT,
-                )
+            cannot_wait = is_finalizer()
+            if not self._gate.drain(entry, min(timeout_s, _MOMENT_S) if cannot_wait else timeout_s):
+                if not cannot_wait:
+                    raise LLMException(
+                        f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
+                        LLMStatusCode.LLM_TIMEOUT,
+                    )
+                self._left[entry] = None
             self._errands.run(lambda: self._forget(cache_id))
             return entry
         finally:
-            self._leaving.pop(entry, None)
+            self._leaving.pop(leave, None)
 
-    def _begin_to_leave(self, cache_id: int, leave: Leave) -> Entry | None:
+    def _begin_to_leave(self, cache_id: int, leave: object) -> Entry | None:
         with self._lock:
             entry = self._registry.get(cache_id)
             if entry is None or entry.is_owned or entry is self.probe:
                 return None
-            self._leaving[entry] = weakref.ref(leave)
+            self._leaving[leave] = entry
             return entry
 
     def allocate(
@@ -191,10 +210,15 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None],
         kv_layout: KVLayout | None = None,
-    ) -> Entry:
-        """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
+        *,
+        make: Callable[[Entry], T],
+    ) -> T:
+        """A cache in pool memory; what `make` makes of it.
+
+        Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID.
+        """
         work = partial(self._allocate, geometry, placement, keys, kv_layout)
-        return self._errands.run(work, self._take_back)
+        return self._run_and_make(work, self._take_back, make)
 
     def _take_back(self, entry: Entry) -> None:
         """Of an allocation that nobody got."""
@@ -202,8 +226,21 @@ class Catalog:
 
     def _forget(self, cache_id: int) -> None:
         with self._lock:
-            if self._registry.unregister(cache_id) is not None:
+            entry = self._registry.unregister(cache_id)
+            if entry is not None and entry not in self._left:
                 self._exposure.conceal(cache_id)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of what finalizers have left in use, and nothing uses any more."""
+        if not self._left:
+            return
+        with self._lock:
+            unused = [entry for entry in tuple(self._left) if not self._gate.count(entry)]
+            for entry in unused:
+                self._exposure.conceal(entry.cache_id)
+                self._left.pop(entry, None)
+        unused.clear()  # behind the lock: their tensors' finalizers may call us
 
     def _allocate(
         self,
@@ -418,6 +455,7 @@ class Catalog:
         *,
         is_remote_accessible: bool,
     ) -> Entry:
+        self._let_go()
         region = self._exposure.expose(layout, HOST, is_remote_accessible=is_remote_accessible)
         try:
             with self._lock:
@@ -446,12 +484,12 @@ class Catalog:
                 self._allocations.give_back(freed)
 
     def _reclaim(self) -> None:
+        self._let_go()
         with self._lock:
             self._allocations.reclaim()
 
     def _refuse_leaving(self, entry: Entry) -> None:
-        leave = self._leaving.get(entry)
-        if leave is not None and leave() is not None:
+        if self._leaving and entry in tuple(self._leaving.values()):
             raise LLMException(
                 f"cache {entry.cache_id} is being unregistered",
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,

@@ -85,9 +85,10 @@ class Fetching:
         return m.Done()
 
     def _fetch(self, arrival: Arrival, peer: Peer) -> None:
-        request, segments, deadline = arrival.request, arrival.segments, arrival.deadline
+        request, segments = arrival.request, arrival.segments
         ticket = Guard(request.src_cache_id, request.src_generation, request.src_word_addr)
         with self._gate.passing() as token:
+            deadline = arrival.deadline._replace(token=token)
             self._gate.enter(token, peer.door)
             ours = self._answers.writable(token, request, segments.dst, segments.nbytes)
             self._wait_for_earlier(arrival, peer, deadline)

@@ -232,8 +232,12 @@ class StreamService:
         except LLMException as error:
             self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))
             return
-        if not self._work(serving.fetchers, partial(self._fetched, arrival)):
-            serving.fetching.depart(arrival)
+        is_begun = False
+        try:
+            is_begun = self._work(serving.fetchers, partial(self._fetched, arrival))
+        finally:  # also when the peer is gone that is to be told why not
+            if not is_begun:
+                serving.fetching.depart(arrival)
 
     def _read(self, request: m.Read) -> FrameSender:
         """What a peer asks to be sent, as it lies in memory. Raises ProtocolError."""

@@ -8,7 +8,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.registry import KeyName
 from llm_datadist.core.remote import RemoteCache, RemoteTable, understand
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.running.bell import Turn, Turns
+from llm_datadist.running.bell import WAKE, Turns
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Lookup:
 
     def _fetch(self, seen: RemoteTable | None, deadline: Deadline) -> RemoteTable:
         """A table newer than `seen`; threads that miss at the same time share one fetch."""
-        turn = Turn()
+        turn, ringing = object(), map(WAKE, self._fetching.bell.waiting)
         try:
             self._fetching.take(turn, deadline, "waiting for the peer's table")
             if self._table is not None and self._table is not seen:
@@ -106,8 +106,11 @@ class Lookup:
                 raise _garbage(answer)
             self._table = RemoteTable(_understand(info) for info in answer.infos)
             return self._table
-        finally:
-            self._fetching.leave(turn)
+        finally:  # as `Turns.leave`, which a signal could come before: each of these is one step
+            try:
+                self._fetching.calls.pop(turn, None)
+            finally:
+                any(ringing)
 
 
 def _find_in(table: RemoteTable, name: int | KeyName, *, is_fresh: bool) -> Found | None:

@@ -178,7 +178,8 @@ class Peer:
         if self._checking is not None and len(pieces):
             movers = self._checking
             parts = pieces.flat().split(movers.parts_of(pieces.total_nbytes))
-            movers.run([partial(self._verify, part, guard, deadline) for part in parts])
+            tasks = [partial(self._verify, part, guard, deadline) for part in parts]
+            movers.run(tasks, deadline.token)
 
     def send(self, segments: Segments, src: Guard, dst: Guard | None, deadline: Deadline) -> None:
         """Has the peer fetch segments of ours, under the ticket `src`, into its cache `dst`.
@@ -206,7 +207,7 @@ class Peer:
         for piece in part.windows(m.MAX_REQUEST_SEGMENTS):
             columns = m.pack_columns(piece.src, piece.nbytes)
             timeout_ms = max(1, int(deadline.require("the checksum of a transfer") * 1000))
-            with self._streams.borrow(deadline) as stream, call.ended_by(stream.shutdown):
+            with self._streams.borrow(deadline) as stream:
                 question = m.Digest(src.cache_id, src.generation, timeout_ms, columns)
                 stream.tell(question, deadline)
                 go_on = partial(_require, stream, call, deadline)

@@ -10,16 +10,18 @@ for itself. So nobody waits for a stream of its own: as many are asked for as th
 whoever comes first takes what comes. A peer that did not dial within a time is asked again.
 Rejected: a request by each thread (one whose stream another one took waited in vain).
 
-A stream is claimed and let go by one step each (`_lent`). A claim names a Loan that it does not
-keep: a thread that a signal's exception strikes drops its Loan, wherever it was, and whoever finds
-no free stream collects such claims, and closes their streams. See running/bell.py. `_lock` guards
-that nothing is added to what is closed; nothing is waited for under it.
+A stream is claimed by one step (`_lent`). A claim is a Loan, which names the call that it is for:
+it is lost when that call is over, wherever a signal's exception struck, and whatever the program
+keeps of that (`running/deadline.py`). Whoever finds no free stream collects such claims, and closes
+their streams; a socket is noted with its claim before it is one. `_lock` guards that nothing is
+added to what is closed, and that a call which is cut ends no stream of another; nothing is waited
+for under it.
 """
 
 from __future__ import annotations
 
+import socket
 import time
-import weakref
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.locks import make_lock
 from llm_datadist.running.bell import Bell
+from llm_datadist.system_errors import refusals_ignored
 from llm_datadist.transport.base import StaleCache
 from llm_datadist.transport.dialing import connect
 from llm_datadist.transport.same_host import Process
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core import messages as m
     from llm_datadist.observe.recorder import Recorder
-    from llm_datadist.running.deadline import Deadline
+    from llm_datadist.running.deadline import Deadline, Token
     from llm_datadist.transport.same_host import Address
     from llm_datadist.transport.shield import Shield
 
@@ -50,22 +53,38 @@ _ASK_AGAIN_S = 5.0
 
 
 class Loan:
-    """A stream that is lent, to be given back by `with`."""
+    """A stream that is lent, to be given back by `with`; or the wish for one."""
 
-    __slots__ = ("__weakref__", "_pool", "stream")
+    __slots__ = ("_pool", "opened", "stream", "token")
 
-    stream: Stream
-
-    def __init__(self, pool: StreamPool) -> None:
+    def __init__(self, pool: StreamPool, token: Token | None) -> None:
         self._pool = pool
+        #: whose it is; None: of a thread that nothing interrupts, and which gives it back
+        self.token = token
+        self.stream: Stream | None = None
+        #: the sockets of a stream that it dials
+        self.opened: list[socket.socket] = []
+
+    @property
+    def is_lost(self) -> bool:
+        return self.token is not None and self.token.is_over
+
+    @property
+    def is_cut(self) -> bool:
+        return self.token is not None and self.token.is_cut
+
+    def cut(self) -> None:
+        """Whoever waits for it, or on it, does not any more."""
+        self._pool.cut(self)
 
     def __enter__(self) -> Stream:
+        assert self.stream is not None
         return self.stream
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # a complete exchange may have a bad outcome
         is_good = error is None or isinstance(error, RequestRefused | StaleCache)
-        self._pool.end_loan(self.stream, is_good=is_good)
+        self._pool.end_loan(self, is_good=is_good)
 
 
 class StreamPool:
@@ -77,7 +96,7 @@ class StreamPool:
 
     def __init__(
         self,
-        dial: Callable[[Deadline], Stream] | None,
+        dial: Callable[[Deadline, list[socket.socket]], Stream] | None,
         ask: Callable[[], object],
         recorder: Recorder | None = None,
         process: Process | None = None,
@@ -91,11 +110,11 @@ class StreamPool:
         #: all that are open
         self._streams: dict[Stream, None] = {}
         #: those of them that are lent, and to whom
-        self._lent: dict[Stream, weakref.ref[Loan]] = {}
+        self._lent: dict[Stream, Loan] = {}
         #: loans of threads that have no stream yet, in the order in which they came
-        self._wanting: dict[weakref.ref[Loan], None] = {}
+        self._wanting: dict[Loan, None] = {}
         #: those of them that are dialling
-        self._dialing: dict[weakref.ref[Loan], None] = {}
+        self._dialing: dict[Loan, None] = {}
         #: when the peer was asked for those that have not come
         self._asked: deque[float] = deque()
         self._closed_because: str | None = None
@@ -105,18 +124,38 @@ class StreamPool:
 
         Raises LLMException: LLM_TIMEOUT, LLM_NOT_YET_LINK.
         """
-        loan = Loan(self)
+        token = deadline.token
+        loan = Loan(self, token)
+        if token is not None:
+            token.waits[loan] = None
         if self._wanting or not self._claims(loan):  # those that wait come first
             self._wait(loan, deadline)
-        if self._closed_because is not None:
-            loan.stream.shutdown()
+        if self._closed_because is not None or (token is not None and token.is_cut):
+            self.cut(loan)
         return loan
 
-    def end_loan(self, stream: Stream, *, is_good: bool) -> None:
+    def end_loan(self, loan: Loan, *, is_good: bool) -> None:
         """The exchange is over."""
-        if not is_good or stream.is_shut or self._closed_because is not None:
-            self._drop(stream)
-        self._lent.pop(stream, None)
+        stream = loan.stream
+        assert stream is not None
+        with self._lock:  # nobody cuts it behind this look
+            if not is_good or stream.is_shut or self._closed_because is not None:
+                self._drop(stream)
+            self._lent.pop(stream, None)
+        if loan.token is not None:
+            loan.token.waits.pop(loan, None)
+        self._bell.ring()
+
+    def cut(self, loan: Loan) -> None:
+        """Ends what the loan has, or waits for. In any thread."""
+        with self._lock:
+            stream = loan.stream
+            if stream is not None and self._lent.get(stream) is loan:
+                stream.shutdown()
+            for sock in tuple(loan.opened):
+                if not self._has(sock):
+                    with refusals_ignored():  # it is not connected yet, or closed already
+                        sock.shutdown(socket.SHUT_RDWR)
         self._bell.ring()
 
     def add(self, stream: Stream) -> None:
@@ -144,13 +183,13 @@ class StreamPool:
                 stream.shutdown()  # its thread notices, and closes it
             else:
                 self._drop(stream)
+        self._collect_lost()
         self._bell.ring()
 
     def _claims(self, loan: Loan) -> bool:
         """Whether there was a free stream, which is the loan's from here on."""
-        mine = weakref.ref(loan)
         for stream in tuple(self._streams):
-            if stream not in self._lent and self._lent.setdefault(stream, mine) is mine:
+            if stream not in self._lent and self._lent.setdefault(stream, loan) is loan:
                 if stream in self._streams:
                     loan.stream = stream
                     return True
@@ -159,40 +198,61 @@ class StreamPool:
 
     def _wait(self, loan: Loan, deadline: Deadline) -> None:
         """Until the loan has a stream. Whoever waits opens what is missing, for all that wait."""
-        mine = weakref.ref(loan)
         try:
-            self._wanting[mine] = None
-            while not (self._is_next(mine) and self._claims(loan)):
+            self._wanting[loan] = None
+            while not (self._is_next(loan) and self._claims(loan)):
                 if self._closed_because is not None:
                     raise LLMException(self._closed_because, LLMStatusCode.LLM_NOT_YET_LINK)
+                if loan.token is not None:
+                    loan.token.require()
                 if self._is_one_missing():
                     if self._dial is not None:
-                        self._dialing[mine] = None
-                        self._keep(self._dial(deadline))
-                        del self._dialing[mine]
-                        self._bell.ring()
+                        self._open_one(loan, self._dial, deadline)
                         continue
                     self._asked.append(time.monotonic())
                     self._ask()
                 left_s = deadline.require("waiting for a stream to the peer")
                 with self._recorder.waiting("stream") if self._recorder else nullcontext():
                     self._bell.wait_until(
-                        partial(self._is_worth_a_look, mine), min(left_s, _ASK_AGAIN_S)
+                        partial(self._is_worth_a_look, loan), min(left_s, _ASK_AGAIN_S)
                     )
         finally:
-            self._dialing.pop(mine, None)
-            self._wanting.pop(mine, None)
+            self._wanting.pop(loan, None)
             self._bell.ring()
 
-    def _is_next(self, mine: weakref.ref[Loan]) -> bool:
+    def _open_one(
+        self,
+        loan: Loan,
+        dial: Callable[[Deadline, list[socket.socket]], Stream],
+        deadline: Deadline,
+    ) -> None:
+        """One more stream, for whoever is next. Raises LLMException."""
+        self._dialing[loan] = None
+        try:
+            self._keep(dial(deadline, loan.opened), loan)
+        finally:
+            self._end_dialing(loan)
+            self._bell.ring()
+
+    def _end_dialing(self, loan: Loan) -> None:
+        """Closes what came to nothing. May be called again."""
+        for sock in loan.opened:
+            if not self._has(sock):
+                socket.SocketType.close(sock)  # it may be half made
+        self._dialing.pop(loan, None)
+
+    def _has(self, sock: socket.socket) -> bool:
+        return any(stream.is_on(sock) for stream in tuple(self._streams))
+
+    def _is_next(self, loan: Loan) -> bool:
         """Whether no more threads came before it than there are free streams."""
         self._collect_lost()
-        return mine in tuple(self._wanting)[: max(1, self._num_free())]
+        return loan in tuple(self._wanting)[: max(1, self._num_free())]
 
-    def _is_worth_a_look(self, mine: weakref.ref[Loan]) -> bool:
-        if self._closed_because is not None:
+    def _is_worth_a_look(self, loan: Loan) -> bool:
+        if self._closed_because is not None or loan.is_cut:
             return True
-        if self._is_next(mine) and self._num_free() > 0:
+        if self._is_next(loan) and self._num_free() > 0:
             return True
         return self._is_one_missing()
 
@@ -210,19 +270,22 @@ class StreamPool:
 
     def _collect_lost(self) -> None:
         """Takes out what interrupted threads have left: claims, with their streams, and wishes."""
-        for loans in (self._wanting, self._dialing):
-            for loan in tuple(loans):
-                if loan() is None:
-                    loans.pop(loan, None)
+        for loan in tuple(self._wanting):
+            if loan.is_lost:
+                self._wanting.pop(loan, None)
+        for loan in tuple(self._dialing):
+            if loan.is_lost:
+                self._end_dialing(loan)
         for stream in tuple(self._lent):  # not of pairs: to make those lets others in
             lent_to = self._lent.get(stream)
-            if lent_to is not None and lent_to() is None:
+            if lent_to is not None and lent_to.is_lost:
                 self._drop(stream)
                 self._lent.pop(stream, None)
 
-    def _keep(self, stream: Stream) -> None:
+    def _keep(self, stream: Stream, dialled_by: Loan | None = None) -> None:
         with self._lock:
-            if self._closed_because is None:
+            is_cut = dialled_by is not None and dialled_by.is_cut
+            if self._closed_because is None and not is_cut:
                 self._streams[stream] = None
                 return
         stream.close()
@@ -238,9 +301,13 @@ def dial_stream(
     shield: Shield,
     attach: Callable[[Shield], m.Attach],
     deadline: Deadline,
+    opened: list[socket.socket],
 ) -> Stream:
-    """A new stream of a link, to the process of that link. Raises LLMException."""
-    sock = connect(at, deadline, LLMStatusCode.LLM_NOT_YET_LINK)
+    """A new stream of a link, to the process of that link. Raises LLMException.
+
+    Its sockets are in `opened` before they are open: of one dialler that a signal may strike.
+    """
+    sock = connect(at, deadline, LLMStatusCode.LLM_NOT_YET_LINK, opened)
     if process is not None and Process.of(sock) != process:
         sock.close()
         raise LLMException(f"{at} is another process's by now", LLMStatusCode.LLM_NOT_YET_LINK)

@@ -19,7 +19,6 @@ is true, so that one ring too many does no harm; whoever makes it true rings aft
 
 from __future__ import annotations
 
-import weakref
 from operator import methodcaller
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
@@ -29,8 +28,10 @@ from llm_datadist.running.deadline import Deadline
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: wakes a thread that waits: `any(map(WAKE, tuple(bell.waiting)))` is one step for all of them
+#: wakes a thread that waits: `any(map(WAKE, bell.waiting))`, and to go through a map is one step
 WAKE: Final = methodcaller("put", None)
+#: a wait of the system's may end by so much before its time
+_EARLY_S = 0.005
 
 
 class Bell:
@@ -39,12 +40,13 @@ class Bell:
     __slots__ = ("waiting",)
 
     def __init__(self) -> None:
-        self.waiting: set[SimpleQueue[None]] = set()
+        #: a list: who goes through one may begin before it changes
+        self.waiting: list[SimpleQueue[None]] = []
 
     def ring(self) -> None:
         """Something that somebody may wait for has become true."""
         if self.waiting:
-            any(map(WAKE, tuple(self.waiting)))
+            any(map(WAKE, self.waiting))
 
     def wait_until(self, is_true: Callable[[], object], timeout_s: float | None) -> bool:
         """Waits until it is true; False when it is not in time. None waits for ever."""
@@ -53,14 +55,17 @@ class Bell:
         deadline = None if timeout_s is None else Deadline.after(timeout_s)
         wakes = SimpleQueue[None]()
         try:
-            self.waiting.add(wakes)
+            self.waiting.append(wakes)
             while not is_true():
                 try:
                     wakes.get(timeout=None if deadline is None else max(0, deadline.remaining_s()))
                 except Empty:
+                    if deadline is None or deadline.remaining_s() > _EARLY_S:
+                        raise  # a signal's handler did
                     return bool(is_true())
         finally:
-            self.waiting.discard(wakes)
+            if wakes in self.waiting:
+                self.waiting.remove(wakes)
         return True
 
 
@@ -83,45 +88,36 @@ class Latch:
         return self._bell.wait_until(lambda: self.is_set, timeout_s)
 
 
-class Turn:
-    """A call that waits for its turn, or has it. A call that loses it gives its turn up."""
-
-    __slots__ = ("__weakref__",)
-
-
 class Turns:
-    """One call after the other, in the order in which they came. Thread-safe."""
+    """One call after the other, in the order in which they came. Thread-safe.
 
-    __slots__ = ("_bell", "_calls")
+    `take` is followed by `leave`, whatever is raised. Where a program's own thread passes, that is
+    spelled out, as the end of a call is (running/gate.py): `calls.pop(call, None)`, and the bell.
+    """
+
+    __slots__ = ("bell", "calls")
 
     def __init__(self) -> None:
-        self._bell = Bell()
-        #: in order; the first one that is still there has the turn
-        self._calls: dict[weakref.ref[Turn], None] = {}
+        #: rung when a call has left
+        self.bell = Bell()
+        #: in order; the first one has the turn
+        self.calls: dict[object, None] = {}
 
-    def take(self, turn: Turn, deadline: Deadline, what: str) -> None:
-        """Waits for the turn. `leave` must follow, whatever is raised.
-
-        Raises LLMException(LLM_TIMEOUT) when it does not come in time.
-        """
-        self._calls[weakref.ref(turn)] = None
-        if not self._bell.wait_until(lambda: self._is_first(turn), deadline.require(what)):
+    def take(self, call: object, deadline: Deadline, what: str) -> None:
+        """Waits for the turn. Raises LLMException(LLM_TIMEOUT) when it does not come in time."""
+        self.calls[call] = None
+        if not self.bell.wait_until(lambda: self._is_first(call), deadline.require(what)):
             raise deadline.expired(what)
 
-    def take_now(self, turn: Turn) -> bool:
+    def take_now(self, call: object) -> bool:
         """As `take`, without a wait; whether it has the turn."""
-        self._calls[weakref.ref(turn)] = None
-        return self._is_first(turn)
+        self.calls[call] = None
+        return self._is_first(call)
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, call: object) -> None:
         """The end of `take`. May be called again."""
-        self._calls.pop(weakref.ref(turn), None)
-        self._bell.ring()
+        self.calls.pop(call, None)
+        self.bell.ring()
 
-    def _is_first(self, turn: Turn) -> bool:
-        for known in tuple(self._calls):
-            first = known()
-            if first is not None:
-                return first is turn
-            self._calls.pop(known, None)  # an interrupted thread lost it
-        return False
+    def _is_first(self, call: object) -> bool:
+        return next(iter(tuple(self.calls)), None) is call

@@ -52,12 +52,19 @@ def watch(face: Inherited) -> None:
     _faces.append(weakref.ref(face))
 
 
-def open_socket(family: int) -> socket.socket:
-    """A stream socket, which a forked child closes. Raises OSError."""
+def open_socket(family: int, opened: list[socket.socket] | None = None) -> socket.socket:
+    """A stream socket, which a forked child closes. Raises OSError.
+
+    It is in `opened` before it is open: whoever is interrupted at it finds it there.
+    """
     import socket
 
+    sock = socket.socket.__new__(socket.socket)
+    if opened is not None:
+        opened.append(sock)
     with _lock:  # no fork happens meanwhile
-        return _own(socket.socket(family, socket.SOCK_STREAM))
+        socket.socket.__init__(sock, family, socket.SOCK_STREAM)
+        return _own(sock)
 
 
 def accept(listening: socket.socket) -> tuple[socket.socket, Any]:

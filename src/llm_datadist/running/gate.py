@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.bell import Bell
+from llm_datadist.running.deadline import Token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,9 +75,9 @@ class Gate:
             self.bell.ring()
 
     @contextmanager
-    def passing(self) -> Iterator[object]:
+    def passing(self) -> Iterator[Token]:
         """A call in a thread of the library's, which no signal interrupts; its token."""
-        token = object()
+        token = Token(self.running)
         try:
             yield token
         finally:

@@ -6,13 +6,13 @@ import asyncio
 import selectors
 import socket
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.locks import holds_lock
 from llm_datadist.running.bell import Latch
 from llm_datadist.running.threads import start_thread
+from llm_datadist.system_errors import refusals_ignored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -59,7 +59,8 @@ class Loop:
         LLMException with LLM_FAILED when the loop ends meanwhile, LLM_TIMEOUT at the deadline;
         CannotWait.
         """
-        if threading.current_thread() is self._thread or holds_lock():
+        thread = self._thread
+        if (thread is not None and thread.ident == threading.get_ident()) or holds_lock():
             work.close()
             raise CannotWait
         job = _Job(work)
@@ -86,14 +87,19 @@ class Loop:
     def _has_taken(self, job: _Job[Any]) -> bool:
         try:
             self.asyncio.call_soon_threadsafe(job.start, self.asyncio)
-        except RuntimeError:  # the loop is closed
+        except RuntimeError:
+            if not self.asyncio.is_closed():
+                raise  # a signal's handler did
             return False
         return True
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
-        with suppress(RuntimeError):  # the loop is closed, and nothing left to be done
+        try:
             self.asyncio.call_soon_threadsafe(call)
+        except RuntimeError:
+            if not self.asyncio.is_closed():  # else nothing is left to be done
+                raise
 
     def close(self, deadline: Deadline) -> None:
         """Ends the thread; whoever waits for work in it waits no more.
@@ -165,12 +171,24 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
         _, left = await asyncio.wait(left, timeout=_INSIST_S)
 
 
+class _AsyncioLoop(asyncio.SelectorEventLoop):
+    """Does not take a handler's exception for its own socket's."""
+
+    _csock: socket.socket | None
+
+    def _write_to_self(self) -> None:
+        sock = self._csock
+        if sock is not None:
+            with refusals_ignored():  # it is full, and wakes the loop anyway, or is closed
+                sock.send(b"\0")
+
+
 def _new_loop() -> asyncio.AbstractEventLoop:
     selector = selectors.DefaultSelector()
     try:
         for end in socket.socketpair():  # a loop that does not get one complains when it is dropped
             end.close()
-        return asyncio.SelectorEventLoop(selector)
+        return _AsyncioLoop(selector)
     except OSError:
         selector.close()
         raise

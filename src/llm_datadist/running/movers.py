@@ -2,30 +2,32 @@
 
 Guaranteed: when `run` returns or raises, no part is running and none will. A part is done by
 whoever takes it first, a helper or the caller; to take it is one step. However `run` ends - a part
-that failed, a signal's exception in the caller - the caller takes back what no helper has begun,
-has what runs end soon (`Call`), and waits for that, also when it is interrupted again meanwhile;
-each part has a deadline of its own besides. So nothing arrives behind an exception. Where the
-system gives no thread to help, the caller does all parts.
+that failed, a signal's exception in the caller - no helper begins a part from then on, and those
+that are in one are waited for: after a failure as long as they take, each has a deadline of its
+own; after any other exception what they wait for is cut (`Token.cut`), and no further exception
+ends the wait (`Presence`), however many there are. So nothing arrives behind an exception. Where
+the system gives no thread to help, the caller does all parts.
 
 Any thread may call `run`, and many may at the same time; helpers that are busy with others are not
-waited for. A Call's lock is taken last. Rejected: futures (a caller that is interrupted while it
-waits for one leaves its lock held, and the helper waits for that for ever), and leaving parts to
-run on behind an exception (their memory may be given back by then).
+waited for. Rejected: futures (a caller that is interrupted while it waits for one leaves its lock
+held, and the helper waits for that for ever), and leaving parts to run on behind an exception
+(their memory may be given back by then).
 """
 
 from __future__ import annotations
 
-import threading
-from contextlib import contextmanager
+from _thread import start_new_thread
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.errors import LLMException
 from llm_datadist.running.bell import Latch
+from llm_datadist.running.deadline import Token, given_up
+from llm_datadist.running.presence import WAIT_FOR_ALL, Presence
 from llm_datadist.running.threads import Errands, Threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from llm_datadist.running.deadline import Deadline
 
@@ -37,38 +39,21 @@ _CALLER: Final = "the caller"
 class Call:
     """One call of `Movers.run`, as its parts see it. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._is_over = False
-        self._lock = threading.RLock()
-        self._ends: set[Callable[[], None]] = set()
+    __slots__ = ("is_over", "presence", "token")
+
+    def __init__(self, token: Token) -> None:
+        #: whose call it is
+        self.token = token
+        #: parts end soon, and no helper begins one
+        self.is_over = False
+        #: the helpers that are in a part
+        self.presence = Presence()
 
     def require(self) -> None:
         """Raises LLMException when the call has been given up: parts look between two steps."""
-        if self._is_over:
-            raise LLMException(
-                "the rest of the transfer failed, or the cluster is being finalized",
-                LLMStatusCode.LLM_FAILED,
-            )
-
-    @contextmanager
-    def ended_by(self, end: Callable[[], None]) -> Iterator[None]:
-        """A part that may wait says how its wait is ended when the call is given up."""
-        try:
-            with self._lock:
-                self._ends.add(end)
-            self.require()
-            yield
-        finally:
-            with self._lock:
-                self._ends.discard(end)
-
-    def give_up(self, *, cuts: bool) -> None:
-        """Has all parts end soon; `cuts`: also those that wait. May be called again."""
-        self._is_over = True
-        if cuts:
-            with self._lock:
-                for end in self._ends:
-                    end()
+        if self.is_over:
+            raise given_up()
+        self.token.require()
 
 
 Task: TypeAlias = "Callable[[Call], None]"
@@ -91,13 +76,21 @@ class _Part:
 
     def help(self, call: Call) -> None:
         """In a helper's thread."""
-        if self.take(object()):
-            try:
-                self.task(call)
-            except BaseException as error:  # raised again by the caller
-                self.error = error
-            finally:
-                self.over.set()
+        if not call.presence.enter():
+            return
+        try:
+            if not call.is_over and self.take(object()):
+                self._do(call)
+        finally:
+            call.presence.leave()
+
+    def _do(self, call: Call) -> None:
+        try:
+            self.task(call)
+        except BaseException as error:  # raised again by the caller
+            self.error = error
+        finally:
+            self.over.set()
 
     def wait(self) -> None:
         """Until no helper runs it, and none will."""
@@ -118,13 +111,16 @@ class Movers:
     def parts_of(self, nbytes: int) -> int:
         return max(1, min(self.threads, nbytes // MIN_PART_NBYTES))
 
-    def run(self, tasks: Sequence[Task]) -> None:
-        """Runs all tasks and returns when none is running any more; raises the first failure."""
-        call = Call()
+    def run(self, tasks: Sequence[Task], token: Token | None = None) -> None:
+        """Runs all tasks and returns when none is running any more; raises the first failure.
+
+        The token is that of the call which they are for, where they may wait for a peer.
+        """
+        call = Call(token or Token(()))
         try:
             self._calls[call] = None
             if self._is_stopped:
-                call.give_up(cuts=True)
+                call.token.cut()
             call.require()
             if len(tasks) == 1:
                 tasks[0](call)
@@ -135,16 +131,35 @@ class Movers:
 
     def _run(self, parts: Sequence[_Part], call: Call) -> None:
         try:
+            self._do(parts, call)
+        except LLMException:
+            call.is_over = True
+            WAIT_FOR_ALL(call.presence.lock)  # one step, which no signal cuts short
+            raise
+        except BaseException:
+            call.is_over = True
+            try:  # one step, too: in a thread of its own, which a further exception does not strike
+                start_new_thread(call.token.cut, ())
+            except RuntimeError:  # no thread is to be had
+                call.token.cut()
+            finally:
+                WAIT_FOR_ALL(call.presence.lock)
+            raise
+
+    def _do(self, parts: Sequence[_Part], call: Call) -> None:
+        try:
             self._ask_for_help(parts[1:], call)
             for part in parts:
                 if part.take(_CALLER):
                     part.task(call)
+        except LLMException:
+            # one that failed by itself fails for the others, too, or they are done soon
+            call.is_over = True
             for part in parts:
                 part.wait()
-        except BaseException as error:
-            # one that failed by itself fails for the others, too, or they are done soon
-            _end(parts, call, cuts=not isinstance(error, LLMException))
             raise
+        for part in parts:
+            part.wait()
         for part in parts:
             if part.error is not None:
                 raise part.error
@@ -153,7 +168,7 @@ class Movers:
         """What runs, and what is still to run, fails soon: the cluster is finalized."""
         self._is_stopped = True
         for call in tuple(self._calls):
-            call.give_up(cuts=True)
+            call.token.cut()
 
     def end(self, deadline: Deadline) -> None:
         """Ends the helpers. Raises LLMException(LLM_TIMEOUT)."""
@@ -165,15 +180,3 @@ class Movers:
                 self._helpers.start(partial(part.help, call))
         except LLMException:  # no thread is to be had
             return
-
-
-def _end(parts: Sequence[_Part], call: Call, *, cuts: bool) -> None:
-    """Returns when no part runs and none will, whatever interrupts it."""
-    while True:
-        try:
-            call.give_up(cuts=cuts)
-            for part in parts:
-                part.wait()
-        except BaseException:  # the first exception goes on, and says the same
-            continue
-        return

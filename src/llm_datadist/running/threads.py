@@ -13,6 +13,7 @@ held but `_lock`, and nothing waits under it.
 from __future__ import annotations
 
 import threading
+from _thread import start_new_thread
 from collections import deque
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -37,6 +38,8 @@ P = ParamSpec("P")
 class _OurThread(threading.Thread):
     """A thread of the library's own."""
 
+    runs_program = False
+
 
 def is_ours() -> bool:
     """Whether this thread is the library's, which no call in it can wait for.
@@ -44,18 +47,41 @@ def is_ours() -> bool:
     The garbage collector runs finalizers in any thread. A child that one forks has it as its main
     thread, and is the program's.
     """
+    return not is_main() and isinstance(threading.current_thread(), _OurThread)
+
+
+def is_main() -> bool:
+    """Whether this is the main thread, which signals strike.
+
+    Not by `current_thread`, in which a handler's KeyError is lost, and makes it another one.
+    """
+    return threading.get_ident() == threading.main_thread().ident
+
+
+def is_finalizer() -> bool:
+    """Whether what the program has called here can only be a finalizer's: this thread is ours."""
+    if is_main():
+        return False
     me = threading.current_thread()
-    return isinstance(me, _OurThread) and me is not threading.main_thread()
+    return isinstance(me, _OurThread) and not me.runs_program
 
 
-def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
-    """A daemon thread. Raises LLMException(LLM_FAILED) when the system has none to give."""
+def start_thread(
+    target: Callable[[], object], name: str, *, runs_program: bool = False
+) -> threading.Thread:
+    """A daemon thread; `runs_program`: it calls what the program gave us.
+
+    Raises LLMException(LLM_FAILED) when the system has none to give.
+    """
     thread = _OurThread(target=target, name=name, daemon=True)
+    thread.runs_program = runs_program
     try:
         thread.start()
     except RuntimeError as error:
-        if "start new thread" not in str(error):  # an interrupted wait for the thread's first step
-            raise
+        if "start new thread" not in str(error):
+            # in place of what struck its wait for the thread's first step, maybe
+            struck = error.__context__ if "unlocked lock" in str(error) else None
+            raise struck or error from None
         raise LLMException(
             f"the system gives this process no more threads ({error}): raise its limit on "
             "processes (ulimit -u, a container's pids limit)",
@@ -93,11 +119,10 @@ class Threads(Executor):
                 raise LLMException(
                     f"{self._name} has ended: the cluster was finalized", LLMStatusCode.LLM_FAILED
                 )
-            try:
+            if self._idle:
                 self._idle.pop()
-            except IndexError:
-                if len(self._threads) < self._max_threads and self._has_started(work):
-                    return
+            elif len(self._threads) < self._max_threads and self._has_started(work):
+                return
             self._work.put(work)
 
     def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -179,7 +204,7 @@ class Errands:
 
         `besides` is a lock that the caller holds, and the work does not need.
         """
-        if threading.current_thread() is not threading.main_thread() or holds_lock(besides):
+        if not is_main() or holds_lock(besides):
             return work()
         errand = _Errand(work, undo)
         try:
@@ -188,10 +213,14 @@ class Errands:
             except LLMException:
                 errand.do()
             errand.over.wait(None)
+            return errand.result()
         except BaseException:
-            errand.abandon()
+            if errand.error is None:  # else nothing was made
+                try:  # one step: what undoes it is not struck by a further exception
+                    start_new_thread(errand.abandon, ())
+                except RuntimeError:  # no thread is to be had
+                    errand.abandon()
             raise
-        return errand.result()
 
     def end(self, deadline: Deadline) -> None:
         """Ends the thread. Raises LLMException(LLM_TIMEOUT)."""
@@ -205,27 +234,34 @@ class _Errand(Generic[T]):
         self._work = work
         self._undo = undo
         self._made: list[T] = []
-        self._error: BaseException | None = None
+        #: who does it
+        self._doer: dict[None, object] = {}
+        self.error: BaseException | None = None
         #: who came first: the work, or its caller's leaving
         self._fate: dict[None, str] = {}
         self.over = Latch()
 
     def do(self) -> None:
+        """Once, however often it is called."""
+        me = object()
+        if self._doer.setdefault(None, me) is not me:
+            return
         try:
             self._made.append(self._work())
         except BaseException as error:  # the caller gets it
-            self._error = error
+            self.error = error
         if self._fate.setdefault(None, "done") != "done":
             self._take_back()
         self.over.set()
 
     def abandon(self) -> None:
+        """Nobody takes what it makes, or has made. In a thread that no exception strikes."""
         if self._fate.setdefault(None, "abandoned") == "done":
             self._take_back()
 
     def result(self) -> T:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return self._made[0]
 
     def _take_back(self) -> None:

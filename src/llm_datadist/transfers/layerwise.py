@@ -120,7 +120,8 @@ def begin(
     """
     run = contextvars.copy_context().run  # spans belong to the caller's
     work = partial(run, _run, transfers, asked, synchronizer, task)
-    transfers.errands.run(partial(start_thread, work, "llm-datadist-transfer"))
+    start = partial(start_thread, work, "llm-datadist-transfer", runs_program=True)
+    transfers.errands.run(start)
 
 
 def _run(

@@ -19,7 +19,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import WAKE
-from llm_datadist.running.deadline import Deadline
+from llm_datadist.running.deadline import Deadline, Token
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.remote import Guard, RemoteCache
-    from llm_datadist.core.segments import U64
     from llm_datadist.core.shards import PullShard
     from llm_datadist.links.table import LinkTable
     from llm_datadist.memory.device import Device
@@ -39,15 +38,10 @@ if TYPE_CHECKING:
     from llm_datadist.running.threads import Errands
 
 
-class Token:
-    """A call. It ends in single steps, which a signal's exception cannot come between."""
+class _Token(Token):
+    """That of a call in a thread of the program's: it ends in single steps."""
 
-    __slots__ = ("cell", "thread")
-
-    def __init__(self) -> None:
-        self.thread = get_ident()
-        #: the word of the ticket that it issued; STALE is written there when it ends
-        self.cell: U64 | list[int] = [STALE]
+    __slots__ = ()
 
 
 class Transfers:
@@ -81,7 +75,8 @@ class Transfers:
 
         Raises LLMException; nothing arrives after it was raised.
         """
-        gate, token = self._gate, Token()
+        gate = self._gate
+        token, ringing = _Token(gate.running), map(WAKE, gate.bell.waiting)
         try:
             self._run(token, asked)
         except LLMException as error:
@@ -93,8 +88,7 @@ class Transfers:
                 try:
                     gate.running.pop(token, None)
                 finally:
-                    if gate.bell.waiting:
-                        any(map(WAKE, tuple(gate.bell.waiting)))
+                    any(ringing)
 
     def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
         """Pushes these tensors of ours to addresses that must lie in one cache of the peer's.
@@ -112,7 +106,7 @@ class Transfers:
                 peer = self._enter(token, asked.place.cluster_id)
                 ticket = self._catalog.issue(token, ours)
                 try:
-                    deadline = Deadline.after(self._timeout_s)
+                    deadline = Deadline.after(self._timeout_s, token)
                     peer.send(segments, ticket.guard, None, deadline)
                 finally:
                     ticket.cell[0] = STALE
@@ -121,7 +115,7 @@ class Transfers:
         """Whether a call of this very thread is under way: a finalizer, or a handler, is in it."""
         mine = get_ident()
         tokens = tuple(self._gate.running)
-        return any(isinstance(token, Token) and token.thread == mine for token in tokens)
+        return any(isinstance(token, _Token) and token.thread == mine for token in tokens)
 
     def watching(
         self, operation: str, cluster_id: int | None = None
@@ -132,7 +126,7 @@ class Transfers:
         path = "" if cluster_id is None else self._links.paths.get(cluster_id, "")
         return self._observer.watch(operation, cluster_id, path)
 
-    def _run(self, token: Token, asked: Pull | Push | Copy | PullShards) -> None:
+    def _run(self, token: _Token, asked: Pull | Push | Copy | PullShards) -> None:
         if isinstance(asked, Pull):
             cluster_id = asked.place.cluster_id
             if self._links.is_self(cluster_id):
@@ -151,9 +145,12 @@ class Transfers:
         else:
             self._copy(token, asked)
 
-    def _pull_shards(self, token: Token, asked: PullShards) -> None:
+    def _pull_shards(self, token: _Token, asked: PullShards) -> None:
         """All peers side by side. What was known of their caches may be out of date: then anew."""
-        ours, deadline = self._catalog.use(token, asked.cache_id), Deadline.after(self._timeout_s)
+        ours, deadline = (
+            self._catalog.use(token, asked.cache_id),
+            Deadline.after(self._timeout_s, token),
+        )
         clusters = [shard.place.cluster_id for shard in asked.shards]
         if any(map(self._links.is_self, clusters)):
             raise invalid("a key names this cluster itself; only linked peers can be pulled")
@@ -180,14 +177,16 @@ class Transfers:
             with self.watching("pull", peer.cluster_id) as watch:
                 peer.move(shard, ours, None, deadline, watch)
 
-        self._movers.run([partial(find, index) for index in range(len(peers))])
+        token = deadline.token
+        self._movers.run([partial(find, index) for index in range(len(peers))], token)
         shards = asked.planned([found[index] for index in range(len(peers))], ours)
         pairs = zip(peers, shards, strict=True)
-        self._movers.run([partial(pull, peer, shard) for peer, shard in pairs if shard.patterns])
+        pulls = [partial(pull, peer, shard) for peer, shard in pairs if shard.patterns]
+        self._movers.run(pulls, token)
         for index, peer in enumerate(peers):  # those, too, of which nothing was needed
             peer.tell_read(found[index], deadline)
 
-    def _push(self, token: Token, asked: Push) -> None:
+    def _push(self, token: _Token, asked: Push) -> None:
         ours = self._catalog.use(token, asked.cache_id)
         asked.check(ours)
         if ours.kv_layout is None and asked.layers.moves_nothing(ours.layout.geometry):
@@ -206,7 +205,7 @@ class Transfers:
         watch: Watch | None = None,
     ) -> None:
         peer = self._enter(token, asked.place.cluster_id)
-        peer.move(asked, ours, ticket, Deadline.after(self._timeout_s), watch)
+        peer.move(asked, ours, ticket, Deadline.after(self._timeout_s, token), watch)
 
     def _warn_of_nothing(self, asked: Push, ours: Entry) -> None:
         """It is a success, as in the reference (O14); the log says once what that means."""

@@ -102,7 +102,8 @@ class CmaChannel:
             self._read_part(pieces, guard, deadline, None)
             return
         parts = pieces.bounded(_CALL_NBYTES).split(self._movers.parts_of(pieces.total_nbytes))
-        self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])
+        tasks = [partial(self._read_part, part, guard, deadline) for part in parts]
+        self._movers.run(tasks, deadline.token)
 
     def close(self) -> None:
         self._is_closed = True

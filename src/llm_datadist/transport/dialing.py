@@ -21,40 +21,47 @@ if TYPE_CHECKING:
     from llm_datadist.transport.same_host import Address
 
 
-def connect(at: Address, deadline: Deadline, failure: LLMStatusCode) -> socket.socket:
+def connect(
+    at: Address,
+    deadline: Deadline,
+    failure: LLMStatusCode,
+    opened: list[socket.socket] | None = None,
+) -> socket.socket:
     """A connection, by the deadline; of a name with several addresses, to the first that answers.
 
-    Raises LLMException: LLM_TIMEOUT, or `failure` when nobody can be reached there.
+    Sockets are noted in `opened` before they are open. Raises LLMException: LLM_TIMEOUT, or
+    `failure` when nobody can be reached there.
     """
     what = f"connecting to {at}"
     deadline.require(what)
     try:
         if isinstance(at, SameHost):
-            return at.connect(deadline)
+            return at.connect(deadline, opened)
         infos = _look_up(at, deadline)
         for index, info in enumerate(infos[:-1]):
             fair_s = deadline.require(what) / (len(infos) - index)
             try:
-                return _connect(info[0], info[4], fair_s)
+                return _connect(*info, fair_s, deadline, opened)
             except OSError as error:  # the next may be on a network that is there
                 pass_on_handlers(error)
-        return _connect(infos[-1][0], infos[-1][4], deadline.require(what))
-    except BlockingIOError:
+        return _connect(*infos[-1], deadline.require(what), deadline, opened)
+    except BlockingIOError as error:
+        pass_on_handlers(error)
         raise deadline.expired(what) from None
     except OSError as error:
         pass_on_handlers(error)
         raise LLMException(f"cannot connect to {at}: {error.strerror}", failure) from error
 
 
-def _look_up(at: Endpoint, deadline: Deadline) -> list[Any]:
-    """What `getaddrinfo` says. Raises OSError, LLMException(LLM_TIMEOUT).
+def _look_up(at: Endpoint, deadline: Deadline) -> list[tuple[int, tuple[Any, ...]]]:
+    """Families and addresses. Raises OSError, LLMException(LLM_TIMEOUT).
 
     A name server that is silent keeps a thread for as long as the system waits for it, which may be
     half a minute.
     """
+    if at.is_literal:  # not `getaddrinfo`, in which a handler's ValueError is lost
+        return [(socket.AF_INET6 if ":" in at.host else socket.AF_INET, at.sockaddr)]
     look_up = partial(socket.getaddrinfo, *at, type=socket.SOCK_STREAM)
-    if at.is_literal:
-        return look_up()
     said: list[list[Any] | Exception] = []
     is_over = Latch()
 
@@ -72,13 +79,21 @@ def _look_up(at: Endpoint, deadline: Deadline) -> list[Any]:
         raise deadline.expired(f"looking up {at.host}")
     if isinstance(said[0], Exception):
         raise said[0]
-    return said[0]
+    return [(info[0], info[4]) for info in said[0]]
 
 
-def _connect(family: int, sockaddr: tuple[Any, ...], timeout_s: float) -> socket.socket:
-    """Raises OSError: BlockingIOError when it takes too long."""
-    sock, limit = forks.open_socket(family), Deadline.after(timeout_s)
+def _connect(
+    family: int,
+    sockaddr: tuple[Any, ...],
+    timeout_s: float,
+    deadline: Deadline,
+    opened: list[socket.socket] | None,
+) -> socket.socket:
+    """Raises OSError: BlockingIOError when it takes too long; LLMException when it was cut."""
+    sock, limit = forks.open_socket(family, opened), Deadline.after(timeout_s)
     try:
+        if deadline.token is not None:
+            deadline.token.require()
         sock.settimeout(timeout_s)
         sock.connect(sockaddr)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -21,7 +21,7 @@ from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.locks import make_lock
 from llm_datadist.memory.device import HOST
-from llm_datadist.running.bell import Turn, Turns
+from llm_datadist.running.bell import WAKE, Turns
 from llm_datadist.system_errors import pass_on_handlers
 from llm_datadist.transport.base import Channel, Region, StaleCache, Streams
 from llm_datadist.transport.nixl_agent import Agent, package
@@ -127,7 +127,8 @@ class NixlChannel:
         self._is_closed = False
 
     def read(self, pieces: Pieces, guard: Guard, deadline: Deadline) -> None:
-        segments, turn = pieces.flat(), Turn()
+        segments = pieces.flat()
+        turn, ringing = object(), map(WAKE, self._turns.bell.waiting)
 
         def go_on() -> None:
             deadline.require("the transfer")
@@ -143,14 +144,17 @@ class NixlChannel:
                 for window in _windows(segments):
                     reader.read(window, go_on)
                 reader.require(guard, go_on)
-        finally:
-            self._turns.leave(turn)
+        finally:  # as `Turns.leave`, which a signal could come before: each of these is one step
+            try:
+                self._turns.calls.pop(turn, None)
+            finally:
+                any(ringing)
             if self._is_closed:
                 self.close()
 
     def close(self) -> None:
         self._is_closed = True  # whoever reads sees it soon, and then closes
-        turn = Turn()
+        turn = object()
         try:
             if self._turns.take_now(turn):
                 self._drop()

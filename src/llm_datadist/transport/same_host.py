@@ -122,13 +122,18 @@ class SameHost(NamedTuple):
             return False
         return True
 
-    def connect(self, deadline: Deadline) -> socket.socket:
+    def connect(
+        self, deadline: Deadline, opened: list[socket.socket] | None = None
+    ) -> socket.socket:
         """A connection. Raises OSError: BlockingIOError when the listener does not take it in time.
 
-        The kernel waits while the listener's queue is full, as long as it may.
+        The kernel waits while the listener's queue is full, as long as it may. The socket is noted
+        in `opened` before it is open.
         """
-        sock = forks.open_socket(socket.AF_UNIX)
+        sock = forks.open_socket(socket.AF_UNIX, opened)
         try:
+            if deadline.token is not None:
+                deadline.token.require()
             left_s = timeval(deadline.require(f"connecting to {self}"))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, left_s)
             sock.connect(self.sockaddr)

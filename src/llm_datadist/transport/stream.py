@@ -92,7 +92,8 @@ class Stream:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 got = native.recvmsg(self._socket.fileno(), vectors, native.MSG_WAITALL)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
                 raise _explain(error) from error
@@ -108,6 +109,9 @@ class Stream:
         with refusals_ignored():  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def is_on(self, sock: socket.socket) -> bool:
+        return self._socket is sock
+
     def close(self) -> None:
         self._socket.close()
 
@@ -117,7 +121,8 @@ class Stream:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
                 sent = self._socket.send(view)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
                 raise _explain(error) from error
@@ -130,7 +135,8 @@ class Stream:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 got = self._socket.recv_into(view, 0, native.MSG_WAITALL)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
                 raise _explain(error) from error
@@ -144,7 +150,8 @@ class Stream:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 data = self._socket.recv(max_nbytes)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                pass_on_handlers(error)
                 continue
             except OSError as error:
                 raise _explain(error) from error

@@ -13,9 +13,11 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
+import weakref
 from array import array
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,9 +27,11 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.generations import STALE, WORD_NBYTES
 from llm_datadist.core.segments import FEW, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.locks import is_owned
 from llm_datadist.memory import native
 from llm_datadist.memory.local import gather
 from llm_datadist.running.movers import MIN_PART_NBYTES
+from llm_datadist.running.threads import is_ours
 from llm_datadist.system_errors import refusals_ignored
 from llm_datadist.transport.base import AllMemory, Channel, StaleCache, Streams
 from llm_datadist.transport.stream import RequestRefused, timeval
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
 
 #: a peer that takes nothing of an answer for so long is waited for without a thread
 _PATIENCE_S = 0.05
+#: a little longer than one call of the system's for an answer takes
+_BESIDE_S = 4 * _PATIENCE_S
 #: a long answer gives its thread to others after so long, and goes on when it is its turn again
 _SLICE_S = 0.1
 #: how much the kernel takes beyond what the network does: what lies in a socket for long has left
@@ -93,19 +99,19 @@ class TcpChannel:
     def read(self, pieces: Pieces, guard: Guard, deadline: Deadline) -> None:
         count = self._movers.parts_of(pieces.total_nbytes)
         if count == 1 and len(pieces) <= FEW:
-            self._read_part(pieces, guard, deadline, None)
+            self._read_part(pieces, guard, deadline)
             return
         parts = pieces.bounded(_PIECE_NBYTES).split(count)
-        self._movers.run([partial(self._read_part, part, guard, deadline) for part in parts])
+        tasks = [partial(self._read_part, part, guard, deadline) for part in parts]
+        self._movers.run(tasks, deadline.token)
 
     def close(self) -> None:
         pass
 
-    def _read_part(self, part: Pieces, guard: Guard, deadline: Deadline, call: Call | None) -> None:
-        with (
-            self._streams.borrow(deadline) as stream,
-            nullcontext() if call is None else call.ended_by(stream.shutdown),
-        ):
+    def _read_part(
+        self, part: Pieces, guard: Guard, deadline: Deadline, _: Call | None = None
+    ) -> None:
+        with self._streams.borrow(deadline) as stream:
             for window in part.windows(m.MAX_REQUEST_SEGMENTS):
                 if len(window):
                     _read_window(stream, window, guard, deadline)
@@ -167,6 +173,8 @@ class Permit:
         self.give_back = give_back
         self._wake = wake
         self.is_revoked = False
+        #: whoever sends under it, held weakly
+        self.sender: weakref.ref[Sender] | None = None
         #: of the ticket that it is under, if any: its word, and what that must hold
         self.ticket: tuple[U64, int] | None = None
 
@@ -176,8 +184,15 @@ class Permit:
         return self.ticket is not None and int(self.ticket[0][0]) != self.ticket[1]
 
     def revoke(self) -> None:
-        """Takes the right back; `give_back` is called soon, from where the answer is sent."""
+        """Takes the right back; `give_back` is called soon, from where the answer is sent.
+
+        A finalizer in a thread of the library's may keep that from its turn. There it is called
+        here, unless this very thread is in the middle of sending.
+        """
         self.is_revoked = True
+        sender = None if self.sender is None else self.sender()
+        if sender is not None and is_ours():
+            sender.let_go_beside()
         self._wake()
 
 
@@ -256,6 +271,11 @@ class Sender(FrameSender):
     ) -> None:
         super().__init__(sock, frame)
         self._permit: Permit | None = permit
+        permit.sender = weakref.ref(self)
+        #: of the thread that reads the memory, or changes what is left
+        self._lock = threading.RLock()
+        #: the push that it is for has ended
+        self._is_ended = False
         self._total_nbytes = total_nbytes = int(nbytes.sum())
         self._stale_word = array("Q", (STALE,))
         self._bad_addr = array("Q", (0,))
@@ -283,6 +303,20 @@ class Sender(FrameSender):
 
     def look(self) -> None:
         """Lets go of the memory if the permit was revoked. Raises OSError to end the connection."""
+        with self._lock:
+            self._let_go()
+        if self._is_ended:
+            raise OSError(errno.ECANCELED, "the push that it is for has ended")
+
+    def let_go_beside(self) -> None:
+        """As `look`, in another thread than sends; if this one is it, its next look does."""
+        if not is_owned(self._lock) and self._lock.acquire(timeout=_BESIDE_S):
+            try:
+                self._let_go()
+            finally:
+                self._lock.release()
+
+    def _let_go(self) -> None:
         permit = self._permit
         if permit is None:
             return
@@ -290,32 +324,33 @@ class Sender(FrameSender):
         if not (is_over or permit.is_revoked):
             return
         self._permit = None
+        self._is_ended = is_over
         if not is_over:
             self._withdraw()
         permit.give_back()
-        if is_over:
-            raise OSError(errno.ECANCELED, "the push that it is for has ended")
 
     def _send_some(self, flags: int) -> None:
         while True:
-            self.look()
-            try:
-                super()._send_some(flags)
-            except OSError as error:
-                if error.errno != errno.EFAULT or self.nbytes <= _TRAILER_NBYTES:
-                    raise
-                self._pass_fault()
-            else:
-                return
+            with self._lock:
+                self.look()
+                try:
+                    super()._send_some(flags)
+                except OSError as error:
+                    if error.errno != errno.EFAULT or self.nbytes <= _TRAILER_NBYTES:
+                        raise
+                    self._pass_fault()
+                else:
+                    return
 
     def take(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        self.look()
-        data = super().take(buffer)
-        if not len(data):
-            self._window = 1
-            self._pass_fault()
+        with self._lock:
+            self.look()
             data = super().take(buffer)
-        return data
+            if not len(data):
+                self._window = 1
+                self._pass_fault()
+                data = super().take(buffer)
+            return data
 
     def _pass_fault(self) -> None:
         """The memory is gone: keeps the stream in step with zeros, and says so in the trailer."""
