@@ -95,7 +95,7 @@ class Catalog:
         self._exposure = Exposure(transports)
         self._gate = gate
         self._errands = errands
-        #: rung when a peer has pulled of a cache
+        #: rung when a peer has pulled of a cache, and when one has gone
         self._was_read = Bell()
         self._lock = make_lock()
         #: being unregistered: no use may begin, or waiting for the last one might never end; and by
@@ -149,7 +149,7 @@ class Catalog:
                 num_readers,
                 is_remote_accessible=is_remote_accessible,
             ),
-            lambda entry: self._forget(entry.cache_id),
+            lambda entry: self.forget(entry.cache_id),
         )
 
     def unregister(self, cache_id: int, timeout_s: float) -> Entry | None:
@@ -172,7 +172,7 @@ class Catalog:
                     f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
                     LLMStatusCode.LLM_TIMEOUT,
                 )
-            self._errands.run(lambda: self._forget(cache_id))
+            self._errands.run(lambda: self.forget(cache_id))
             return entry
         finally:
             self._leaving.pop(entry, None)
@@ -194,16 +194,20 @@ class Catalog:
     ) -> Entry:
         """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
         work = partial(self._allocate, geometry, placement, keys, kv_layout)
-        return self._errands.run(work, self._take_back)
+        return self._errands.run(work, lambda entry: self.forget(entry.cache_id))
 
-    def _take_back(self, entry: Entry) -> None:
-        """Of an allocation that nobody got."""
-        self._drop(partial(self._registry.unregister, entry.cache_id))
+    def forget(self, cache_id: int) -> None:
+        """The end of `register` or `allocate` where nobody got the cache, with its keys.
 
-    def _forget(self, cache_id: int) -> None:
+        Waits for no use; nothing happens for an id that is none.
+        """
         with self._lock:
-            if self._registry.unregister(cache_id) is not None:
+            entry = None if cache_id == PROBE_ID else self._registry.unregister(cache_id)
+            if entry is not None and entry.is_owned:
+                self._allocations.give_back(entry)
+            elif entry is not None:
                 self._exposure.conceal(cache_id)
+        self._was_read.ring()
 
     def _allocate(
         self,
@@ -265,6 +269,7 @@ class Catalog:
             entries = list(self._registry.entries())
             for entry in entries:
                 self._registry.unregister(entry.cache_id)
+        self._was_read.ring()
         return entries
 
     def use(self, token: object, cache_id: int) -> Entry:

@@ -188,10 +188,10 @@ class Errands:
             except LLMException:
                 errand.do()
             errand.over.wait(None)
+            return errand.result()
         except BaseException:
             errand.abandon()
             raise
-        return errand.result()
 
     def end(self, deadline: Deadline) -> None:
         """Ends the thread. Raises LLMException(LLM_TIMEOUT)."""
