@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llm_datadist.cluster import Cluster
-    from llm_datadist.core.registry import Entry
     from llm_datadist.memory.dlpack import SupportsDLPack
     from llm_datadist.memory.tensors import Located
 
@@ -251,13 +250,13 @@ class CacheManager(CacheTransfers):
             option = "mem_pool_cfg" if desc.placement == Placement.DEVICE else "host_mem_pool_cfg"
             raise invalid(f"there is no pool for {desc.placement}: set LLMConfig.{option}")
         geometry = Geometry.of(kind, desc.num_tensors, desc.shape, desc.size)
-        is_blocks = kind is CacheKind.BLOCKS
 
-        def make(entry: Entry) -> Cache:
+        def make() -> Cache:
+            entry = cluster.catalog.allocate(geometry, desc.placement, keys, layout)
             addrs = entry.layout.addrs.tolist()
-            return Cache(entry.cache_id, desc, addrs, self, False, is_blocks, layout)
+            return Cache(entry.cache_id, desc, addrs, self, False, kind is CacheKind.BLOCKS, layout)
 
-        return cluster.catalog.allocate(geometry, desc.placement, keys, layout, make=make)
+        return cluster.make(make, lambda cache: cache.cache_id)
 
     def _deallocate(self, cache: Cache) -> None:
         self._require_pool().catalog.deallocate(cache.cache_id)
@@ -285,20 +284,22 @@ class CacheManager(CacheTransfers):
         cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
         if remote_accessible and cluster.ranks.were_made:
             raise invalid("remote_accessible=True is not possible after link(): leave it out")
-        is_blocks = kind is CacheKind.BLOCKS
-        return cluster.catalog.register(
-            Geometry.of(kind, desc.num_tensors, desc.shape, desc.size),
-            memory.addrs,
-            desc.placement,
-            keys,
-            make=lambda entry: Cache(
-                entry.cache_id, desc, memory.addrs, self, True, is_blocks, layout
-            ),
-            is_remote_accessible=_is_accessible(desc, remote_accessible),
-            held=memory.held,
-            kv_layout=layout,
-            num_readers=num_readers,
-        )
+
+        def make() -> Cache:
+            entry = cluster.catalog.register(
+                Geometry.of(kind, desc.num_tensors, desc.shape, desc.size),
+                memory.addrs,
+                desc.placement,
+                keys,
+                is_remote_accessible=_is_accessible(desc, remote_accessible),
+                held=memory.held,
+                kv_layout=layout,
+                num_readers=num_readers,
+            )
+            is_blocks = kind is CacheKind.BLOCKS
+            return Cache(entry.cache_id, desc, memory.addrs, self, True, is_blocks, layout)
+
+        return cluster.make(make, lambda cache: cache.cache_id)
 
 
 def _check_layout(layout: KVLayout | None, desc: CacheDesc) -> None:

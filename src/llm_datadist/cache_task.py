@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, final
 
 from llm_datadist.checks import check_uint32
-from llm_datadist.errors import LLMStatusCode
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.bell import Latch
+from llm_datadist.running.forks import FORKED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,13 +28,14 @@ class CacheTask:
         self._unfinished = unfinished
         self._results: Sequence[LLMStatusCode | None] = [None] * num_destinations
         self._done = Latch()
+        self._process = os.getpid()
 
     def synchronize(self, timeout_in_millis: int | None = None) -> LLMStatusCode:
         """Waits for the end; the first failure among the destinations, else LLM_SUCCESS.
 
         LLM_TIMEOUT (in the v1 mode LLM_WAIT_PROCESS_TIMEOUT) when the transfer still runs after so
         many milliseconds; None waits for ever, 0 asks. Raises TypeError, ValueError unless it is a
-        uint32 or None.
+        uint32 or None; LLMException (LLM_FAILED) in a forked child, which cannot see the end.
         """
         if not self._wait(timeout_in_millis):
             return self._unfinished
@@ -51,9 +54,13 @@ class CacheTask:
         return list(self._results)
 
     def _wait(self, timeout_in_millis: int | None) -> bool:
-        if timeout_in_millis is None:
-            return self._done.wait(None)
-        return self._done.wait(check_uint32("timeout_in_millis", timeout_in_millis) / 1000)
+        if timeout_in_millis is not None:
+            check_uint32("timeout_in_millis", timeout_in_millis)
+        if not self._done.is_set and os.getpid() != self._process:
+            raise LLMException(
+                f"the end of this transfer cannot be seen here: {FORKED}", LLMStatusCode.LLM_FAILED
+            )
+        return self._done.wait(None if timeout_in_millis is None else timeout_in_millis / 1000)
 
     def _complete(self, results: Sequence[LLMStatusCode | None]) -> None:
         """For the transfer's thread, once."""

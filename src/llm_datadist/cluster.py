@@ -34,7 +34,7 @@ from llm_datadist.owner.fetching import Fetching
 from llm_datadist.owner.pools import open_pools
 from llm_datadist.owner.service import Serving
 from llm_datadist.peer.streams import MAX_STREAMS
-from llm_datadist.running.bell import Latch
+from llm_datadist.running.bell import Latch, Turns
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.ending import Ending
 from llm_datadist.running.gate import Gate
@@ -51,6 +51,7 @@ from llm_datadist.transport.shields import Shields
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
+    from llm_datadist.core.registry import Entry
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.linker import Target
@@ -89,9 +90,12 @@ class Cluster:
         self.cluster_id = cluster_id
         self.options = options
         self._ending = Ending()
+        self._is_started = False
         #: who ends it
-        self._stopper: dict[None, object] = {}
+        self._stopping = Turns()
         self._stopped = Latch()
+        #: what the catalog had, until no transport can reach it any more
+        self._entries: list[Entry] = []
         try:
             self._make()
         except BaseException:
@@ -219,66 +223,80 @@ class Cluster:
         )
 
     def start(self) -> None:
-        """Listens, if the options say where. Raises LLMException when the address cannot be had."""
-        try:
-            self._loop.start()
-            self._errands.begin()
-            self.listening.move(self.options.listen)
-        except BaseException:
-            self._ending.run(Deadline.after(_LAST_S))
-            raise
+        """Listens, if the options say where. `stop` must follow, also when it raises.
+
+        Raises LLMException when the address, or a thread, cannot be had.
+        """
+        self._errands.begin()
+        self._errands.run(self._loop.start)
+        self.listening.move(self.options.listen)
+        self._is_started = True
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has started, and nobody has begun to end it."""
+        return self._is_started and self.gate.door.shut_because is None
 
     def stop(self) -> None:
         """Ends all links, lets running calls end first, and gives everything back.
 
         May be called again, and from several threads: all return when it is done. It is done in a
-        thread of its own, which no interruption of a caller's stops. Bounded by the cluster's
-        time-out, for calls that run, and by `_LAST_S` for all that is left: links that cannot be
-        ended in order, threads that wait for a name server or for a peer. What runs then, fails;
-        memory that it uses stays mapped. Where a signal's handler or a finalizer calls it in the
-        middle of a call of its own thread, it only begins: the end comes when that call has ended.
-        Raises LLMException(LLM_FAILED) when there is no thread to be had for that.
+        thread of its own, which no interruption of a caller's stops; where none is to be had, the
+        next call goes on with what is left. Bounded by the cluster's time-out, for calls that run,
+        and by `_LAST_S` for all that is left: links that cannot be ended in order, threads that
+        wait for a name server or for a peer. What runs then, fails; memory that it uses stays
+        mapped. Where a signal's handler or a finalizer calls it in the middle of a call of its own
+        thread, it only begins: the end comes when that call has ended. Raises
+        LLMException(LLM_FAILED) when there is no thread to be had for that.
         """
-        if self._ending.is_over and not self._stopper:  # it could not start, and has ended itself
+        if self._stopped.is_set:
             return
         cannot_wait = is_ours() or holds_lock() or self.transfers.is_in_this_thread()
-        if not self._stopper:
-            try:
-                begin = partial(start_thread, self._stop_once, f"{_OUR_THREADS}-end")
-                self._errands.run(begin)
-            except LLMException:
-                if cannot_wait:
-                    raise
-                self._stop_once()
-        if cannot_wait:
-            return
-        if not self._stopped.wait(self.options.sync_timeout_s + _LAST_S + _GRACE_S):
+        try:
+            self._errands.run(partial(start_thread, self._stop_once, f"{_OUR_THREADS}-end"))
+        except LLMException:
+            if cannot_wait:
+                raise
+            self._stop_once()
+        if not cannot_wait and not self._stopped.wait(self._stop_s):
             get_logger().error(
                 "cluster %d: its end waits for a thread that was interrupted, and goes on without "
                 "finalize", self.cluster_id,
             )  # fmt: skip
 
+    @property
+    def _stop_s(self) -> float:
+        """How long `stop` may take."""
+        return self.options.sync_timeout_s + _LAST_S + _GRACE_S
+
     def _stop_once(self) -> None:
-        me = object()
-        if self._stopper.setdefault(None, me) is me:
-            try:
-                self._stop()
-            finally:
-                self._stopped.set()
+        """Of several calls one after the other, each unless one before it came to its end."""
+        turn = object()
+        try:
+            self._stopping.take(turn, Deadline.after(self._stop_s), "the end of the cluster")
+            self._stop()
+        except LLMException as error:
+            get_logger().error("cluster %d has not ended: %s", self.cluster_id, error)
+        finally:
+            self._stopping.leave(turn)
 
     def _stop(self) -> None:
+        """May be called again, when it was interrupted."""
+        if self._stopped.is_set:
+            return
         self.gate.shut(self.gate.door, "the cluster is being finalized")
         self.gate.drain(self.gate.door, self.options.sync_timeout_s)
         deadline = Deadline.after(_LAST_S)
-        entries = self.catalog.close()
+        self._entries += self.catalog.close()
         self._movers.stop()
         try:
-            self._loop.run(self._close_links(), deadline)
+            self._loop.finish(self._close_links, deadline)
         except LLMException as error:
             get_logger().error("not all links ended in order: %s", error)
         self.gate.drain(self.gate.door, max(0.0, deadline.remaining_s()))
         self._ending.run(deadline)
-        entries.clear()  # not before: transports reached the memory until now
+        self._entries.clear()
+        self._stopped.set()
 
     def _close_pools(self, pools: Mapping[Placement, MemoryPool]) -> None:
         """The memory of what still runs stays where it is."""
@@ -290,6 +308,12 @@ class Cluster:
             return
         for pool in pools.values():
             pool.close()
+
+    def make(self, make: Callable[[], T], id_of: Callable[[T], int]) -> T:
+        """Something that has a cache of ours, which is forgotten if a signal keeps it from the
+        caller: the program would have a cache that it cannot name.
+        """
+        return self._errands.run(make, lambda made: self.catalog.forget(id_of(made)))
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
@@ -333,7 +357,6 @@ class Cluster:
         return self.listening.endpoint
 
     async def _close_links(self) -> None:
-        self._loop.refuse()
         await self.listening.close()
         await self._groups.close()
         await self.listening.close_for_ranks()

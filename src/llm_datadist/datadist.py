@@ -83,7 +83,8 @@ class LLMDataDist:
         """Starts the cluster: listens when the options say where, ready to link. Spec 5.1.
 
         `options` comes from `LLMConfig.generate_options`, or is written by hand; unknown keys are
-        ignored, the dict is not changed. A second call is a no-op.
+        ignored, the dict is not changed. A second call is a no-op; behind an interrupted `finalize`
+        it waits for that end first.
 
         Raises TypeError, ValueError for malformed options; LLMException with LLM_PARAM_INVALID for
         options that cannot be, LLM_FAILED when the address to listen on cannot be had, descriptors
@@ -91,8 +92,9 @@ class LLMDataDist:
         which the program has neither itself nor its manager any more, is finalized: a notebook's
         cell is run again.) After a failure `init` may be called again.
         """
-        if self._cluster is not None:
+        if self._cluster is not None and self._cluster.is_up:
             return
+        self.finalize()  # what was interrupted is ended first
         _make_room()
         parsed = Options.parse(self._role, options)  # type: ignore[arg-type]  # None is refused there
         # numpy, asyncio: not when the package is imported
@@ -100,25 +102,20 @@ class LLMDataDist:
         from llm_datadist.cluster import Cluster
         from llm_datadist.kv_cache_manager import KvCacheManager
 
-        cluster = None
         try:
-            cluster = Cluster(self._cluster_id, parsed)
+            # first, so that whatever interrupts this leaves nothing that nobody ends
+            forks.watch(self)
+            _register_at_exit()
+            LLMDataDist.llm_engine_instance = self
+            self._cluster = cluster = Cluster(self._cluster_id, parsed)
             cluster.start()
             if parsed.cache_manager:
                 self._cache_manager = CacheManager(cluster)
             else:
                 self._kv_cache_manager = KvCacheManager(cluster, parsed.role)
-            LLMDataDist.llm_engine_instance = self
             self._why_not = ""
-            forks.watch(self)
-            _register_at_exit()
-            self._cluster = cluster
         except BaseException as error:
-            self._cache_manager = self._kv_cache_manager = None
-            if LLMDataDist.llm_engine_instance is self:
-                LLMDataDist.llm_engine_instance = None
-            if cluster is not None:  # interrupted behind its start, nobody else would end it
-                cluster.stop()
+            self.finalize()
             if isinstance(error, OSError) and error.errno is not None:
                 raise LLMException(f"cannot start: {error}", LLMStatusCode.LLM_FAILED) from error
             raise
@@ -134,7 +131,8 @@ class LLMDataDist:
         if cluster is not None:
             cluster.stop()
         # not before: what was interrupted can be called again
-        self._cluster = self._cache_manager = self._kv_cache_manager = None
+        if self._cluster is cluster:
+            self._cluster = self._cache_manager = self._kv_cache_manager = None
         if LLMDataDist.llm_engine_instance is self:
             LLMDataDist.llm_engine_instance = None
 
@@ -378,7 +376,8 @@ def _make_room() -> None:
     # each is known to a variable here, and to the one place where the library keeps it
     known = object()
     once = sys.getrefcount(known) + 1
-    if sys.getrefcount(other) > once or sys.getrefcount(manager) > once:
+    is_held = manager is not None and sys.getrefcount(manager) > once
+    if sys.getrefcount(other) > once or is_held:
         raise LLMException(
             "another LLMDataDist of this process is initialised: finalize it first "
             "(LLMDataDist.llm_engine_instance.finalize())",

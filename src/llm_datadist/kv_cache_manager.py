@@ -28,7 +28,7 @@ from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.types import CacheDesc, LLMRole, Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -72,7 +72,7 @@ class KvCacheManager:
         if keys:
             self._require_role("allocate_cache with cache_keys", LLMRole.PROMPT)
         self._free_collected()
-        return KvCache(self._caches.allocate_cache(desc, keys), self)
+        return self._make(lambda: KvCache(self._caches.allocate_cache(desc, keys), self))
 
     def allocate_blocks_cache(
         self, cache_desc: CacheDesc, blocks_cache_key: BlocksCacheKey | None = None
@@ -88,7 +88,7 @@ class KvCacheManager:
             what = "allocate_blocks_cache with a blocks_cache_key"
             self._require_role(what, LLMRole.PROMPT, LLMRole.MIX)
         self._free_collected()
-        return KvCache(self._caches.allocate_blocks_cache(desc, key), self)
+        return self._make(lambda: KvCache(self._caches.allocate_blocks_cache(desc, key), self))
 
     def deallocate_cache(self, cache: KvCache) -> None:
         """Frees a cache of either kind; rows with keys stay until those go. Spec 6.5.
@@ -247,6 +247,10 @@ class KvCacheManager:
         """For LLMDataDist: the cluster has another role from here on."""
         self._role = role
 
+    def _make(self, make: Callable[[], KvCache]) -> KvCache:
+        cluster = self._cluster
+        return make() if cluster is None else cluster.make(make, lambda cache: cache.cache_id)
+
     def _collect(self, cache_id: int) -> None:
         """For KvCache: nobody holds the cache any more.
 
@@ -260,8 +264,10 @@ class KvCacheManager:
 
     def _free_collected(self) -> None:
         cluster = self._cluster
+        if cluster is None:  # a forked child may find the lock taken
+            return
         with self._freeing:
-            while self._collected and cluster is not None:
+            while self._collected:
                 cluster.catalog.deallocate(self._collected.popleft())
 
     def _inner(self, cache: KvCache) -> Cache:

@@ -23,16 +23,14 @@ class Lock(Protocol):
     def _is_owned(self) -> bool: ...
 
 
+#: changed by single steps, under no lock: a forked child could find it taken
 _locks: list[weakref.ref[Lock]] = []
-_guard = threading.RLock()
 
 
 def make_lock() -> Lock:
     """A re-entrant lock that `holds_lock` knows of."""
     lock = cast("Lock", threading.RLock())
-    with _guard:
-        _locks[:] = [known for known in _locks if known() is not None]
-        _locks.append(weakref.ref(lock))
+    _locks.append(weakref.ref(lock, _locks.remove))
     return lock
 
 

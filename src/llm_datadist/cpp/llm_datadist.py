@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, final
+from functools import partial
+from operator import itemgetter
+from typing import TYPE_CHECKING, TypeVar, final
 
 from llm_datadist.checks import (
     check_dict,
@@ -27,7 +29,7 @@ from llm_datadist.running import forks
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from llm_datadist.cluster import Cluster
     from llm_datadist.cpp.call import Call
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.linker import Outcome, Target
     from llm_datadist.links.table import LinkInfo
+
+T = TypeVar("T")
 
 _OK = LLMStatusCode.LLM_SUCCESS
 
@@ -71,22 +75,25 @@ class LlmDataDist(LlmTransfers):
         """Starts the cluster: listens when the options say where, ready to link. Spec 7.1, 7.4.
 
         `options` is keyed by the constants OPTION_*, of which OPTION_DEVICE_ID is required; other
-        keys are ignored. A second call is a no-op; after a failure there may be another.
+        keys are ignored. A second call is a no-op; behind an interrupted Finalize it waits for that
+        end first. After a failure there may be another.
 
         Returns LLM_PARAM_INVALID for options or a role that cannot be, LLM_FAILED when the address
         to listen on cannot be had, LLM_OUT_OF_MEMORY when a configured pool cannot.
         """
         with self._lifecycle, self._call("Initialize") as call:
-            if self._cluster is None:
+            if self._cluster is None or not self._cluster.is_up:
+                self.Finalize()  # what was interrupted is ended first
                 cluster_id = check_uint64("cluster_id", self._cluster_id)
-                cluster = open_cluster(cluster_id, parse_options(self._role, options))
+                forks.watch(self)
                 try:
-                    cluster.start()
+                    self._cluster = cluster = open_cluster(
+                        cluster_id, parse_options(self._role, options)
+                    )
                     self._end = weakref.finalize(self, cluster.stop)
-                    forks.watch(self)
-                    self._cluster = cluster
-                except BaseException:  # interrupted behind its start, nobody else would end it
-                    cluster.stop()
+                    cluster.start()
+                except BaseException:
+                    self.Finalize()
                     raise
         return call.status
 
@@ -189,6 +196,11 @@ class LlmDataDist(LlmTransfers):
         The memory stays the caller's, who keeps it until UnregisterKvCache. Returns the cache id,
         -1 with LLM_PARAM_INVALID for addresses or a description that cannot be.
         """
+        return self._make(partial(self._register, cache_desc, addrs, cfg), itemgetter(1))
+
+    def _register(
+        self, cache_desc: CacheDesc, addrs: list[int], cfg: RegisterCfg | None
+    ) -> tuple[Status, int]:
         cache_id = -1
         with self._call("RegisterKvCache") as call:
             cluster = self._require_cluster()
@@ -198,13 +210,8 @@ class LlmDataDist(LlmTransfers):
                 raise invalid("addrs is empty: give one address per tensor")
             if 0 in addrs:
                 raise invalid(f"addrs[{addrs.index(0)}] is 0: every tensor needs an address")
-            cache_id = cluster.catalog.register(
-                geometry,
-                addrs,
-                placement,
-                make=lambda entry: entry.cache_id,
-                is_remote_accessible=True,
-            )
+            entry = cluster.catalog.register(geometry, addrs, placement, is_remote_accessible=True)
+            cache_id = entry.cache_id
         return call.status, cache_id
 
     def UnregisterKvCache(self, cache_id: int) -> Status:
@@ -227,17 +234,16 @@ class LlmDataDist(LlmTransfers):
         one with LLM_OUT_OF_MEMORY, and with LLM_PARAM_INVALID for a description that cannot be or a
         placement (kHost) that has no pool.
         """
+        return self._make(partial(self._allocate, cache_desc), lambda made: made[1].cache_id)
+
+    def _allocate(self, cache_desc: CacheDesc) -> tuple[Status, Cache]:
         cache = Cache()
         with self._call("AllocateCache") as call:
             cluster = self._require_cluster()
             placement, geometry = parse_desc(cache_desc)
             _require_pool(cluster, placement)
-            cache = cluster.catalog.allocate(
-                geometry,
-                placement,
-                (),
-                make=lambda entry: Cache(entry.cache_id, entry.layout.addrs.tolist(), cache_desc),
-            )
+            entry = cluster.catalog.allocate(geometry, placement, ())
+            cache = Cache(entry.cache_id, entry.layout.addrs.tolist(), cache_desc)
         return call.status, cache
 
     def DeallocateCache(self, cache_id: int) -> Status:
@@ -251,6 +257,10 @@ class LlmDataDist(LlmTransfers):
         return call.status
 
     # -- parts of the above --
+
+    def _make(self, make: Callable[[], T], id_of: Callable[[T], int]) -> T:
+        cluster = self._cluster
+        return make() if cluster is None else cluster.make(make, id_of)
 
     def _forget_parent(self) -> Cluster | None:
         """For running/forks.py."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,8 @@ _FORMAT = (
 )
 _DATE_FORMAT = "%Y-%m-%d-%H:%M:%S"
 
-_setting_up = threading.Lock()
+#: No lock guards the set-up: a forked child, or a signal's handler, could find it taken.
+_ours: dict[None, _StdoutHandler] = {}
 
 
 class _StdoutHandler(_TextHandler):
@@ -52,11 +52,11 @@ def get_logger() -> logging.Logger:
     before stays in place of ours.
     """
     logger = logging.getLogger(LOGGER_NAME)
-    with _setting_up:
-        if logger.level == logging.NOTSET:
-            logger.setLevel(_LEVELS.get(os.environ.get(LEVEL_VARIABLE, ""), logging.ERROR))
-        if not logger.handlers:
-            handler = _StdoutHandler()
-            handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
-            logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(_LEVELS.get(os.environ.get(LEVEL_VARIABLE, ""), logging.ERROR))
+    if not logger.handlers:
+        handler = _StdoutHandler()
+        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+        # threads that are here at once add one and the same, which counts once
+        logger.addHandler(_ours.setdefault(None, handler))
     return logger

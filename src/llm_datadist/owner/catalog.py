@@ -21,7 +21,7 @@ from __future__ import annotations
 import secrets
 import time
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.generations import Generations
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
     from llm_datadist.running.threads import Errands
     from llm_datadist.transport.base import Transport
 
-T = TypeVar("T")
-
 #: a finalizer in a thread of ours waits so long for the last use of a cache
 _MOMENT_S = 0.1
 #: the cache that holds the nonce of the hand-shake
@@ -93,7 +91,7 @@ class Catalog:
         self._exposure = Exposure(transports)
         self._gate = gate
         self._errands = errands
-        #: rung when a peer has pulled of a cache
+        #: rung when a peer has pulled of a cache, and when one has gone
         self._was_read = Bell()
         self._lock = make_lock()
         #: being unregistered, by which call: no use may begin, or waiting for the last one might
@@ -125,13 +123,12 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None] = (),
         *,
-        make: Callable[[Entry], T],
         is_remote_accessible: bool,
         held: Sequence[object | None] = (),
         kv_layout: KVLayout | None = None,
         num_readers: int = 0,
-    ) -> T:
-        """Files a cache over memory that stays the caller's; what `make` makes of it. Spec 6.4.
+    ) -> Entry:
+        """Files a cache over memory that stays the caller's. Spec 6.4.
 
         The memory is not touched: what is not mapped is warned about, and fails when it is moved.
         `held` keeps it until the cache is unregistered, one object per tensor or none. Raises
@@ -139,32 +136,19 @@ class Catalog:
         """
         layout = Layout.at(geometry, addrs)
         warn_of_strays(addrs, geometry.tensor_nbytes, held)
-        work = partial(
-            self._file,
-            layout,
-            placement,
-            keys,
-            held,
-            kv_layout,
-            num_readers,
-            is_remote_accessible=is_remote_accessible,
+        return self._errands.run(
+            partial(
+                self._file,
+                layout,
+                placement,
+                keys,
+                held,
+                kv_layout,
+                num_readers,
+                is_remote_accessible=is_remote_accessible,
+            ),
+            lambda entry: self.forget(entry.cache_id),
         )
-        return self._run_and_make(work, lambda entry: self._forget(entry.cache_id), make)
-
-    def _run_and_make(
-        self, work: Callable[[], Entry], undo: Callable[[Entry], object], make: Callable[[Entry], T]
-    ) -> T:
-        """What the caller gets of an entry is made with it: it has both, or nothing is left."""
-
-        def both() -> tuple[Entry, T]:
-            entry = work()
-            try:
-                return entry, make(entry)
-            except BaseException:
-                undo(entry)
-                raise
-
-        return self._errands.run(both, lambda made: undo(made[0]))[1]
 
     def unregister(self, cache_id: int, timeout_s: float) -> Entry | None:
         """Forgets a cache, once the calls of this process that use its memory have ended.
@@ -191,7 +175,7 @@ class Catalog:
                         LLMStatusCode.LLM_TIMEOUT,
                     )
                 self._left[entry] = None
-            self._errands.run(lambda: self._forget(cache_id))
+            self._errands.run(lambda: self.forget(cache_id))
             return entry
         finally:
             self._leaving.pop(leave, None)
@@ -210,25 +194,23 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None],
         kv_layout: KVLayout | None = None,
-        *,
-        make: Callable[[Entry], T],
-    ) -> T:
-        """A cache in pool memory; what `make` makes of it.
-
-        Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID.
-        """
+    ) -> Entry:
+        """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
         work = partial(self._allocate, geometry, placement, keys, kv_layout)
-        return self._run_and_make(work, self._take_back, make)
+        return self._errands.run(work, lambda entry: self.forget(entry.cache_id))
 
-    def _take_back(self, entry: Entry) -> None:
-        """Of an allocation that nobody got."""
-        self._drop(partial(self._registry.unregister, entry.cache_id))
+    def forget(self, cache_id: int) -> None:
+        """The end of `register` or `allocate` where nobody got the cache, with its keys.
 
-    def _forget(self, cache_id: int) -> None:
+        Waits for no use; nothing happens for an id that is none.
+        """
         with self._lock:
-            entry = self._registry.unregister(cache_id)
-            if entry is not None and entry not in self._left:
+            entry = None if cache_id == PROBE_ID else self._registry.unregister(cache_id)
+            if entry is not None and entry.is_owned:
+                self._allocations.give_back(entry)
+            elif entry is not None and entry not in self._left:
                 self._exposure.conceal(cache_id)
+        self._was_read.ring()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -302,6 +284,7 @@ class Catalog:
             entries = list(self._registry.entries())
             for entry in entries:
                 self._registry.unregister(entry.cache_id)
+        self._was_read.ring()
         return entries
 
     def use(self, token: object, cache_id: int) -> Entry:

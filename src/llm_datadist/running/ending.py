@@ -20,7 +20,8 @@ class Ending:
     """What is still to be ended. For the thread that starts and ends a cluster.
 
     As contextlib.ExitStack, but that a step which fails is logged and keeps no other from its turn:
-    a transport's mistake must not keep memory, sockets and threads.
+    a transport's mistake must not keep memory, sockets and threads. One that is interrupted is left
+    to the next call, so that steps may come twice.
     """
 
     def __init__(self) -> None:
@@ -30,15 +31,10 @@ class Ending:
         """This has been started; ending it must not outlast the deadline it is given."""
         self._steps.append((what, end))
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing is left to be ended."""
-        return not self._steps
-
     def run(self, deadline: Deadline) -> None:
         """Ends all, the last one first. May be called again."""
         while self._steps:
-            what, end = self._steps.pop()
+            what, end = self._steps[-1]
             try:
                 # one that used up the time does not leave the others without any
                 end(Deadline.after(max(_LEAST_S, deadline.remaining_s())))
@@ -47,3 +43,4 @@ class Ending:
                 get_logger().error(
                     "ending %s failed: %s", what, error, exc_info=None if is_expected else error
                 )
+            self._steps.pop()

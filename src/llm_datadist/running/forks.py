@@ -7,6 +7,9 @@ see the parent's end when the parent ends, and its port is free. What is in memo
 looked at again; its finalizers would wait for threads. Calls in the child raise, and say that it
 has to be initialised there; that works.
 
+No signal's handler strikes in the middle of that: from in front of the fork until behind it the
+forking thread takes no signals. A child has no other thread that could take them for it.
+
 This is the one place with a state of the process's own, beside the single LLMDataDist: sockets and
 faces that live, held weakly.
 """
@@ -14,15 +17,17 @@ faces that live, held weakly.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import weakref
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class Inherited(Protocol):
@@ -43,13 +48,17 @@ _sockets: list[weakref.ref[socket.socket]] = []
 _MANY: Final = 256
 _most_sockets = _MANY
 _lock = threading.RLock()
+#: which signals the threads that are forking took before: the last one is that of the last fork
+_masks: list[set[signal.Signals | int]] = []
+_EVERY: Final = signal.valid_signals()
 
 
 def watch(face: Inherited) -> None:
     """A child that is forked from here on has the face forget its cluster."""
     _register()
-    _faces[:] = [known for known in _faces if known() is not None]
-    _faces.append(weakref.ref(face))
+    with _lock:
+        _faces[:] = [known for known in _faces if known() not in (None, face)]
+        _faces.append(weakref.ref(face))
 
 
 def open_socket(family: int, opened: list[socket.socket] | None = None) -> socket.socket:
@@ -59,6 +68,7 @@ def open_socket(family: int, opened: list[socket.socket] | None = None) -> socke
     """
     import socket
 
+    _register()
     sock = socket.socket.__new__(socket.socket)
     if opened is not None:
         opened.append(sock)
@@ -89,9 +99,25 @@ def _register() -> None:
 
     keep = ctypes.pythonapi.Py_IncRef  # no finalizer of it will ever run
     keep.argtypes = [ctypes.py_object]
+    # One step, as is `release`: a signal that another thread took strikes between any two, and a
+    # mask that stays would keep Ctrl-C from this thread for good.
+    restore = partial(next, map(signal.pthread_sigmask, repeat(signal.SIG_SETMASK), _taken()))
+    os.register_at_fork(after_in_parent=restore)
     os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=lambda: _in_child(keep)
+        before=_before, after_in_parent=_lock.release, after_in_child=lambda: _in_child(keep)
     )
+    os.register_at_fork(after_in_child=restore)
+
+
+def _taken() -> Iterator[set[signal.Signals | int]]:
+    """Takes out the last mask, for ever."""
+    return iter(_masks.pop, None)
+
+
+def _before() -> None:
+    _lock.acquire()
+    _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    signal.pthread_sigmask(signal.SIG_BLOCK, _EVERY)
 
 
 def _in_child(keep: Callable[[object], object]) -> None:
@@ -105,4 +131,4 @@ def _in_child(keep: Callable[[object], object]) -> None:
         if kept is not None:
             keep(kept)
     _faces.clear()
-    _lock.release()
+    _lock._at_fork_reinit()  # type: ignore[attr-defined]  # Python's own modules do so

@@ -46,11 +46,18 @@ class Loop:
         self._thread: threading.Thread | None = None
         #: what other threads wait for
         self._jobs: dict[_Job[Any], None] = {}
+        self._last: _Job[None] | None = None
         self._is_ending = False
 
     def start(self) -> None:
         """Raises LLMException(LLM_FAILED) when the system has no thread to give."""
-        self._thread = start_thread(self.asyncio.run_forever, "llm-datadist-loop")
+        start_thread(self._run, "llm-datadist-loop")
+
+    def _run(self) -> None:
+        # here, since whoever starts a thread may be interrupted behind its first step
+        self._thread = threading.current_thread()
+        if not self._is_ending:
+            self.asyncio.run_forever()
 
     def run(self, work: Coroutine[object, object, T], deadline: Deadline | None = None) -> T:
         """Runs a coroutine in the loop's thread, from any other one, and waits for it.
@@ -80,9 +87,27 @@ class Loop:
         finally:
             self._jobs.pop(job, None)
 
-    def refuse(self) -> None:
-        """No more work is taken from other threads."""
+    def finish(
+        self, work: Callable[[], Coroutine[object, object, None]], deadline: Deadline
+    ) -> None:
+        """Runs the last coroutine in the loop's thread: no more work is taken from other threads.
+
+        It goes on when the caller is interrupted; called again, this waits for the same one. Does
+        nothing where the loop has not started. Raises LLMException(LLM_TIMEOUT).
+        """
         self._is_ending = True
+        if self._thread is None:
+            return
+        if self._last is None:
+            self._last = _Job(work())
+        job = self._last
+        self._jobs[job] = None
+        if not self._has_taken(job):
+            return
+        if not job.over.wait(max(0.0, deadline.remaining_s())):
+            self.call_soon(job.cancel)
+            raise deadline.expired("the end of the links")
+        job.result()
 
     def _has_taken(self, job: _Job[Any]) -> bool:
         try:
@@ -106,7 +131,7 @@ class Loop:
 
         May be called before `start`. Raises LLMException(LLM_TIMEOUT).
         """
-        self.refuse()
+        self._is_ending = True
         jobs = tuple(self._jobs)
         thread = self._thread
         if thread is not None:
@@ -137,6 +162,9 @@ class _Job(Generic[T]):
         self.over = Latch()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """May be called again."""
+        if self._task is not None:
+            return
         if self._is_cancelled:
             self._work.close()
             return
