@@ -476,3 +476,18 @@ def test_an_id_belongs_to_the_certificate_on_its_live_link(
         victim.resume()
     if status is LINK_FAILED:
         assert pulled(node, 2) == MINE
+
+
+def test_a_member_of_another_certificate_does_not_have_the_id_by_anybodys_word(
+    node: Node, victim: NodeProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even by that of the peer on the live link: a word passes through more hands."""
+    ca = Ca(tmp_path)
+    port = serve(node, 1, 0, link_security=ca.option("one"))
+    theirs = victim.call(serve, 2, MINE, link_security=ca.option("two"))
+    assert node.link(theirs, 2) == SUCCESS
+    ca.option("two")  # renewed, in place of the former one
+    assert victim.call(Node.link, port, None) == LINK_FAILED
+    assert "the cluster id 2 belongs to another certificate while its link lives" in caplog.text
+    ca.option("two", 2)
+    assert victim.call(Node.link, port, None) == SUCCESS

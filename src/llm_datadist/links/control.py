@@ -233,11 +233,14 @@ def _names_of(sock: socket.socket) -> tuple[str, str]:
 
 
 def _name(sockaddr: tuple[Any, ...] | str | bytes) -> str:
-    """An end's address; empty for one that has none."""
+    """An end's address; empty for one that has none, or one that others can choose.
+
+    The kernel names the same-host sockets of ours. A file can be named as anybody likes.
+    """
     if isinstance(sockaddr, bytes):
         return sockaddr.hex()
-    if isinstance(sockaddr, str):  # a Unix socket without a name, or with one of a file
-        return sockaddr
+    if isinstance(sockaddr, str):
+        return ""
     host = ipaddress.ip_address(sockaddr[0].partition("%")[0])
     mapped = getattr(host, "ipv4_mapped", None)
     return f"{mapped or host}:{sockaddr[1]}"

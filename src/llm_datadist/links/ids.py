@@ -59,6 +59,8 @@ class Ids:
             return Verdict(objection)
         for _ in range(_ROUNDS):
             live = _live(self._links.of(cluster_id), newcomer)
+            if not _belongs(newcomer, live):  # whatever they would say of it
+                return Verdict(_of_another_certificate(cluster_id))
             answers = await _ask(live, newcomer)
             if same := [other for other in live if answers[other]]:
                 return Verdict("", _replaced(newcomer, same))
@@ -116,10 +118,7 @@ def _judge(newcomer: Session, cluster_id: int, answers: Mapping[Session, bool | 
             )
     silent = [other for other in answers if not other.is_closed]
     if not _belongs(newcomer, silent):
-        return Verdict(
-            f"the cluster id {cluster_id} belongs to another certificate while its link lives: "
-            f"name it in the certificate (URI:llm-datadist:cluster:{cluster_id})"
-        )
+        return Verdict(_of_another_certificate(cluster_id))
     for other in silent:
         get_logger().warning(
             "a newcomer takes over the cluster id %d: the peer %s did not answer within %.1f s",
@@ -161,6 +160,13 @@ def _name_objection(cluster_id: int, certificate: Certificate | None) -> str:
         return ""
     ids = ", ".join(map(str, sorted(certificate.cluster_ids)))
     return f"the peer says that it is cluster {cluster_id}, and its certificate is for {ids}"
+
+
+def _of_another_certificate(cluster_id: int) -> str:
+    return (
+        f"the cluster id {cluster_id} belongs to another certificate while its link lives: "
+        f"name it in the certificate (URI:llm-datadist:cluster:{cluster_id})"
+    )
 
 
 def _belongs(newcomer: Session, others: Iterable[Session]) -> bool:
