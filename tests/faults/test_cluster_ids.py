@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from wire import Wire, hello, impostor, linked_caller, owner
+from wire import NONCE, Wire, hello, impostor, linked_caller, owner
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
@@ -28,6 +28,7 @@ SUCCESS = LLMStatusCode.LLM_SUCCESS
 LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
 SHAPE = (1, 4, 64)
 MINE, OTHERS = 0x11, 0x22
+OTHER_NONCE = bytes(range(16, 32))
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +138,7 @@ def test_who_repeats_what_a_linked_cluster_said_is_not_that_cluster(
             wire.send(said)
             assert wire.expect(m.Refused).status == LINK_FAILED
     with Wire.dial(port) as wire:
-        wire.send(m.Forget(instance))
+        wire.send(m.Forget(instance, NONCE))
         wire.expect(m.ByeDone)
     assert pulled(node, 2) == MINE
 
@@ -205,6 +206,37 @@ def test_who_is_called_cannot_call_others_in_the_callers_name(
         victim.call(Node.link, forged, 9)
     assert outcomes == [False]
     assert pulled(node, 2) == MINE
+
+
+def test_addresses_alone_do_not_name_a_connection(node: Node) -> None:
+    """Others can have the same behind a tunnel that keeps them; the nonce only its ends know."""
+    port = serve(node, 1, 0, transfer_path="tcp")
+    with linked_caller(port) as linked:
+        own, nonce = linked.control.socket.getsockname()[1], NONCE.hex()
+        ends = f"127.0.0.1:{port} 127.0.0.1:{own}"
+        for name, is_theirs in {
+            f"{ends} {nonce}": True,
+            f"{ends} {nonce[::-1]}": False,
+            f"{ends} ": False,
+            ends: False,
+            "": False,
+        }.items():
+            linked.control.send(m.Vouch(name))
+            assert linked.control.expect(m.Vouched) == m.Vouched(name, is_theirs)
+
+
+@pytest.mark.parametrize(
+    "word", [hello(nonce=OTHER_NONCE), m.Forget(hello().instance, OTHER_NONCE)]
+)
+def test_who_is_on_a_live_link_is_asked_about_ends_and_nonce(node: Node, word: m.Message) -> None:
+    port = serve(node, 1, 0, transfer_path="tcp")
+    with linked_caller(port) as linked, Wire.dial(port) as newcomer:
+        newcomer.send(word)
+        theirs = newcomer.socket.getsockname()[1]
+        name = f"127.0.0.1:{theirs} 127.0.0.1:{port} {OTHER_NONCE.hex()}"
+        assert linked.control.expect(m.Vouch) == m.Vouch(name)
+        linked.control.send(m.Vouched(name, False))
+        assert isinstance(newcomer.receive(), (m.Refused, m.ByeDone))
 
 
 def test_a_newcomer_in_a_hurry_does_not_hurry_the_one_that_is_asked(

@@ -187,7 +187,7 @@ def test_terms_that_differ_are_refused_by_the_listener(
 
 def test_forgetting_somebody_elses_link_needs_to_know_it(node: Node, port: int) -> None:
     with Wire.dial(port) as wire:
-        wire.send(m.Forget(NONCE))
+        wire.send(m.Forget(NONCE, NONCE))
         wire.expect(m.ByeDone)
         assert wire.is_ended()
     assert len(node.datadist.links()) == 1

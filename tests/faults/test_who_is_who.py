@@ -27,7 +27,7 @@ from same_host_wire import (
     try_to_link,
     welcome_of,
 )
-from wire import Wire, hello
+from wire import NONCE, Wire, hello
 
 from isolation import become, leave_network, needs_root
 from llm_datadist import LLMStatusCode
@@ -162,7 +162,7 @@ def test_a_file_named_like_a_linked_callers_socket_makes_nobody_that_caller(
             assert thief.expect(m.Refused).status == LLMStatusCode.LLM_LINK_FAILED
         Path(file).unlink()
         with meet(victim.offer, file) as cutter:
-            cutter.send(m.Forget(caller.welcome.instance))
+            cutter.send(m.Forget(caller.welcome.instance, NONCE))
             cutter.expect(m.ByeDone)
     assert victim.process.call(linked_ids) == [NEIGHBOUR]
     assert caller.process.call(linked_ids) == [VICTIM]

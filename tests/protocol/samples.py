@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _INSTANCE = bytes(range(16))
 _TOKEN = bytes(range(16, 32))
+_NONCE = bytes(range(48, 64))
 _OFFERS = {"cma": b"\x01\x02", "tcp": b"\x03"}
 _PROBE = m.ProbeTarget(0x7F00_0000_1000, bytes(range(32, 48)), 0x7F00_0000_2000, 2**62 + 1)
 _INFO = m.CacheInfo(
@@ -61,7 +62,7 @@ _STATS = ClusterStats(
 
 def samples() -> Iterator[m.Message]:
     """In the order of their tags. A new type of message is added here."""
-    hello = m.Hello(m.PROTOCOL_VERSION, 1, _INSTANCE, True, False, 1000, _OFFERS, _PROBE)
+    hello = m.Hello(m.PROTOCOL_VERSION, 1, _INSTANCE, _NONCE, True, False, 1000, _OFFERS, _PROBE)
     yield hello
     yield msgspec.structs.replace(hello, group="ranks")
     yield m.Welcome(m.PROTOCOL_VERSION, 2, _INSTANCE, _TOKEN, _OFFERS, _PROBE)
@@ -72,7 +73,7 @@ def samples() -> Iterator[m.Message]:
     yield m.DialBack(4)
     yield m.Bye()
     yield m.ByeDone()
-    yield m.Forget(_INSTANCE)
+    yield m.Forget(_INSTANCE, _NONCE)
     yield m.Attach(_TOKEN, True)
     yield m.Attached()
     yield m.Moved()

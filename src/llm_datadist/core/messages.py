@@ -49,7 +49,7 @@ Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 Moment: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
-#: its ends' addresses, that of the one who is asked first
+#: its ends' addresses, that of the one who is asked first, and its nonce
 Connection: TypeAlias = Annotated[str, Meta(max_length=256)]
 
 
@@ -76,6 +76,8 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     version: UInt
     cluster_id: UInt
     instance: Token
+    #: of this connection alone: part of its name, see Vouch
+    nonce: Token
     is_remote_accessible: bool
     #: the caller has no link to this cluster yet, so one that the listener remembers is stale
     is_fresh: bool
@@ -146,6 +148,7 @@ class Forget(Message, tag=10):
     """
 
     instance: Token
+    nonce: Token
 
 
 class Attach(Message, tag=11):
@@ -171,7 +174,7 @@ class Moved(Message, tag=13):
 class Vouch(Message, tag=14):
     """On a link: is this connection, of which somebody says that it is yours, one of yours now?
 
-    It is named as you see it: `core/link.py`.
+    It is named as you see it, by its ends, and by the nonce that its caller said on it.
     """
 
     connection: Connection

@@ -63,9 +63,10 @@ class Control:
         self.socket = sock
         #: the peer's; the socket no longer knows it when the peer has reset the connection
         self.at = at
-        #: names the connection among all, by its two ends: as this end sees it, as the other does;
-        #: empty when it cannot be told apart
-        self.mine, self.theirs = _names_of(sock)
+        self._ends = _ends_of(sock)
+        #: names the connection among all, as this end sees it, and as the other does; empty when it
+        #: cannot be told apart, and as long as its nonce is not known
+        self.mine = self.theirs = ""
         self.shield = shield
         #: what the system has not taken yet, in order
         self._unsent = bytearray()
@@ -78,6 +79,16 @@ class Control:
     def is_same_host(self) -> bool:
         """It is one to a same-host socket, and so for links of that path alone."""
         return isinstance(self.at, SameHost) and not self.at.is_meeting_point
+
+    def name_by(self, nonce: bytes) -> None:
+        """The caller's first message has that nonce.
+
+        Where ends see the same addresses, through a tunnel, others can have those as well; who
+        passes the nonce on has other addresses.
+        """
+        if self._ends is not None:
+            own, peer = self._ends
+            self.mine, self.theirs = f"{own} {peer} {nonce.hex()}", f"{peer} {own} {nonce.hex()}"
 
     def watch(self) -> None:
         """Has the connection end soon after the peer's host vanished while a message was under way.
@@ -224,12 +235,13 @@ async def _dial_endpoint(
     return await _connect(infos[-1], shield)
 
 
-def _names_of(sock: socket.socket) -> tuple[str, str]:
+def _ends_of(sock: socket.socket) -> tuple[str, str] | None:
+    """This end, and the peer's."""
     try:
         own, peer = _name(sock.getsockname()), _name(sock.getpeername())
     except OSError:  # the peer has reset it
-        return "", ""
-    return (f"{own} {peer}", f"{peer} {own}") if own and peer else ("", "")
+        return None
+    return (own, peer) if own and peer else None
 
 
 def _name(sockaddr: tuple[Any, ...] | str | bytes) -> str:

@@ -4,7 +4,8 @@ An id belongs to whoever has it on a live link. Who comes with it meanwhile says
 cluster, and may be another: a second instance by mistake, a successor, a stranger. What it says of
 itself proves nothing, since all of it was said to others before. So the one on the live link is
 asked, on that link, whether the newcomer's connection is one of its own (`Vouch`), and the
-connection is named by the addresses of its ends, which nobody in between can have alike:
+connection is named by the addresses of its ends, which nobody in between can have alike, and by a
+nonce that was said on it alone, which nobody else knows where others can have the addresses, too:
 
 - it is: a cluster that lost its end, or that links in the other direction, too. It is let in.
 - it is not: the newcomer is refused.

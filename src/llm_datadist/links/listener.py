@@ -199,6 +199,7 @@ class Listener:
         if isinstance(first, m.Attach):
             return await self._attach(control, first)
         if isinstance(first, m.Forget):
+            control.name_by(first.nonce)
             for session in self._links.with_instance(first.instance):
                 if await session.vouches_for(control):
                     await session.cut("the peer unlinked")
@@ -232,6 +233,7 @@ class Listener:
         return is_linked
 
     async def _open_session(self, control: Control, hello: m.Hello) -> bool:
+        control.name_by(hello.nonce)
         link = ListenerLink(self._context.me, control.is_same_host, token=secrets.token_bytes(16))
         session = Session(self._context, self._registrar, control, link, None, hello.group)
         self._sessions[session.token] = session
