@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.registry import KeyName
+from llm_datadist.core.remote_keys import pack_keys
 from llm_datadist.core.stats import (
     ClusterStats,
     HeldKey,
@@ -28,10 +30,17 @@ _OFFERS = {"cma": b"\x01\x02", "tcp": b"\x03"}
 _PROBE = m.ProbeTarget(0x7F00_0000_1000, bytes(range(32, 48)), 0x7F00_0000_2000, 2**62 + 1)
 _INFO = m.CacheInfo(
     7, 1, 2, 512, 32768, True, False, 2**62 + 3, 0x7F00_0000_3000, bytes(range(16)),
-    [(5, 1, False, 2), (6, 1, True, 3)],
+    pack_keys({KeyName(5, 1): 2, KeyName(6, 1, is_prefix=True): 3}),
 )  # fmt: skip
 _LAYOUT = m.LayoutInfo(
-    ["layers.0", 1], (4, 2, 8), 512, 16, 128, 27, "LBHND", [2**26, 8192, 4096, 256, 2]
+    m.pack_layers(["layers.0", 1]),
+    (4, 2, 8),
+    512,
+    16,
+    128,
+    27,
+    "LBHND",
+    [2**26, 8192, 4096, 256, 2],
 )
 _COLUMNS = bytes(range(48))
 _TIMES = Histogram((3, *(0 for _ in Histogram().counts[2:]), 1), 12.5)
