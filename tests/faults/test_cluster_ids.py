@@ -296,6 +296,30 @@ def test_newcomers_without_end_keep_no_descriptors_and_cut_no_link(
     assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 2)
 
 
+def test_who_comes_again_and_again_is_counted_and_warned_of_once(
+    node: Node, victim: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the id of another, and with streams of a link that is not made."""
+    port = serve(node, 1, 0, transfer_path="tcp")
+    assert call(victim, port, 2, MINE, transfer_path="tcp") == SUCCESS
+    caplog.clear()
+    for _ in range(30):
+        with Wire.dial(port) as wire:
+            wire.send(hello(cluster_id=2))
+            wire.expect(m.Refused)
+    for _ in range(30):
+        with Wire.dial(port) as wire, Wire.dial(port) as stream:
+            wire.send(hello(cluster_id=77))
+            stream.send(m.Attach(wire.expect(m.Welcome).token, is_reverse=False))
+            stream.expect(m.Attached)
+            stream.send_bytes(bytes(8))
+            assert stream.is_ended()
+    assert eventually(lambda: node.datadist.stats().num_turned_away >= 60)
+    warnings = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "1 came with an id that is not theirs, as: the cluster id 2 is in use" in warnings[0]
+
+
 def test_a_peer_that_asks_without_end_and_reads_nothing_is_unlinked_in_time(node: Node) -> None:
     port = serve(node, 1, 0, transfer_path="tcp", enable_remote_cache_accessible=True)
     with linked_caller(port, is_remote_accessible=True) as greedy:
