@@ -13,6 +13,7 @@ block, and NHD one for each token, without a case for any of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,17 +64,35 @@ class Axis(NamedTuple):
 class Grid(NamedTuple):
     """Segments as an outer sum: each piece in each lane."""
 
-    lanes: Axis
+    #: each index of one with each of the others is a lane, of which there may be very many
+    axes: Sequence[Axis]
     pieces: Segments
 
+    @property
+    def num_lanes(self) -> int:
+        return math.prod(len(axis.src) for axis in self.axes)
+
     def __len__(self) -> int:
-        return len(self.lanes.src) * len(self.pieces)
+        return self.num_lanes * len(self.pieces)
+
+    def _lanes(self, start: int, stop: int) -> Axis:
+        """Some of them; the first axis is the outermost."""
+        left = np.arange(start, stop)
+        offsets = [np.zeros(stop - start, dtype=np.uint64) for _ in range(2)]
+        for axis in reversed(self.axes):
+            left, index = np.divmod(left, len(axis.src))
+            for end, column in zip(offsets, axis, strict=True):
+                end += column[index]
+        return Axis(*offsets)
 
     def windows(self, count: int) -> Iterator[Segments]:
         """All segments, at most so many at a time."""
-        at_once = max(1, count // len(self.pieces))
-        for start in range(0, len(self.lanes.src), at_once):
-            lanes = Axis(*(column[start : start + at_once] for column in self.lanes))
+        at_once, num_lanes = max(1, count // len(self.pieces)), self.num_lanes
+        for start in range(0, num_lanes, at_once):
+            if at_once >= num_lanes:  # as nearly always
+                lanes = reduce(Axis.across, self.axes)
+            else:
+                lanes = self._lanes(start, min(start + at_once, num_lanes))
             for pieces in self.pieces.windows(count):
                 ends = lanes.across(Axis(pieces.src, pieces.dst))
                 yield Segments(*ends, np.tile(pieces.nbytes, len(lanes.src)))
@@ -87,7 +106,7 @@ class Windows:
     def __init__(self, grids: Sequence[Grid], count: int) -> None:
         self._grids = grids
         self._count = count
-        self.total_nbytes = sum(len(g.lanes.src) * g.pieces.total_nbytes for g in grids)
+        self.total_nbytes = sum(g.num_lanes * g.pieces.total_nbytes for g in grids)
 
     def __len__(self) -> int:
         """Of segments."""
@@ -200,7 +219,7 @@ class Pattern:
             lanes = tuple(left), count if "N" in left else None
             by_lanes.setdefault(lanes, (left, []))[1].append(pieces)
         return [
-            Grid(reduce(Axis.across, left.values(), planes), _merged(joined(pieces)))
+            Grid((planes, *left.values()), _merged(joined(pieces)))
             for left, pieces in by_lanes.values()
         ]
 
