@@ -102,8 +102,9 @@ def pulled(node: Node, cluster_id: int) -> LLMException | np.ndarray:
         (b"\x92\xa0\xc4\x0f" + bytes(15), "the peer's offer cannot be read"),
         (b"\x92\xa0\xc4\x11" + bytes(17), "the peer's offer cannot be read"),
         (SameHost(b"").offer(), "the peer's offer cannot be read"),
+        (b"\x93\xa0\xc4\x10" + bytes(16) + 5000 * b"\x91" + b"\xc0", "offer cannot be read"),
     ],
-    ids=["neighbour", "nobody", "garbage", "short-name", "long-name", "no-name"],
+    ids=["neighbour", "nobody", "garbage", "short-name", "long-name", "no-name", "nested"],
 )
 def test_who_names_a_socket_that_is_not_its_own_is_linked_over_tcp(
     caller: NodeProcess,

@@ -104,7 +104,7 @@ class Control:
             self._send(self.shield.start())
             while not self.shield.is_done:
                 self._send(self.shield.answer(await self._receive()))
-            self.frames.feed(self.shield.open(b""))
+            self.frames.feed(self.shield.open(b"", self.frames.max_nbytes))
         except NotAuthentic as error:
             await self._part(error)
             raise Unwelcome(f"link security: {error}; {error.remedy}") from error
@@ -133,7 +133,8 @@ class Control:
             while True:
                 for message in self.frames:
                     return message
-                self.frames.feed(self.shield.open(await self._receive()))
+                data = await self._receive()
+                self.frames.feed(self.shield.open(data, self.frames.max_nbytes))
         except NotAuthentic as error:
             await self._part(error)
             raise Unwelcome(f"link security: {error}") from error

@@ -157,7 +157,7 @@ class Linker:
         """
         try:
             at, is_here = SameHost.offered(offer)
-        except (ValueError, msgspec.DecodeError) as error:
+        except (ValueError, msgspec.DecodeError, RecursionError) as error:
             raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
         control = await self._reach(at, is_here, max(0.001, deadline.remaining_s()))
         session = await self._shake_hands(control, call, deadline, first.instance)
