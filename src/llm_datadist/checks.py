@@ -145,7 +145,7 @@ def check_json_object(name: str, text: str) -> dict[str, object]:
     """What `text` says, a JSON object. Raises LLMException. Spec 7.2, 8.1."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise invalid(f"{name} is no JSON ({error}): {describe(text)}") from None
     if not isinstance(value, dict):
         raise invalid(f"{name} must be a JSON object, got {describe(value)}")

@@ -38,7 +38,12 @@ SECURITY_VARIABLE: Final = "LLM_DATADIST_LINK_SECURITY"
 #: switch counting and spans on when no option says
 METRICS_VARIABLE: Final = "LLM_DATADIST_METRICS"
 TRACING_VARIABLE: Final = "LLM_DATADIST_TRACING"
+#: the first port of rank-table links: links/ranks.py reads it
+BASE_PORT_VARIABLE: Final = "LLM_DATADIST_LINK_BASE_PORT"
 _VARIABLES: Final = "LLM_DATADIST_"
+_OUR_VARIABLES: Final = (
+    PATH_VARIABLE, SECURITY_VARIABLE, METRICS_VARIABLE, TRACING_VARIABLE, BASE_PORT_VARIABLE,
+)  # fmt: skip
 
 _DEFAULT_SYNC_TIMEOUT_MS: Final = 1000
 _MAX_LINK_RETRIES: Final = 100
@@ -84,7 +89,7 @@ class Options:
         """
         raw = check_dict("options", options, str, str)
         key.check_names(raw)
-        _check_variables()
+        _check_variables(raw)
         _check_graph_memory(raw)
         _check_rdma(raw)
         cache_manager = _cache_manager(raw)
@@ -149,17 +154,24 @@ def check_transfer_path(name: str, value: object) -> str:
     return path
 
 
-def _check_variables() -> None:
-    """Warns of environment variables that are nearly ours."""
-    known = {
-        each.removeprefix(_VARIABLES): each
-        for each in (PATH_VARIABLE, SECURITY_VARIABLE, METRICS_VARIABLE, TRACING_VARIABLE)
-    }
+def _check_variables(raw: Mapping[str, str]) -> None:
+    """Warns of environment variables that look like ours; of security none is lost in silence.
+
+    Raises LLMException (LLM_PARAM_INVALID) for one that was to secure links which nothing secures.
+    """
+    known = {each.removeprefix(_VARIABLES): each for each in _OUR_VARIABLES}
+    is_open = key.LINK_SECURITY not in raw and not os.environ.get(SECURITY_VARIABLE)
     for name in os.environ:
-        end = name.removeprefix(_VARIABLES)
-        meant = None if end in (name, *known) else nearest(end, known)
-        if meant is not None:
-            warn_of_unknown("init", name, known[meant])
+        plain = name.upper().replace("_", "")
+        if name in _OUR_VARIABLES or not plain.startswith(_VARIABLES.replace("_", "")):
+            continue
+        meant = known.get(nearest(name.upper().removeprefix(_VARIABLES), known) or "")
+        if is_open and (meant == SECURITY_VARIABLE or "SECUR" in plain or "SECRET" in plain):
+            raise invalid(
+                f"init does not know the environment variable {name!r:.80}, and links would "
+                f"be open: is {SECURITY_VARIABLE} meant? Else unset it"
+            )
+        warn_of_unknown("init", name, meant)
 
 
 def _role(role: object) -> LLMRole:

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from typer.testing import CliRunner
 
 from llm_datadist.cli import app
-from llm_datadist.links.ranks import BASE_PORT_VARIABLE
-from llm_datadist.options import PATH_VARIABLE, SECURITY_VARIABLE
+from llm_datadist.options import BASE_PORT_VARIABLE, PATH_VARIABLE, SECURITY_VARIABLE
 
 #: what denies the program in its arguments the memory of other processes, as some containers do
 WITHOUT_FOREIGN_MEMORY = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from doctor_command import Said, ask, ask_here
 
-from llm_datadist.links.ranks import BASE_PORT_VARIABLE
+from llm_datadist.options import BASE_PORT_VARIABLE
 
 #: a host of its own, on which nothing is set up yet
 NEW_HOST = ("unshare", "--net", "sh", "-c")

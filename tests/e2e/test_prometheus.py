@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import threading
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LLMRole, LLMStatusCode
 from llm_datadist.observe.prometheus import Collector, serve
 from llm_datadist.testing.cluster import Node
+from llm_datadist.testing.timing import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,6 +106,22 @@ def test_one_call_serves_them(busy: Node) -> None:
         thread.join()
     families = {family.name for family in text_string_to_metric_families(text)}
     assert {"llm_datadist_up", "llm_datadist_bytes", "llm_datadist_operation_seconds"} <= families
+
+
+def test_a_silent_connection_keeps_no_thread(busy: Node, capfd: pytest.CaptureFixture[str]) -> None:
+    before = threading.active_count()
+    server, thread = serve(busy.datadist, 0)
+    try:
+        with socket.create_connection(("127.0.0.1", server.server_port)) as silent:
+            assert eventually(lambda: threading.active_count() > before + 1)
+            silent.settimeout(20)
+            assert silent.recv(1) == b""
+        assert eventually(lambda: threading.active_count() <= before + 1)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # -- the dashboard --

@@ -35,6 +35,8 @@ from rank_members import (
 from two_hosts import enter_host, leave_host, unshare
 
 from llm_datadist import BlocksCacheKey
+from llm_datadist.core.rank_table import group_name
+from llm_datadist.links.rendezvous import take_place
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
 
 if TYPE_CHECKING:
@@ -265,6 +267,47 @@ def test_a_stranger_at_the_place_of_a_member_keeps_nobody_from_meeting(
     assert [status for status, _ in settled] == [OK, OK]
     assert max(seconds for _, seconds in settled) < SOON_S
     assert pair[0].call(pulls, 2)
+
+
+@pytest.fixture
+def all_places(members: Members, job: str) -> Iterator[None]:
+    """Somebody is silently at all places where either of two members can be met."""
+    group = group_name(f"{job}kv", {1: 0, 2: 1})
+    with ExitStack() as stack:
+        for cluster_id in (1, 2):
+            while (place := take_place(group, cluster_id)) is not None:
+                stack.enter_context(closing(place))
+        yield
+
+
+def table_of(host: str | None) -> str:
+    """Two members, and where they are."""
+    devices = [{"device_id": str(40 + rank), "rank_id": str(rank)} for rank in (0, 1)]
+    return json.dumps({"server_list": [{"server_id": host or "1", "device": devices}]})
+
+
+@pytest.mark.usefixtures("all_places")
+def test_members_whose_places_are_all_taken_meet_by_their_addresses(members: Members) -> None:
+    pair = members[:2]
+    start_all(pair)
+    comm_ids = [member.call(link, table=table_of("127.0.0.1")) for member in pair]
+    settled = [
+        member.call(seconds_to_settle, comm_id)
+        for member, comm_id in zip(pair, comm_ids, strict=True)
+    ]
+    assert [status for status, _ in settled] == [OK, OK]
+    assert max(seconds for _, seconds in settled) < SOON_S
+
+
+@pytest.mark.usefixtures("all_places")
+def test_that_nobody_spoke_at_many_places_is_said_in_one_clause(members: Members) -> None:
+    member = members[0]
+    member.call(record_log)
+    start_all([member], link_total_time=2)
+    comm_id = member.call(link, table=table_of(None))
+    assert member.call(settle, comm_id) is FAILED
+    assert "nor at 31 other meeting points of that name" in member.call(logged)
+    assert len(member.call(logged)) < 2000
 
 
 def test_a_stranger_that_talks_nonsense_is_no_member(members: Members) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: what every kind of peer may say first or later
 SAMPLES: list[m.Message] = [
     hello(), hello(timeout_ms=1), m.Ready("tcp"), m.Unusable("cma", "why", True), m.Linked("tcp"),
-    m.Refused(5, "no"), m.DialBack(1), m.Bye(), m.ByeDone(), m.Forget(bytes(16)),
+    m.Refused(5, "no"), m.DialBack(1), m.Bye(), m.ByeDone(), m.Forget(bytes(16), bytes(16)),
     m.Attach(bytes(16), False), m.Attached(), m.Resolve(1, 0, 0, False), m.ListCaches(),
     m.Resolve(None, 2**64 - 1, 0, False), m.Read(1, 1, 1, columns([(4096, 8)])),
     m.Read(1, 1, 1, columns([(4096, 8)] * 9), (1, 0, False, 0)), m.Sending(8),

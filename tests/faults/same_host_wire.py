@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -62,6 +63,11 @@ def same_host_names(_: Node) -> list[str]:
     return sorted({row[7] for row in ours if row[7].startswith("@llm-datadist-")})
 
 
+def kernels_names() -> set[str]:
+    """Of same-host sockets that asked the kernel for any name, as every process sees them."""
+    return set(re.findall(r"@([0-9a-f]{5})$", Path("/proc/net/unix").read_text(), re.MULTILINE))
+
+
 def try_to_connect(_: Node, offer: bytes) -> str:
     """What becomes of a connection to the socket of an offer."""
     try:
@@ -99,11 +105,13 @@ class Memory:
         )
 
 
-def meet(offer: bytes) -> Wire:
-    """A connection to the socket of an offer. Raises OSError."""
+def meet(offer: bytes, file: str | None = None) -> Wire:
+    """A connection to the socket of an offer, its own end named by a file. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.settimeout(PATIENCE_S)
+        if file is not None:
+            sock.bind(file)
         sock.connect(SameHost.offered(offer)[0].sockaddr)
     except BaseException:
         sock.close()

@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from wire import Wire, hello, impostor, linked_caller, owner
+from wire import NONCE, Wire, hello, impostor, linked_caller, owner
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
@@ -28,6 +28,7 @@ SUCCESS = LLMStatusCode.LLM_SUCCESS
 LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
 SHAPE = (1, 4, 64)
 MINE, OTHERS = 0x11, 0x22
+OTHER_NONCE = bytes(range(16, 32))
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +138,7 @@ def test_who_repeats_what_a_linked_cluster_said_is_not_that_cluster(
             wire.send(said)
             assert wire.expect(m.Refused).status == LINK_FAILED
     with Wire.dial(port) as wire:
-        wire.send(m.Forget(instance))
+        wire.send(m.Forget(instance, NONCE))
         wire.expect(m.ByeDone)
     assert pulled(node, 2) == MINE
 
@@ -207,6 +208,37 @@ def test_who_is_called_cannot_call_others_in_the_callers_name(
     assert pulled(node, 2) == MINE
 
 
+def test_addresses_alone_do_not_name_a_connection(node: Node) -> None:
+    """Others can have the same behind a tunnel that keeps them; the nonce only its ends know."""
+    port = serve(node, 1, 0, transfer_path="tcp")
+    with linked_caller(port) as linked:
+        own, nonce = linked.control.socket.getsockname()[1], NONCE.hex()
+        ends = f"127.0.0.1:{port} 127.0.0.1:{own}"
+        for name, is_theirs in {
+            f"{ends} {nonce}": True,
+            f"{ends} {nonce[::-1]}": False,
+            f"{ends} ": False,
+            ends: False,
+            "": False,
+        }.items():
+            linked.control.send(m.Vouch(name))
+            assert linked.control.expect(m.Vouched) == m.Vouched(name, is_theirs)
+
+
+@pytest.mark.parametrize(
+    "word", [hello(nonce=OTHER_NONCE), m.Forget(hello().instance, OTHER_NONCE)]
+)
+def test_who_is_on_a_live_link_is_asked_about_ends_and_nonce(node: Node, word: m.Message) -> None:
+    port = serve(node, 1, 0, transfer_path="tcp")
+    with linked_caller(port) as linked, Wire.dial(port) as newcomer:
+        newcomer.send(word)
+        theirs = newcomer.socket.getsockname()[1]
+        name = f"127.0.0.1:{theirs} 127.0.0.1:{port} {OTHER_NONCE.hex()}"
+        assert linked.control.expect(m.Vouch) == m.Vouch(name)
+        linked.control.send(m.Vouched(name, False))
+        assert isinstance(newcomer.receive(), (m.Refused, m.ByeDone))
+
+
 def test_a_newcomer_in_a_hurry_does_not_hurry_the_one_that_is_asked(
     node: Node, victim: NodeProcess
 ) -> None:
@@ -262,6 +294,30 @@ def test_newcomers_without_end_keep_no_descriptors_and_cut_no_link(
     assert pulled(node, 2) == MINE
     assert victim.call(pulled, 1) == 0
     assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 2)
+
+
+def test_who_comes_again_and_again_is_counted_and_warned_of_once(
+    node: Node, victim: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the id of another, and with streams of a link that is not made."""
+    port = serve(node, 1, 0, transfer_path="tcp")
+    assert call(victim, port, 2, MINE, transfer_path="tcp") == SUCCESS
+    caplog.clear()
+    for _ in range(30):
+        with Wire.dial(port) as wire:
+            wire.send(hello(cluster_id=2))
+            wire.expect(m.Refused)
+    for _ in range(30):
+        with Wire.dial(port) as wire, Wire.dial(port) as stream:
+            wire.send(hello(cluster_id=77))
+            stream.send(m.Attach(wire.expect(m.Welcome).token, is_reverse=False))
+            stream.expect(m.Attached)
+            stream.send_bytes(bytes(8))
+            assert stream.is_ended()
+    assert eventually(lambda: node.datadist.stats().num_turned_away >= 60)
+    warnings = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "1 came with an id that is not theirs, as: the cluster id 2 is in use" in warnings[0]
 
 
 def test_a_peer_that_asks_without_end_and_reads_nothing_is_unlinked_in_time(node: Node) -> None:
@@ -476,3 +532,18 @@ def test_an_id_belongs_to_the_certificate_on_its_live_link(
         victim.resume()
     if status is LINK_FAILED:
         assert pulled(node, 2) == MINE
+
+
+def test_a_member_of_another_certificate_does_not_have_the_id_by_anybodys_word(
+    node: Node, victim: NodeProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even by that of the peer on the live link: a word passes through more hands."""
+    ca = Ca(tmp_path)
+    port = serve(node, 1, 0, link_security=ca.option("one"))
+    theirs = victim.call(serve, 2, MINE, link_security=ca.option("two"))
+    assert node.link(theirs, 2) == SUCCESS
+    ca.option("two")  # renewed, in place of the former one
+    assert victim.call(Node.link, port, None) == LINK_FAILED
+    assert "the cluster id 2 belongs to another certificate while its link lives" in caplog.text
+    ca.option("two", 2)
+    assert victim.call(Node.link, port, None) == SUCCESS

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from keyed_wire import BY_SECRET, HEAD_NBYTES, KeyedWire
 from wire import NONCE, PROBE, Wire, columns, hello, impostor
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
@@ -30,9 +31,11 @@ MOST_HAND_SHAKES = 128
 HAND_SHAKE_S = 10.0
 
 
-def start(process: NodeProcess) -> tuple[int, int, int, int]:
+def start(process: NodeProcess, **more: Any) -> tuple[int, int, int, int]:
     """An owner of one cache; its port, and the cache's id, generation and first address."""
-    port = process.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **SETTINGS)
+    port = process.call(
+        Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **SETTINGS, **more
+    )
     return port, *process.call(own)
 
 
@@ -60,6 +63,9 @@ QUESTIONS: list[Callable[[int, int], m.Message]] = [
     lambda cache_id, addr: m.Digest(cache_id, 1, 1000, columns([(addr, 8)])),
     lambda cache_id, addr: m.Digest(0, PROBE.generation, 1000, columns([(addr, 8)])),
     lambda cache_id, addr: m.UseUp(cache_id, 0, 0, 0),
+    lambda cache_id, addr: m.Read(
+        0, PROBE.generation, 1000, columns([(addr, 8)]), (2**64 - 1, 0, False, 0)
+    ),
     lambda cache_id, addr: m.Fetch(cache_id, 1, 1, 1, 8, 1000, 1.0, bytes(24)),
 ]
 
@@ -97,6 +103,15 @@ def test_who_only_said_hello_has_few_streams_and_small_frames(victim: NodeProces
         more.expect(m.Refused)
         streams[0].send_bytes(m.HEADER.pack(m.MAGIC, m.MAX_GREETING_NBYTES + 1))
         assert streams[0].is_ended()
+
+
+def test_who_has_the_secret_and_is_not_linked_has_small_frames(victim: NodeProcess) -> None:
+    """Before its Hello, and in place of it."""
+    port, *_ = start(victim, link_security=BY_SECRET)
+    with KeyedWire.dial(port) as wire, takes_at_most(3.0):
+        nbytes = m.HEADER.size + m.MAX_GREETING_NBYTES + 1
+        wire.send_bytes(nbytes.to_bytes(4, "little") + bytes(HEAD_NBYTES - 4))
+        assert wire.is_ended()
 
 
 def test_a_crowd_of_hand_shakes_keeps_nobody_from_linking(node: Node, victim: NodeProcess) -> None:

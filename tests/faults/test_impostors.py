@@ -216,7 +216,7 @@ def cache_info(**changes: object) -> m.CacheInfo:
         generation=GENERATION,
         word_addr=0x3000,
         addrs=np.array([0x10000, 0x20000], dtype="<u8").tobytes(),
-        keys=[],
+        keys=b"",
     )
     for name, value in changes.items():
         setattr(info, name, value)

@@ -10,6 +10,8 @@ from wire import Wire, impostor, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
+from llm_datadist.core.registry import KeyName
+from llm_datadist.core.remote_keys import pack_keys
 from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ OURS = m.CacheInfo(
     generation=5,
     word_addr=0x3000,
     addrs=np.array([0x10000, 0x20000], dtype="<u8").tobytes(),
-    keys=[(2**64 - 1, 0, False, 0)],
+    keys=pack_keys({KeyName(2**64 - 1, 0): 0}),
 )
 ANSWERS: list[tuple[str, m.Message]] = [
     ("digested", m.Digested(0)),

@@ -187,7 +187,7 @@ def test_terms_that_differ_are_refused_by_the_listener(
 
 def test_forgetting_somebody_elses_link_needs_to_know_it(node: Node, port: int) -> None:
     with Wire.dial(port) as wire:
-        wire.send(m.Forget(NONCE))
+        wire.send(m.Forget(NONCE, NONCE))
         wire.expect(m.ByeDone)
         assert wire.is_ended()
     assert len(node.datadist.links()) == 1
@@ -451,3 +451,16 @@ def test_a_stream_that_asks_and_does_not_read_holds_up_nobody(
             with takes_at_most(SOON_S):
                 assert pulls(node)
         assert relinks(node, port)
+
+
+def test_a_peer_uses_up_nothing_that_it_may_not_reach(node: Node) -> None:
+    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", transfer_path="tcp")
+    array = make_array((1, 4, 64), 1)
+    private = node.manager.register_blocks_cache(
+        CacheDesc(1, [4, 64], DataType.DT_INT8), addrs_of(array), None, False, readers=1
+    )
+    with linked_caller(port) as linked:
+        stream = linked.attach()
+        stream.send(m.UseUp(private.cache_id, 0, 0, 0))
+        assert stream.expect(m.Refused).status == PARAM_INVALID
+        assert not node.manager.wait_for_readers(private, 0)

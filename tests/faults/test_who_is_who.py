@@ -5,6 +5,7 @@ Promise 4: no stranger, linked peer or neighbour has a cluster read what is not 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from same_host_wire import (
     attach_to,
     fetched,
     greeting,
+    kernels_names,
     linked_ids,
     meet,
     own_secret,
@@ -25,7 +27,7 @@ from same_host_wire import (
     try_to_link,
     welcome_of,
 )
-from wire import Wire, hello
+from wire import NONCE, Wire, hello
 
 from isolation import become, leave_network, needs_root
 from llm_datadist import LLMStatusCode
@@ -86,6 +88,7 @@ def test_who_is_what_it_says_is_linked_and_only_its_own_memory_is_read(
             stream.send(m.Attach(welcome.token, False))
             stream.expect(m.Attached)
             assert fetched(stream, int(data.ctypes.data), mine.probe) == SECRET[::-1]
+            assert victim.process.call(linked_ids) == [4242], "seen, though it has no name"
             for cluster in clusters.values():
                 probe = cluster.welcome.probe
                 assert fetched(stream, cluster.secret_addr, probe) != SECRET
@@ -138,6 +141,31 @@ def test_only_the_process_of_a_link_adds_streams_to_it(
         with meet(victim.offer) as stream:
             stream.send(m.Attach(welcome.token, False))
             stream.expect(m.Attached)
+
+
+def test_a_file_named_like_a_linked_callers_socket_makes_nobody_that_caller(
+    clusters: dict[int, Cluster],
+    victim: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel names a caller's socket, and /proc says how; a file may have any name."""
+    caller, before = clusters[NEIGHBOUR], kernels_names()
+    assert caller.process.call(Node.link, victim.port) == LLMStatusCode.LLM_SUCCESS
+    monkeypatch.chdir(tmp_path)
+    names = kernels_names() - before
+    assert names
+    for name in names:
+        file = (b"\0" + name.encode()).hex()
+        with meet(victim.offer, file) as thief:
+            thief.send(greeting(b"", Memory().probe, cluster_id=NEIGHBOUR))
+            assert thief.expect(m.Refused).status == LLMStatusCode.LLM_LINK_FAILED
+        Path(file).unlink()
+        with meet(victim.offer, file) as cutter:
+            cutter.send(m.Forget(caller.welcome.instance, NONCE))
+            cutter.expect(m.ByeDone)
+    assert victim.process.call(linked_ids) == [NEIGHBOUR]
+    assert caller.process.call(linked_ids) == [VICTIM]
 
 
 def test_a_link_over_tcp_gets_no_streams_from_the_same_host_socket(victim: Cluster) -> None:

@@ -102,8 +102,9 @@ def pulled(node: Node, cluster_id: int) -> LLMException | np.ndarray:
         (b"\x92\xa0\xc4\x0f" + bytes(15), "the peer's offer cannot be read"),
         (b"\x92\xa0\xc4\x11" + bytes(17), "the peer's offer cannot be read"),
         (SameHost(b"").offer(), "the peer's offer cannot be read"),
+        (b"\x93\xa0\xc4\x10" + bytes(16) + 5000 * b"\x91" + b"\xc0", "offer cannot be read"),
     ],
-    ids=["neighbour", "nobody", "garbage", "short-name", "long-name", "no-name"],
+    ids=["neighbour", "nobody", "garbage", "short-name", "long-name", "no-name", "nested"],
 )
 def test_who_names_a_socket_that_is_not_its_own_is_linked_over_tcp(
     caller: NodeProcess,
@@ -212,7 +213,7 @@ def test_a_squatter_without_the_credential_is_not_linked_to(
     caller = processes[0]
     caller.call(start, CALLER, link_security=BY_SECRET)
     with KeyedWire.dial(mortal.call(start, NEIGHBOUR, link_security=BY_SECRET)) as wire:
-        wire.send(m.Hello(m.PROTOCOL_VERSION, 3, NONCE, True, True, 1000, {}, PROBE))
+        wire.send(m.Hello(m.PROTOCOL_VERSION, 3, NONCE, NONCE, True, True, 1000, {}, PROBE))
         dead = wire.expect(m.Welcome)
     mortal.kill()
     heard: list[m.AnyMessage] = []

@@ -115,11 +115,12 @@ def hello(
     is_remote_accessible: bool = False,
     version: int = m.PROTOCOL_VERSION,
     timeout_ms: int = 10_000,
+    nonce: bytes = NONCE,
     probe: m.ProbeTarget = PROBE,
 ) -> m.Hello:
     offers = {"tcp": b""}
     return m.Hello(
-        version, cluster_id, instance, is_remote_accessible, True, timeout_ms, offers, probe
+        version, cluster_id, instance, nonce, is_remote_accessible, True, timeout_ms, offers, probe
     )
 
 

@@ -323,3 +323,8 @@ def test_text_that_is_no_handle_is_refused(text: str) -> None:
     with pytest.raises(LLMException) as caught:
         handle_of(text)
     assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
+
+
+def test_a_handle_that_is_nested_without_end_is_none() -> None:
+    with pytest.raises(LLMException, match="this is no KVHandle"):
+        handle_of('{"x": ' + 100_000 * "[" + 100_000 * "]" + "}")

@@ -347,6 +347,20 @@ def test_lines_of_the_log_stay_short_whatever_a_stranger_says_of_itself(
     assert any("it does not fit" in line for line in lines)
 
 
+def test_a_request_id_forges_no_line_of_the_log(
+    prefill: EngineProcess, decode: EngineProcess
+) -> None:
+    """Which the client may choose."""
+    name = "d\n[ERROR] forged \x1b[2J" + "n" * 10_000
+    params = hand_over(prefill)
+    decode.call(Engine.arrive, name, PROMPT, {**params, "remote_port": "none"})
+    assert decode.call(Engine.read, name, PROMPT, {**params, "remote_host": "127.0.0.2"}, OURS)
+    lines = decode.call(Engine.log_text).splitlines()
+    assert any("is computed here" in line for line in lines)
+    assert all(line.isprintable() and len(line) < 1500 for line in lines)
+    assert not any(line.startswith("[ERROR] forged") for line in lines)
+
+
 def test_made_up_addresses_keep_no_linked_producer_from_being_read(
     prefill: EngineProcess, decode: EngineProcess
 ) -> None:

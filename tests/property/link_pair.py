@@ -179,7 +179,7 @@ class Pair:
         self.caller = End(link, failing[0])
         self.listener = End(answering, failing[1], is_known)
         self.caller.join(self.listener)
-        self.caller.perform(link.start(is_fresh=is_fresh, timeout_ms=3000))
+        self.caller.perform(link.start(bytes(16), is_fresh=is_fresh, timeout_ms=3000))
 
     @property
     def ends(self) -> tuple[End, End]:

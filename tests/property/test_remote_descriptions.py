@@ -12,6 +12,7 @@ from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import Guard, RemoteTable, describe, understand
+from llm_datadist.core.remote_keys import RemoteKeys, pack_keys
 from llm_datadist.kv_layout import KVLayout
 from llm_datadist.types import DataType, Placement
 
@@ -71,7 +72,11 @@ def test_a_peer_understands_what_the_owner_describes(entries: list[Entry]) -> No
         assert cache.layout.addrs.tolist() == entry.layout.addrs.tolist()
         assert cache.is_remote_accessible == entry.is_remote_accessible
         assert cache.is_owned == entry.is_owned
-        assert cache.keys == entry.keys
+        keys = RemoteKeys([cache.keys])
+        assert {key: keys.find(key) for key in entry.keys} == {
+            key: (0, row) for key, row in entry.keys.items()
+        }
+        assert len(cache.keys) == m.KEY_NBYTES * len(entry.keys)
 
 
 @examples
@@ -108,7 +113,7 @@ def test_a_key_that_no_peer_can_ask_for_is_kept_to_oneself(model_id: int) -> Non
     layout = Layout.at(Geometry(CacheKind.BLOCKS, 1, 1, 8), [4096])
     names = [KeyName(2**64 - 1, model_id)]
     entry = registry.register(layout, Placement.DEVICE, names, is_remote_accessible=True)
-    assert understand(sent(describe(entry))).keys == {}
+    assert not understand(sent(describe(entry))).keys
 
 
 #: a description that is right
@@ -123,7 +128,7 @@ INFO = m.CacheInfo(
     generation=9,
     word_addr=4096,
     addrs=(8192).to_bytes(8, "little") + (2**64 - 512).to_bytes(8, "little"),
-    keys=[(1, 2, False, 0)],
+    keys=pack_keys({KeyName(1, 2): 0}),
 )
 
 
@@ -145,6 +150,7 @@ def test_the_description_that_the_following_tests_spoil_is_understood() -> None:
         pytest.param({"num_rows": 2**64 - 1, "row_nbytes": 2**64 - 1}, id="2**128 bytes"),
         pytest.param({"row_nbytes": 65}, id="a tensor beyond the end of the address space"),
         pytest.param({"generation": 0}, id="the generation of a cache that is gone"),
+        pytest.param({"keys": INFO.keys[:-1]}, id="a key cut short"),
     ],
 )
 def test_a_description_that_cannot_be_true_is_a_protocol_error(lie: dict[str, int]) -> None:
@@ -183,7 +189,7 @@ def test_what_is_understood_lies_within_the_address_space(
 
 
 #: of the layout of a cache, which has half of its bytes
-LAYOUT = m.LayoutInfo(["a", 1], (0, 1, 1), 8, 2, 4, 2, "BND", [32, 8, 1])
+LAYOUT = m.LayoutInfo(m.pack_layers(["a", 1]), (0, 1, 1), 8, 2, 4, 2, "BND", [32, 8, 1])
 
 
 def with_layout(**changes: object) -> m.CacheInfo:
@@ -204,8 +210,11 @@ def test_a_layout_is_understood_as_its_owner_said_it() -> None:
 @pytest.mark.parametrize(
     "lie",
     [
-        pytest.param({"layers": ["a", "a"]}, id="a layer twice"),
-        pytest.param({"layers": ["a"]}, id="fewer layers than tensors"),
+        pytest.param({"layers": m.pack_layers(["a", "a"])}, id="a layer twice"),
+        pytest.param({"layers": m.pack_layers(["a"])}, id="fewer layers than tensors"),
+        pytest.param({"layers": m.pack_layers([])}, id="no layers"),
+        pytest.param({"layers": m.pack_layers(range(m.MAX_LAYERS + 1))}, id="too many layers"),
+        pytest.param({"layers": b"\xff"}, id="layers that cannot be read"),
         pytest.param({"heads": (0, 2, 1)}, id="heads that there are not"),
         pytest.param({"heads": (0, 1, 4)}, id="heads of a latent cache"),
         pytest.param({"num_blocks": 0}, id="no blocks"),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.registry import KeyName
+from llm_datadist.core.remote_keys import pack_keys
 from llm_datadist.core.stats import (
     ClusterStats,
     HeldKey,
@@ -23,14 +25,22 @@ if TYPE_CHECKING:
 
 _INSTANCE = bytes(range(16))
 _TOKEN = bytes(range(16, 32))
+_NONCE = bytes(range(48, 64))
 _OFFERS = {"cma": b"\x01\x02", "tcp": b"\x03"}
 _PROBE = m.ProbeTarget(0x7F00_0000_1000, bytes(range(32, 48)), 0x7F00_0000_2000, 2**62 + 1)
 _INFO = m.CacheInfo(
     7, 1, 2, 512, 32768, True, False, 2**62 + 3, 0x7F00_0000_3000, bytes(range(16)),
-    [(5, 1, False, 2), (6, 1, True, 3)],
+    pack_keys({KeyName(5, 1): 2, KeyName(6, 1, is_prefix=True): 3}),
 )  # fmt: skip
 _LAYOUT = m.LayoutInfo(
-    ["layers.0", 1], (4, 2, 8), 512, 16, 128, 27, "LBHND", [2**26, 8192, 4096, 256, 2]
+    m.pack_layers(["layers.0", 1]),
+    (4, 2, 8),
+    512,
+    16,
+    128,
+    27,
+    "LBHND",
+    [2**26, 8192, 4096, 256, 2],
 )
 _COLUMNS = bytes(range(48))
 _TIMES = Histogram((3, *(0 for _ in Histogram().counts[2:]), 1), 12.5)
@@ -61,7 +71,7 @@ _STATS = ClusterStats(
 
 def samples() -> Iterator[m.Message]:
     """In the order of their tags. A new type of message is added here."""
-    hello = m.Hello(m.PROTOCOL_VERSION, 1, _INSTANCE, True, False, 1000, _OFFERS, _PROBE)
+    hello = m.Hello(m.PROTOCOL_VERSION, 1, _INSTANCE, _NONCE, True, False, 1000, _OFFERS, _PROBE)
     yield hello
     yield msgspec.structs.replace(hello, group="ranks")
     yield m.Welcome(m.PROTOCOL_VERSION, 2, _INSTANCE, _TOKEN, _OFFERS, _PROBE)
@@ -72,7 +82,7 @@ def samples() -> Iterator[m.Message]:
     yield m.DialBack(4)
     yield m.Bye()
     yield m.ByeDone()
-    yield m.Forget(_INSTANCE)
+    yield m.Forget(_INSTANCE, _NONCE)
     yield m.Attach(_TOKEN, True)
     yield m.Attached()
     yield m.Moved()

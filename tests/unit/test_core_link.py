@@ -10,6 +10,7 @@ from llm_datadist.errors import LLMStatusCode
 
 PROBE = m.ProbeTarget(4096, b"n" * 16, 8192, 1)
 TOKEN = b"t" * 16
+NONCE = b"o" * 16
 
 
 def make_identity(*paths: str, path: str = "auto") -> lk.Identity:
@@ -18,7 +19,7 @@ def make_identity(*paths: str, path: str = "auto") -> lk.Identity:
 
 def make_hello(*paths: str) -> m.Hello:
     return m.Hello(
-        m.PROTOCOL_VERSION, 2, b"j" * 16, False, True, 1000, dict.fromkeys(paths, b""), PROBE
+        m.PROTOCOL_VERSION, 2, b"j" * 16, NONCE, False, True, 1000, dict.fromkeys(paths, b""), PROBE
     )
 
 
@@ -29,7 +30,7 @@ def make_welcome(*paths: str) -> m.Welcome:
 
 def greeting_caller(*paths: str) -> lk.CallerLink:
     link = lk.CallerLink(make_identity(*paths))
-    link.start(is_fresh=True, timeout_ms=1000)
+    link.start(NONCE, is_fresh=True, timeout_ms=1000)
     return link
 
 
@@ -82,9 +83,9 @@ def test_candidates_are_what_both_ends_offer_best_first(
 def test_a_caller_begins_with_hello() -> None:
     link = lk.CallerLink(make_identity("nixl", "tcp"))
     hello = m.Hello(
-        m.PROTOCOL_VERSION, 1, b"i" * 16, False, True, 1000, {"nixl": b"", "tcp": b""}, PROBE
+        m.PROTOCOL_VERSION, 1, b"i" * 16, NONCE, False, True, 1000, {"nixl": b"", "tcp": b""}, PROBE
     )
-    assert link.start(is_fresh=True, timeout_ms=1000) == [lk.Send(hello)]
+    assert link.start(NONCE, is_fresh=True, timeout_ms=1000) == [lk.Send(hello)]
 
 
 def test_a_caller_proposes_a_path_only_when_it_has_verified_it() -> None:

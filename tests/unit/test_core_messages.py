@@ -28,7 +28,7 @@ def test_the_largest_request_for_segments_fits_a_frame() -> None:
 
 
 def test_a_table_of_thousands_of_caches_fits_a_frame() -> None:
-    info = m.CacheInfo(2**40, 1, 64, 512, 2**15, True, True, 2**62, 2**47, bytes(512), [])
+    info = m.CacheInfo(2**40, 1, 64, 512, 2**15, True, True, 2**62, 2**47, bytes(512), b"")
     assert len(m.encode(m.Caches([info] * 25_000))) < m.MAX_BODY_NBYTES
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from llm_datadist import CacheDesc, DataType, LLMException, LLMStatusCode
-from llm_datadist.core.reshard import reshard
+from llm_datadist.core.pattern import Windows, joined
+from llm_datadist.core.reshard import planned, reshard
 from llm_datadist.kv_layout import KVHeads, KVLayout
 
 if TYPE_CHECKING:
@@ -121,7 +123,45 @@ def test_windows_keep_memory_bounded() -> None:
     assert sum(map(len, windows)) == pattern.num_segments(SCATTERED, SCATTERED)
 
 
+def test_windows_are_what_is_planned_at_once() -> None:
+    (pattern,) = reshard([make_layout("BNHD")], make_layout())
+    addrs = np.arange(2 * LAYERS, dtype=np.uint64) << np.uint64(32)
+    asked = SCATTERED, SCATTERED[::-1], None, addrs, addrs
+    whole = pattern.segments(*asked)
+    for count in (1, 7, 100):
+        windows = joined([w.flat() for w in pattern.windows(*asked, count=count)])
+        columns = [np.stack(each) for each in ((w.src, w.dst, w.nbytes) for w in (whole, windows))]
+        ordered = [each[:, np.lexsort(each)] for each in columns]
+        assert np.array_equal(ordered[0], ordered[1])
+
+
+def test_a_layout_with_gaps_between_its_elements_takes_little_memory_to_plan() -> None:
+    """A peer's may be any: here each element is a segment."""
+    heads, tokens, size, layers = 8, 128, 128, 80
+    shape = tuple(range(layers)), KVHeads.all(heads), 1, tokens, size, DataType.DT_FLOAT16, "BNHD"
+    gapped = KVLayout(*shape, (0, 4 * heads * size, 4 * size, 4))
+    addrs = np.arange(2 * layers, dtype=np.uint64) << np.uint64(32)
+    (pattern,) = reshard([gapped], KVLayout(*shape))
+    tracemalloc.start()
+    try:
+        plan = planned([pattern], addrs, [0], addrs, [0], None)
+        assert isinstance(plan, Windows)
+        assert len(plan) == 2 * layers * heads * tokens * size
+        assert len(next(iter(plan))) > 0
+        assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
 # -- refusals --
+
+
+def test_the_names_that_a_peer_gives_its_layers_are_shortened_in_a_refusal() -> None:
+    names = [f"{number}{'x' * 4000}" for number in range(LAYERS)]
+    for theirs, ours in ((names, range(LAYERS)), (range(LAYERS), names)):
+        with pytest.raises(LLMException) as caught:
+            reshard([make_layout(layers=theirs)], make_layout(layers=ours))
+        assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,14 @@ assert "m-hidden" in captured
     assert re.findall(r"m-\w+", output_of(program)) == ["m-seen"]
 
 
+def test_words_that_the_terminal_cannot_show_are_shown_as_escapes() -> None:
+    program = """
+from llm_datadist.observe.log import get_logger
+get_logger().error("m-peer says \\u65e5")
+"""
+    assert r"m-peer says \u65e5" in output_of(program, {"PYTHONIOENCODING": "latin-1"})
+
+
 def test_a_program_that_logs_itself_gets_each_record_once() -> None:
     program = """
 import logging, sys

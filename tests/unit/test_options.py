@@ -12,6 +12,7 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.options import BufPoolConfig, Endpoint, Options, PoolConfig, parse_listen
 from llm_datadist.types import LLMRole
 
+SECRET_OPTION = '{"secret": "0123456789abcdef"}'
 MANAGER = {"llm.EnableCacheManager": "1"}
 LISTEN = {"llm.listenIpInfo": "1.2.3.4:5"}
 HIXL = {"llm.TransferBackend": "hixl"}
@@ -143,13 +144,57 @@ def test_a_key_of_ours_of_a_newer_release_is_passed_over_with_a_warning() -> Non
         assert parse({**MANAGER, "llm_datadist.Retries": "3"}) == parse(MANAGER)
 
 
-def test_a_slip_in_the_environment_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLM_DATADIST_LINK_SECURTY", "{}")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("LLM_DATADIST_PATHS", "is 'LLM_DATADIST_PATH' meant"),
+        ("LLM_DATA_DIST_HOME", "does not know 'LLM_DATA_DIST_HOME' in this release"),
+    ],
+)
+def test_a_variable_that_looks_like_ours_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(name, "x")
     monkeypatch.setenv("LLM_DATADIST_LINK_BASE_PORT", "26000")
-    monkeypatch.setenv("LLM_DATADIST_HOME", "/")
-    with pytest.warns(UserWarning, match="is 'LLM_DATADIST_LINK_SECURITY' meant") as warned:
-        assert parse(MANAGER).link_security is None
+    with pytest.warns(UserWarning, match=text) as warned:
+        assert [parse(MANAGER) for _ in range(2)] == [parse(MANAGER)] * 2
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LLM_DATADIST_LINK_SECURTY", "LLM_DATADIST_LINK_SECURITY_FILE", "LLM_DATADIST_SECURITY",
+        "LLMDATADIST_LINK_SECURITY", "LLM_DATA_DIST_LINK_SECURITY", "llm_datadist_link_security",
+        "LLM_DATADIST_SECRET_FILE",
+    ],
+)  # fmt: skip
+def test_a_variable_that_was_to_secure_links_opens_no_cluster(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, SECRET_OPTION)
+    message = str(refusal(MANAGER))
+    assert f"the environment variable {name!r}" in message
+    assert "LLM_DATADIST_LINK_SECURITY meant" in message
+    assert "0123456789" not in message
+    monkeypatch.setenv("LLM_DATADIST_LINK_SECURITY", SECRET_OPTION)
+    with pytest.warns(UserWarning, match=name):
+        assert parse(MANAGER).link_security is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('{"secret": "0123456789abcdef", "secret": "0123456789abcdeg"}', id="twice"),
+        pytest.param('{"secret": "\\ud8000123456789abcdef"}', id="half a pair"),
+        pytest.param('{"secret": "' + 40 * " " + '"}', id="blanks"),
+        pytest.param('{"secret": ' + 100_000 * "[", id="nested"),
+    ],
+)
+def test_a_secret_that_cannot_be_meant_is_refused_and_not_shown(text: str) -> None:
+    message = str(refusal({**MANAGER, "llm_datadist.LinkSecurity": text}))
+    assert "llm_datadist.LinkSecurity" in message
+    assert "0123456789" not in message
 
 
 def test_no_role_is_param_invalid() -> None:

@@ -293,7 +293,9 @@ class CallerLink(Link):
     #: why the first connection ended while the ends met; empty while it lives
     _lost_because: str = ""
 
-    def start(self, *, is_fresh: bool, timeout_ms: int, group: str = "") -> list[Action]:
+    def start(
+        self, nonce: bytes, *, is_fresh: bool, timeout_ms: int, group: str = ""
+    ) -> list[Action]:
         self.state = State.GREETING
         me = self.me
         return [
@@ -302,6 +304,7 @@ class CallerLink(Link):
                     m.PROTOCOL_VERSION,
                     me.cluster_id,
                     me.instance,
+                    nonce,
                     me.is_remote_accessible,
                     is_fresh,
                     timeout_ms,

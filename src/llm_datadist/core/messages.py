@@ -18,6 +18,8 @@ from llm_datadist.core.stats import ClusterStats  # noqa: TC001  (msgspec reads 
 from llm_datadist.core.words import heard, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llm_datadist.core.segments import U64
 
 PROTOCOL_VERSION = 1
@@ -37,10 +39,15 @@ MAX_REQUEST_SEGMENTS = 65536
 #: bytes in one read request: an owner answers no more at a time
 MAX_REQUEST_NBYTES = 2**40
 
+#: caches in one table: its owner tells of the newest, and is asked about others
+MAX_CACHES = 65536
 #: keys of one cache that peers are told
 MAX_KEYS = 65536
+#: what a key takes: four u64
+KEY_NBYTES = 32
 #: layers of one cache that peers are told
 MAX_LAYERS = 4096
+_MAX_LAYERS_NBYTES = 1024 * 1024
 
 UInt: TypeAlias = Annotated[int, Meta(ge=0)]
 #: as many as the longest timeout has that a program can set, 2**31 seconds
@@ -49,7 +56,7 @@ Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 Moment: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
-#: its ends' addresses, that of the one who is asked first
+#: its ends' addresses, that of the one who is asked first, and its nonce
 Connection: TypeAlias = Annotated[str, Meta(max_length=256)]
 
 
@@ -76,6 +83,8 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     version: UInt
     cluster_id: UInt
     instance: Token
+    #: of this connection alone: part of its name, see Vouch
+    nonce: Token
     is_remote_accessible: bool
     #: the caller has no link to this cluster yet, so one that the listener remembers is stale
     is_fresh: bool
@@ -146,6 +155,7 @@ class Forget(Message, tag=10):
     """
 
     instance: Token
+    nonce: Token
 
 
 class Attach(Message, tag=11):
@@ -171,7 +181,7 @@ class Moved(Message, tag=13):
 class Vouch(Message, tag=14):
     """On a link: is this connection, of which somebody says that it is yours, one of yours now?
 
-    It is named as you see it: `core/link.py`.
+    It is named as you see it, by its ends, and by the nonce that its caller said on it.
     """
 
     connection: Connection
@@ -194,9 +204,12 @@ class Resolve(Message, tag=20):
 
 
 class LayoutInfo(Message):
-    """A KVLayout; `heads` are the first, how many, and of how many."""
+    """A KVLayout; `heads` are the first, how many, and of how many.
 
-    layers: Annotated[list[int | Text], Meta(min_length=1, max_length=MAX_LAYERS)]
+    `layers` is packed by `pack_layers`: the names of a whole table are not all read at once.
+    """
+
+    layers: Annotated[bytes, Meta(max_length=_MAX_LAYERS_NBYTES)]
     heads: tuple[UInt, UInt, UInt]
     num_blocks: UInt
     block_tokens: UInt
@@ -222,8 +235,8 @@ class CacheInfo(Message, tag=21):
     generation: UInt
     word_addr: UInt
     addrs: bytes
-    #: (id, model_id, is_prefix, row)
-    keys: Annotated[list[tuple[UInt, UInt, bool, UInt]], Meta(max_length=MAX_KEYS)]
+    #: four columns of little-endian u64: id, model id, whether it is a prefix (0, 1), row
+    keys: Annotated[bytes, Meta(max_length=KEY_NBYTES * MAX_KEYS)]
     #: None where the owner did not say what its blocks hold
     layout: LayoutInfo | None = None
     #: its owner counts who has pulled of it, and is told by UseUp
@@ -240,7 +253,7 @@ class ListCaches(Message, tag=23):
 
 
 class Caches(Message, tag=24):
-    infos: list[CacheInfo]
+    infos: Annotated[list[CacheInfo], Meta(max_length=MAX_CACHES)]
 
 
 class Read(Message, tag=25):
@@ -371,6 +384,9 @@ _SPOKEN = (Ready, Unusable, Linked, Refused, Stats)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+_layers_decoder: msgspec.msgpack.Decoder[list[int | str]] = msgspec.msgpack.Decoder(
+    Annotated[list[int | Text], Meta(min_length=1, max_length=MAX_LAYERS)]
+)
 
 
 def as_text(reason: str) -> str:
@@ -422,6 +438,19 @@ def columns_of(data: bytes, count: int) -> list[U64]:
 def pack_columns(*columns: U64) -> bytes:
     """The reverse of `columns_of`."""
     return np.concatenate(columns).astype("<u8", copy=False).tobytes()
+
+
+def pack_layers(names: Sequence[int | str]) -> bytes:
+    """The names of layers, in order."""
+    return _encoder.encode(tuple(names))
+
+
+def layers_of(data: bytes) -> list[int | str]:
+    """The reverse of `pack_layers`. Raises ProtocolError."""
+    try:
+        return _layers_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"no names of layers: {error}") from error
 
 
 def decode(body: bytes | bytearray | memoryview) -> AnyMessage:

@@ -202,7 +202,7 @@ class Pattern:
         tokens: Tokens,
     ) -> list[Grid]:
         strips = strips_of(self.src, src_blocks, self.dst, dst_blocks, tokens)
-        by_teeth: dict[object, tuple[Axis, list[Segments]]] = {}
+        by_teeth: dict[object, tuple[Axis, Axis, list[Segments]]] = {}
         for count in _distinct(strips.nbytes):
             nbytes, left = self._stretch(count)
             alike = strips.nbytes == count
@@ -211,11 +211,12 @@ class Pattern:
             )
             # strips of other lengths may merge with these, as long as both have the same teeth
             which = tuple(left), count if "N" in left else None
-            teeth = reduce(Axis.across, left.values(), _ONE)
-            by_teeth.setdefault(which, (teeth, []))[1].append(pieces)
+            by_teeth.setdefault(which, (*_lanes_and_teeth(list(left.values())), []))[2].append(
+                pieces
+            )
         return [
-            Grid(planes, strips, Teeth.of(*teeth, int(strips.nbytes[0])))
-            for teeth, pieces in by_teeth.values()
+            Grid(planes.across(lanes), strips, Teeth.of(*teeth, int(strips.nbytes[0])))
+            for lanes, teeth, pieces in by_teeth.values()
             for strips in _alike(_merged(joined(pieces)), len(teeth.src))
         ]
 
@@ -270,8 +271,20 @@ class Pattern:
         return axis in self.src.order and axis in self.dst.order
 
 
+#: 4 MiB of offsets; a peer's layout may have gaps between all its elements
+_MOST_TEETH: Final = 1 << 18
 #: the offset of what is not repeated
 _ONE: Final = Axis(np.zeros(1, np.uint64), np.zeros(1, np.uint64))
+
+
+def _lanes_and_teeth(axes: Sequence[Axis]) -> tuple[Axis, Axis]:
+    """The inner axes are teeth, all of which exist at once; outer ones, if there were too many."""
+    inner = len(axes)
+    num_teeth = 1
+    while inner and num_teeth * len(axes[inner - 1].src) <= _MOST_TEETH:
+        inner -= 1
+        num_teeth *= len(axes[inner].src)
+    return reduce(Axis.across, axes[:inner], _ONE), reduce(Axis.across, axes[inner:], _ONE)
 
 
 def _across(planes: Axis, strips: Segments, teeth: Teeth) -> Pieces:

@@ -9,8 +9,16 @@ import numpy as np
 
 from llm_datadist.core.generations import STALE
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
-from llm_datadist.core.messages import CacheInfo, LayoutInfo, ProtocolError
+from llm_datadist.core.messages import (
+    KEY_NBYTES,
+    CacheInfo,
+    LayoutInfo,
+    ProtocolError,
+    layers_of,
+    pack_layers,
+)
 from llm_datadist.core.registry import Entry, KeyName
+from llm_datadist.core.remote_keys import RemoteKeys, has_request_at, pack_keys
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import CacheKeyByIdAndIndex
 from llm_datadist.kv_layout import KVHeads, KVLayout
@@ -54,7 +62,7 @@ class RemoteCache:
     layout: Layout
     is_remote_accessible: bool
     is_owned: bool
-    keys: dict[KeyName, int]
+    keys: bytes  #: as its owner packed them: see `core/remote_keys.py`
     kv_layout: KVLayout | None = None
     is_counted: bool = False
 
@@ -64,9 +72,7 @@ class RemoteCache:
 
     def has_key_at(self, row: int) -> bool:
         """Whether a pull of this row uses up a key."""
-        return self.is_owned and any(
-            at == row and not key.is_prefix for key, at in self.keys.items()
-        )
+        return self.is_owned and has_request_at(self.keys, row)
 
 
 class RemoteRow(NamedTuple):
@@ -103,11 +109,7 @@ def describe(entry: Entry) -> CacheInfo:
         generation=entry.generation,
         word_addr=entry.word_addr,
         addrs=entry.layout.addrs.astype("<u8", copy=False).tobytes(),
-        keys=[
-            (key.id, key.model_id, key.is_prefix, row)
-            for key, row in list(entry.keys.items())
-            if 0 <= key.model_id < 2**64  # a BlocksCacheKey may have any; no peer can ask for it
-        ],
+        keys=pack_keys(entry.keys),
         layout=None if entry.kv_layout is None else _layout_info(entry.kv_layout),
         is_counted=entry.num_readers > 0,
     )
@@ -116,7 +118,8 @@ def describe(entry: Entry) -> CacheInfo:
 def understand(info: CacheInfo) -> RemoteCache:
     """A peer's description, checked. Raises ProtocolError when it cannot be true."""
     tensor_nbytes = info.num_rows * info.row_nbytes
-    if len(info.addrs) != 8 * info.num_tensors or info.kind not in tuple(CacheKind):
+    is_whole = len(info.addrs) == 8 * info.num_tensors and len(info.keys) % KEY_NBYTES == 0
+    if not is_whole or info.kind not in tuple(CacheKind):
         raise ProtocolError(f"cache {info.cache_id} is described with parts that do not fit")
     if tensor_nbytes >= 2**63 or info.generation == STALE:
         raise ProtocolError(f"cache {info.cache_id} is described as one that cannot be")
@@ -130,7 +133,7 @@ def understand(info: CacheInfo) -> RemoteCache:
         Layout(geometry, addrs),
         info.is_remote_accessible,
         info.is_owned,
-        {KeyName(key_id, model_id, prefix): row for key_id, model_id, prefix, row in info.keys},
+        info.keys,
         kv_layout,
         info.is_counted,
     )
@@ -139,7 +142,7 @@ def understand(info: CacheInfo) -> RemoteCache:
 def _layout_info(layout: KVLayout) -> LayoutInfo:
     heads = layout.heads
     return LayoutInfo(
-        list(layout.layers), (heads.first, heads.count, heads.of), layout.num_blocks,
+        pack_layers(layout.layers), (heads.first, heads.count, heads.of), layout.num_blocks,
         layout.block_tokens, layout.head_size, layout.data_type.value, layout.order,
         list(layout.strides),
     )  # fmt: skip
@@ -149,7 +152,7 @@ def _layout_of(info: LayoutInfo, geometry: Geometry) -> KVLayout:
     """Raises ProtocolError for one that cannot be, or reaches beyond the cache."""
     try:
         layout = KVLayout(
-            tuple(info.layers), KVHeads(*info.heads), info.num_blocks, info.block_tokens,
+            tuple(layers_of(info.layers)), KVHeads(*info.heads), info.num_blocks, info.block_tokens,
             info.head_size, DataType(info.data_type), info.order, tuple(info.strides),
         )  # fmt: skip
         layout.check_cache(geometry.num_tensors, geometry.tensor_nbytes)
@@ -163,12 +166,19 @@ class RemoteTable:
 
     def __init__(self, caches: Iterable[RemoteCache] = ()) -> None:
         self._by_id = {cache.guard.cache_id: cache for cache in caches}
-        self._by_key = {
-            key: (cache, row) for cache in self._by_id.values() for key, row in cache.keys.items()
-        }
+        #: those that have keys
+        self._keyed = [cache for cache in self._by_id.values() if cache.keys]
+        self._keys = RemoteKeys([cache.keys for cache in self._keyed])
+        #: those that were found before
+        self._found: dict[KeyName, tuple[RemoteCache, int]] = {}
 
     def find(self, cache_id: int) -> RemoteCache | None:
         return self._by_id.get(cache_id)
 
     def find_key(self, key: KeyName) -> tuple[RemoteCache, int] | None:
-        return self._by_key.get(key)
+        """The cache and the row to which it leads."""
+        found = self._found.get(key)
+        if found is None and (place := self._keys.find(key)) is not None:
+            index, row = place
+            found = self._found[key] = self._keyed[index], row
+        return found

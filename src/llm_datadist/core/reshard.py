@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from llm_datadist.core.pattern import HeadRun, Pattern, Windows, joined
@@ -132,8 +133,8 @@ def _head_runs(
     heads = destination.heads
     if not holders:
         raise invalid(
-            f"axis L (layers): the destination has layer {layer!r}, and no source does; they have "
-            f"{_some({name: None for source in sources for name in source.layers})}"
+            f"axis L (layers): the destination has layer {_shown(layer)}, and no source does; "
+            f"they have {_some({name: None for source in sources for name in source.layers})}"
         )
     head = heads.first
     while head < heads.stop:
@@ -144,7 +145,7 @@ def _head_runs(
             held = ", ".join(str(sources[i].heads) for i in holders)
             raise invalid(
                 f"axis H (KV heads): the destination has head {head} of {heads.of}, and no source "
-                f"has it in layer {layer!r}; they have {held}"
+                f"has it in layer {_shown(layer)}; they have {held}"
             )
         theirs = sources[source].heads
         stop = min(theirs.stop, heads.stop)
@@ -168,5 +169,11 @@ def _check_alike(index: int, source: KVLayout, destination: KVLayout) -> None:
 
 
 def _some(names: Sequence[LayerName] | dict[LayerName, None], most: int = 6) -> str:
-    shown = [repr(name) for name in names]
-    return ", ".join([*shown[:most], "…"] if len(shown) > most else shown)
+    shown = [_shown(name) for name in islice(names, most)]
+    return ", ".join([*shown, "…"] if len(names) > most else shown)
+
+
+def _shown(name: LayerName, most: int = 80) -> str:
+    """A peer's layers have the names that it gives them."""
+    text = repr(name)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

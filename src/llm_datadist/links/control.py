@@ -63,9 +63,10 @@ class Control:
         self.socket = sock
         #: the peer's; the socket no longer knows it when the peer has reset the connection
         self.at = at
-        #: names the connection among all, by its two ends: as this end sees it, as the other does;
-        #: empty when it cannot be told apart
-        self.mine, self.theirs = _names_of(sock)
+        self._ends = _ends_of(sock)
+        #: names the connection among all, as this end sees it, and as the other does; empty when it
+        #: cannot be told apart, and as long as its nonce is not known
+        self.mine = self.theirs = ""
         self.shield = shield
         #: what the system has not taken yet, in order
         self._unsent = bytearray()
@@ -78,6 +79,16 @@ class Control:
     def is_same_host(self) -> bool:
         """It is one to a same-host socket, and so for links of that path alone."""
         return isinstance(self.at, SameHost) and not self.at.is_meeting_point
+
+    def name_by(self, nonce: bytes) -> None:
+        """The caller's first message has that nonce.
+
+        Where ends see the same addresses, through a tunnel, others can have those as well; who
+        passes the nonce on has other addresses.
+        """
+        if self._ends is not None:
+            own, peer = self._ends
+            self.mine, self.theirs = f"{own} {peer} {nonce.hex()}", f"{peer} {own} {nonce.hex()}"
 
     def watch(self) -> None:
         """Has the connection end soon after the peer's host vanished while a message was under way.
@@ -93,7 +104,7 @@ class Control:
             self._send(self.shield.start())
             while not self.shield.is_done:
                 self._send(self.shield.answer(await self._receive()))
-            self.frames.feed(self.shield.open(b""))
+            self.frames.feed(self.shield.open(b"", self.frames.max_nbytes))
         except NotAuthentic as error:
             await self._part(error)
             raise Unwelcome(f"link security: {error}; {error.remedy}") from error
@@ -122,7 +133,8 @@ class Control:
             while True:
                 for message in self.frames:
                     return message
-                self.frames.feed(self.shield.open(await self._receive()))
+                data = await self._receive()
+                self.frames.feed(self.shield.open(data, self.frames.max_nbytes))
         except NotAuthentic as error:
             await self._part(error)
             raise Unwelcome(f"link security: {error}") from error
@@ -224,20 +236,24 @@ async def _dial_endpoint(
     return await _connect(infos[-1], shield)
 
 
-def _names_of(sock: socket.socket) -> tuple[str, str]:
+def _ends_of(sock: socket.socket) -> tuple[str, str] | None:
+    """This end, and the peer's."""
     try:
         own, peer = _name(sock.getsockname()), _name(sock.getpeername())
     except OSError:  # the peer has reset it
-        return "", ""
-    return (f"{own} {peer}", f"{peer} {own}") if own and peer else ("", "")
+        return None
+    return (own, peer) if own and peer else None
 
 
 def _name(sockaddr: tuple[Any, ...] | str | bytes) -> str:
-    """An end's address; empty for one that has none."""
+    """An end's address; empty for one that has none, or one that others can choose.
+
+    The kernel names the same-host sockets of ours. A file can be named as anybody likes.
+    """
     if isinstance(sockaddr, bytes):
         return sockaddr.hex()
-    if isinstance(sockaddr, str):  # a Unix socket without a name, or with one of a file
-        return sockaddr
+    if isinstance(sockaddr, str):
+        return ""
     host = ipaddress.ip_address(sockaddr[0].partition("%")[0])
     mapped = getattr(host, "ipv4_mapped", None)
     return f"{mapped or host}:{sockaddr[1]}"

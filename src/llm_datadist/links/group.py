@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from llm_datadist.transport.same_host import SameHost
 from llm_datadist.types import RegisterMemStatus
 
 if TYPE_CHECKING:
@@ -90,5 +91,14 @@ class Group:
                 " only, for the rank table has no host_ip, no server_id that is an IP address and "
                 "no device_ip for it"
             )
-        failures = "; ".join(dict.fromkeys(self.failures.get(member, {}).values()))
+        failures = "; ".join(self._failures_of(member))
         return f"cluster {member} (looked for on {where}{f': {failures}' if failures else ''})"
+
+    def _failures_of(self, member: int) -> list[str]:
+        """Why it was not reached: one reason for all places of this host, which may be many."""
+        failures = self.failures.get(member, {})
+        met = [reason for at, reason in failures.items() if isinstance(at, SameHost)]
+        others = [reason for at, reason in failures.items() if not isinstance(at, SameHost)]
+        if len(met) > 1:
+            met = [f"{met[0]}; nor at {len(met) - 1} other meeting points of that name"]
+        return list(dict.fromkeys([*met, *others]))

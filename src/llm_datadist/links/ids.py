@@ -4,7 +4,8 @@ An id belongs to whoever has it on a live link. Who comes with it meanwhile says
 cluster, and may be another: a second instance by mistake, a successor, a stranger. What it says of
 itself proves nothing, since all of it was said to others before. So the one on the live link is
 asked, on that link, whether the newcomer's connection is one of its own (`Vouch`), and the
-connection is named by the addresses of its ends, which nobody in between can have alike:
+connection is named by the addresses of its ends, which nobody in between can have alike, and by a
+nonce that was said on it alone, which nobody else knows where others can have the addresses, too:
 
 - it is: a cluster that lost its end, or that links in the other direction, too. It is let in.
 - it is not: the newcomer is refused.
@@ -59,6 +60,8 @@ class Ids:
             return Verdict(objection)
         for _ in range(_ROUNDS):
             live = _live(self._links.of(cluster_id), newcomer)
+            if not _belongs(newcomer, live):  # whatever they would say of it
+                return Verdict(_of_another_certificate(cluster_id))
             answers = await _ask(live, newcomer)
             if same := [other for other in live if answers[other]]:
                 return Verdict("", _replaced(newcomer, same))
@@ -116,10 +119,7 @@ def _judge(newcomer: Session, cluster_id: int, answers: Mapping[Session, bool | 
             )
     silent = [other for other in answers if not other.is_closed]
     if not _belongs(newcomer, silent):
-        return Verdict(
-            f"the cluster id {cluster_id} belongs to another certificate while its link lives: "
-            f"name it in the certificate (URI:llm-datadist:cluster:{cluster_id})"
-        )
+        return Verdict(_of_another_certificate(cluster_id))
     for other in silent:
         get_logger().warning(
             "a newcomer takes over the cluster id %d: the peer %s did not answer within %.1f s",
@@ -161,6 +161,13 @@ def _name_objection(cluster_id: int, certificate: Certificate | None) -> str:
         return ""
     ids = ", ".join(map(str, sorted(certificate.cluster_ids)))
     return f"the peer says that it is cluster {cluster_id}, and its certificate is for {ids}"
+
+
+def _of_another_certificate(cluster_id: int) -> str:
+    return (
+        f"the cluster id {cluster_id} belongs to another certificate while its link lives: "
+        f"name it in the certificate (URI:llm-datadist:cluster:{cluster_id})"
+    )
 
 
 def _belongs(newcomer: Session, others: Iterable[Session]) -> bool:

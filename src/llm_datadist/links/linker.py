@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import secrets
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
@@ -132,6 +133,7 @@ class Linker:
         self, control: Control, call: Call, deadline: Deadline, expected: bytes = b""
     ) -> Session:
         """The session of a connection, when its hand-shake is over."""
+        nonce = _new_nonce(control)
         link = lk.CallerLink(self._context.me, control.is_same_host, expected=expected)
         endpoint = None if isinstance(call.at, SameHost) else call.at
         session = Session(
@@ -140,6 +142,7 @@ class Linker:
         session.meeting = partial(self._meet, session, call)
         left_s = max(0.001, deadline.remaining_s())
         first = link.start(
+            nonce,
             is_fresh=call.is_fresh,
             timeout_ms=max(1, int(left_s * 1000)),
             group=call.group,
@@ -154,7 +157,7 @@ class Linker:
         """
         try:
             at, is_here = SameHost.offered(offer)
-        except (ValueError, msgspec.DecodeError) as error:
+        except (ValueError, msgspec.DecodeError, RecursionError) as error:
             raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
         control = await self._reach(at, is_here, max(0.001, deadline.remaining_s()))
         session = await self._shake_hands(control, call, deadline, first.instance)
@@ -252,9 +255,10 @@ class Linker:
         control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_UNLINK_FAILED)
         if control is None:
             return outcome
+        nonce = _new_nonce(control)
         self._context.connections.add(control.mine)
         try:
-            await control.send(m.Forget(self._context.me.instance))
+            await control.send(m.Forget(self._context.me.instance, nonce))
             await asyncio.wait_for(control.receive(), deadline.remaining_s())
         except asyncio.TimeoutError:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, f"{endpoint} did not answer in time")
@@ -280,6 +284,13 @@ class Linker:
             remedy = "" if error.errno in _OURS else _REMEDY
             reason = f"cannot connect to {at}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
+
+
+def _new_nonce(control: Control) -> bytes:
+    """For the first message on a connection of ours, which is named by it."""
+    nonce = secrets.token_bytes(16)
+    control.name_by(nonce)
+    return nonce
 
 
 def _differ(at: Endpoint | None, other: Endpoint) -> bool:

@@ -43,6 +43,8 @@ _EXHAUSTED_S = 0.2
 _MAKING_ROOM_S = 0.01
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _COMPLAIN_S = 60.0
+#: what became of who said Hello, by the status with which its session ended; others are refusals
+_TURNED = {LLMStatusCode.LLM_TIMEOUT: WHY.late, LLMStatusCode.LLM_FAILED: WHY.broken}
 #: so many addresses are remembered that were refused
 _MAX_REFUSED = 1024
 
@@ -199,6 +201,7 @@ class Listener:
         if isinstance(first, m.Attach):
             return await self._attach(control, first)
         if isinstance(first, m.Forget):
+            control.name_by(first.nonce)
             for session in self._links.with_instance(first.instance):
                 if await session.vouches_for(control):
                     await session.cut("the peer unlinked")
@@ -225,13 +228,14 @@ class Listener:
 
     async def _shake_hands(self, control: Control, hello: m.Hello) -> bool:
         self._strangers.said_hello(control)
-        begun_at = self._context.loop.time()
-        is_linked = await self._open_session(control, hello)
-        if not is_linked and self._context.loop.time() - begun_at >= HAND_SHAKE_S:
-            self._strangers.turned_away(WHY.late)
-        return is_linked
+        session = await self._open_session(control, hello)
+        why = _TURNED.get(session.status)
+        if session.is_closed and why is not None and self._strangers.known(control):
+            self._strangers.turned_away(why)
+        return not session.is_closed
 
-    async def _open_session(self, control: Control, hello: m.Hello) -> bool:
+    async def _open_session(self, control: Control, hello: m.Hello) -> Session:
+        control.name_by(hello.nonce)
         link = ListenerLink(self._context.me, control.is_same_host, token=secrets.token_bytes(16))
         session = Session(self._context, self._registrar, control, link, None, hello.group)
         self._sessions[session.token] = session
@@ -239,7 +243,7 @@ class Listener:
         timeout_s = min(hello.timeout_ms / 1000, HAND_SHAKE_S)
         first = await self._admit(session, link, hello)
         await session.greet(first, timeout_s)
-        return not session.is_closed
+        return session
 
     async def _admit(
         self, session: Session, link: ListenerLink, hello: m.Hello
@@ -252,7 +256,8 @@ class Listener:
         if link.objection_to(hello) is None and (hello.is_fresh or not is_known):
             verdict = await self._ids.of_caller(session, hello.cluster_id)
             if verdict.objection:
-                get_logger().warning("refused a caller: %s", verdict.objection)
+                self._strangers.known(session.control)
+                self._strangers.turned_away(WHY.another, verdict.objection)
                 return link.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
         if refusal := self._refusal_of_group(session, hello):  # it may have changed meanwhile
             return link.refuse(*refusal)

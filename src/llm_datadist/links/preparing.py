@@ -28,6 +28,8 @@ _CALL_S = 10.0
 _BUSY_S = 0.05
 #: who takes longer on this host may stand still, or be no member: the next is called meanwhile
 _PATIENCE_S = 0.5
+#: … and so long with all of this host together: whoever holds many places says nothing at any
+_PATIENCE_WITH_ALL_S = 1.5
 #: a member that cannot be called calls the others so often
 _AGAIN_S = 2.0
 
@@ -64,12 +66,13 @@ async def _call(group: Group, member: int, linker: Linker, deadline: Deadline) -
     calls: set[asyncio.Task[None]] = set()
     try:
         places: list[Address] = [*taken_places(group.plan.name, member)]
+        patience_s = min(_PATIENCE_S, _PATIENCE_WITH_ALL_S / max(1, len(places)))
         for at in (*places, *group.plan.members[member]):
             if deadline.remaining_s() <= 0 or member in group.sessions or group.settled.is_set():
                 return
             call = asyncio.create_task(_call_at(group, member, at, linker, deadline))
             calls.add(call)
-            await asyncio.wait({call}, timeout=_PATIENCE_S if isinstance(at, SameHost) else None)
+            await asyncio.wait({call}, timeout=patience_s if isinstance(at, SameHost) else None)
         while calls and member not in group.sessions:
             done, calls = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             for call in done:

@@ -13,6 +13,7 @@ from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.links.group import GroupPlan
 from llm_datadist.observe.log import get_logger
+from llm_datadist.options import BASE_PORT_VARIABLE
 from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 
 _MAX_NAME = 127
 _MEMBERS = range(2, 5)
-#: a member listens on this port + the device id of its entry
-BASE_PORT_VARIABLE = "LLM_DATADIST_LINK_BASE_PORT"
+#: a member listens on this port + the device id of its entry, unless BASE_PORT_VARIABLE says more;
 #: behind the ports that Linux gives to calls (32768 to 60999): one of those may be taken already
 _BASE_PORT = 61000
 

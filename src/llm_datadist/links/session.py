@@ -257,7 +257,8 @@ class Session:
     @property
     def is_with_ourselves(self) -> bool:
         """Whether this very cluster is the other end."""
-        return self.control.theirs in self._context.connections
+        theirs = self.control.theirs
+        return theirs != "" and theirs in self._context.connections
 
     async def cut(self, reason: str) -> None:
         await self.perform(self._link.cut(reason))

@@ -44,13 +44,15 @@ class Turned(NamedTuple):
     asking: str = "did not take an answer when others came"
     half_open: str = "shook hands too long when others came"
     late: str = "did not end the hand-shake in time"
+    broken: str = "broke the hand-shake off"
+    another: str = "came with an id that is not theirs"
     unwelcome: str = "did not prove that they may link"
     useless: str = "said nothing of use"
 
 
 WHY = Turned()
 #: the others are everyday business: port scanners, health checks
-_REMARKABLE = frozenset({WHY.crowded, WHY.asking, WHY.half_open})
+_REMARKABLE = frozenset({WHY.crowded, WHY.asking, WHY.half_open, WHY.another})
 
 
 class _Crowd:
@@ -102,6 +104,8 @@ class Strangers:
         self._half_open = _Crowd(*_MAX_HALF_OPEN)
         self.num_turned_away = 0
         self._untold: Counter[str] = Counter()
+        #: of what was not said yet, the first case in other words
+        self._examples: dict[str, str] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -145,10 +149,12 @@ class Strangers:
             self._evict(crowd, crowd.oldest_of_most(fresh_s), why)
         return crowd.count > 0
 
-    def turned_away(self, why: str) -> None:
+    def turned_away(self, why: str, example: str = "") -> None:
         """Counts it, and says so: now, or when a minute is over."""
         self.num_turned_away += 1
         self._untold[why] += 1
+        if example:
+            self._examples.setdefault(why, example)
         if self._timer is None:
             self._tell()
 
@@ -172,12 +178,16 @@ class Strangers:
 
     def _say(self) -> None:
         untold, self._untold = self._untold, Counter()
+        examples, self._examples = self._examples, {}
         if untold:
             logger = get_logger()
             say = logger.info if _REMARKABLE.isdisjoint(untold) else logger.warning
             say(
                 "turned away %d connections that are no link's: %s", untold.total(),
-                "; ".join(f"{count} {why}" for why, count in untold.items()),
+                "; ".join(
+                    f"{count} {why}" + (f", as: {examples[why]}" if why in examples else "")
+                    for why, count in untold.items()
+                ),
             )  # fmt: skip
 
 

@@ -42,6 +42,11 @@ class _StdoutHandler(_TextHandler):
         self.stream = sys.stdout
         super().emit(record)
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Peers' words may be none of the terminal's: those are shown as escapes."""
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
+
 
 @cache
 def get_logger() -> logging.Logger:

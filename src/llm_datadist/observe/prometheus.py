@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
+from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import (
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from llm_datadist.core.stats import ClusterStats, Histogram
 
 _PREFIX = "llm_datadist_"
+#: a connection that says nothing, or takes nothing, for so long is closed
+_REQUEST_S = 5.0
 _BY_OPERATION = ("cluster", "operation", "peer", "path")
 
 
@@ -66,7 +70,22 @@ def serve(datadist: HasStats, port: int, addr: str = "127.0.0.1") -> tuple[WSGIS
     """
     registry = CollectorRegistry()
     registry.register(Collector(datadist))
-    return start_http_server(port, addr, registry)
+    server, thread = start_http_server(port, addr, registry)
+    server.RequestHandlerClass = _Bounded
+    return server, thread
+
+
+class _Bounded(WSGIRequestHandler):
+    """Each connection has a thread of its own, and so is not waited for."""
+
+    timeout = _REQUEST_S
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (its name there)
+        """Nothing, as everywhere in the client."""
+
+    def handle(self) -> None:
+        with suppress(TimeoutError):
+            super().handle()
 
 
 def _state(stats: ClusterStats) -> Iterator[Metric]:

@@ -47,6 +47,8 @@ class Answers:
         if isinstance(request, m.ListCaches):
             return self.table(request)
         if isinstance(request, m.UseUp):
+            if not self._catalog.is_remote_accessible(request.cache_id):
+                raise invalid(f"cache {request.cache_id} is not registered as remote accessible")
             first, count = request.first_tensor, request.num_tensors
             tensors = range(first, first + count) if count else None
             self._catalog.use_up(request.cache_id, request.row, tensors)
@@ -56,7 +58,7 @@ class Answers:
     def is_early(self, request: m.AnyMessage) -> bool:
         """Whether a hand-shake needs the answer: to verify a path, or to open a channel."""
         if isinstance(request, m.Read):
-            return self.is_probe(request)
+            return self.is_probe(request) and request.claim is None
         return isinstance(request, m.ListExports)
 
     def is_table(self, request: m.AnyMessage) -> TypeGuard[m.ListCaches | m.ListExports]:
@@ -71,7 +73,7 @@ class Answers:
         Raises LLMException(LLM_PARAM_INVALID) for a path that is not to be had.
         """
         if isinstance(request, m.ListCaches):
-            return m.Caches(self._catalog.describe_all())
+            return m.Caches(self._catalog.describe_all()[-m.MAX_CACHES :])
         transport = self._transports.get(request.path)
         if transport is None:
             raise invalid(f"cluster {self._cluster_id} does not have the path {request.path!r}")
@@ -93,7 +95,7 @@ class Answers:
         if isinstance(read, m.Read) and read.claim is not None:
             key_id, model_id, is_prefix, row = read.claim
             key = KeyName(key_id, model_id, is_prefix)
-            if self._catalog.find_key(key) != (entry, row):
+            if entry.keys.get(key) != row:  # and no word of the caches that have it
                 raise LLMException(
                     f"{key} leads elsewhere by now", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
                 )

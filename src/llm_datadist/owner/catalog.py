@@ -378,6 +378,12 @@ class Catalog:
                 if entry is not self.probe and entry.is_remote_accessible
             ]
 
+    def is_remote_accessible(self, cache_id: int) -> bool:
+        """Whether peers may reach that cache, or there is none: nothing is told of it then."""
+        with self._lock:
+            entry = self._registry.get(cache_id)
+            return entry is None or entry.is_remote_accessible
+
     def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
         """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7."""
         self._drop(partial(self._registry.use_up, cache_id, row, tensors))

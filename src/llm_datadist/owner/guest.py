@@ -65,7 +65,12 @@ class Guest:
         self._tables.discard(who)
 
     def may_warn(self) -> bool:
-        """Whether the last warning about it is long ago; one is given now, then."""
+        """Whether the last warning about it is long ago; one is given now, then.
+
+        Never about who called us and is not linked: there may be any number of those.
+        """
+        if self.peer is None and not self.was_called:
+            return False
         now = time.monotonic()
         if now < self._warned_at + _WARN_AGAIN_S:
             return False

@@ -151,7 +151,7 @@ class StreamService:
             return
         self._frames.max_nbytes = self._guest.max_request_nbytes
         try:
-            self._frames.feed(self._shield.open(data))
+            self._frames.feed(self._shield.open(data, self._frames.max_nbytes))
         except NotAuthentic as error:
             self._complain(error)
             self.close()

@@ -12,6 +12,8 @@ from llm_datadist.running.bell import WAKE, Turns
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from llm_datadist.peer.streams import StreamPool
     from llm_datadist.running.deadline import Deadline
 
@@ -104,13 +106,23 @@ class Lookup:
                 answer = stream.ask(m.ListCaches(), deadline)
             if not isinstance(answer, m.Caches):
                 raise _garbage(answer)
-            self._table = RemoteTable(_understand(info) for info in answer.infos)
+            self._table = RemoteTable(self._understood(answer.infos, deadline))
             return self._table
         finally:  # as `Turns.leave`, which a signal could come before: each of these is one step
             try:
                 self._fetching.calls.pop(turn, None)
             finally:
                 any(ringing)
+
+    def _understood(
+        self, infos: Sequence[m.CacheInfo], deadline: Deadline
+    ) -> Iterator[RemoteCache]:
+        """A table is as long as its owner likes; our call is not, nor is a link that was cut."""
+        for info in infos:
+            deadline.require("reading the peer's table")
+            if self._streams.is_closed:
+                raise LLMException("the link was cut", LLMStatusCode.LLM_NOT_YET_LINK)
+            yield _understand(info)
 
 
 def _find_in(table: RemoteTable, name: int | KeyName, *, is_fresh: bool) -> Found | None:

@@ -63,11 +63,13 @@ class Secret(Open):
         self._sent += 1
         return b"".join((_KEYED.pack(len(data), tag), data))
 
-    def open(self, data: bytes | bytearray | memoryview) -> bytes:
+    def open(
+        self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
+    ) -> bytes:
         self._came += data
         frames = []
         while len(self._came) >= KEYED_HEAD_NBYTES:
-            end = KEYED_HEAD_NBYTES + self.frame_nbytes(self._came)
+            end = KEYED_HEAD_NBYTES + self.frame_nbytes(self._came, max_nbytes)
             if len(self._came) < end:
                 break
             frames.append(

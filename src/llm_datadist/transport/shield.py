@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from llm_datadist.core.messages import MAX_REQUEST_BODY_NBYTES
 from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
 
 if TYPE_CHECKING:
@@ -49,8 +50,13 @@ class Shield(Protocol):
         """What to send in place of `data`."""
         ...
 
-    def open(self, data: bytes | bytearray | memoryview) -> bytes:
-        """What the peer meant by `data`, and by all that came before. Raises NotAuthentic."""
+    def open(
+        self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
+    ) -> bytes:
+        """What the peer meant by `data`, and by all that came before. Raises NotAuthentic.
+
+        No frame has a larger body than `max_nbytes`, where the shield knows of frames.
+        """
         ...
 
     def proof(self, link: Shield) -> bytes:
@@ -79,7 +85,9 @@ class Open:
     def seal(self, data: bytes | bytearray | memoryview) -> bytes:
         return bytes(data)
 
-    def open(self, data: bytes | bytearray | memoryview) -> bytes:
+    def open(
+        self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
+    ) -> bytes:
         opened = bytes(data)
         if opened and not self._has_met:
             self._has_met = True

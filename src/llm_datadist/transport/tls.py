@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from typing import Final
 
+from llm_datadist.core.messages import MAX_REQUEST_BODY_NBYTES
 from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
 from llm_datadist.transport.certificate import REMEDY, Certificate, explain
 from llm_datadist.transport.shield import NotAuthentic, Open
@@ -60,7 +61,9 @@ class Tls(Open):
             view = view[self._tls.write(view) :]
         return self._outgoing.read()
 
-    def open(self, data: bytes | bytearray | memoryview) -> bytes:
+    def open(
+        self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
+    ) -> bytes:
         self._incoming.write(data)
         pieces = []
         try:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from llm_datadist.cli.doctor.findings import Case, Finding, State
 from llm_datadist.cli.kernel_files import text_of
 from llm_datadist.errors import LLMException
-from llm_datadist.links.ranks import BASE_PORT_VARIABLE, base_port
+from llm_datadist.links.ranks import base_port
+from llm_datadist.options import BASE_PORT_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -53,5 +53,5 @@ class KVHandle:
         """The handle that `to_json` wrote. Raises LLMException (LLM_PARAM_INVALID) for another."""
         try:
             return msgspec.json.decode(text, type=cls)
-        except (msgspec.DecodeError, UnicodeError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise invalid(f"this is no KVHandle: {error}") from error

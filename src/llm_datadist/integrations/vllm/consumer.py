@@ -13,6 +13,7 @@ from llm_datadist.integrations.vllm.handover import Handover, handover_of
 from llm_datadist.integrations.vllm.leases import Leases
 from llm_datadist.integrations.vllm.orders import Orders
 from llm_datadist.integrations.vllm.outcomes import Outcomes
+from llm_datadist.integrations.vllm.printable import printable, shown_id
 from llm_datadist.integrations.vllm.request import digest_of, wants_remote_prefill
 from llm_datadist.integrations.vllm.step import Pull
 
@@ -56,7 +57,9 @@ class ConsumerScheduler:
             if not has_tokens or digest_of(request, num_tokens) != source.remote_digest:
                 raise ValueError("its prompt was read as other tokens there")
         except ValueError as error:
-            logger.warning("%s is computed here: %s", request.request_id, error)
+            logger.warning(
+                "%s is computed here: %s", shown_id(request.request_id), printable(error)
+            )
             return
         self._let_go(self._waiting, request.request_id)
         self._waiting[request.request_id] = source

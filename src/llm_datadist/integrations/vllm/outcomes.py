@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING
 
-from llm_datadist.integrations.vllm.printable import printable
+from llm_datadist.integrations.vllm.printable import printable, shown_id
 
 if TYPE_CHECKING:
     from llm_datadist.integrations.vllm.step import Pull
@@ -38,7 +38,7 @@ class Outcomes:
         source = pull.source
         logger.error(
             "%s: its KV cannot be read from %s at %s:%d: %s",
-            pull.request_id,
+            shown_id(pull.request_id),
             source.remote_engine_id,
             source.remote_host,
             source.remote_port,

@@ -13,6 +13,11 @@ def printable(text: object, most: int = 500) -> str:
     return _cut(escaped(_cut(str(text), most)), most)
 
 
+def shown_id(request_id: str) -> str:
+    """A request's id, which its client may choose (X-Request-Id)."""
+    return printable(request_id, 100)
+
+
 def _cut(text: str, most: int) -> str:
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

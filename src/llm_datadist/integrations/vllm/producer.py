@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_datadist.integrations.vllm.addresses import advertised_host
 from llm_datadist.integrations.vllm.handover import KEY_NBYTES, Handover, Lease
+from llm_datadist.integrations.vllm.printable import shown_id
 from llm_datadist.integrations.vllm.request import digest_of, wants_remote_decode
 from llm_datadist.integrations.vllm.step import Grant
 
@@ -60,14 +61,15 @@ class ProducerScheduler:
         """
         if not wants_remote_decode(request) or request.request_id in self._granted:
             return
+        shown = shown_id(request.request_id)
         if request.request_id in self._kept:
-            logger.warning("%s will not be handed over: its id is in use", request.request_id)
+            logger.warning("%s will not be handed over: its id is in use", shown)
             return
         if request.prompt_token_ids is None:
-            logger.warning("%s will not be handed over: it has no tokens", request.request_id)
+            logger.warning("%s will not be handed over: it has no tokens", shown)
             return
         if not self._free_slots:
-            logger.warning("%s will not be handed over: too many are waiting", request.request_id)
+            logger.warning("%s will not be handed over: too many are waiting", shown)
             return
         lease = Lease(self._free_slots.popleft(), 1 + secrets.randbelow(2**48 - 1))
         grant = Grant(lease, secrets.token_bytes(KEY_NBYTES))
@@ -149,7 +151,9 @@ class ProducerWorker:
             self._board.end(hold.lease)
             if not self._board.is_released(hold.lease):
                 self._num_expired += 1
-                logger.warning("%s was not read within its lease: blocks freed", request_id)
+                logger.warning(
+                    "%s was not read within its lease: blocks freed", shown_id(request_id)
+                )
         return ended
 
     def take_num_expired(self) -> int:
