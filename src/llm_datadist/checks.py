@@ -59,15 +59,23 @@ def check_object(name: str, value: object, kind: type[T]) -> T:
     return check_type(name, value, kind)
 
 
-class OutOfRange(ValueError):
-    """A number that an argument cannot be, told from the ValueErrors of a program's handlers."""
+def out_of_range(text: str) -> ValueError:
+    """Of a number that an argument cannot be; programs may look for the very type."""
+    error = ValueError(text)
+    error._is_of_check = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_of_check(error: BaseException | None) -> bool:
+    """Whether it is `out_of_range`, and no ValueError of a signal's handler."""
+    return getattr(error, "_is_of_check", False)
 
 
 def check_int(name: str, value: object, low: int, high: int) -> int:
     """`value`, an int of [low, high]. Raises TypeError, ValueError. Spec 3.1."""
     number = check_type(name, value, int)
     if not low <= number <= high:
-        raise OutOfRange(f"{name} must be in [{low}, {high}], got {number}")
+        raise out_of_range(f"{name} must be in [{low}, {high}], got {number}")
     return number
 
 

@@ -8,7 +8,7 @@ import socket
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from llm_datadist.checks import OutOfRange, check_uint16, check_uint32
+from llm_datadist.checks import check_uint16, check_uint32, out_of_range
 from llm_datadist.errors import invalid
 
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>[^:]*)")
@@ -161,5 +161,5 @@ def _is_host_name(text: str) -> bool:
 
 def _parse_port(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > _MAX_HOST_NAME:
-        raise OutOfRange(f"the port of {name} must be a number, got {text!r}")
+        raise out_of_range(f"the port of {name} must be a number, got {text!r}")
     return check_uint16(f"the port of {name}", int(text))

@@ -23,20 +23,28 @@ class Lock(Protocol):
     def _is_owned(self) -> bool: ...
 
 
-#: changed by single steps, under no lock: a forked child could find it taken
-_locks: list[weakref.ref[Lock]] = []
+#: replaced as a whole: who reads it has it, whatever finalizers do meanwhile
+_locks: tuple[weakref.ref[Lock], ...] = ()
+_guard = threading.RLock()
 
 
 def make_lock() -> Lock:
     """A re-entrant lock that `holds_lock` knows of."""
+    global _locks
     lock = cast("Lock", threading.RLock())
-    _locks.append(weakref.ref(lock, _locks.remove))
+    with _guard:
+        _locks = (*[known for known in _locks if known() is not None], weakref.ref(lock))
     return lock
+
+
+def begin_in_child() -> None:
+    """For running/forks.py, first of all: another thread of the parent's may have made a lock."""
+    _guard._at_fork_reinit()  # type: ignore[attr-defined]  # Python's own modules do so
 
 
 def holds_lock(besides: Lock | None = None) -> bool:
     """Whether this thread holds a lock of the library's, besides one that is not waited for."""
-    locks = [known() for known in tuple(_locks)]
+    locks = [known() for known in _locks]
     return any(is_owned(lock) for lock in locks if lock is not None and lock is not besides)
 
 

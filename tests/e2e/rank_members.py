@@ -25,6 +25,7 @@ from llm_datadist import (
     RegisterMemStatus,
 )
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
+from llm_datadist.testing.timing import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -196,10 +197,16 @@ def record_log(node: Node) -> None:
     logger = logging.getLogger("LLM_DATADIST")
     if not any(isinstance(handler, Recorder) for handler in logger.handlers):
         logger.addHandler(Recorder())
+    logger.setLevel(logging.INFO)
 
 
 def logged(node: Node) -> str:
     return "\n".join(_logged)
+
+
+def has_called(node: Node, cluster_id: int) -> bool:
+    """Whether it soon has, and found nobody; of a member that records its log."""
+    return eventually(lambda: f"calling cluster {cluster_id} at" in logged(node))
 
 
 # -- run by the tests ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from rank_members import (
     PREPARING,
     Members,
     call_all,
+    has_called,
     link,
     link_pair,
     logged,
@@ -156,8 +157,9 @@ def test_the_log_says_that_a_member_could_not_be_reached_and_what_to_do(hosts: M
         process.call(record_log)
     let_in(only_callable, "dport", BASE + DEVICES[0])
     table = json.dumps({"server_list": servers_with("host_ip")})
-    for process in (caller, only_callable):
-        assert process.call(link, "kv", (1, 2), table) == 1
+    assert caller.call(link, "kv", (1, 2), table) == 1
+    assert caller.call(has_called, 1)
+    assert only_callable.call(link, "kv", (1, 2), table) == 1
     assert call_all(hosts, settle, 1) == [FAILED, FAILED]
     says = only_callable.call(logged)
     assert f"no connection to {HOSTS[1]}:{BASE + DEVICES[1]} within" in says

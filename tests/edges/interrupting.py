@@ -255,18 +255,18 @@ class Victim:
         cache = self._manager.register_blocks_cache(self._spare[0].cache_desc, addrs)
         self._manager.unregister_cache(cache.cache_id)
 
-    def _relink(self) -> None:
+    def _relink(self) -> LLMStatusCode:
         self._node.unlink(self._port, 1)
-        self._node.link(self._port, 1)
+        return self._node.link(self._port, 1)
 
     def _look(self) -> None:
         self._node.datadist.links()
         self._node.datadist.stats()
 
     def _mend(self) -> None:
-        """A link whose making or end was interrupted is on its way to somewhere."""
-        assert eventually(lambda: self._node.unlink(self._port, 1) == SUCCESS)
-        assert eventually(lambda: self._node.link(self._port, 1) == SUCCESS)
+        """A link whose making or end was interrupted is on its way to somewhere: it may be made
+        behind an unlink that found none."""
+        assert eventually(lambda: self._relink() == SUCCESS)
 
 
 def run(

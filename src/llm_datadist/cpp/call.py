@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from llm_datadist.checks import OutOfRange
+from llm_datadist.checks import is_of_check
 from llm_datadist.cpp.status import LLM_FAILED, LLM_PARAM_INVALID, LLM_SUCCESS, Status
 from llm_datadist.errors import LLMException, code_to_status
 from llm_datadist.observe.log import get_logger
@@ -48,7 +48,7 @@ class Call:
     ) -> bool:
         if isinstance(error, LLMException):
             self.fail(int(error.status_code), error)
-        elif isinstance(error, OutOfRange):
+        elif is_of_check(error):
             self.fail(LLM_PARAM_INVALID, error)
         elif isinstance(error, OSError) and error.errno is not None:  # a system call's
             self.fail(LLM_FAILED, error)

@@ -12,7 +12,6 @@ import time
 from threading import get_ident
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from llm_datadist.core.generations import STALE
 from llm_datadist.errors import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ class Token:
         self._running = running
         #: the one that began it
         self.thread = get_ident()
-        #: the word of the ticket that it issued; STALE is written there when it ends
-        self.cell: U64 | list[int] = [STALE]
+        #: the word of the ticket that it issued, if any; STALE is written there when it ends
+        self.cell: U64 | list[int] = [0]
         self.is_cut = False
         #: of all of its threads
         self.waits: dict[Wait, None] = {}

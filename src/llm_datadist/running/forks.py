@@ -25,6 +25,8 @@ from functools import cache, partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from llm_datadist import locks
+
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
@@ -121,6 +123,7 @@ def _before() -> None:
 
 
 def _in_child(keep: Callable[[object], object]) -> None:
+    locks.begin_in_child()
     for sock in [known() for known in _sockets]:
         if sock is not None:
             with suppress(OSError):
