@@ -192,12 +192,12 @@ class Recorder(logging.Handler):
         _logged.append(record.getMessage())
 
 
-def record_log(node: Node) -> None:
+def record_log(node: Node, level: int = logging.ERROR) -> None:
     _logged.clear()
     logger = logging.getLogger("LLM_DATADIST")
     if not any(isinstance(handler, Recorder) for handler in logger.handlers):
         logger.addHandler(Recorder())
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
 
 
 def logged(node: Node) -> str:

@@ -77,7 +77,7 @@ def test_a_near_host_is_sent_to_without_pacing(
         other.call(start, 2, HOSTS[1], congestion)
         assert other.call(Node.link, port, 1, 5000, host=HOSTS[0]) == LLMStatusCode.LLM_SUCCESS
         other.call(pull)
-        assert one.call(senders) == [used, used]
+        assert set(one.call(senders)) == {used}  # a quick stream may have sent all
         for process in apart:
             process.call(Node.stop)
 

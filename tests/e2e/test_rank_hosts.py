@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from contextlib import closing
@@ -154,7 +155,7 @@ def test_the_log_says_that_a_member_could_not_be_reached_and_what_to_do(hosts: M
     for cluster_id, (process, device_id) in enumerate(zip(hosts, DEVICES, strict=True), 1):
         process.call(set_base_port, None)
         process.call(start, cluster_id, device_id=device_id, link_total_time=1)
-        process.call(record_log)
+        process.call(record_log, logging.INFO)
     let_in(only_callable, "dport", BASE + DEVICES[0])
     table = json.dumps({"server_list": servers_with("host_ip")})
     assert caller.call(link, "kv", (1, 2), table) == 1

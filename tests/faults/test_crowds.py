@@ -106,8 +106,8 @@ def test_a_silent_crowd_at_the_same_host_socket_keeps_no_link_from_its_streams(
         at, _ = SameHost.offered(caller.expect(m.Welcome).offers["cma"])
         for _ in range(CROWD):
             sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(at.sockaddr)  # the kernel waits while the listener's queue is full
             sock.settimeout(SOON_S)
-            sock.connect(at.sockaddr)
         with takes_at_most(SOON_S):
             assert pulls(node)
             assert node.unlink(port, 1) == SUCCESS
