@@ -49,13 +49,19 @@ class Found(NamedTuple):
     wrong: list[str]
 
 
+#: the timer was taken back: its signal may come still, by way of another thread
+_late: list[None] = []
+
+
 @contextmanager
 def interrupts() -> Iterator[None]:
     """The handler is there. In the main thread of a process."""
 
     def strike(*_: object) -> None:
-        raise Interrupted
+        if not _late:
+            raise Interrupted
 
+    _late.clear()
     before = signal.signal(signal.SIGALRM, strike)
     try:
         yield
@@ -67,11 +73,13 @@ def is_interrupted(call: Callable[[], object], delay_s: float) -> bool:
     """Calls again and again until the timer strikes. Raises what the call raises."""
     try:
         try:
+            _late.clear()
             signal.setitimer(signal.ITIMER_REAL, delay_s)
             for _ in range(MANY):
                 call()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            _late.append(None)
     except Interrupted:
         return True
     return False  # it struck where no exception passes: a finalizer
