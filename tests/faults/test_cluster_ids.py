@@ -239,6 +239,17 @@ def test_who_is_on_a_live_link_is_asked_about_ends_and_nonce(node: Node, word: m
         assert isinstance(newcomer.receive(), (m.Refused, m.ByeDone))
 
 
+@pytest.mark.parametrize("word", [hello(nonce=b""), m.Forget(hello().instance)])
+def test_for_who_says_no_nonce_nobody_vouches(node: Node, word: m.Message) -> None:
+    """Nobody is even asked."""
+    port = serve(node, 1, 0, transfer_path="tcp")
+    with linked_caller(port) as linked, Wire.dial(port) as newcomer:
+        newcomer.send(word)
+        assert isinstance(newcomer.receive(), (m.Refused, m.ByeDone))
+        linked.control.send(m.Vouch(""))
+        assert linked.control.receive() == m.Vouched("", False)
+
+
 def test_a_newcomer_in_a_hurry_does_not_hurry_the_one_that_is_asked(
     node: Node, victim: NodeProcess
 ) -> None:

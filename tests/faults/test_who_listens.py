@@ -213,7 +213,7 @@ def test_a_squatter_without_the_credential_is_not_linked_to(
     caller = processes[0]
     caller.call(start, CALLER, link_security=BY_SECRET)
     with KeyedWire.dial(mortal.call(start, NEIGHBOUR, link_security=BY_SECRET)) as wire:
-        wire.send(m.Hello(m.PROTOCOL_VERSION, 3, NONCE, NONCE, True, True, 1000, {}, PROBE))
+        wire.send(m.Hello(m.PROTOCOL_VERSION, 3, NONCE, True, True, 1000, {}, PROBE))
         dead = wire.expect(m.Welcome)
     mortal.kill()
     heard: list[m.AnyMessage] = []

@@ -120,7 +120,15 @@ def hello(
 ) -> m.Hello:
     offers = {"tcp": b""}
     return m.Hello(
-        version, cluster_id, instance, nonce, is_remote_accessible, True, timeout_ms, offers, probe
+        version,
+        cluster_id,
+        instance,
+        is_remote_accessible,
+        True,
+        timeout_ms,
+        offers,
+        probe,
+        nonce=nonce,
     )
 
 

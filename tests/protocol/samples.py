@@ -71,9 +71,9 @@ _STATS = ClusterStats(
 
 def samples() -> Iterator[m.Message]:
     """In the order of their tags. A new type of message is added here."""
-    hello = m.Hello(m.PROTOCOL_VERSION, 1, _INSTANCE, _NONCE, True, False, 1000, _OFFERS, _PROBE)
+    hello = m.Hello(m.PROTOCOL_VERSION, 1, _INSTANCE, True, False, 1000, _OFFERS, _PROBE)
     yield hello
-    yield msgspec.structs.replace(hello, group="ranks")
+    yield msgspec.structs.replace(hello, group="ranks", nonce=_NONCE)
     yield m.Welcome(m.PROTOCOL_VERSION, 2, _INSTANCE, _TOKEN, _OFFERS, _PROBE)
     yield m.Ready("cma")
     yield m.Unusable("cma", "Operation not permitted", True)

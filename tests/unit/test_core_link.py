@@ -19,7 +19,7 @@ def make_identity(*paths: str, path: str = "auto") -> lk.Identity:
 
 def make_hello(*paths: str) -> m.Hello:
     return m.Hello(
-        m.PROTOCOL_VERSION, 2, b"j" * 16, NONCE, False, True, 1000, dict.fromkeys(paths, b""), PROBE
+        m.PROTOCOL_VERSION, 2, b"j" * 16, False, True, 1000, dict.fromkeys(paths, b""), PROBE
     )
 
 
@@ -83,7 +83,15 @@ def test_candidates_are_what_both_ends_offer_best_first(
 def test_a_caller_begins_with_hello() -> None:
     link = lk.CallerLink(make_identity("nixl", "tcp"))
     hello = m.Hello(
-        m.PROTOCOL_VERSION, 1, b"i" * 16, NONCE, False, True, 1000, {"nixl": b"", "tcp": b""}, PROBE
+        m.PROTOCOL_VERSION,
+        1,
+        b"i" * 16,
+        False,
+        True,
+        1000,
+        {"nixl": b"", "tcp": b""},
+        PROBE,
+        nonce=NONCE,
     )
     assert link.start(NONCE, is_fresh=True, timeout_ms=1000) == [lk.Send(hello)]
 

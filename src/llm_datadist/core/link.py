@@ -304,13 +304,13 @@ class CallerLink(Link):
                     m.PROTOCOL_VERSION,
                     me.cluster_id,
                     me.instance,
-                    nonce,
                     me.is_remote_accessible,
                     is_fresh,
                     timeout_ms,
                     dict(me.offers),
                     me.probe,
                     group,
+                    nonce,
                 )
             )
         ]

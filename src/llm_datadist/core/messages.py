@@ -56,6 +56,8 @@ Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 Moment: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
+#: as Token, or empty
+Nonce: TypeAlias = Annotated[bytes, Meta(max_length=16)]
 #: its ends' addresses, that of the one who is asked first, and its nonce
 Connection: TypeAlias = Annotated[str, Meta(max_length=256)]
 
@@ -83,8 +85,6 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     version: UInt
     cluster_id: UInt
     instance: Token
-    #: of this connection alone: part of its name, see Vouch
-    nonce: Token
     is_remote_accessible: bool
     #: the caller has no link to this cluster yet, so one that the listener remembers is stale
     is_fresh: bool
@@ -93,6 +93,8 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     probe: ProbeTarget
     #: names the rank-table link that this is to be part of
     group: Text = ""
+    #: of this connection alone: part of its name, see Vouch; without one nobody vouches for it
+    nonce: Nonce = b""
 
 
 class Welcome(Message, tag=2, forbid_unknown_fields=False):
@@ -155,7 +157,7 @@ class Forget(Message, tag=10):
     """
 
     instance: Token
-    nonce: Token
+    nonce: Nonce = b""
 
 
 class Attach(Message, tag=11):

@@ -81,12 +81,12 @@ class Control:
         return isinstance(self.at, SameHost) and not self.at.is_meeting_point
 
     def name_by(self, nonce: bytes) -> None:
-        """The caller's first message has that nonce.
+        """The caller's first message has that nonce; without one it is not told apart.
 
         Where ends see the same addresses, through a tunnel, others can have those as well; who
         passes the nonce on has other addresses.
         """
-        if self._ends is not None:
+        if nonce and self._ends is not None:
             own, peer = self._ends
             self.mine, self.theirs = f"{own} {peer} {nonce.hex()}", f"{peer} {own} {nonce.hex()}"
 
