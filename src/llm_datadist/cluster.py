@@ -339,7 +339,7 @@ class Cluster:
     ) -> list[Outcome]:
         """What comes of each target, all at once, in the loop's thread."""
         try:
-            return self._loop.run(_gather(map(do, targets)))
+            return self._loop.run(lambda: _gather(map(do, targets)))
         except CannotWait as error:
             return [Outcome(error.status_code, str(error)) for _ in targets]
 

@@ -82,7 +82,7 @@ class Listening:
             return
         before, self._asked = self._asked, None
         taken = self.endpoint
-        self._loop.run(self._close_main(), Deadline.after(_CLOSE_S))
+        self._loop.run(self._close_main, Deadline.after(_CLOSE_S))
         try:
             self._open(endpoint)
         except LLMException:
@@ -112,7 +112,7 @@ class Listening:
         if endpoint not in self._rank_listeners:
             sock = bind(endpoint, is_v6_only=endpoint.host == "::")  # 0.0.0.0 has its own
             self._warn_of_strangers(endpoint)
-            self._rank_listeners[endpoint] = self._loop.run(self._make(sock))
+            self._listen_on(sock, partial(self._rank_listeners.__setitem__, endpoint))
 
     def open_meeting(self, group: str) -> None:
         """Can be met on this host by members of that group. In the loop's thread."""
@@ -145,7 +145,15 @@ class Listening:
         sock = bind(endpoint)
         self._warn_of_strangers(endpoint)
         self.endpoint = Endpoint.of(sock.getsockname())
-        self._listener = self._loop.run(self._make(sock))
+        self._listen_on(sock, partial(setattr, self, "_listener"))
+
+    def _listen_on(self, sock: socket.socket, note: Callable[[Listener], None]) -> None:
+        """Noted where listeners are closed, in the loop's thread: none is made behind the end."""
+        try:
+            self._loop.run(partial(self._make, sock, note))
+        except BaseException:  # the cluster is finalized meanwhile
+            sock.close()
+            raise
 
     def _warn_of_strangers(self, endpoint: Endpoint) -> None:
         if not self._context.shields.is_secure and not endpoint.is_loopback:
@@ -155,8 +163,8 @@ class Listening:
                 self._context.me.cluster_id, endpoint,
             )  # fmt: skip
 
-    async def _make(self, sock: socket.socket) -> Listener:
-        return self._start(sock)
+    async def _make(self, sock: socket.socket, note: Callable[[Listener], None]) -> None:
+        note(self._start(sock))
 
     def _start(self, sock: socket.socket) -> Listener:
         if self._same_host is None and self._context.same_host is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.checks import check_dict, check_type, check_uint32, check_uint64
@@ -83,7 +84,7 @@ class RankLinks:
         plan = GroupPlan(
             group, elsewhere, options.link_total_time_s, options.link_retry_count, deafness
         )
-        comm_id = self._loop.run(self._start(plan))
+        comm_id = self._loop.run(partial(self._start, plan))
         self.were_made = True
         return comm_id
 
@@ -92,7 +93,7 @@ class RankLinks:
         deadline = Deadline.after(self._options.sync_timeout_s)
         sessions = list(self._groups.find(comm_id).sessions.values())
         try:
-            self._loop.run(self._leave(comm_id, sessions, deadline))
+            self._loop.run(partial(self._leave, comm_id, sessions, deadline))
         except BaseException:  # interrupted: the links are kept
             for session in sessions:
                 if not session.is_closed:

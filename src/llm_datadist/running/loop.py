@@ -59,7 +59,9 @@ class Loop:
         if not self._is_ending:
             self.asyncio.run_forever()
 
-    def run(self, work: Coroutine[object, object, T], deadline: Deadline | None = None) -> T:
+    def run(
+        self, work: Callable[[], Coroutine[object, object, T]], deadline: Deadline | None = None
+    ) -> T:
         """Runs a coroutine in the loop's thread, from any other one, and waits for it.
 
         At the deadline, and when the caller is interrupted, it is cancelled. Raises what it raises;
@@ -68,13 +70,11 @@ class Loop:
         """
         thread = self._thread
         if (thread is not None and thread.ident == threading.get_ident()) or holds_lock():
-            work.close()
             raise CannotWait
         job = _Job(work)
         try:
             self._jobs[job] = None
             if self._is_ending or not self._has_taken(job):
-                work.close()
                 raise _finalized()
             timeout_s = None if deadline is None else max(0.0, deadline.remaining_s())
             if not job.over.wait(timeout_s):
@@ -99,7 +99,7 @@ class Loop:
         if self._thread is None:
             return
         if self._last is None:
-            self._last = _Job(work())
+            self._last = _Job(work)
         job = self._last
         self._jobs[job] = None
         if not self._has_taken(job):
@@ -141,8 +141,6 @@ class Loop:
             job.over.set()
         if thread is not None and thread.is_alive():
             raise deadline.expired("the end of the cluster's thread")
-        for job in jobs:
-            job.drop()
         self.asyncio.close()
 
     def _stop(self) -> None:
@@ -155,7 +153,8 @@ class Loop:
 class _Job(Generic[T]):
     """A coroutine that another thread waits for. No Future of concurrent: see running/bell.py."""
 
-    def __init__(self, work: Coroutine[object, object, T]) -> None:
+    def __init__(self, work: Callable[[], Coroutine[object, object, T]]) -> None:
+        # made where it runs: one that an interrupted caller had would never be awaited
         self._work = work
         self._task: asyncio.Task[T] | None = None
         self._is_cancelled = False
@@ -163,26 +162,16 @@ class _Job(Generic[T]):
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """May be called again."""
-        if self._task is not None:
+        if self._task is not None or self._is_cancelled:
             return
-        if self._is_cancelled:
-            self._work.close()
-            return
-        self._task = loop.create_task(self._work)
+        self._task = loop.create_task(self._work())
         self._task.add_done_callback(lambda _: self.over.set())
 
     def cancel(self) -> None:
         """In the loop's thread, or where the loop is closed. May be called again."""
         self._is_cancelled = True
-        if self._task is None:
-            self._work.close()
-        else:
+        if self._task is not None:
             self._task.cancel()
-
-    def drop(self) -> None:
-        """The loop has ended: what never began will not."""
-        if self._task is None:
-            self._work.close()
 
     def result(self) -> T:
         if self._task is None or not self._task.done() or self._task.cancelled():
