@@ -6,7 +6,6 @@ enforced, caches that free themselves, offsets within rows, and tensors to look 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from typing import TYPE_CHECKING, final
 
@@ -23,6 +22,7 @@ from llm_datadist.checks import (
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.kv_cache import KvCache
+from llm_datadist.locks import make_lock
 from llm_datadist.memory.views import held_bytes, storage_type
 from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.types import CacheDesc, LLMRole, Placement
@@ -56,7 +56,7 @@ class KvCacheManager:
         #: ids of caches that nobody holds any more and that are still to be freed
         self._collected: deque[int] = deque()
         #: held while they are freed, so that an allocation can wait for that
-        self._freeing = threading.RLock()
+        self._freeing = make_lock()
 
     # -- allocating --
 
