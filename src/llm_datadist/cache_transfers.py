@@ -251,9 +251,10 @@ class CacheTransfers:
         A layer is two tensors (K and V); the last may be one. Destinations are named by address
         (TransferConfig) or, with remote access enabled, by key (TransferWithCacheKeyConfig). With
         both lists of blocks, blocks go to blocks; with `dst_block_indices` alone a row is cut into
-        blocks of `dst_block_memory_size` bytes; with neither a row goes to a row. A destination
-        that fails does not stop the others; a layer that the synchronizer refuses (False) or fails
-        on (an exception) ends the transfer. A config without `src_layer_range` gets all layers.
+        blocks of `dst_block_memory_size` bytes; with neither a row goes to a row. Of a blocks cache
+        that is its first block, at either end. A destination that fails does not stop the others;
+        a layer that the synchronizer refuses (False) or fails on (an exception) ends the transfer.
+        A config without `src_layer_range` gets all layers.
 
         Returns at once; the CacheTask tells the results. Raises TypeError, ValueError, LLMException
         (LLM_PARAM_INVALID) for bad arguments. Thread-safe; the source stays the caller's to keep.
