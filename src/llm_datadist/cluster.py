@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core.link import SAME_HOST, Identity
-from llm_datadist.errors import LLMException
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
 from llm_datadist.links.groups import Groups
@@ -317,6 +317,9 @@ class Cluster:
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
+        if self.options.cannot_link:
+            refused = Outcome(LLMStatusCode.LLM_PARAM_INVALID, self.options.cannot_link)
+            return [refused for _ in targets]
         with self.transfers.watching("link") as watch:
             outcomes = self._for_each(targets, partial(self._linker.link, timeout_s=timeout_s))
             if watch is not None:
