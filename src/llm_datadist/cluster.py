@@ -319,6 +319,9 @@ class Cluster:
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
+        if self.options.cannot_link:
+            refused = Outcome(LLMStatusCode.LLM_PARAM_INVALID, self.options.cannot_link)
+            return [refused for _ in targets]
         with self.transfers.watching("link") as watch:
             link = partial(self._linker.link, timeout_s=timeout_s)
             outcomes = self._for_each(targets, link, timeout_s)
