@@ -40,7 +40,7 @@ from llm_datadist.running.ending import Ending
 from llm_datadist.running.gate import Gate
 from llm_datadist.running.loop import CannotWait, Loop, cancel_all
 from llm_datadist.running.movers import Movers
-from llm_datadist.running.shares import Shares
+from llm_datadist.running.shares import LoopShares, Shares
 from llm_datadist.running.threads import Errands, Threads, is_ours, start_thread
 from llm_datadist.transfers.transfers import Transfers
 from llm_datadist.transport.credentials import warn_of_public_files
@@ -184,6 +184,7 @@ class Cluster:
                 Shares(workers, _WORKERS_OF_ONE),
                 Shares(workers, _CHECKERS_OF_ONE),
                 Shares(fetchers, MAX_STREAMS),
+                LoopShares(loop),
                 recorder,
             ),
             # apart from both: strangers and name servers can make these wait as long as they like

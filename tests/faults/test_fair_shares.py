@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 from wire import NONCE, PROBE, LinkedCaller, Wire, columns, impostor, linked_caller
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import (
+    BlocksCacheKey,
+    CacheDesc,
+    CacheKey,
+    DataType,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+)
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info, make_array
 from llm_datadist.testing.timing import eventually, takes_at_most
@@ -271,6 +279,50 @@ def test_requests_one_behind_the_other_leave_others_their_turn(
             send_on(stack, stream, m.encode(m.Resolve(None, 2**64 - 1, 0, False)) * 4000)
         for _ in range(5):
             with takes_at_most(SOON_S):
+                assert pulls(node)
+
+
+MANY_CACHES, MANY_KEYS = 1500, 16_384
+
+
+def own_much(node: Node) -> None:
+    """Many caches of many tensors, and one of as many rows as keys."""
+    array = make_array((1, 1, MANY_CACHES * 128 * 64), 4)
+    node.arrays[-1] = array
+    desc, base = CacheDesc(128, [1, 64], DataType.DT_INT8), int(array.ctypes.data)
+    for at in range(MANY_CACHES):
+        addrs = [base + (at * 128 + tensor) * 64 for tensor in range(128)]
+        node.manager.register_blocks_cache(desc, addrs)
+    rows = CacheDesc(1, [MANY_KEYS, 64], DataType.DT_INT8)
+    keys = [CacheKey(1, number) for number in range(MANY_KEYS)]
+    node.manager.register_cache(rows, [base], keys)
+
+
+nowhere = np.array([1, 2, 3], dtype="<u8").tobytes()
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        pytest.param(m.Fetch(None, 0, 1, 1, 8, 1000, 1.0, nowhere), id="by address"),
+        pytest.param(m.Resolve(None, MANY_KEYS - 1, 0, False), id="by key"),
+        pytest.param(m.Resolve(MANY_CACHES + 2, 0, 0, False), id="by id"),
+    ],
+)
+def test_questions_about_much_leave_others_their_turn(
+    node: Node, victim: NodeProcess, port: int, greedy: LinkedCaller, question: m.Message
+) -> None:
+    """Whatever the owner has, an answer in its loop's thread takes about as long."""
+    victim.call(own_much)
+    with ExitStack() as stack:
+        for _ in range(STREAMS):
+            stream = greedy.attach()
+            drain(stack, stream)
+            send_on(stack, stream, m.encode(question) * 100)
+        for _ in range(3):
+            with takes_at_most(SOON_S):
+                assert node.unlink(port, 1) == SUCCESS
+                assert node.link(port, 1) == SUCCESS
                 assert pulls(node)
 
 

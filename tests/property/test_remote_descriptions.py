@@ -231,3 +231,29 @@ def test_a_layout_is_understood_as_its_owner_said_it() -> None:
 def test_a_layout_that_cannot_be_is_a_protocol_error(lie: dict[str, object]) -> None:
     with pytest.raises(m.ProtocolError):
         understand(with_layout(**lie))
+
+
+@examples
+@given(owned_caches())
+def test_of_a_key_that_it_asks_for_a_peer_learns_what_the_whole_table_says(
+    entries: list[Entry],
+) -> None:
+    for entry in entries:
+        every = understand(sent(describe(entry)))
+        for key, row in entry.keys.items():
+            cache = understand(sent(describe(entry, key)))
+            assert RemoteKeys([cache.keys]).find(key) == (0, row)
+            assert len(cache.keys) == m.KEY_NBYTES
+            assert cache.has_key_at(row) == every.has_key_at(row)
+
+
+def test_the_keys_of_a_cache_are_packed_again_only_when_one_has_gone() -> None:
+    registry = Registry(Generations(1))
+    layout = Layout.at(Geometry(CacheKind.CONTINUOUS, 1, 3, 8), [4096])
+    names = [KeyName(number, 0) for number in range(3)]
+    entry = registry.allocate(layout, Placement.HOST, names)
+    told = describe(entry).keys
+    assert describe(entry).keys is told
+    registry.remove_key(names[1])
+    left = RemoteKeys([describe(entry).keys])
+    assert [left.find(name) for name in names] == [(0, 0), None, (0, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import pytest
 
 from llm_datadist.errors import LLMException
 from llm_datadist.running.deadline import Deadline
-from llm_datadist.running.shares import Shares
+from llm_datadist.running.shares import LoopShares, Shares
 from llm_datadist.running.threads import Threads
 
 if TYPE_CHECKING:
@@ -95,3 +96,63 @@ def test_work_that_no_thread_takes_is_never_done() -> None:
     threads.end(Deadline.after(PATIENCE_S))
     with pytest.raises(LLMException):
         shares.start("a", lambda: pytest.fail("it was done"))
+
+
+def test_the_loop_has_one_turn_a_round_for_each_party() -> None:
+    loop = asyncio.new_event_loop()
+    shares, done = LoopShares(loop), list[str]()
+
+    def work(party: str, left: int) -> None:
+        done.append(party)
+        if left:
+            shares.start(party, lambda: work(party, left - 1))
+
+    def round_begins() -> None:
+        done.append("|")
+        if done.count("|") < 6:
+            loop.call_soon(round_begins)
+        else:
+            loop.stop()
+
+    def begin() -> None:
+        for party in ("greedy", "greedy", "greedy", "modest"):
+            shares.start(party, lambda party=party: work(party, 0))  # type: ignore[misc]
+        shares.start("busy", lambda: work("busy", 2))
+
+    loop.call_soon(round_begins)
+    loop.call_soon(begin)
+    loop.run_forever()
+    rounds = "".join(f"{each[0]}" for each in done).split("|")[1:]
+    assert [sorted(each) for each in rounds] == [
+        ["b", "g", "m"],
+        ["b", "g"],
+        ["b", "g"],
+        [],
+        [],
+        [],
+    ]
+    shares.start("greedy", lambda: done.append("again"))
+    assert done[-1] == "again", "who has no turn behind it has one at once"
+    loop.close()
+
+
+def test_work_of_the_loop_that_raises_keeps_nobody_else_from_a_turn() -> None:
+    loop = asyncio.new_event_loop()
+    logged, done = list[object](), list[str]()
+    loop.set_exception_handler(lambda _, context: logged.append(context["exception"]))
+    shares, error = LoopShares(loop), ValueError("its own")
+
+    def fail() -> None:
+        raise error
+
+    def begin() -> None:
+        shares.start("a", lambda: done.append("first"))
+        shares.start("a", fail)
+        shares.start("a", lambda: done.append("last"))
+        shares.start("a", loop.stop)
+
+    loop.call_soon(begin)
+    loop.run_forever()
+    loop.close()
+    assert done == ["first", "last"]
+    assert logged == [error]

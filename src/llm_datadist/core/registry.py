@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from llm_datadist.core.places import Places
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import NO_ID, BlocksCacheKey, is_valid_id
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.generations import Generations
     from llm_datadist.core.geometry import Layout
+    from llm_datadist.core.segments import U64
     from llm_datadist.keys import CacheKey
     from llm_datadist.kv_layout import KVLayout
     from llm_datadist.types import Placement
@@ -60,14 +62,27 @@ class Entry:
     has_id_reference: bool = True
     #: by the clock of whoever allocated it
     allocated_at: float = 0.0
-    #: key -> batch row; a blocks cache has its key at row 0
+    #: key -> batch row; a blocks cache has its key at row 0. They come with the cache, and then go
     keys: dict[KeyName, int] = field(default_factory=dict)
+    #: batch row -> its key: a row has one at most
+    rows: dict[int, KeyName] = field(default_factory=dict)
+    #: so many keys, as peers are told of them: those that are left, if they are as many
+    packed_keys: tuple[int, bytes] = (0, b"")
     #: tensors that layered pulls by a key have still to take before the key is used up
     remaining: dict[KeyName, set[int]] = field(default_factory=dict)
 
+    def bind(self, key: KeyName, row: int) -> None:
+        """The key leads to that row, which has none, from here on."""
+        self.keys[key], self.rows[row] = row, key
+
+    def unbind(self, key: KeyName) -> None:
+        """The end of `bind`."""
+        self.rows.pop(self.keys.pop(key), None)
+
     def key_at(self, row: int) -> KeyName | None:
         """The key that a pull of this row uses up; a prefix key is none."""
-        return next((k for k, at in self.keys.items() if at == row and not k.is_prefix), None)
+        key = self.rows.get(row)
+        return None if key is None or key.is_prefix else key
 
 
 class Registry:
@@ -85,6 +100,8 @@ class Registry:
         self._peers_keep_tables = peers_keep_tables
         self._entries: dict[int, Entry] = {}
         self._by_key: dict[KeyName, Entry] = {}
+        #: of the caches that peers may reach
+        self._places = Places()
         #: those that keys hold, by id and so by age
         self._held: dict[int, Entry] = {}
         self._last_id = first_id - 1
@@ -208,6 +225,7 @@ class Registry:
             entry.generation = 0
             for key in list(entry.keys):
                 self._by_key.pop(key, None)
+            self._places.remove(cache_id)
         return entry
 
     def find(self, cache_id: int) -> Entry:
@@ -227,6 +245,14 @@ class Registry:
             raise _missing(f"no cache has the key {kind}={key.id}, model_id={key.model_id}")
         return entry, entry.keys[key]
 
+    def find_at(self, addrs: U64, nbytes: U64) -> Entry | None:
+        """The cache that peers may reach at these addresses; the oldest of several over the same.
+
+        Takes no longer when there are more caches, unless they lie on each other there.
+        """
+        cache_id = self._places.find(addrs, nbytes)
+        return None if cache_id is None else self._entries.get(cache_id)
+
     def bound(self, keys: Iterable[KeyName | None]) -> list[tuple[KeyName, Entry]]:
         """Those of the keys that name caches, with these."""
         found = [(key, self._by_key.get(key)) for key in keys if key is not None]
@@ -237,10 +263,13 @@ class Registry:
         word_addr, generation = self._generations.open()
         entry = Entry(self._last_id, layout, placement, is_remote_accessible, word_addr, generation)
         self._entries[entry.cache_id] = entry
+        if is_remote_accessible:
+            self._places.add(entry.cache_id, layout)
         return entry
 
     def _unbind(self, entry: Entry, key: KeyName) -> Entry | None:
-        del self._by_key[key], entry.keys[key]
+        del self._by_key[key]
+        entry.unbind(key)
         entry.remaining.pop(key, None)
         if not entry.keys:
             self._held.pop(entry.cache_id, None)
@@ -255,10 +284,10 @@ class Registry:
         if holder is not None:
             if entry.layout.geometry.has_batch_rows:
                 return
-            del holder.keys[key]
+            holder.unbind(key)
             holder.generation = self._generations.renew(holder.word_addr)
         self._by_key[key] = entry
-        entry.keys[key] = row
+        entry.bind(key, row)
 
 
 def _missing(message: str) -> LLMException:

@@ -95,8 +95,12 @@ class RemoteRow(NamedTuple):
         return cls(key.cluster_id, name)
 
 
-def describe(entry: Entry) -> CacheInfo:
-    """What the owner of a cache tells its peers about it."""
+def describe(entry: Entry, key: KeyName | None = None) -> CacheInfo:
+    """What the owner of a cache tells its peers about it, with all of its keys, or with this one.
+
+    All keys are told in any thread, without a lock: what changes meanwhile makes that stale.
+    """
+    generation = entry.generation  # first: of what was read before it changed, it is a former one
     geometry = entry.layout.geometry
     return CacheInfo(
         cache_id=entry.cache_id,
@@ -106,13 +110,23 @@ def describe(entry: Entry) -> CacheInfo:
         row_nbytes=geometry.row_nbytes,
         is_remote_accessible=entry.is_remote_accessible,
         is_owned=entry.is_owned,
-        generation=entry.generation,
+        generation=generation,
         word_addr=entry.word_addr,
         addrs=entry.layout.addrs.astype("<u8", copy=False).tobytes(),
-        keys=pack_keys(entry.keys),
+        keys=_packed_keys(entry) if key is None else pack_keys({key: entry.keys[key]}),
         layout=None if entry.kv_layout is None else _layout_info(entry.kv_layout),
         is_counted=entry.num_readers > 0,
     )
+
+
+def _packed_keys(entry: Entry) -> bytes:
+    """Made once for as long as no key goes, however often peers ask."""
+    count, packed = entry.packed_keys
+    if count != len(entry.keys):
+        keys = entry.keys.copy()
+        packed = pack_keys(keys)
+        entry.packed_keys = len(keys), packed
+    return packed
 
 
 def understand(info: CacheInfo) -> RemoteCache:

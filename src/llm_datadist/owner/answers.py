@@ -75,7 +75,7 @@ class Answers:
         Raises LLMException(LLM_PARAM_INVALID) for a path that is not to be had.
         """
         if isinstance(request, m.ListCaches):
-            return m.Caches(self._catalog.describe_all()[-m.MAX_CACHES :])
+            return m.Caches(self._catalog.describe_all())
         transport = self._transports.get(request.path)
         if transport is None:
             raise invalid(f"cluster {self._cluster_id} does not have the path {request.path!r}")

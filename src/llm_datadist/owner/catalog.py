@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.generations import Generations
+from llm_datadist.core.generations import STALE, Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import describe
@@ -341,42 +341,41 @@ class Catalog:
     def find_at(self, addrs: U64, nbytes: U64) -> Entry:
         """The cache that peers may reach at these addresses. Raises LLM_PARAM_INVALID."""
         with self._lock:
-            for entry in list(self._registry.entries()):
-                if (
-                    entry is not self.probe
-                    and entry.is_remote_accessible
-                    and entry.layout.covers(addrs[:1], nbytes[:1])  # quick: most are another's
-                    and entry.layout.covers(addrs, nbytes)
-                ):
-                    return entry
-        raise invalid("the addresses lie in no cache that is remote accessible")
+            entry = self._registry.find_at(addrs, nbytes)
+        if entry is None or entry is self.probe:
+            raise invalid("the addresses lie in no cache that is remote accessible")
+        return entry
 
     def describe(self, name: int | KeyName) -> tuple[m.CacheInfo, int]:
-        """What a peer is told of a cache, and the row.
+        """What a peer is told of a cache, and the row. Of a key that it names no other is told.
 
         Raises LLMException: LLM_KV_CACHE_NOT_EXIST, and LLM_PARAM_INVALID for one that peers may
         not reach, of which they learn no more than that.
         """
         with self._lock:
+            key, row = None, 0
             if isinstance(name, KeyName):
-                entry, row = self._registry.find_key(name)
+                key, (entry, row) = name, self._registry.find_key(name)
             else:
-                entry, row = self._find(name), 0
+                entry = self._find(name)
             if not entry.is_remote_accessible:
                 raise invalid(
                     f"the peer's cache {entry.cache_id} is not remote accessible: its owner must "
                     "register it with remote_accessible=True"
                 )
-            return describe(entry), row
+            return describe(entry, key), row
 
     def describe_all(self) -> list[m.CacheInfo]:
-        """What a peer is told of all caches that it may reach."""
+        """What a peer is told of the caches that it may reach; of the newest, if there are many."""
         with self._lock:
-            return [
-                describe(entry)
+            entries = [
+                entry
                 for entry in list(self._registry.entries())
                 if entry is not self.probe and entry.is_remote_accessible
             ]
+        # without the lock, which others want: it may take long
+        infos = map(describe, entries[-m.MAX_CACHES :])
+        return [info for info in infos if info.generation != STALE]
 
     def is_remote_accessible(self, cache_id: int) -> bool:
         """Whether peers may reach that cache, or there is none: nothing is told of it then."""

@@ -1,11 +1,12 @@
 """Serving: the answering end of a request stream, driven by the cluster's loop.
 
-Guaranteed: requests of a stream are answered in order, one at a time, and streams have the loop's
-thread by turns; it never waits, and no peer keeps a thread by taking nothing. Small answers are
-sent at once in the loop's thread. Others go to a thread of the workers (large answers, tables,
-checksums) or of the fetchers (what peers push), and the stream is not listened to meanwhile. What
-takes long there gives its thread to other peers after a while, and goes on when it is its turn
-again (`running/shares.py`). A peer that takes nothing of an answer is waited for in the loop.
+Guaranteed: requests of a stream are answered in order, one at a time, and links have the loop's
+thread by turns, however many streams they have; it never waits, and no peer keeps a thread by
+taking nothing. Small answers are sent at once in the loop's thread. Others go to a thread of the
+workers (large answers, tables, checksums) or of the fetchers (what peers push), and the stream is
+not listened to meanwhile. What takes long there gives its thread to other peers after a while, and
+goes on when it is its turn again (`running/shares.py`). A peer that takes nothing of an answer is
+waited for in the loop.
 
 As long as the link is being made only what the hand-shake needs is answered (`Answers.is_early`).
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from llm_datadist.owner.fetching import Arrival, Fetching
     from llm_datadist.owner.guest import Guest
     from llm_datadist.running.gate import Gate
-    from llm_datadist.running.shares import Shares
+    from llm_datadist.running.shares import LoopShares, Shares
     from llm_datadist.transport.shield import Shield
 
 _CHUNK_NBYTES = 256 * 1024
@@ -74,6 +75,8 @@ class Serving:
     checkers: Shares
     #: threads that fetch what peers push
     fetchers: Shares
+    #: the loop's thread
+    turns: LoopShares
     #: None when metrics are off
     recorder: Recorder | None
 
@@ -100,7 +103,7 @@ class StreamService:
         self._when_closed = when_closed
         self._is_busy = False
         self._is_closed = False
-        #: more requests have come than were answered: their turn is coming
+        #: something has come, and it is not the link's turn yet
         self._has_turn = False
         #: what came before the link was made, and is put off
         self._early: m.AnyMessage | None = None
@@ -112,7 +115,7 @@ class StreamService:
 
     def start(self) -> None:
         self._loop.add_reader(self._socket, self._readable)
-        self._serve()  # a request may have come with the last message of the hand-shake
+        self._go_on_serving()  # a request may have come with the last message of the hand-shake
 
     def close(self) -> None:
         """Ends the service; a worker that is sending notices by itself."""
@@ -138,36 +141,23 @@ class StreamService:
         get_logger().log(level, "closing a stream of a peer: %s", why)
 
     def _readable(self) -> None:
-        if self._has_turn:
-            return
-        try:
-            data = self._socket.recv(_CHUNK_NBYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-            return
-        self._frames.max_nbytes = self._guest.max_request_nbytes
-        try:
-            self._frames.feed(self._shield.open(data, self._frames.max_nbytes))
-        except NotAuthentic as error:
-            self._complain(error)
-            self.close()
-            return
-        self._serve()
+        if not self._has_turn:
+            self._has_turn = True
+            self._serving.turns.start(self._guest, self._take_turn)
 
-    def _serve(self) -> None:
-        """Answers one request; those behind it have their turn when other streams had theirs."""
+    def _take_turn(self) -> None:
+        """Answers one request, and reads a little if none is whole."""
         self._has_turn = False
         if self._is_busy or self._is_closed or self._early is not None:
             return
+        self._frames.max_nbytes = self._guest.max_request_nbytes
         try:
             request = next(iter(self._frames), None)
+            if request is None and self._receive():
+                request = next(iter(self._frames), None)
             if request is not None:
                 self._answer(request)
-        except (m.ProtocolError, OSError) as error:
+        except (m.ProtocolError, NotAuthentic, OSError) as error:
             self._complain(error)
             self.close()
             return
@@ -175,9 +165,27 @@ class StreamService:
             get_logger().exception("answering a peer failed")
             self.close()
             return
-        if request is not None and not self._frames.is_empty:
-            self._has_turn = True
-            self._loop.call_soon(self._serve)
+        if request is not None:
+            self._go_on_serving()
+
+    def _go_on_serving(self) -> None:
+        """More requests may have come than were answered."""
+        if not (self._frames.is_empty or self._is_busy or self._is_closed):
+            self._readable()
+
+    def _receive(self) -> bool:
+        """Whether something has come. Raises NotAuthentic, OSError."""
+        try:
+            data = self._socket.recv(_CHUNK_NBYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return False
+        self._frames.feed(self._shield.open(data, self._frames.max_nbytes))
+        return True
 
     def _put_off(self, request: m.AnyMessage) -> None:
         """The link may be made, and the word of it be on its way."""
@@ -197,7 +205,7 @@ class StreamService:
             self._complain(error)
             self.close()
             return
-        self._serve()
+        self._go_on_serving()
 
     def _answer(self, request: m.AnyMessage, *, is_late: bool = False) -> None:
         """`is_late`: it was put off. Raises ProtocolError, OSError."""
@@ -421,7 +429,7 @@ class StreamService:
             self.close()
         else:
             self._loop.add_reader(self._socket, self._readable)
-            self._serve()
+            self._go_on_serving()
 
 
 _NOT_YET = m.Refused(LLMStatusCode.LLM_NOT_YET_LINK, "the link is still being made")

@@ -4,6 +4,8 @@ Guaranteed: the parties that want a thread have it by turns, one piece of work e
 has more than its bound at a time; what it wants beyond that waits, and keeps nobody else waiting. A
 thread is asked of the pool for each piece of work, and does the piece whose turn it is then; it
 goes on while any is left that may be done. Any thread may call. `_lock` is taken last.
+
+So it is with the one thread of a loop, there without a lock (`LoopShares`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from llm_datadist.locks import make_lock
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from llm_datadist.running.threads import Threads
@@ -87,3 +90,34 @@ class Shares:
             self._running[party] -= 1
             if not self._running[party]:
                 del self._running[party]
+
+
+class LoopShares:
+    """The thread of an asyncio loop, which parties share. Belongs to that thread.
+
+    Each party has one turn in a round of the loop's, however many connections it has.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        #: what waits, of the parties that have had their turn in this round
+        self._waiting: dict[object, deque[Callable[[], object]]] = {}
+
+    def start(self, party: object, work: Callable[[], object]) -> None:
+        """Does this: now, if the party has not had its turn, or when it is its turn again."""
+        waiting = self._waiting.get(party)
+        if waiting is not None:
+            waiting.append(work)
+            return
+        self._waiting[party] = deque()
+        self._loop.call_soon(self._go_on, party)  # in the next round
+        work()
+
+    def _go_on(self, party: object) -> None:
+        waiting = self._waiting[party]
+        if not waiting:
+            del self._waiting[party]
+            return
+        work = waiting.popleft()
+        self._loop.call_soon(self._go_on, party)
+        work()
