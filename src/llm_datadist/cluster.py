@@ -185,6 +185,7 @@ class Cluster:
                 Shares(workers, _CHECKERS_OF_ONE),
                 Shares(fetchers, MAX_STREAMS),
                 LoopShares(loop),
+                options.sync_timeout_s,
                 recorder,
             ),
             # apart from both: strangers and name servers can make these wait as long as they like

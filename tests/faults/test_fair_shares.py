@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import resource
 import select
@@ -280,6 +282,110 @@ def test_requests_one_behind_the_other_leave_others_their_turn(
         for _ in range(5):
             with takes_at_most(SOON_S):
                 assert pulls(node)
+
+
+ROW_NBYTES = 20 << 20
+#: room for one such cache of two rows
+SMALL_POOL = json.dumps({"memory_size": 64 << 20})
+
+
+def start_small(node: Node, timeout_ms: int) -> int:
+    settings = {**SETTINGS, "sync_kv_timeout": timeout_ms, "mem_pool_cfg": SMALL_POOL}
+    port = node.start(LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
+    fill(node, 1)
+    return port
+
+
+def fill(node: Node, value: int) -> None:
+    """Allocates all that the pool has, for a key, and fills it."""
+    desc = CacheDesc(1, [2, ROW_NBYTES], DataType.DT_INT8)
+    node.caches[0] = node.manager.allocate_cache(desc, [CacheKey(1, value)])
+    ctypes.memset(node.caches[0].tensor_addrs[0], value, 2 * ROW_NBYTES)
+
+
+def drop_id(node: Node) -> None:
+    node.manager.deallocate_cache(node.caches[0])
+
+
+def drop_key(node: Node) -> None:
+    node.manager.remove_cache_key(CacheKey(1, 1))
+
+
+def ask_for_all(greedy: LinkedCaller) -> tuple[Wire, m.CacheInfo]:
+    """A stream on which the cache comes, of which nothing has been taken yet."""
+    stream = greedy.attach()
+    stream.send(m.Resolve(None, 1, 0, False))
+    info = stream.expect(m.Resolved).info
+    addr = int(np.frombuffer(info.addrs, dtype="<u8")[0])
+    stream.send(m.Read(info.cache_id, info.generation, 600_000, columns([(addr, 2 * ROW_NBYTES)])))
+    assert stream.expect(m.Sending).nbytes == 2 * ROW_NBYTES
+    return stream, info
+
+
+def take_all(stream: Wire, pause_s: float = 0.0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What comes, a little at a time, and its trailer."""
+    data = np.zeros(2 * ROW_NBYTES + 16, np.uint8)
+    left, pause = data.data, threading.Event()
+    while len(left):
+        taken = stream.socket.recv_into(left[: 1 << 20])
+        assert taken
+        left = left[taken:]
+        pause.wait(pause_s)
+    return data
+
+
+@pytest.mark.parametrize("last", ["its id", "a key", "a key that is used up"])
+def test_who_takes_nothing_keeps_no_freed_memory_from_its_pool(
+    victim: NodeProcess, last: str
+) -> None:
+    """Nor does it get a byte of what lies there afterwards."""
+    port = victim.call(start_small, TIMEOUT_MS)
+    with linked_caller(port, is_remote_accessible=True) as greedy:
+        streams = [ask_for_all(greedy)[0] for _ in range(3)]
+        stream, info = ask_for_all(greedy)
+        victim.call(drop_key if last == "its id" else drop_id)
+        if last == "its id":
+            victim.call(drop_id)
+        elif last == "a key":
+            victim.call(drop_key)
+        else:
+            asking = greedy.attach()
+            asking.send(m.UseUp(info.cache_id, 0, 0, 0))
+            asking.expect(m.Done)
+        with takes_at_most(SOON_S):
+            victim.call(fill, 2)
+        for each in (stream, *streams):
+            data = take_all(each)
+            assert data[0] == 1
+            assert not data[-16:].any(), "the word that it is stale, and no bad address"
+            assert not (data == 2).any()
+
+
+def num_descriptors(_: Node) -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_who_takes_nothing_for_as_long_as_calls_last_is_cut_off(victim: NodeProcess) -> None:
+    port = victim.call(start_small, 1000)
+    with linked_caller(port, is_remote_accessible=True) as greedy:
+        before = victim.call(num_descriptors)
+        streams = [ask_for_all(greedy)[0] for _ in range(3)]
+        assert victim.call(num_descriptors) == before + 3
+        assert eventually(lambda: victim.call(num_descriptors) == before, 1.0 + SOON_S)
+        for stream in streams:
+            assert stream.is_ended()
+
+
+def test_who_takes_a_little_at_a_time_gets_all_of_it(victim: NodeProcess) -> None:
+    """Longer than calls of the owner's may last: by the reader's time-out, as long as it takes."""
+    port = victim.call(start_small, 1000)
+    with linked_caller(port, is_remote_accessible=True) as slow:
+        stream, info = ask_for_all(slow)
+        begun = time.monotonic()
+        data = take_all(stream, pause_s=0.05)
+        assert time.monotonic() - begun > 1.5
+        assert (data[:-16] == 1).all()
+        assert data[-16:].view(np.uint64).tolist() == [info.generation, 0]
 
 
 MANY_CACHES, MANY_KEYS = 1500, 16_384

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llm_datadist.core.geometry import Geometry, Layout
 from llm_datadist.errors import LLMException
 from llm_datadist.running.deadline import Deadline
+from llm_datadist.transport.tcp import Permit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from llm_datadist.running.gate import Gate
     from llm_datadist.types import Placement
 
-#: how long an answer may take to be seen as sent
+#: how long an answer may take to be seen as sent …
 _NOTICED_S = 0.05
+#: … and one that was taken back, of which a system call may be under way
+_TAKEN_BACK_S = 0.2
 
 
 class Allocations:
@@ -62,9 +65,16 @@ class Allocations:
         return memory, Pin(self._gate, entry)
 
     def give_back(self, freed: Entry) -> None:
-        """Returns the memory of a cache that was freed, now or when nothing uses it any more."""
+        """Returns the memory of a cache that was freed, now or when nothing uses it any more.
+
+        What is being sent of it is taken back, and so is what was sent for a push that has ended; a
+        push that goes on has a ticket of its own, and may end well.
+        """
         if self._gate.count(freed):
             self._doomed.add(freed)
+            for permit in self._permits(freed):
+                if not permit.is_revoked and (permit.ticket is None or permit.is_over):
+                    permit.revoke(is_awaited=False)
         else:
             self._exposure.conceal(freed.cache_id)
             self.free(freed.layout, freed.placement)
@@ -75,17 +85,20 @@ class Allocations:
         A peer that has the last byte of an answer may act on it before this end has noticed that
         the answer is sent.
         """
-        deadline = Deadline.after(_NOTICED_S)
-        return any(
-            self._gate.drain(entry, max(0.0, deadline.remaining_s()))
-            for entry in tuple(self._doomed)
-        )
+        doomed = tuple(self._doomed)
+        is_read = any(permit.is_revoked for entry in doomed for permit in self._permits(entry))
+        deadline = Deadline.after(_TAKEN_BACK_S if is_read else _NOTICED_S)
+        return any(self._gate.drain(entry, max(0.0, deadline.remaining_s())) for entry in doomed)
 
     def reclaim(self) -> None:
         """Returns the memory of freed caches whose last use has ended."""
         doomed, self._doomed = self._doomed, set()
         for entry in doomed:
             self.give_back(entry)
+
+    def _permits(self, entry: Entry) -> list[Permit]:
+        """Under which peers read it."""
+        return [use for use in self._gate.uses_beside(entry) if isinstance(use, Permit)]
 
 
 class Pin:

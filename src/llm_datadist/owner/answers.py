@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llm_datadist.transport.base import Transport
     from llm_datadist.transport.tcp import Permit
 
-#: a peer that takes no more of an answer for this long, or asks for longer, is cut off
+#: a peer that has not taken an answer after so long, however long it asks for, is cut off
 MAX_ANSWER_S = 600.0
 #: so many caches and keys are told of in the loop's thread
 _FEW = 256

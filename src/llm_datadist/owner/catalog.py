@@ -4,7 +4,8 @@ Guaranteed: memory that a call uses stays what it is until the call has ended. E
 the gate under the call's token, at the moment at which the cache is found. An unregistered cache
 waits for its uses, and gets no new ones; an allocated cache that is freed while it is used is gone
 for everybody at once, but its memory goes back to its pool with a later look at the pools, when
-nothing uses it any more. So does memory that an array shows, which a Pin keeps.
+nothing uses it any more: what is being sent of it to peers ends at once (`Permit`), since it is
+worthless to them. So does memory that an array shows, which a Pin keeps.
 
 Changes of several steps are made where no signal's exception strikes (`Errands`): half of one would
 leave a key on memory that is free, or memory that is nobody's.
@@ -166,7 +167,7 @@ class Catalog:
                 return None
             for permit in self._gate.uses_beside(entry):
                 if isinstance(permit, Permit):
-                    permit.revoke()
+                    permit.revoke(is_awaited=True)
             cannot_wait = is_finalizer()
             if not self._gate.drain(entry, min(timeout_s, _MOMENT_S) if cannot_wait else timeout_s):
                 if not cannot_wait:

@@ -77,6 +77,8 @@ class Serving:
     fetchers: Shares
     #: the loop's thread
     turns: LoopShares
+    #: a peer that takes nothing of an answer for so long is cut off: as long as calls of ours last
+    timeout_s: float
     #: None when metrics are off
     recorder: Recorder | None
 
@@ -385,8 +387,8 @@ class StreamService:
             self._socket.close()
             return
         self._waiting = sender, deadline
-        left_s = max(0.0, deadline.remaining_s())
-        self._timer = self._loop.call_later(left_s, self._go_on)
+        left_s = min(self._serving.timeout_s, max(0.0, deadline.remaining_s()))
+        self._timer = self._loop.call_later(left_s, self._give_up)
         self._loop.add_writer(self._socket, self._go_on)
         self._look()
 
@@ -394,8 +396,12 @@ class StreamService:
         """In any thread; a finalizer may be in the loop's, which then must not wait for itself."""
         if asyncio._get_running_loop() is self._loop:
             self._look()
-        else:
+            return
+        try:
             self._loop.call_soon_threadsafe(self._look)
+        except RuntimeError:
+            if not self._loop.is_closed():  # else nobody sends any more
+                raise
 
     def _look(self) -> None:
         """Lets go of memory that was taken back from an answer which waits for the peer."""
@@ -405,6 +411,10 @@ class StreamService:
             except OSError as error:
                 self._complain(_describe(error))
                 self.close()
+
+    def _give_up(self) -> None:
+        self._complain("it has taken nothing of an answer for too long")
+        self.close()
 
     def _go_on(self) -> None:
         if self._waiting is not None:

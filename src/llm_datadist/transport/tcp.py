@@ -183,15 +183,15 @@ class Permit:
         """Whether the push that it is for has ended."""
         return self.ticket is not None and int(self.ticket[0][0]) != self.ticket[1]
 
-    def revoke(self) -> None:
+    def revoke(self, *, is_awaited: bool) -> None:
         """Takes the right back; `give_back` is called soon, from where the answer is sent.
 
-        A finalizer in a thread of the library's may keep that from its turn. There it is called
-        here, unless this very thread is in the middle of sending.
+        A finalizer in a thread of the library's that waits for it may keep that from its turn.
+        There it is called here, unless this very thread is in the middle of sending.
         """
         self.is_revoked = True
         sender = None if self.sender is None else self.sender()
-        if sender is not None and is_ours():
+        if is_awaited and sender is not None and is_ours():
             sender.let_go_beside()
         self._wake()
 
