@@ -10,6 +10,7 @@ import select
 import socket
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,15 @@ from llm_datadist import (
     LLMStatusCode,
 )
 from llm_datadist.core import messages as m
+from llm_datadist.core.registry import KeyName
+from llm_datadist.core.remote_keys import pack_keys
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info, make_array
 from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from llm_datadist import Cache
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
@@ -359,6 +364,65 @@ def test_who_takes_nothing_keeps_no_freed_memory_from_its_pool(
             assert data[0] == 1
             assert not data[-16:].any(), "the word that it is stale, and no bad address"
             assert not (data == 2).any()
+
+
+def start_to_push(node: Node) -> None:
+    """Allocates a blocks cache, and pushes it from another thread."""
+    desc = CacheDesc(2, [2, ROW_NBYTES // 2], DataType.DT_INT8)
+    cache = node.caches[1] = node.manager.allocate_blocks_cache(desc)
+    for addr in cache.tensor_addrs:
+        ctypes.memset(addr, 7, ROW_NBYTES)
+    _pushing.append(ThreadPoolExecutor(1).submit(push, node, cache))
+
+
+_pushing: list[Future[LLMStatusCode]] = []
+
+
+def push(node: Node, cache: Cache) -> LLMStatusCode:
+    try:
+        node.manager.push_blocks(BlocksCacheKey(GREEDY, 0), cache, [0, 1], [0, 1])
+    except LLMException as error:
+        return error.status_code
+    return SUCCESS
+
+
+def free_what_is_pushed(node: Node) -> None:
+    node.manager.deallocate_blocks_cache(node.caches[1])
+
+
+def outcome_of_push(_: Node) -> LLMStatusCode:
+    return _pushing.pop().result(TIMEOUT_MS / 1000)
+
+
+def test_a_push_of_what_is_freed_meanwhile_ends_well(victim: NodeProcess) -> None:
+    """The call holds the memory, and what is sent for it is no other's."""
+    port = victim.call(start_small, TIMEOUT_MS)
+    victim.call(drop_id)
+    victim.call(drop_key)
+    theirs = m.CacheInfo(
+        cache_id=1, kind=1, num_tensors=2, num_rows=2, row_nbytes=ROW_NBYTES // 2,
+        is_remote_accessible=True, is_owned=False, generation=5, word_addr=0x3000,
+        addrs=np.array([1 << 30, 1 << 31], "<u8").tobytes(),
+        keys=pack_keys({KeyName(2**64 - 1, 0): 0}),
+    )  # fmt: skip
+    with linked_caller(port, is_remote_accessible=True) as peer:
+        victim.call(start_to_push)
+        peer.asked.expect(m.ListCaches)
+        peer.asked.send(m.Caches([theirs]))
+        fetch = peer.asked.expect(m.Fetch)
+        src, _, nbytes = np.frombuffer(fetch.columns, dtype="<u8").reshape(3, -1).tolist()
+        stream = peer.attach()
+        asked = columns(list(zip(src, nbytes, strict=True)))
+        stream.send(m.Read(fetch.src_cache_id, fetch.src_generation, 600_000, asked))
+        assert stream.expect(m.Sending).nbytes == 2 * ROW_NBYTES
+        victim.call(free_what_is_pushed)
+        data = take_all(stream)
+        assert (data[:-16] == 7).all()
+        assert data[-16:].view(np.uint64).tolist() == [fetch.src_generation, 0]
+        peer.asked.send(m.Done())
+        assert victim.call(outcome_of_push) == SUCCESS
+    with takes_at_most(SOON_S):
+        victim.call(fill, 2)
 
 
 def num_descriptors(_: Node) -> int:

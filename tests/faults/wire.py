@@ -145,8 +145,9 @@ class LinkedCaller:
         self.welcome = self.control.expect(m.Welcome)
         self.control.send(m.Ready("tcp", unmet))
         self.control.expect(m.DialBack)
-        reverse = self.attach(is_reverse=True)
-        reverse.serve_probe()
+        #: the stream on which the engine asks
+        self.asked = self.attach(is_reverse=True)
+        self.asked.serve_probe()
         self.control.expect(m.Linked)
 
     def attach(self, *, is_reverse: bool = False) -> Wire:
