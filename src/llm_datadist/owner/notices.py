@@ -44,9 +44,9 @@ class Notices:
             )
         with self._lock:
             if self._counts[guest] >= MAX_OF_ONE:
-                raise _too_many(MAX_OF_ONE, "from this one")
+                raise _too_many(MAX_OF_ONE)
             if len(self._unread) >= MAX_OF_ALL:
-                raise _too_many(MAX_OF_ALL, "from all of its peers")
+                raise _too_many(MAX_OF_ALL)
             self._counts[guest] += 1
             self._unread.append(notice)
         return m.Done()
@@ -64,9 +64,8 @@ class Notices:
             self._unread[:0] = taken
 
 
-def _too_many(count: int, whose: str) -> LLMException:
+def _too_many(count: int) -> LLMException:
     return LLMException(
-        f"the peer has {count} unread notices {whose}: its program must ask for them "
-        "(get_notifies)",
+        f"the peer has {count} unread notices: its program must ask for them (get_notifies)",
         LLMStatusCode.LLM_FAILED,
     )
