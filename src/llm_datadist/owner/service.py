@@ -166,6 +166,7 @@ class StreamService:
         self._has_turn = False
         if self._is_busy or self._is_closed or self._early is not None:
             return
+        self._frames.max_nbytes = self._guest.max_request_nbytes
         try:
             request = next(iter(self._frames), None)
             if request is not None:
