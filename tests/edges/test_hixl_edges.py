@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from edges.forking import in_child
 from edges.interrupting import LONGEST_S, interrupts, is_interrupted
 from edges.scarce import become_nobody, lift_limit, limit_threads
-from edges.test_forks import in_child
 from llm_datadist import hixl as h
 from llm_datadist.testing.process import ObjectProcess
 from llm_datadist.testing.timing import eventually, takes_at_most

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, final
@@ -49,14 +48,14 @@ class Hixl:
     call returns follows it in a tuple. FAILED is the answer of an engine that is not initialised.
     They raise nothing but TypeError, for arguments of a wrong type.
 
-    All methods may be called from any thread, at the same time. An object that is dropped, or left
-    over when the program ends, is finalized. A forked child has to call `initialize` itself.
+    Methods but `initialize` may be called from any thread, at the same time. An object that is
+    dropped, or left over when the program ends, is finalized. A forked child has to call
+    `initialize` itself.
     """
 
     def __init__(self) -> None:
         """Does no work yet."""
         self._engine: Engine | None = None
-        self._lifecycle = threading.RLock()
         self._end: weakref.finalize[[], Hixl] | None = None
 
     # -- life --
@@ -69,7 +68,7 @@ class Hixl:
         A second call does nothing. Returns PARAM_INVALID for a name or options that cannot be,
         FAILED when the address cannot be had.
         """
-        with self._lifecycle, Call("initialize", local_engine) as call:
+        with Call("initialize", local_engine) as call:
             if self._engine is None or not self._engine.is_up:
                 self.finalize()  # what was interrupted is ended first
                 text = check_type("local_engine", local_engine, str)
@@ -91,13 +90,14 @@ class Hixl:
         What runs has a second to end, then it is cut; nothing is moved any more when this returns.
         Does nothing when not initialised. `initialize` may be called again.
         """
-        with self._lifecycle:
-            if self._engine is not None:
-                self._engine.stop()
-            # not before: what was interrupted can be called again
+        engine, end = self._engine, self._end
+        if engine is not None:
+            engine.stop()
+        # not before: what was interrupted can be called again
+        if self._engine is engine:
             self._engine = None
-            if self._end is not None:
-                self._end.detach()
+        if end is not None:
+            end.detach()
 
     # -- memory --
 
@@ -321,7 +321,6 @@ class Hixl:
     def _forget_parent(self) -> Engine | None:
         """For running/forks.py."""
         engine, self._engine = self._engine, None
-        self._lifecycle = threading.RLock()
         if self._end is not None:
             self._end.detach()
         return engine
