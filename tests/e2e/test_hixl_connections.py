@@ -119,7 +119,8 @@ def test_the_peers_death_ends_the_connection_and_its_heir_is_reached(
         client.connect(name)
         assert client.write(name, ours, theirs) == h.SUCCESS
         victim.kill()
-        until(lambda: client.write(name, ours, theirs) == h.NOT_CONNECTED)
+        until(lambda: client.hixl.links() == [])
+        assert client.write(name, ours, theirs) == h.NOT_CONNECTED
         assert client.hixl.disconnect(name, LONG_MS) == h.NOT_CONNECTED
         heir = Engine(path)
         try:
