@@ -79,6 +79,9 @@ class Options:
     metrics: bool = False  #: count what operations do
     tracing: bool = False  #: an OpenTelemetry span for each operation
     transfer_threads: int = 1  #: over how many threads, or streams, a large transfer is spread
+    #: of the interface `hixl`, no option: peers send notices, and say how long their transfers may
+    #: take; each end links and unlinks for itself
+    is_engine: bool = False
 
     @classmethod
     def parse(cls, role: LLMRole, options: object) -> Options:
