@@ -397,10 +397,21 @@ def as_text(reason: str) -> str:
 
 
 def encode(message: Message) -> bytes:
-    """A whole frame."""
+    """A whole frame, which any peer can decode.
+
+    Raises ValueError for a message that none could: the peer would end its link, by the doing of
+    whoever had us say it. Tables are not read again, which would take as long as to make them:
+    what they hold is bounded when it is registered.
+    """
     body = _encoder.encode(message)
     if len(body) > MAX_BODY_NBYTES:
         raise ValueError(f"a {type(message).__name__} of {len(body)} bytes is over the frame cap")
+    if not isinstance(message, Caches):
+        try:
+            _decoder.decode(body)
+        except msgspec.DecodeError as error:
+            text = f"a {type(message).__name__} that no peer could decode: {error}"
+            raise ValueError(text) from error
     return HEADER.pack(MAGIC, len(body)) + body
 
 
@@ -443,8 +454,15 @@ def pack_columns(*columns: U64) -> bytes:
 
 
 def pack_layers(names: Sequence[int | str]) -> bytes:
-    """The names of layers, in order."""
-    return _encoder.encode(tuple(names))
+    """The names of layers, in order. Raises ValueError for what `layers_of` does not take."""
+    try:
+        packed = _encoder.encode(tuple(names))
+        layers_of(packed)
+    except (OverflowError, ProtocolError) as error:
+        raise ValueError(str(error)) from error
+    if len(packed) > _MAX_LAYERS_NBYTES:
+        raise ValueError(f"{len(packed)} bytes of names, {_MAX_LAYERS_NBYTES} are possible")
+    return packed
 
 
 def layers_of(data: bytes) -> list[int | str]:
