@@ -192,6 +192,7 @@ class Cluster:
             options.sync_timeout_s,
             options.transfer_backend is not None,
             set(),
+            set(),
             recorder,
         )
 

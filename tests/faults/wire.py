@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import msgspec
@@ -38,8 +39,8 @@ class Wire:
         self.socket = sock
 
     @classmethod
-    def dial(cls, port: int) -> Wire:
-        return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
+    def dial(cls, port: int, own_host: str = "127.0.0.1") -> Wire:
+        return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S, (own_host, 0)))
 
     @classmethod
     def begin_to_dial(cls, port: int) -> Wire:
@@ -102,6 +103,10 @@ class Wire:
         self.socket.close()
         raise EOFError("this end closed the connection")
 
+    def proof(self, control: Wire) -> bytes:
+        """What shows on this connection that its caller is the end of that link."""
+        return b""
+
     def serve_probe(self) -> None:
         """Answers the read that verifies the path."""
         read = self.expect(m.Read)
@@ -144,12 +149,19 @@ class LinkedCaller:
     """A caller made by hand that an engine has linked to, over tcp. See `linked_caller`."""
 
     def __init__(
-        self, port: int, stack: ExitStack, *, is_remote_accessible: bool, unmet: str = ""
+        self,
+        dial: Callable[[], Wire],
+        stack: ExitStack,
+        *,
+        is_remote_accessible: bool,
+        unmet: str,
+        cluster_id: int,
     ) -> None:
-        self._port = port
+        self._dial = dial
         self._stack = stack
-        self.control = self._dial()
-        self.control.send(hello(is_remote_accessible=is_remote_accessible))
+        self.control = stack.enter_context(dial())
+        self.hello = hello(is_remote_accessible=is_remote_accessible, cluster_id=cluster_id)
+        self.control.send(self.hello)
         self.welcome = self.control.expect(m.Welcome)
         self.control.send(m.Ready("tcp", unmet))
         self.control.expect(m.DialBack)
@@ -159,22 +171,30 @@ class LinkedCaller:
 
     def attach(self, *, is_reverse: bool = False) -> Wire:
         """A stream that has joined the link; unless `is_reverse`, the engine answers on it."""
-        wire = self._dial()
-        wire.send(m.Attach(self.welcome.token, is_reverse))
+        wire = self._stack.enter_context(self._dial())
+        wire.send(m.Attach(self.welcome.token, is_reverse, wire.proof(self.control)))
         wire.expect(m.Attached)
         return wire
-
-    def _dial(self) -> Wire:
-        return self._stack.enter_context(Wire.dial(self._port))
 
 
 @contextmanager
 def linked_caller(
-    port: int, *, is_remote_accessible: bool = False, unmet: str = ""
+    port: int,
+    *,
+    is_remote_accessible: bool = False,
+    unmet: str = "",
+    cluster_id: int = 4242,
+    dial: Callable[[int], Wire] = Wire.dial,
 ) -> Iterator[LinkedCaller]:
     """Links by hand; closes all that was opened."""
     with ExitStack() as stack:
-        yield LinkedCaller(port, stack, is_remote_accessible=is_remote_accessible, unmet=unmet)
+        yield LinkedCaller(
+            partial(dial, port),
+            stack,
+            is_remote_accessible=is_remote_accessible,
+            unmet=unmet,
+            cluster_id=cluster_id,
+        )
 
 
 @contextmanager

@@ -50,6 +50,8 @@ def test_a_timeout_that_no_program_can_set_is_a_protocol_error(timeout_ms: int) 
 @pytest.mark.parametrize(
     "message",
     [
+        m.Vouch(bytes(300)),
+        m.Vouched(b"", True),
         m.Ready("x" * 4097),
         m.Refused(-1, "no"),
         m.DialBack(0),

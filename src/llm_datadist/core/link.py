@@ -102,14 +102,14 @@ class Dial:
 class SayWhether:
     """Tell the peer whether this connection is one of ours."""
 
-    connection: str
+    connection: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Learn:
     """The peer said whether a connection is its own."""
 
-    connection: str
+    connection: bytes
     is_theirs: bool
 
 

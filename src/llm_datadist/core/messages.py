@@ -58,8 +58,8 @@ Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
 #: as Token, or empty
 Nonce: TypeAlias = Annotated[bytes, Meta(max_length=16)]
-#: its ends' addresses, that of the one who is asked first, and its nonce
-Connection: TypeAlias = Annotated[str, Meta(max_length=256)]
+#: a digest, see core/connection_names.py
+Connection: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
 class ProtocolError(Exception):
@@ -183,7 +183,7 @@ class Moved(Message, tag=13):
 class Vouch(Message, tag=14):
     """On a link: is this connection, of which somebody says that it is yours, one of yours now?
 
-    It is named as you see it, by its ends, and by the nonce that its caller said on it.
+    It is named by what its ends are and have said on it: see core/connection_names.py.
     """
 
     connection: Connection

@@ -133,7 +133,6 @@ class Linker:
         self, control: Control, call: Call, deadline: Deadline, expected: bytes = b""
     ) -> Session:
         """The session of a connection, when its hand-shake is over."""
-        nonce = _new_nonce(control)
         link = lk.CallerLink(self._context.me, control.is_same_host, expected=expected)
         endpoint = None if isinstance(call.at, SameHost) else call.at
         session = Session(
@@ -142,7 +141,7 @@ class Linker:
         session.meeting = partial(self._meet, session, call)
         left_s = max(0.001, deadline.remaining_s())
         first = link.start(
-            nonce,
+            secrets.token_bytes(16),
             is_fresh=call.is_fresh,
             timeout_ms=max(1, int(left_s * 1000)),
             group=call.group,
@@ -255,17 +254,18 @@ class Linker:
         control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_UNLINK_FAILED)
         if control is None:
             return outcome
-        nonce = _new_nonce(control)
-        self._context.connections.add(control.mine)
+        forget = m.Forget(self._context.me.instance, secrets.token_bytes(16))
+        control.begun(forget)
+        self._context.called.add(control.name)
         try:
-            await control.send(m.Forget(self._context.me.instance, nonce))
+            await control.send(forget)
             await asyncio.wait_for(control.receive(), deadline.remaining_s())
         except asyncio.TimeoutError:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, f"{endpoint} did not answer in time")
         except ConnectionEnded as error:
             return Outcome(LLMStatusCode.LLM_UNLINK_FAILED, f"{endpoint}: {error}")
         finally:
-            self._context.connections.discard(control.mine)
+            self._context.called.discard(control.name)
             control.close()
         return _OK
 
@@ -284,13 +284,6 @@ class Linker:
             remedy = "" if error.errno in _OURS else _REMEDY
             reason = f"cannot connect to {at}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
-
-
-def _new_nonce(control: Control) -> bytes:
-    """For the first message on a connection of ours, which is named by it."""
-    nonce = secrets.token_bytes(16)
-    control.name_by(nonce)
-    return nonce
 
 
 def _differ(at: Endpoint | None, other: Endpoint) -> bool:
