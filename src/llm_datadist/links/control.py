@@ -49,6 +49,10 @@ class Unwelcome(ConnectionEnded):
     """One end did not prove that it may link."""
 
 
+class AnotherUser(ConnectionEnded):
+    """At a same-host socket a process of another user listens."""
+
+
 class Control:
     """One connection. Belongs to the loop's thread."""
 
@@ -209,7 +213,7 @@ class Control:
 async def dial(at: Address, waiters: Executor, shield: Shield, timeout_s: float) -> Control:
     """Connects and greets; a name is looked up in a thread of the waiters.
 
-    Raises OSError, Unwelcome, asyncio.TimeoutError.
+    Raises OSError, Unwelcome, AnotherUser, asyncio.TimeoutError.
     """
     return await asyncio.wait_for(_dial(at, waiters, shield, Deadline.after(timeout_s)), timeout_s)
 
@@ -274,7 +278,11 @@ async def _dial_same_host(at: SameHost, shield: Shield) -> Control:
         # nothing tells the loop that the listener's queue has room again
         while not at.try_to_connect(sock):  # noqa: ASYNC110
             await asyncio.sleep(_QUEUE_FULL_S)
-        return Control(sock, at, shield)
+        control = Control(sock, at, shield)
+        # before anything is said: the path is for one user alone, and others can take the name
+        if not at.is_meeting_point and (objection := Process.of(sock).objection):
+            raise AnotherUser(objection)
+        return control
     except BaseException:
         sock.close()
         raise

@@ -230,6 +230,17 @@ class Session:
                 await asyncio.wait([self._listening])
                 self.control.close()  # a task that is cancelled before it began closes nothing
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether who was called is at the other end, at the caller."""
+        return isinstance(self._link, lk.CallerLink) and self._link.has_answered
+
+    def give_up_unless_answered(self) -> None:
+        """Ends the hand-shake with whoever is there, if it is not the one that was called."""
+        assert isinstance(self._link, lk.CallerLink)
+        late = f"{self.control.at} did not answer in the peer's name"
+        self._spawn(self.perform(self._link.unanswered(late)))
+
     async def join(self) -> None:
         """Waits for what a closed session still has running."""
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -167,6 +167,14 @@ class Process:
         return cls(pid, uid, sock)
 
     @property
+    def objection(self) -> str:
+        """Why this process may not share a path with it: it is another user's; else empty."""
+        uid = os.geteuid()
+        if self.uid == uid:
+            return ""
+        return f"run both processes as the same user (here {uid}, the peer {self.uid})"
+
+    @property
     def is_stopped(self) -> bool:
         """By a signal, or a debugger; False where that cannot be told, as of one that is gone."""
         try:
