@@ -199,6 +199,7 @@ class Cluster:
             options.sync_timeout_s,
             options.is_engine or options.transfer_backend is not None,
             set(),
+            set(),
             recorder,
         )
 

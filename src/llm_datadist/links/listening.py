@@ -75,7 +75,8 @@ class Listening:
         """Listens there, or no more. Spec 5.7.
 
         Raises LLMException: LLM_EXIST_LINK while there are links, LLM_FAILED when the address
-        cannot be had; all is then as it was. A caller that is interrupted leaves it to be done.
+        cannot be had, LLM_TIMEOUT when what is under way at the former one does not end; all is
+        then as it was. A caller that is interrupted leaves it to be done.
         """
         self._errands.run(partial(self._move, endpoint))
 
@@ -86,11 +87,12 @@ class Listening:
             return
         before, self._asked = self._asked, None
         taken = self.endpoint
-        self._loop.run(self._close_main, Deadline.after(_LISTENER_S))
         try:
+            self._loop.run(self._close_main, Deadline.after(_LISTENER_S))
             self._open(endpoint)
         except LLMException:
-            self._open(taken)
+            if self._listener is None:  # else its end has not even begun
+                self._open(taken)
             self._asked = before
             raise
         self._asked = endpoint
@@ -208,9 +210,9 @@ class Listening:
         )
 
     async def _close_main(self) -> None:
-        if self._listener is not None:
-            await self._listener.close()
-        self._listener = self.endpoint = None
+        listener, self._listener, self.endpoint = self._listener, None, None
+        if listener is not None:
+            await listener.close()
         if not self._rank_listeners and not self._meeting_listeners:
             await self._close_same_host()
 
