@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar, final
+from typing import TYPE_CHECKING, TypeVar, cast, final
 
 from llm_datadist.cache import Cache
 from llm_datadist.cache_transfers import CacheTransfers
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llm_datadist.cluster import Cluster
     from llm_datadist.memory.dlpack import SupportsDLPack
     from llm_datadist.memory.tensors import Located
+    from llm_datadist.places.places import AnyCluster
 
 T = TypeVar("T", bound="int | SupportsDLPack")
 
@@ -126,7 +127,7 @@ class CacheManager(CacheTransfers):
         Raises TypeError, AttributeError, ValueError; LLMException (LLM_KV_CACHE_NOT_EXIST) when it
         is not registered, or is unregistered meanwhile. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
+        cluster = self._require_one(LLMStatusCode.LLM_FAILED)
         cache_id = check_object("cache", cache, Cache).cache_id
         seconds = check_type("timeout", timeout, int, float)
         if not 0 <= seconds < INT32_MAX:
@@ -141,7 +142,7 @@ class CacheManager(CacheTransfers):
         (LLM_TIMEOUT, the cache then stays registered). Thread-safe.
         """
         check_int64("cache_id", cache_id)
-        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
+        cluster = self._require_one(LLMStatusCode.LLM_FAILED)
         cluster.catalog.unregister(cache_id, cluster.options.sync_timeout_s)
 
     # -- allocating --
@@ -225,7 +226,7 @@ class CacheManager(CacheTransfers):
         Raises LLMException with LLM_PARAM_INVALID for what is no device memory, LLM_NOT_YET_LINK
         without any link. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_one(LLMStatusCode.LLM_PARAM_INVALID)
         infos = mem_infos if isinstance(mem_infos, list) else [mem_infos]
         for info in infos:
             _check_remapped(info)
@@ -262,7 +263,11 @@ class CacheManager(CacheTransfers):
         self._require_pool().catalog.deallocate(cache.cache_id)
         cache._forget_memory()
 
-    def _require_pool(self) -> Cluster:
+    def _require_one(self, status: LLMStatusCode) -> Cluster:
+        """For what only the cache manager has, whose cluster has one device."""
+        return cast("Cluster", self._require_cluster(status))
+
+    def _require_pool(self) -> AnyCluster:
         cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
         if not cluster.catalog.pools:
             raise LLMException(
@@ -281,7 +286,7 @@ class CacheManager(CacheTransfers):
         layout: KVLayout | None = None,
         num_readers: int = 0,
     ) -> Cache:
-        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
+        cluster = self._require_one(LLMStatusCode.LLM_FAILED)
         if remote_accessible and cluster.ranks.were_made:
             raise invalid("remote_accessible=True is not possible after link(): leave it out")
 

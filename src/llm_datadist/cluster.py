@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core.link import SAME_HOST, Identity
+from llm_datadist.device_options import unequal
 from llm_datadist.errors import LLMException
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
@@ -86,14 +87,23 @@ class Cluster:
     have run out; nothing is left behind then.
     """
 
-    def __init__(self, cluster_id: int, options: Options) -> None:
+    def __init__(
+        self,
+        cluster_id: int,
+        options: Options,
+        when_lost: Callable[[bytes, str], object] = lambda bundle, reason: None,
+    ) -> None:
+        """`when_lost` is told of the end of a link to one of several devices (`places/`)."""
         self.cluster_id = cluster_id
+        self._when_lost = when_lost
         self.options = options
         self._ending = Ending()
         self._is_started = False
         #: who ends it
         self._stopping = Turns()
         self._stopped = Latch()
+        #: what drops links
+        self._cuts: set[asyncio.Task[None]] = set()
         #: what the catalog had, until no transport can reach it any more
         self._entries: list[Entry] = []
         try:
@@ -109,8 +119,9 @@ class Cluster:
         recorder = None if self._observer is None else self._observer.recorder
         if options.verify_transfers:
             require_checksums()
-        self._loop = Loop()
-        self._ending.add("the loop", self._loop.close)
+        #: the thread in which connections wait
+        self.loop = Loop()
+        self._ending.add("the loop", self.loop.close)
         #: what runs here
         self.gate = Gate(recorder)
         self._errands = errands = Errands(f"{_OUR_THREADS}-errand")
@@ -149,7 +160,7 @@ class Cluster:
         self, movers: Movers, transports: Mapping[str, Transport], recorder: Recorder | None
     ) -> Context:
         """What links share: who we are, threads, and how peers are answered."""
-        options, loop = self.options, self._loop.asyncio
+        options, loop = self.options, self.loop.asyncio
         workers = self._threads(_WORKERS, "worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         fetchers = self._threads(_FETCHERS, "fetcher")
@@ -168,6 +179,8 @@ class Cluster:
             {name: offer for name, offer in offers.items() if offer is not None},
             self.catalog.probe_target,
             options.path,
+            options.device_index,
+            options.num_devices,
         )
         return Context(
             me,
@@ -201,13 +214,14 @@ class Cluster:
         self.links = LinkTable(cluster_id, instance, recorder)
         self._groups = Groups(cluster_id, self.links, is_secure=context.shields.is_secure)
         ids = Ids(self.links)
-        filing = Filing(cluster_id, instance, self.links, self._groups, ids)
-        self._linker = Linker(context, self.links, filing)
+        filing = Filing(cluster_id, instance, self.links, self._groups, ids, self._when_lost)
+        #: makes and ends links, in the loop's thread
+        self.linker = Linker(context, self.links, filing)
         strangers = Strangers()
         self._snapshots = Snapshots(cluster_id, self.links, self.catalog, strangers, recorder)
         #: where peers reach us
         self.listening = Listening(
-            self._loop,
+            self.loop,
             self._errands,
             context,
             self.links,
@@ -219,7 +233,7 @@ class Cluster:
         )
         #: links by rank table
         self.ranks = RankLinks(
-            cluster_id, self.options, self._loop, self.listening, self._groups, self._linker
+            cluster_id, self.options, self.loop, self.listening, self._groups, self.linker
         )
 
     def start(self) -> None:
@@ -228,7 +242,7 @@ class Cluster:
         Raises LLMException when the address, or a thread, cannot be had.
         """
         self._errands.begin()
-        self._errands.run(self._loop.start)
+        self._errands.run(self.loop.start)
         self.listening.move(self.options.listen)
         self._is_started = True
 
@@ -249,8 +263,13 @@ class Cluster:
         thread, it only begins: the end comes when that call has ended. Raises
         LLMException(LLM_FAILED) when there is no thread to be had for that.
         """
+        if self.begins_to_stop():
+            self.await_stop()
+
+    def begins_to_stop(self) -> bool:
+        """The first half of `stop`; whether the end can be waited for. Raises as that does."""
         if self._stopped.is_set:
-            return
+            return False
         cannot_wait = is_ours() or holds_lock() or self.transfers.is_in_this_thread()
         try:
             self._errands.run(partial(start_thread, self._stop_once, f"{_OUR_THREADS}-end"))
@@ -258,7 +277,11 @@ class Cluster:
             if cannot_wait:
                 raise
             self._stop_once()
-        if not cannot_wait and not self._stopped.wait(self._stop_s):
+        return not cannot_wait
+
+    def await_stop(self) -> None:
+        """The second half of `stop`."""
+        if not self._stopped.wait(self._stop_s):
             get_logger().error(
                 "cluster %d: its end waits for a thread that was interrupted, and goes on without "
                 "finalize", self.cluster_id,
@@ -290,7 +313,7 @@ class Cluster:
         self._entries += self.catalog.close()
         self._movers.stop()
         try:
-            self._loop.finish(self._close_links, deadline)
+            self.loop.finish(self._close_links, deadline)
         except LLMException as error:
             get_logger().error("not all links ended in order: %s", error)
         self.gate.drain(self.gate.door, max(0.0, deadline.remaining_s()))
@@ -315,10 +338,36 @@ class Cluster:
         """
         return self._errands.run(make, lambda made: self.catalog.forget(id_of(made)))
 
+    def holds(self, bundle: bytes) -> bool:
+        """Whether there is a live link of that bundle."""
+        return any(session.bundle == bundle for session in self.links.all())
+
+    def cut_soon(self, bundle: bytes, because: str) -> None:
+        """Drops the links of that bundle. In any thread, and does not wait."""
+
+        def cut() -> None:
+            task = self.loop.asyncio.create_task(self.cut(bundle, because))
+            self._cuts.add(task)
+            task.add_done_callback(self._cuts.discard)
+
+        self.loop.call_soon(cut)
+
+    async def cut(self, bundle: bytes, because: str) -> None:
+        """Drops the links of that bundle. In the loop's thread."""
+        for session in self.links.all():
+            if session.bundle == bundle:
+                await session.cut(because)
+
+    def switch_listening(self, endpoints: Sequence[Endpoint]) -> None:
+        """Listens there, or no more. Raises LLMException. Spec 5.7."""
+        if len(endpoints) > 1:
+            raise unequal(1, "device", len(endpoints), "addresses to listen on")
+        self.listening.switch(endpoints[0] if endpoints else None, self.options)
+
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
         with self.transfers.watching("link") as watch:
-            outcomes = self._for_each(targets, partial(self._linker.link, timeout_s=timeout_s))
+            outcomes = self._for_each(targets, partial(self.linker.link, timeout_s=timeout_s))
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
@@ -326,7 +375,7 @@ class Cluster:
     def unlink(self, targets: Sequence[Target], timeout_s: float, *, force: bool) -> list[Outcome]:
         """Unlinks from all targets at once; `force` asks nobody. Spec 5.5."""
         with self.transfers.watching("unlink") as watch:
-            unlink = self._linker.cut if force else self._linker.leave
+            unlink = self.linker.cut if force else self.linker.leave
             outcomes = self._for_each(targets, partial(unlink, timeout_s=timeout_s))
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
@@ -339,7 +388,7 @@ class Cluster:
     ) -> list[Outcome]:
         """What comes of each target, all at once, in the loop's thread."""
         try:
-            return self._loop.run(lambda: _gather(map(do, targets)))
+            return self.loop.run(lambda: _gather(map(do, targets)))
         except CannotWait as error:
             return [Outcome(error.status_code, str(error)) for _ in targets]
 
@@ -349,12 +398,16 @@ class Cluster:
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
-        self._loop.call_soon(call)
+        self.loop.call_soon(call)
 
     @property
-    def listen_endpoint(self) -> Endpoint | None:
-        """Where the cluster listens, the port that was taken for 0 included."""
-        return self.listening.endpoint
+    def listen_endpoints(self) -> tuple[Endpoint, ...]:
+        """Where the cluster listens, the port that was taken for 0 included; none if it does not.
+
+        One for each device, of which there is one.
+        """
+        endpoint = self.listening.endpoint
+        return () if endpoint is None else (endpoint,)
 
     async def _close_links(self) -> None:
         await self.listening.close()

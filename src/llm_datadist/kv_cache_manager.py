@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from llm_datadist.cache import Cache
     from llm_datadist.cache_task import CacheTask
-    from llm_datadist.cluster import Cluster
     from llm_datadist.layerwise import LayerSynchronizer, TransferConfig
+    from llm_datadist.places.places import AnyCluster
 
 
 @final
@@ -47,10 +47,14 @@ class KvCacheManager:
     them layer by layer; a DECODER pulls. What the role does not allow is an LLMException
     (LLM_PARAM_INVALID), and a cache of before a `finalize` one with LLM_KV_CACHE_NOT_EXIST.
     Otherwise the methods are those of CacheManager in two-sided mode, for threads and failures too.
+
+    Where the cluster has several devices a cache is on all of them, under one id, with the same
+    keys; each operation is done on all, device i with device i of the peer, and succeeds when it
+    was done on every one. Block lists, rows and sizes are those of each device.
     """
 
-    def __init__(self, cluster: Cluster, role: LLMRole) -> None:
-        self._cluster: Cluster | None = cluster
+    def __init__(self, cluster: AnyCluster, role: LLMRole) -> None:
+        self._cluster: AnyCluster | None = cluster
         self._role = role
         self._caches = CacheManager(cluster)
         #: ids of caches that nobody holds any more and that are still to be freed
@@ -211,10 +215,15 @@ class KvCacheManager:
         """
         source = self._inner(check_object("src_cache", src_cache, KvCache))
         target = self._inner(check_object("dst_cache", dst_cache, KvCache))
+        if src_cache._num_devices != dst_cache._num_devices:
+            raise invalid(
+                f"src_cache is on {src_cache._num_devices} device(s), dst_cache on "
+                f"{dst_cache._num_devices}: create_cpu_cache takes a list for each device"
+            )
         self._caches.swap_blocks(source, target, src_to_dst)
 
     def get_cache_tensors(self, cache: KvCache, tensor_index: int = 0) -> list[Tensor]:
-        """Tensor `tensor_index` of a cache, for each device, which is one. Spec Appendix C.
+        """Tensor `tensor_index` of a cache, for each device. Spec Appendix C.
 
         Nothing is copied: who writes to `Tensor.numpy()` writes to the cache (BF16 excepted, see
         there). The array keeps the cache, and its memory beyond `deallocate_cache` and `finalize`.
@@ -233,8 +242,9 @@ class KvCacheManager:
                 f"tensor_index {index} is out of range: there are {inner.cache_desc.num_tensors}"
             )
         desc = TensorDesc(inner.cache_desc.data_type, ours._shape)
-        memory = self._memory_of(inner, index).view(storage_type(desc.dtype))
-        return [Tensor(memory, desc)]
+        at = [index + device * ours._num_tensors for device in range(ours._num_devices)]
+        kind = storage_type(desc.dtype)
+        return [Tensor(self._memory_of(inner, each).view(kind), desc) for each in at]
 
     # -- parts of the above --
 
@@ -283,7 +293,7 @@ class KvCacheManager:
         memory = self._require_cluster().catalog.view(cache.cache_id, index)
         return held_bytes(memory.ctypes.data, memory.nbytes, memory, cache)
 
-    def _require_cluster(self) -> Cluster:
+    def _require_cluster(self) -> AnyCluster:
         if self._cluster is None:
             raise invalid("this KvCacheManager's LLMDataDist was finalized")
         return self._cluster

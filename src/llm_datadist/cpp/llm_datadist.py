@@ -23,21 +23,21 @@ from llm_datadist.cpp.arguments import (
 from llm_datadist.cpp.options import open_cluster, parse_options, parse_role
 from llm_datadist.cpp.transfers import LlmTransfers
 from llm_datadist.cpp.types import Cache, LlmRole, RegisterCfg
+from llm_datadist.device_options import parse_listens
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.options import parse_listen
 from llm_datadist.running import forks
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llm_datadist.cluster import Cluster
     from llm_datadist.cpp.call import Call
     from llm_datadist.cpp.status import Status
     from llm_datadist.cpp.types import CacheDesc, ClusterInfo
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.linker import Outcome, Target
     from llm_datadist.links.table import LinkInfo
+    from llm_datadist.places.places import AnyCluster
 
 T = TypeVar("T")
 
@@ -123,13 +123,13 @@ class LlmDataDist(LlmTransfers):
         with self._lifecycle, self._call("SetRole") as call:
             cluster = self._require_cluster()
             parse_role(role)
-            listen = parse_listen(check_dict("options", options or {}, str, str))
+            listens = parse_listens(check_dict("options", options or {}, str, str))
             if not cluster.options.enable_switch_role:
                 raise LLMException(
                     "setting the role is off: initialise with OPTION_ENABLE_SET_ROLE 1",
                     LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
                 )
-            cluster.listening.switch(listen, cluster.options)
+            cluster.switch_listening(listens)
             self._role = role
         return call.status
 
@@ -137,9 +137,14 @@ class LlmDataDist(LlmTransfers):
     def listen_endpoint(self) -> Endpoint | None:
         """Where this cluster listens, with the port that was taken for 0; None if it does not.
 
-        An addition to the reference.
+        That of the first device, where there are several. An addition to the reference.
         """
-        return None if self._cluster is None else self._cluster.listen_endpoint
+        return next(iter(self.listen_endpoints), None)
+
+    @property
+    def listen_endpoints(self) -> tuple[Endpoint, ...]:
+        """As `listen_endpoint`, one for each device; empty if the cluster does not listen."""
+        return () if self._cluster is None else self._cluster.listen_endpoints
 
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
@@ -262,7 +267,7 @@ class LlmDataDist(LlmTransfers):
         cluster = self._cluster
         return make() if cluster is None else cluster.make(make, id_of)
 
-    def _forget_parent(self) -> Cluster | None:
+    def _forget_parent(self) -> AnyCluster | None:
         """For running/forks.py."""
         cluster, self._cluster = self._cluster, None
         self._lifecycle = threading.RLock()
@@ -283,7 +288,7 @@ def _report(call: Call, targets: Sequence[Target], outcomes: Sequence[Outcome]) 
     return [int(outcome.status) for outcome in outcomes]
 
 
-def _require_pool(cluster: Cluster, placement: Placement) -> None:
+def _require_pool(cluster: AnyCluster, placement: Placement) -> None:
     if placement in cluster.catalog.pools:
         return
     if placement is Placement.HOST:

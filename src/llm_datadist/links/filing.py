@@ -9,6 +9,8 @@ from llm_datadist.links.ids import Verdict
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist.links.groups import Groups
     from llm_datadist.links.ids import Ids
     from llm_datadist.links.session import Session
@@ -19,13 +21,21 @@ class Filing:
     """The Registrar of a cluster's sessions. Belongs to the loop's thread."""
 
     def __init__(
-        self, cluster_id: int, instance: bytes, links: LinkTable, groups: Groups, ids: Ids
+        self,
+        cluster_id: int,
+        instance: bytes,
+        links: LinkTable,
+        groups: Groups,
+        ids: Ids,
+        when_lost: Callable[[bytes, str], object],
     ) -> None:
+        """`when_lost` is told of a link that ended and nobody had drained: its bundle, and why."""
         self._cluster_id = cluster_id
         self._instance = instance
         self._links = links
         self._groups = groups
         self._ids = ids
+        self._when_lost = when_lost
 
     async def linked(self, session: Session) -> None:
         """Files the link; one of a rank table waits for the others of its group."""
@@ -64,3 +74,5 @@ class Filing:
             "the link of cluster %d to cluster %d ended: %s",
             self._cluster_id, session.cluster_id, reason,
         )  # fmt: skip
+        if session.bundle and not session.was_agreed:
+            self._when_lost(session.bundle, reason)

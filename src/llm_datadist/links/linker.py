@@ -37,6 +37,8 @@ class Target(NamedTuple):
 
     cluster_id: int | None
     endpoints: tuple[Endpoint, ...]
+    #: addresses of ours that came with it
+    num_local: int = 0
 
 
 class Call(NamedTuple):
@@ -47,6 +49,8 @@ class Call(NamedTuple):
     named: int | None
     is_fresh: bool
     group: str
+    #: names the links of several devices that are made together
+    bundle: bytes = b""
 
 
 class Outcome(NamedTuple):
@@ -75,7 +79,7 @@ class Linker:
         #: whose turn it is to link to an address
         self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
 
-    async def link(self, target: Target, timeout_s: float) -> Outcome:
+    async def link(self, target: Target, timeout_s: float, bundle: bytes = b"") -> Outcome:
         if len(target.endpoints) != 1:
             return Outcome(
                 LLMStatusCode.LLM_PARAM_INVALID,
@@ -92,7 +96,11 @@ class Linker:
             left_s = max(0.001, deadline.remaining_s())
             is_fresh = not self._known(target)
             return await self.call(
-                target.endpoints[0], left_s, is_fresh=is_fresh, named=target.cluster_id
+                target.endpoints[0],
+                left_s,
+                is_fresh=is_fresh,
+                named=target.cluster_id,
+                bundle=bundle,
             )
         finally:
             turn.release()
@@ -105,6 +113,7 @@ class Linker:
         is_fresh: bool,
         named: int | None = None,
         group: str = "",
+        bundle: bytes = b"",
         claim: Callable[[Process | None], str] | None = None,
     ) -> Outcome:
         """Links to whoever listens there; `is_fresh` when no link to it is known here.
@@ -119,7 +128,9 @@ class Linker:
         if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        session = await self._shake_hands(control, Call(at, named, is_fresh, group), deadline)
+        session = await self._shake_hands(
+            control, Call(at, named, is_fresh, group, bundle), deadline
+        )
         if session.is_closed and session.status is not LLMStatusCode.LLM_SUCCESS:
             return Outcome(session.status, session.reason)
         if named not in (None, session.cluster_id):
@@ -137,8 +148,9 @@ class Linker:
         link = lk.CallerLink(self._context.me, control.is_same_host, expected=expected)
         endpoint = None if isinstance(call.at, SameHost) else call.at
         session = Session(
-            self._context, self._registrar, control, link, endpoint, call.group, call.named
-        )
+            self._context, self._registrar, control, link, endpoint, call.group, call.named,
+            call.bundle,
+        )  # fmt: skip
         session.meeting = partial(self._meet, session, call)
         left_s = max(0.001, deadline.remaining_s())
         first = link.start(
@@ -146,6 +158,7 @@ class Linker:
             is_fresh=call.is_fresh,
             timeout_ms=max(1, int(left_s * 1000)),
             group=call.group,
+            bundle=call.bundle,
         )
         await session.greet(first, left_s)
         return session

@@ -1,0 +1,192 @@
+"""Links of several devices: a bundle of links, one for each device, made and ended together.
+
+Whoever links gives the bundle a name, which no other bundle has. Both ends know by it which of
+their links belong together: when one of them ends and nobody had drained it, both ends cut the
+others (`Places`). So there is no link with half of its devices for longer than that takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.links.linker import Outcome, Target
+from llm_datadist.places.catalogs import named
+from llm_datadist.running.loop import CannotWait, run_in_each
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
+
+    from llm_datadist.cluster import Cluster
+    from llm_datadist.links.session import Session
+    from llm_datadist.links.table import LinkInfo
+    from llm_datadist.peer.peer import Peer
+
+    #: on one place, one target
+    Work: TypeAlias = "Callable[[Cluster, Target, int], Coroutine[object, object, Outcome]]"
+
+_OK: Final = LLMStatusCode.LLM_SUCCESS
+_ALREADY: Final = LLMStatusCode.LLM_ALREADY_LINK
+
+
+class Links:
+    """The live links of several devices. Thread-safe."""
+
+    def __init__(self, places: Sequence[Cluster]) -> None:
+        self._places = places
+
+    def find(self, cluster_id: int) -> list[Peer]:
+        """The peer on each device. Raises LLMException(LLM_NOT_YET_LINK) unless each has one."""
+        peers = []
+        for device, place in enumerate(self._places):
+            with named(device):
+                peers.append(place.links.find(cluster_id))
+        return peers
+
+    def all(self) -> list[Session]:
+        return [session for place in self._places for session in place.links.all()]
+
+    def infos(self) -> list[LinkInfo]:
+        """Each link of each device as users see it."""
+        return [
+            info._replace(device=device)
+            for device, place in enumerate(self._places)
+            for info in place.links.infos()
+        ]
+
+
+class Bundles:
+    """Makes and ends bundles of links. Thread-safe."""
+
+    def __init__(self, places: Sequence[Cluster]) -> None:
+        self._places = places
+
+    def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
+        """Links device i to device i of each target; of a target that fails nothing is left."""
+        names = [secrets.token_bytes(16) for _ in targets]
+
+        def link(place: Cluster, target: Target, index: int) -> Coroutine[object, object, Outcome]:
+            return place.linker.link(target, timeout_s, names[index])
+
+        try:
+            outcomes = self._for_each(targets, link, self._objection)
+        except BaseException:
+            self._cut_soon(names, "the call that it was made for has ended")
+            raise
+        whole = [self._whole(each, name) for each, name in zip(outcomes, names, strict=True)]
+        failed = [name for name, out in zip(names, whole, strict=True) if out.status is not _OK]
+        if failed:
+            self._cut(failed, "not all devices could be linked")
+        return whole
+
+    def unlink(self, targets: Sequence[Target], timeout_s: float, *, force: bool) -> list[Outcome]:
+        """Unlinks all devices, each with the peer's consent. What a device keeps, ends with the
+        others' links, unless all of them keep theirs.
+        """
+
+        def unlink(place: Cluster, target: Target, _: int) -> Coroutine[object, object, Outcome]:
+            leave = place.linker.cut if force else place.linker.leave
+            return leave(target, timeout_s)
+
+        is_lenient = force or self._places[0].options.transfer_backend is not None
+        outcomes = self._for_each(targets, unlink, None if is_lenient else self._objection)
+        whole = [_first_failure(each) or each[0] for each in outcomes]
+        halves = [
+            target
+            for target, each in zip(targets, outcomes, strict=True)
+            if len({outcome.status is _OK for outcome in each}) > 1
+        ]
+        if halves:
+            self._for_each(halves, lambda place, target, _: place.linker.cut(target, 0), None)
+        return whole
+
+    def _for_each(
+        self,
+        targets: Sequence[Target],
+        work: Work,
+        objection_to: Callable[[Target], str | None] | None,
+    ) -> list[list[Outcome]]:
+        """What comes of each target on each device; no device of one that is objected to."""
+        objections = [objection_to(target) if objection_to else None for target in targets]
+        wanted = [index for index, objection in enumerate(objections) if objection is None]
+
+        def on_place(device: int) -> Coroutine[object, object, list[Outcome]]:
+            place = self._places[device]
+            parts = [(_part(targets[i], device, len(self._places)), i) for i in wanted]
+            return _gather(work(place, part, i) for part, i in parts)
+
+        invalid = LLMStatusCode.LLM_PARAM_INVALID
+        outcomes = [[] if text is None else [Outcome(invalid, text)] for text in objections]
+        loops = [place.loop for place in self._places]
+        try:
+            found = run_in_each([(loop, partial(on_place, i)) for i, loop in enumerate(loops)])
+        except CannotWait as error:
+            return [each or [Outcome(error.status_code, str(error))] for each in outcomes]
+        for device in found:
+            for index, outcome in zip(wanted, device, strict=True):
+                outcomes[index].append(outcome)
+        return outcomes
+
+    def _objection(self, target: Target) -> str | None:
+        count = len(self._places)
+        if len(target.endpoints) != count:
+            return (
+                f"{len(target.endpoints)} remote addresses, {count} are needed: one for each device"
+            )
+        if target.num_local not in (0, count):
+            return f"{target.num_local} local addresses for {count} devices: give each one"
+        return None
+
+    def _whole(self, outcomes: Sequence[Outcome], name: bytes) -> Outcome:
+        """Of one target, from what came of it on each device."""
+        statuses = {outcome.status for outcome in outcomes}
+        if statuses == {_OK, _ALREADY}:
+            return Outcome(
+                LLMStatusCode.LLM_PROCESSING_LINK,
+                "some devices are linked to it already, and not by this call: another one is at "
+                "it, or their links are just ending; call again",
+            )
+        failure = _first_failure(outcomes)
+        if failure is not None:
+            return failure
+        if not all(place.holds(name) for place in self._places):
+            return Outcome(LLMStatusCode.LLM_LINK_FAILED, "the link of a device ended at once")
+        return outcomes[0]
+
+    def _cut(self, names: Sequence[bytes], because: str) -> None:
+        """Drops the links of these bundles, so that the next call finds nothing of them."""
+        try:
+            run_in_each([(each.loop, partial(_cut, each, names, because)) for each in self._places])
+        except LLMException:  # it cannot be waited for here
+            self._cut_soon(names, because)
+
+    def _cut_soon(self, names: Sequence[bytes], because: str) -> None:
+        for place in self._places:
+            for name in names:
+                place.cut_soon(name, because)
+
+
+def _part(target: Target, device: int, count: int) -> Target:
+    """A target as one device sees it; without addresses it is named by its id alone."""
+    endpoints = target.endpoints if len(target.endpoints) == count else ()
+    return Target(target.cluster_id, endpoints[device : device + 1])
+
+
+def _first_failure(outcomes: Sequence[Outcome]) -> Outcome | None:
+    for device, outcome in enumerate(outcomes):
+        if outcome.status is not _OK:
+            where = f"device {device}: " if len(outcomes) > 1 else ""
+            return Outcome(outcome.status, where + outcome.reason)
+    return None
+
+
+async def _cut(place: Cluster, names: Sequence[bytes], because: str) -> None:
+    for name in names:
+        await place.cut(name, because)
+
+
+async def _gather(work: Iterable[Coroutine[object, object, Outcome]]) -> list[Outcome]:
+    return list(await asyncio.gather(*work))
