@@ -124,6 +124,9 @@ class Cluster:
         self._ending.add("the loop", self.loop.close)
         #: what runs here
         self.gate = Gate(recorder)
+        #: no link ends before all of these are drained: those of several devices, whose links are
+        #: cut together
+        self.gates: Sequence[Gate] = (self.gate,)
         self._errands = errands = Errands(f"{_OUR_THREADS}-errand")
         movers = Movers(options.transfer_threads, errands)
         process = ProcessMemory(movers)
@@ -307,8 +310,11 @@ class Cluster:
         """May be called again, when it was interrupted."""
         if self._stopped.is_set:
             return
-        self.gate.shut(self.gate.door, "the cluster is being finalized")
-        self.gate.drain(self.gate.door, self.options.sync_timeout_s)
+        gates, deadline = self.gates, Deadline.after(self.options.sync_timeout_s)
+        for gate in gates:
+            gate.shut(gate.door, "the cluster is being finalized")
+        for gate in gates:
+            gate.drain(gate.door, max(0.0, deadline.remaining_s()))
         deadline = Deadline.after(_LAST_S)
         self._entries += self.catalog.close()
         self._movers.stop()

@@ -60,6 +60,8 @@ class Places:
             self.stop()
             raise
         places = self._places
+        for place in places:
+            place.gates = [each.gate for each in places]
         self._errands = errands = places[0].transfers.errands
         self._movers = Movers(_CALLS * len(places), errands)
         #: our caches
@@ -81,14 +83,23 @@ class Places:
         return all(place.is_up for place in self._places)
 
     def stop(self) -> None:
-        """Ends all places at once, each as `Cluster.stop` does."""
-        begun = [place for place in self._places if place.begins_to_stop()]
-        for place in begun:
+        """Ends all places at once, each as `Cluster.stop` does; their calls drain together."""
+        begun: list[Cluster] = []
+        failed: LLMException | None = None
+        for place in self._places:
+            try:
+                if place.begins_to_stop():
+                    begun.append(place)
+            except LLMException as error:  # no thread is to be had; the others end
+                failed = error
+        can_wait = len(begun) == len(self._places)  # else a call of this thread is in the way
+        for place in begun if can_wait else ():
             place.await_stop()
         if self._movers is not None:
-            can_wait = len(begun) == len(self._places)
             with suppress(LLMException):  # they are daemons, and end by themselves
                 self._movers.end(Deadline.after(_HELPERS_S if can_wait else 0.0))
+        if failed is not None:
+            raise failed
 
     def make(self, make: Callable[[], T], id_of: Callable[[T], int]) -> T:
         """As `Cluster.make`."""
