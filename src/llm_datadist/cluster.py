@@ -367,7 +367,7 @@ class Cluster:
     def switch_listening(self, endpoints: Sequence[Endpoint]) -> None:
         """Listens there, or no more. Raises LLMException. Spec 5.7."""
         if len(endpoints) > 1:
-            raise unequal(1, "device", len(endpoints), "addresses to listen on")
+            raise unequal(1, len(endpoints))
         self.listening.switch(endpoints[0] if endpoints else None, self.options)
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:

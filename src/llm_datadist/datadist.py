@@ -266,11 +266,11 @@ class LLMDataDist:
 
         Returns the last status that is not LLM_SUCCESS, else LLM_SUCCESS, and one status per
         cluster: LLM_ALREADY_LINK, LLM_LINK_FAILED (nobody listens there, or no path to its memory
-        works), LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address; the two ends' options do not
-        fit), LLM_FAILED (what listens there is no cluster). What failed leaves nothing behind on
-        either end and is logged with its cause, which is also the log record's `reason`; what
-        succeeded stays. An unset `remote_cluster_id` is learned from the peer. An empty
-        list is (LLM_PARAM_INVALID, []).
+        works), LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address for each device; the options
+        or devices of the two ends do not fit), LLM_FAILED (what listens there is no cluster). What
+        failed leaves nothing behind on either end and is logged with its cause, which is also the
+        log record's `reason`; what succeeded stays. An unset `remote_cluster_id` is learned from
+        the peer. An empty list is (LLM_PARAM_INVALID, []).
 
         Raises RuntimeError before `init`, TypeError, ValueError, LLMException for bad arguments.
         """

@@ -41,7 +41,7 @@ def parse_devices(raw: Mapping[str, str]) -> tuple[Device, ...]:
     if not listens:
         return tuple(Device(device_id) for device_id in ids)
     if len(ids) != len(listens):
-        raise unequal(len(ids), "devices", len(listens), f"addresses in {key.LISTEN_IP_INFO}")
+        raise unequal(len(ids), len(listens))
     return tuple(map(Device, ids, listens))
 
 
@@ -66,9 +66,12 @@ def parse_cluster_id(raw: Mapping[str, str]) -> int | None:
     return None if cluster_id is None else check_uint64("cluster_id", cluster_id)
 
 
-def unequal(count: int, what: str, other_count: int, other: str) -> LLMException:
-    """Of two lists that do not go together."""
-    return invalid(f"{count} {what} and {other_count} {other}: give each device one")
+def unequal(num_devices: int, num_listens: int) -> LLMException:
+    """Of lists that do not go together."""
+    return invalid(
+        f"{num_devices} device(s) and {num_listens} address(es) to listen on: "
+        f"{key.LISTEN_IP_INFO} needs one for each device"
+    )
 
 
 def _device_ids(raw: Mapping[str, str]) -> tuple[int, ...]:
@@ -80,8 +83,10 @@ def _device_ids(raw: Mapping[str, str]) -> tuple[int, ...]:
     if len(set(ids)) < len(ids):
         raise invalid(f"{key.DEVICE_ID} names a device twice: {text!r}")
     if len(logical) not in (0, len(ids)):
-        what = f"logic_device_id in {key.CLUSTER_INFO}"
-        raise unequal(len(ids), f"devices in {key.DEVICE_ID}", len(logical), what)
+        raise invalid(
+            f"{key.DEVICE_ID} names {len(ids)} device(s), and logic_device_id of "
+            f"{key.CLUSTER_INFO} {len(logical)}"
+        )
     return ids
 
 
@@ -111,7 +116,7 @@ def _listen(text: str) -> Endpoint:
 
 def _literal(listen: Endpoint, name: str) -> Endpoint:
     if not listen.is_literal:
-        raise invalid(f"{name} must have an IPv4 or IPv6 address, got '{listen}'")
+        raise invalid(f"{name} must have an IPv4 or IPv6 address, got {str(listen)!r}")
     return listen
 
 

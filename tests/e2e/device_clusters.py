@@ -57,9 +57,9 @@ class Several:
         assert rets == [status]
         return status
 
-    def devices_linked_to(self, cluster_id: int) -> list[int]:
-        links = self.datadist.links()
-        return sorted(link.device for link in links if link.cluster_id == cluster_id)
+    def num_links(self, cluster_id: int) -> int:
+        """One for each device."""
+        return sum(link.cluster_id == cluster_id for link in self.datadist.links())
 
 
 def info_of(ports: Sequence[int], cluster_id: int = 5) -> c.ClusterInfo:
@@ -110,5 +110,5 @@ def look_there(node: Node, cluster_id: int, cache_id: int) -> Bytes:
     return _there[cluster_id].arrays[cache_id]
 
 
-def linked_there(node: Node, cluster_id: int, to: int) -> list[int]:
-    return _there[cluster_id].devices_linked_to(to)
+def linked_there(node: Node, cluster_id: int, to: int) -> int:
+    return _there[cluster_id].num_links(to)

@@ -57,6 +57,9 @@ class LlmDataDist(LlmTransfers):
     PullKvCache, PushKvCache and CopyKvCache move, and the blocks that the other three move. Peers
     may use them. Clusters of Python's LLMDataDist can be linked if they have remote access enabled.
 
+    With several devices (OPTION_DEVICE_ID, spec 7.6) each cache is on all of them, and each call is
+    done on all, device i with device i of the peer, or fails.
+
     Methods but Initialize and Finalize may be called from any thread, at the same time. An object
     that is dropped, or left over when the program ends, is finalized. A forked child has to call
     Initialize itself.
@@ -159,10 +162,10 @@ class LlmDataDist(LlmTransfers):
 
         Returns the last status that is not LLM_SUCCESS, and one status per cluster:
         LLM_ALREADY_LINK, LLM_LINK_FAILED (nobody listens there, or no path to its memory works),
-        LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address; the peer's options do not fit),
-        LLM_FAILED (what listens there is no cluster). What succeeded stays linked. For an address
-        that is no literal, a timeout of 0 or less, and no clusters at all it returns
-        (LLM_PARAM_INVALID, []), and nobody is called.
+        LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address for each device; options or devices
+        of the two do not fit), LLM_FAILED (what listens there is no cluster). What succeeded stays
+        linked. For an address that is no literal, a timeout of 0 or less, and no clusters at all it
+        returns (LLM_PARAM_INVALID, []), and nobody is called.
         """
         rets: list[Status] = []
         with self._call("LinkLlmClusters") as call:
@@ -196,7 +199,8 @@ class LlmDataDist(LlmTransfers):
     def RegisterKvCache(
         self, cache_desc: CacheDesc, addrs: list[int], cfg: RegisterCfg | None = None
     ) -> tuple[Status, int]:
-        """Makes memory of the caller's a cache: one address per tensor. Spec 6.4, 7.4.
+        """Makes memory of the caller's a cache: one address per tensor, and of several devices
+        those of the first one first. Spec 6.4, 7.4, 7.6.
 
         The memory stays the caller's, who keeps it until UnregisterKvCache. Returns the cache id,
         -1 with LLM_PARAM_INVALID for addresses or a description that cannot be.
@@ -235,7 +239,8 @@ class LlmDataDist(LlmTransfers):
         """A cache in the library's memory, until DeallocateCache. Spec 6.3, 7.4, 8.2; seed 002.
 
         The memory is what OPTION_BUF_POOL_CFG configures, else as much as the machine has; it holds
-        anything at first. Returns the cache with its id and the address of each tensor; an empty
+        anything at first. Returns the cache with its id and the address of each tensor, those of
+        the first device first; an empty
         one with LLM_OUT_OF_MEMORY, and with LLM_PARAM_INVALID for a description that cannot be or a
         placement (kHost) that has no pool.
         """

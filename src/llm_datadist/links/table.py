@@ -26,7 +26,6 @@ class LinkInfo(NamedTuple):
     path_reason: str  #: why no better path is used; empty when there is none
     #: where we called the peer; None when it called us, or when a rank table led to it on this host
     endpoint: Endpoint | None
-    device: int = 0  #: which of several devices of this process has it, counted from 0
 
 
 class LinkTable:

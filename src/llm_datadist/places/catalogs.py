@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from llm_datadist.core.geometry import Layout
 from llm_datadist.errors import LLMException, invalid
+from llm_datadist.locks import make_lock
 from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Catalogs:
     def __init__(self, catalogs: Sequence[Catalog], errands: Errands) -> None:
         self._catalogs = catalogs
         self._errands = errands
-        self._ids = count(1)
+        self._lock = make_lock()
+        self._last_id = 0
 
     @property
     def pools(self) -> Mapping[Placement, MemoryPool]:
@@ -93,7 +94,8 @@ class Catalogs:
         return self._file(allocate)
 
     def _file(self, make: Callable[[Catalog, int, int], Entry]) -> Filed:
-        cache_id = next(self._ids)
+        with self._lock:
+            self._last_id = cache_id = self._last_id + 1
 
         def file() -> Filed:
             layouts: list[Layout] = []
@@ -103,6 +105,8 @@ class Catalogs:
                         layouts.append(make(catalog, device, cache_id).layout)
             except BaseException:
                 self.forget(cache_id)
+                with self._lock:
+                    self._last_id -= self._last_id == cache_id  # a failure uses up no id
                 raise
             return Filed(cache_id, _joined(layouts))
 

@@ -50,12 +50,8 @@ class Links:
         return [session for place in self._places for session in place.links.all()]
 
     def infos(self) -> list[LinkInfo]:
-        """Each link of each device as users see it."""
-        return [
-            info._replace(device=device)
-            for device, place in enumerate(self._places)
-            for info in place.links.infos()
-        ]
+        """Each link of each device as users see it, those of the first device first."""
+        return [info for place in self._places for info in place.links.infos()]
 
 
 class Bundles:

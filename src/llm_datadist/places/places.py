@@ -125,7 +125,7 @@ class Places:
         """Each device listens at its address, or none does any more. Raises LLMException."""
         count = len(self._places)
         if endpoints and len(endpoints) != count:
-            raise unequal(count, "devices", len(endpoints), "addresses to listen on")
+            raise unequal(count, len(endpoints))
         self._errands.run(lambda: self._switch(endpoints or [None] * count))
 
     def _switch(self, endpoints: Sequence[Endpoint | None]) -> None:
