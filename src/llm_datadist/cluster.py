@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.filing import Siblings
     from llm_datadist.links.linker import Target
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.observe.recorder import Recorder
@@ -91,11 +92,11 @@ class Cluster:
         self,
         cluster_id: int,
         options: Options,
-        when_lost: Callable[[bytes, str], object] = lambda bundle, reason: None,
+        siblings: Siblings | None = None,
     ) -> None:
-        """`when_lost` is told of the end of a link to one of several devices (`places/`)."""
+        """`siblings` is told of the links where this is one of several devices (`places/`)."""
         self.cluster_id = cluster_id
-        self._when_lost = when_lost
+        self._siblings = siblings
         self.options = options
         self._ending = Ending()
         self._is_started = False
@@ -217,7 +218,7 @@ class Cluster:
         self.links = LinkTable(cluster_id, instance, recorder)
         self._groups = Groups(cluster_id, self.links, is_secure=context.shields.is_secure)
         ids = Ids(self.links)
-        filing = Filing(cluster_id, instance, self.links, self._groups, ids, self._when_lost)
+        filing = Filing(cluster_id, instance, self.links, self._groups, ids, self._siblings)
         #: makes and ends links, in the loop's thread
         self.linker = Linker(context, self.links, filing)
         strangers = Strangers()

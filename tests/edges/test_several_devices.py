@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
-from typing import TYPE_CHECKING, TypeAlias
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import pytest
 
-from edges.interrupting import interrupts
+from edges.interrupting import interrupts, is_interrupted
 from edges.scarce import become_nobody, lift_limit, limit_threads
+from llm_datadist import LLMException
 from llm_datadist import cpp as c
 from llm_datadist.testing.cluster import Bytes, Node, NodeProcess, addrs_of, make_array
 from llm_datadist.testing.faults import FaultProxy
@@ -59,9 +62,9 @@ class Several:
     def ports(self) -> list[int]:
         return [endpoint.port for endpoint in self.datadist.listen_endpoints]
 
-    def link(self, ports: list[int]) -> c.Status:
+    def link(self, ports: list[int], timeout: int = 5000) -> c.Status:
         infos = c.ClusterInfo(1, 0, [], [c.IpInfo("127.0.0.1", port) for port in ports])
-        return self.datadist.LinkLlmClusters([infos], 5000)[0]
+        return self.datadist.LinkLlmClusters([infos], timeout)[0]
 
     def pull(self) -> c.Status:
         return self.datadist.PullKvBlocks(c.CacheIndex(1, 1), self.cache, EVERY, EVERY)
@@ -243,3 +246,82 @@ def test_a_forked_child_has_none_of_the_devices(
     ports = owner.call(start_owner, 2, path)
     assert victim.call(start_user, ports, path) == c.LLM_SUCCESS
     assert victim.call(call_in_a_child) == (1, True)
+
+
+# -- struck at random --
+
+FEW = list(range(4))
+#: the longest delay of a strike, in seconds: longer than most of the calls take
+LONGEST_S = 4e-3
+
+
+class Struck:
+    """A user whose calls are struck at random moments, and what must be as before after each."""
+
+    def __init__(self, ports: list[int], path: str) -> None:
+        self._user = _there["user"] = Several(2, len(ports), path, 1000)
+        self._ports = ports
+        self._datadist = self._user.datadist
+        self._allocated: list[int] = []
+        assert self._user.link(ports) == c.LLM_SUCCESS
+        self.calls = (self._pull, self._push, self._copy, self._allocate, self._relink)
+
+    def _pull(self) -> c.Status:
+        return self._datadist.PullKvBlocks(c.CacheIndex(1, 1), self._user.cache, FEW, FEW)
+
+    def _push(self) -> c.Status:
+        return self._datadist.PushKvBlocks(self._user.cache, c.CacheIndex(1, 1), FEW, FEW)
+
+    def _copy(self) -> c.Status:
+        cache = self._user.cache
+        return self._datadist.CopyKvBlocks(cache, cache, FEW, [[8, 9, 10, 11]])
+
+    def _allocate(self) -> c.Status:
+        desc = c.CacheDesc(num_tensors=2, data_type=c.DataType.DT_INT8, shape=[4, 4096])
+        status, cache = self._datadist.AllocateCache(desc)
+        return status or self._datadist.DeallocateCache(cache.cache_id)
+
+    def _relink(self) -> c.Status:
+        infos = [c.ClusterInfo(1, 0, [], [c.IpInfo("127.0.0.1", port) for port in self._ports])]
+        status = self._datadist.UnlinkLlmClusters(infos, 3000)[0]
+        return status or self._user.link(self._ports, 1000)
+
+    def is_as_before(self) -> str:
+        """Empty when it is: links on all devices or on none, and calls work."""
+        devices = len(self._ports)
+        if not eventually(lambda: len(self._datadist.links()) in (0, devices)):
+            return f"{len(self._datadist.links())} links"
+        if not eventually(lambda: self._user.link(self._ports, 1000) in _LINKED):
+            return "it cannot be linked"
+        statuses = [call() for call in self.calls]
+        return "" if not any(statuses) else f"statuses {statuses}"
+
+
+_LINKED = (c.LLM_SUCCESS, c.LLM_ALREADY_LINK)
+
+
+def strike_at_random(node: Node, ports: list[int], path: str, count: int) -> tuple[int, list[str]]:
+    """How many calls were interrupted, and what was wrong then."""
+    struck, rng, wrong = Struck(ports, path), random.Random(7), []
+    interrupted = 0
+    with interrupts():
+        for _ in range(count):
+            call = rng.choice(struck.calls)
+            with suppress(LLMException):
+                interrupted += is_interrupted(call, rng.uniform(1e-5, LONGEST_S))
+            what = struck.is_as_before()
+            if what:
+                wrong.append(f"{call.__name__}: {what}")
+    with takes_at_most(SOON_S):
+        stop(node)
+    return interrupted, wrong
+
+
+def test_after_many_interruptions_all_devices_are_as_before(
+    owner: NodeProcess, victim: NodeProcess, path: str
+) -> None:
+    ports = owner.call(start_owner, 2, path)
+    victim.begin(strike_at_random, ports, path, 60)
+    interrupted, wrong = cast("tuple[int, list[str]]", victim.result(100))
+    assert wrong == []
+    assert interrupted > 50

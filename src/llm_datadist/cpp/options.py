@@ -18,8 +18,7 @@ from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from llm_datadist.links.filing import Siblings
     from llm_datadist.places.places import AnyCluster
 
 #: "ip:port" or "[ipv6]:port" to listen on, one for each device, with ";" between them; without it
@@ -77,20 +76,18 @@ def open_cluster(cluster_id: int, options: Options) -> AnyCluster:
     return places.open_cluster(cluster_id, options, _open_one)
 
 
-def _open_one(
-    cluster_id: int, options: Options, when_lost: Callable[[bytes, str], object]
-) -> Cluster:
+def _open_one(cluster_id: int, options: Options, siblings: Siblings | None) -> Cluster:
     """A cluster of one device. Raises LLMException(LLM_OUT_OF_MEMORY).
 
     Programs need not configure a pool to allocate (seed 002). What they get then is as large as the
     machine's memory: address space, of which pages are taken as they are touched.
     """
     if options.device_pool is not None or options.buf_pool not in (None, BufPoolConfig()):
-        return Cluster(cluster_id, options, when_lost)
+        return Cluster(cluster_id, options, siblings)
     pages, page_nbytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     everything = PoolConfig(pages * page_nbytes)
     try:
-        return Cluster(cluster_id, replace(options, device_pool=everything), when_lost)
+        return Cluster(cluster_id, replace(options, device_pool=everything), siblings)
     except LLMException as error:  # many programs never allocate; AllocateCache tells the others
         get_logger().info("cluster %d has no memory to allocate from: %s", cluster_id, error)
-        return Cluster(cluster_id, options, when_lost)
+        return Cluster(cluster_id, options, siblings)

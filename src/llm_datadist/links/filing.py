@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from llm_datadist.errors import LLMStatusCode
 from llm_datadist.links.ids import Verdict
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from llm_datadist.links.groups import Groups
     from llm_datadist.links.ids import Ids
     from llm_datadist.links.session import Session
     from llm_datadist.links.table import LinkTable
+
+
+class Siblings(Protocol):
+    """Who is told of the links of a device that is one of several. In the loop's thread."""
+
+    def made(self, session: Session) -> None:
+        """A link of a bundle is filed."""
+        ...
+
+    def ended(self, session: Session, reason: str) -> None:
+        """A link of a bundle has ended."""
+        ...
 
 
 class Filing:
@@ -27,15 +37,14 @@ class Filing:
         links: LinkTable,
         groups: Groups,
         ids: Ids,
-        when_lost: Callable[[bytes, str], object],
+        siblings: Siblings | None = None,
     ) -> None:
-        """`when_lost` is told of a link that ended and nobody had drained: its bundle, and why."""
         self._cluster_id = cluster_id
         self._instance = instance
         self._links = links
         self._groups = groups
         self._ids = ids
-        self._when_lost = when_lost
+        self._siblings = siblings
 
     async def linked(self, session: Session) -> None:
         """Files the link; one of a rank table waits for the others of its group."""
@@ -58,6 +67,8 @@ class Filing:
             await self._groups.join(session)
             return
         self._links.add(session)
+        if session.bundle and self._siblings is not None:
+            self._siblings.made(session)
         for stale in session.displaced:
             await stale.cut(f"cluster {session.cluster_id} linked anew")
         session.report()
@@ -74,5 +85,5 @@ class Filing:
             "the link of cluster %d to cluster %d ended: %s",
             self._cluster_id, session.cluster_id, reason,
         )  # fmt: skip
-        if session.bundle and not session.was_agreed:
-            self._when_lost(session.bundle, reason)
+        if session.bundle and self._siblings is not None:
+            self._siblings.ended(session, reason)

@@ -153,6 +153,11 @@ class Session:
         return "; ".join(f"{path}: {reason}" for path, reason, _ in self.rejected)
 
     @property
+    def greeting_s(self) -> float:
+        """How long its hand-shake may still take, by the caller's time-out."""
+        return max(0.0, self._deadline.remaining_s())
+
+    @property
     def state(self) -> str:
         """Of the link's machine: "linked" or "leaving" for a link that is filed."""
         return self._link.state.value

@@ -1,8 +1,10 @@
 """Links of several devices: a bundle of links, one for each device, made and ended together.
 
 Whoever links gives the bundle a name, which no other bundle has. Both ends know by it which of
-their links belong together: when one of them ends and nobody had drained it, both ends cut the
-others (`Places`). So there is no link with half of its devices for longer than that takes.
+their links belong together: when one of them ends, both ends cut the others, at once or, where it
+was drained, when these had their time for that; and one that is not whole when the time-out of its
+making is over is cut, whatever became of its maker. So there is no link with half of its devices
+for longer than that.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     #: on one place, one target
     Work: TypeAlias = "Callable[[Cluster, Target, int], Coroutine[object, object, Outcome]]"
 
+#: the others of a bundle come a little later
+_MOMENT_S: Final = 1.0
 _OK: Final = LLMStatusCode.LLM_SUCCESS
 _ALREADY: Final = LLMStatusCode.LLM_ALREADY_LINK
 
@@ -55,10 +59,36 @@ class Links:
 
 
 class Bundles:
-    """Makes and ends bundles of links. Thread-safe."""
+    """Makes and ends bundles of links, and keeps them whole. Thread-safe."""
 
-    def __init__(self, places: Sequence[Cluster]) -> None:
+    def __init__(self, places: Sequence[Cluster], drain_s: float) -> None:
+        """`places` may still be filled; `drain_s` is how long the drain of a link may take."""
         self._places = places
+        self._drain_s = drain_s
+
+    # -- for the places: in the thread of any loop --
+
+    def made(self, session: Session) -> None:
+        """The others must be there in time, too."""
+        self._check_later(session, session.greeting_s + _MOMENT_S, "not all devices are linked")
+
+    def ended(self, session: Session, reason: str) -> None:
+        """So must the others. Of links that are being drained one is the first."""
+        because = f"the link of another device ended: {reason}"
+        if session.was_agreed:
+            self._check_later(session, self._drain_s, because)
+        else:
+            self._cut_soon([session.bundle], because)
+
+    def _check_later(self, session: Session, seconds: float, because: str) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(seconds, self._check, session.bundle, because)
+
+    def _check(self, name: bytes, because: str) -> None:
+        if not all(place.holds(name) for place in self._places):
+            self._cut_soon([name], because)
+
+    # -- for callers --
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links device i to device i of each target; of a target that fails nothing is left."""
@@ -69,13 +99,13 @@ class Bundles:
 
         try:
             outcomes = self._for_each(targets, link, self._objection)
+            whole = [self._whole(each, name) for each, name in zip(outcomes, names, strict=True)]
+            failed = [name for name, out in zip(names, whole, strict=True) if out.status is not _OK]
+            if failed:
+                self._cut(failed, "not all devices could be linked")
         except BaseException:
             self._cut_soon(names, "the call that it was made for has ended")
             raise
-        whole = [self._whole(each, name) for each, name in zip(outcomes, names, strict=True)]
-        failed = [name for name, out in zip(names, whole, strict=True) if out.status is not _OK]
-        if failed:
-            self._cut(failed, "not all devices could be linked")
         return whole
 
     def unlink(self, targets: Sequence[Target], timeout_s: float, *, force: bool) -> list[Outcome]:

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.links.filing import Siblings
     from llm_datadist.links.linker import Outcome, Target
     from llm_datadist.options import Options
 
-    MakeCluster: TypeAlias = Callable[[int, Options, Callable[[bytes, str], object]], Cluster]
+    MakeCluster: TypeAlias = Callable[[int, Options, Siblings | None], Cluster]
     #: what a program has initialised
     AnyCluster: TypeAlias = "Cluster | Places"
 
@@ -53,9 +54,10 @@ class Places:
         self.options = options
         self._places: list[Cluster] = []
         self._movers: Movers | None = None
+        self._bundles = bundles = Bundles(self._places, options.sync_timeout_s)
         try:
             for each in options.of_each_device():
-                self._places.append(make(cluster_id, each, self._lost))
+                self._places.append(make(cluster_id, each, bundles))
         except BaseException:
             self.stop()
             raise
@@ -70,7 +72,6 @@ class Places:
         self.links = Links(places)
         #: what moves bytes
         self.transfers = Moving(places, options.sync_timeout_s, self._movers)
-        self._bundles = Bundles(places)
 
     def start(self) -> None:
         """Listens on each device, if the options say where. `stop` must follow, as of Cluster."""
@@ -153,11 +154,6 @@ class Places:
         """Where each device listens, in their order; none if they do not."""
         return tuple(each for place in self._places for each in place.listen_endpoints)
 
-    def _lost(self, bundle: bytes, reason: str) -> None:
-        """A device has lost its link: those that were made together with it end, too."""
-        for place in self._places:
-            place.cut_soon(bundle, f"the link of another device ended: {reason}")
-
 
 def open_cluster(
     cluster_id: int, options: Options, make: MakeCluster = Cluster
@@ -165,8 +161,4 @@ def open_cluster(
     """What the options ask for: a cluster of one device, or the places of several."""
     if options.devices:
         return Places(cluster_id, options, make)
-    return make(cluster_id, options, _nothing)
-
-
-def _nothing(bundle: bytes, reason: str) -> None:
-    """There is no other device to be told."""
+    return make(cluster_id, options, None)
