@@ -15,6 +15,7 @@ from llm_datadist.checks import (
     is_number,
     parse_number,
 )
+from llm_datadist.comm_resource import check_resources
 from llm_datadist.device_options import Device, parse_cluster_id, parse_devices, parse_listens
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import invalid
@@ -77,7 +78,8 @@ class Options:
     host_pool: PoolConfig | None = None
     buf_pool: BufPoolConfig | None = None
     transfer_backend: str | None = None  #: "hixl", "nixl" or None
-    local_comm_res: str | None = None  #: not looked into; the reference does so when it links
+    local_comm_res: str | None = None
+    cannot_link: str = ""  #: why `link_clusters` is refused: the reference reads some options then
     enable_switch_role: bool = False
     path: str = "auto"  #: one of TRANSFER_PATHS, or the name of a transport from outside
     link_security: LinkSecurity | None = None
@@ -122,6 +124,7 @@ class Options:
             buf_pool=_buf_pool(raw),
             transfer_backend=_transfer_backend(raw, listen),
             local_comm_res=raw.get(key.LOCAL_COMM_RES),
+            cannot_link=check_resources(raw),
             enable_switch_role=raw.get(key.ENABLE_SWITCH_ROLE) == "1",
             path=_path(raw),
             link_security=read_link_security(raw),

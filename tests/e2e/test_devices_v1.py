@@ -306,7 +306,7 @@ def test_a_key_is_not_used_up_by_a_pull_that_failed_on_one_device(remote: NodePr
     key = CacheKey(1, 10)
     remote.call(rows_there, 2, 1, 1 << 16, seed=1, keys=[key])
     with several(DECODER, 2) as ours, FaultProxy(ports[1]) as proxy:
-        ours.start(transfer_path="tcp", sync_kv_timeout=500)
+        ours.start(transfer_path="tcp", sync_kv_timeout=1500)
         assert ours.link([ports[0], proxy.port]) == SUCCESS
         cache = ours.rows(2, 1, 1 << 16)
         proxy.stall()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.linker import Outcome, Target
 from llm_datadist.places.catalogs import named
+from llm_datadist.running.deadline import Deadline
 from llm_datadist.running.loop import CannotWait, run_in_each
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 #: the others of a bundle come a little later
 _MOMENT_S: Final = 1.0
+#: a loop does what it is asked for a little later
+_GRACE_S: Final = 3.0
+_TIMEOUT: Final = LLMStatusCode.LLM_TIMEOUT
 _OK: Final = LLMStatusCode.LLM_SUCCESS
 _ALREADY: Final = LLMStatusCode.LLM_ALREADY_LINK
 
@@ -98,7 +102,7 @@ class Bundles:
             return place.linker.link(target, timeout_s, names[index])
 
         try:
-            outcomes = self._for_each(targets, link, self._objection)
+            outcomes = self._for_each(targets, link, timeout_s, self._objection)
             whole = [self._whole(each, name) for each, name in zip(outcomes, names, strict=True)]
             failed = [name for name, out in zip(names, whole, strict=True) if out.status is not _OK]
             if failed:
@@ -118,7 +122,8 @@ class Bundles:
             return leave(target, timeout_s)
 
         is_lenient = force or self._places[0].options.transfer_backend is not None
-        outcomes = self._for_each(targets, unlink, None if is_lenient else self._objection)
+        check = None if is_lenient else self._objection
+        outcomes = self._for_each(targets, unlink, timeout_s, check)
         whole = [_first_failure(each) or each[0] for each in outcomes]
         halves = [
             target
@@ -126,14 +131,15 @@ class Bundles:
             if len({outcome.status is _OK for outcome in each}) > 1
         ]
         if halves:
-            self._for_each(halves, lambda place, target, _: place.linker.cut(target, 0), None)
+            self._for_each(halves, lambda place, target, _: place.linker.cut(target, 0), 0)
         return whole
 
     def _for_each(
         self,
         targets: Sequence[Target],
         work: Work,
-        objection_to: Callable[[Target], str | None] | None,
+        timeout_s: float,
+        objection_to: Callable[[Target], str | None] | None = None,
     ) -> list[list[Outcome]]:
         """What comes of each target on each device; no device of one that is objected to."""
         objections = [objection_to(target) if objection_to else None for target in targets]
@@ -147,9 +153,12 @@ class Bundles:
         invalid = LLMStatusCode.LLM_PARAM_INVALID
         outcomes = [[] if text is None else [Outcome(invalid, text)] for text in objections]
         loops = [place.loop for place in self._places]
+        works = [(loop, partial(on_place, i)) for i, loop in enumerate(loops)]
         try:
-            found = run_in_each([(loop, partial(on_place, i)) for i, loop in enumerate(loops)])
-        except CannotWait as error:
+            found = run_in_each(works, Deadline.after(timeout_s + _GRACE_S))
+        except LLMException as error:
+            if not isinstance(error, CannotWait) and error.status_code is not _TIMEOUT:
+                raise  # the cluster was finalized
             return [each or [Outcome(error.status_code, str(error))] for each in outcomes]
         for device in found:
             for index, outcome in zip(wanted, device, strict=True):
@@ -185,7 +194,8 @@ class Bundles:
     def _cut(self, names: Sequence[bytes], because: str) -> None:
         """Drops the links of these bundles, so that the next call finds nothing of them."""
         try:
-            run_in_each([(each.loop, partial(_cut, each, names, because)) for each in self._places])
+            cuts = [(each.loop, partial(_cut, each, names, because)) for each in self._places]
+            run_in_each(cuts, Deadline.after(_GRACE_S))
         except LLMException:  # it cannot be waited for here
             self._cut_soon(names, because)
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from llm_datadist.cluster import Cluster
 from llm_datadist.device_options import unequal
-from llm_datadist.errors import LLMException
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.links.linker import Outcome
 from llm_datadist.places.catalogs import Catalogs
 from llm_datadist.places.figures import together
 from llm_datadist.places.linking import Bundles, Links
@@ -24,11 +25,12 @@ from llm_datadist.running.movers import Movers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.filing import Siblings
-    from llm_datadist.links.linker import Outcome, Target
+    from llm_datadist.links.linker import Target
     from llm_datadist.options import Options
 
     MakeCluster: TypeAlias = Callable[[int, Options, Siblings | None], Cluster]
@@ -108,6 +110,9 @@ class Places:
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links device i to device i of each target, all devices or none. Spec 5.4."""
+        if self.options.cannot_link:
+            refused = Outcome(LLMStatusCode.LLM_PARAM_INVALID, self.options.cannot_link)
+            return [refused for _ in targets]
         with self.transfers.watching("link") as watch:
             outcomes = self._bundles.link(targets, timeout_s)
             if watch is not None:
@@ -121,6 +126,10 @@ class Places:
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
+
+    def switching(self) -> AbstractContextManager[None]:
+        """The turn to change the role, as `Cluster.switching`."""
+        return self._places[0].switching()
 
     def switch_listening(self, endpoints: Sequence[Endpoint]) -> None:
         """Each device listens at its address, or none does any more. Raises LLMException."""

@@ -59,9 +59,7 @@ class Loop:
         if not self._is_ending:
             self.asyncio.run_forever()
 
-    def run(
-        self, work: Callable[[], Coroutine[object, object, T]], deadline: Deadline | None = None
-    ) -> T:
+    def run(self, work: Callable[[], Coroutine[object, object, T]], deadline: Deadline) -> T:
         """Runs a coroutine in the loop's thread, from any other one, and waits for it.
 
         At the deadline, and when the caller is interrupted, it is cancelled. Raises what it raises;
@@ -143,8 +141,7 @@ class Loop:
 
 
 def run_in_each(
-    works: Sequence[tuple[Loop, Callable[[], Coroutine[object, object, T]]]],
-    deadline: Deadline | None = None,
+    works: Sequence[tuple[Loop, Callable[[], Coroutine[object, object, T]]]], deadline: Deadline
 ) -> list[T]:
     """Runs a coroutine in each of several loops, all at once, as `Loop.run` does in one.
 
@@ -155,9 +152,7 @@ def run_in_each(
         for loop, job in jobs:
             loop._take(job)
         for _, job in jobs:
-            timeout_s = None if deadline is None else max(0.0, deadline.remaining_s())
-            if not job.over.wait(timeout_s):
-                assert deadline is not None
+            if not job.over.wait(max(0.0, deadline.remaining_s())):
                 raise deadline.expired("work of the cluster's thread")
         return [job.result() for _, job in jobs]
     except BaseException:
