@@ -29,9 +29,10 @@ from llm_datadist.memory.checksum import require_checksums
 from llm_datadist.memory.process import ProcessMemory
 from llm_datadist.observe.log import get_logger
 from llm_datadist.observe.watch import Observer
-from llm_datadist.owner.answers import Answers
+from llm_datadist.owner.answers import MAX_ANSWER_S, Answers
 from llm_datadist.owner.catalog import Catalog
 from llm_datadist.owner.fetching import Fetching
+from llm_datadist.owner.notices import Notices
 from llm_datadist.owner.pools import open_pools
 from llm_datadist.owner.service import Serving
 from llm_datadist.peer.streams import MAX_STREAMS
@@ -142,6 +143,8 @@ class Cluster:
             self._ending.add(f"the transport {transport.name}", partial(_close, transport))
         self._ending.add("the movers", movers.end)
         self._movers = movers
+        #: what peers have told our program
+        self.notices = Notices(is_wanted=options.is_engine)
         #: our caches
         self.catalog = Catalog(
             self.gate,
@@ -172,7 +175,8 @@ class Cluster:
         # apart from the workers, so that two peers that push to each other both have some to answer
         fetchers = self._threads(_FETCHERS, "fetcher")
         answers = Answers(self.cluster_id, self.catalog, transports)
-        fetching = Fetching(answers, self.gate, recorder, options.sync_timeout_s)
+        fetch_s = MAX_ANSWER_S if options.is_engine else options.sync_timeout_s
+        fetching = Fetching(answers, self.gate, recorder, fetch_s)
         offers = {name: transport.offer() for name, transport in transports.items()}
         meets = options.path in ("auto", SAME_HOST) and offers[SAME_HOST] is not None
         same_host = SameHost.new() if meets else None
@@ -198,6 +202,7 @@ class Cluster:
                 loop,
                 answers,
                 fetching,
+                self.notices,
                 self.gate,
                 Shares(workers, _WORKERS_OF_ONE),
                 Shares(workers, _CHECKERS_OF_ONE),
@@ -210,7 +215,7 @@ class Cluster:
             same_host,
             movers if options.verify_transfers else None,
             options.sync_timeout_s,
-            options.transfer_backend is not None,
+            options.is_engine or options.transfer_backend is not None,
             set(),
             recorder,
         )

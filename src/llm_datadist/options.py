@@ -91,6 +91,9 @@ class Options:
     devices: tuple[Device, ...] = ()  #: those of a process with several; each has its own place
     device_index: int = 0  #: which of several devices these are for
     num_devices: int = 1
+    #: of the interface `hixl`, no option: peers send notices, and say how long their transfers may
+    #: take; each end links and unlinks for itself
+    is_engine: bool = False
 
     @classmethod
     def parse(cls, role: LLMRole, options: object) -> Options:

@@ -136,17 +136,24 @@ class LinkedCaller:
     """A caller made by hand that an engine has linked to, over tcp. See `linked_caller`."""
 
     def __init__(
-        self, port: int, stack: ExitStack, *, is_remote_accessible: bool, unmet: str = ""
+        self,
+        port: int,
+        stack: ExitStack,
+        *,
+        is_remote_accessible: bool,
+        unmet: str = "",
+        cluster_id: int = 4242,
     ) -> None:
         self._port = port
         self._stack = stack
         self.control = self._dial()
-        self.control.send(hello(is_remote_accessible=is_remote_accessible))
+        self.control.send(hello(cluster_id=cluster_id, is_remote_accessible=is_remote_accessible))
         self.welcome = self.control.expect(m.Welcome)
         self.control.send(m.Ready("tcp", unmet))
         self.control.expect(m.DialBack)
-        reverse = self.attach(is_reverse=True)
-        reverse.serve_probe()
+        #: on which the engine asks
+        self.reverse = self.attach(is_reverse=True)
+        self.reverse.serve_probe()
         self.control.expect(m.Linked)
 
     def attach(self, *, is_reverse: bool = False) -> Wire:
@@ -162,11 +169,17 @@ class LinkedCaller:
 
 @contextmanager
 def linked_caller(
-    port: int, *, is_remote_accessible: bool = False, unmet: str = ""
+    port: int, *, is_remote_accessible: bool = False, unmet: str = "", cluster_id: int = 4242
 ) -> Iterator[LinkedCaller]:
     """Links by hand; closes all that was opened."""
     with ExitStack() as stack:
-        yield LinkedCaller(port, stack, is_remote_accessible=is_remote_accessible, unmet=unmet)
+        yield LinkedCaller(
+            port,
+            stack,
+            is_remote_accessible=is_remote_accessible,
+            unmet=unmet,
+            cluster_id=cluster_id,
+        )
 
 
 @contextmanager

@@ -112,3 +112,4 @@ def samples() -> Iterator[m.Message]:
     yield m.Stats(_STATS)
     yield m.ListExports("nixl")
     yield m.Exports(b"\x04\x05")
+    yield m.Notify("done", "block 7 is there")

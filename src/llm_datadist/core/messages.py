@@ -52,6 +52,8 @@ KEY_NBYTES = 32
 #: layers of one cache that peers are told
 MAX_LAYERS = 4096
 _MAX_LAYERS_NBYTES = 1024 * 1024
+#: characters of either text of a notice
+MAX_NOTICE = 1024
 
 UInt: TypeAlias = Annotated[int, Meta(ge=0)]
 #: as many as the longest timeout has that a program can set, 2**31 seconds
@@ -59,6 +61,8 @@ Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 #: of a monotonic clock, in seconds
 Moment: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
+#: what one program tells another by Notify, which is shown to nobody
+Notice: TypeAlias = Annotated[str, Meta(max_length=MAX_NOTICE)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
 #: as Token, or empty
 Nonce: TypeAlias = Annotated[bytes, Meta(max_length=16)]
@@ -351,6 +355,13 @@ class Exports(Message, tag=35):
     exports: bytes
 
 
+class Notify(Message, tag=36):
+    """A notice for the receiver's program, which asks for it when it likes. Answered with Done."""
+
+    name: Notice
+    text: Notice
+
+
 class Done(Message, tag=29):
     """What was asked for has been done."""
 
@@ -394,6 +405,7 @@ AnyMessage: TypeAlias = (
     | Exports
     | AskStats
     | Stats
+    | Notify
 )
 
 #: what has words in it that are shown; names that are only compared are left as they are

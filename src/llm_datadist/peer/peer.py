@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.core.combs import Pieces
     from llm_datadist.core.registry import Entry, KeyName
-    from llm_datadist.core.remote import Guard, RemoteCache
+    from llm_datadist.core.remote import Guard, RemoteCache, RemoteTable
     from llm_datadist.core.transfer import Push
     from llm_datadist.observe.watch import Watch
     from llm_datadist.peer.lookup import Found
@@ -117,6 +117,17 @@ class Peer:
     def find(self, name: int | KeyName, deadline: Deadline) -> RemoteCache:
         """A cache of the peer's. Raises LLMException. The caller has entered the door."""
         return self._lookup.find(name, deadline).cache
+
+    def table(self, deadline: Deadline, seen: RemoteTable | None = None) -> RemoteTable:
+        """All that we may reach of the peer's; newer than `seen`. As `find` otherwise."""
+        return self._lookup.table(deadline, seen)
+
+    def notify(self, name: str, text: str, deadline: Deadline) -> None:
+        """Has the peer keep a notice for its program. Raises as `find` does."""
+        with self._streams.borrow(deadline) as stream:
+            answer = stream.ask(m.Notify(name, text), deadline)
+            if not isinstance(answer, m.Done):
+                raise _garbage(answer)
 
     def forget(self) -> None:
         """What was found earlier does not fit, and may have been replaced: asks anew next time."""

@@ -20,6 +20,7 @@ from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import WAKE
 from llm_datadist.running.deadline import Deadline, Token
+from llm_datadist.transfers.by_address import NotBegun, OnLink
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from llm_datadist.running.movers import Call, Movers
     from llm_datadist.running.threads import Errands
 
-    Asked: TypeAlias = Pull | Push | Copy | PullShards | Receipt
+    Asked: TypeAlias = Pull | Push | Copy | PullShards | OnLink | Receipt
 
 
 class _Token(Token):
@@ -90,7 +91,8 @@ class Transfers:
         self._movers = movers
 
     def run(self, asked: Asked, part: Part | None = None) -> None:
-        """Moves what is asked, within the cluster's time-out; as a part, within the whole's.
+        """Moves what is asked, within the cluster's time-out; over a given link within its own,
+        and as a part within the whole's.
 
         Raises LLMException; nothing arrives after it was raised.
         """
@@ -99,7 +101,8 @@ class Transfers:
         try:
             self._run(token, asked, part)
         except LLMException as error:
-            raise LLMException(f"{asked}: {error}", error.status_code) from error
+            kind = NotBegun if isinstance(error, NotBegun) else LLMException
+            raise kind(f"{asked}: {error}", error.status_code) from error
         finally:  # as `Gate.leave`, which a signal could come before: each of these is one step
             try:
                 token.cell[0] = STALE
@@ -168,6 +171,8 @@ class Transfers:
             self._pull_shards(token, asked)
         elif isinstance(asked, Receipt):
             self._confirm(token, asked, part)
+        elif isinstance(asked, OnLink):
+            self._do_on_link(token, asked)
         else:
             self._copy(token, asked)
 
@@ -211,6 +216,15 @@ class Transfers:
         self._movers.run(pulls, token)
         for index, peer in enumerate(peers):  # those, too, of which nothing was needed
             peer.tell_read(found[index], deadline)
+
+    def _do_on_link(self, token: _Token, asked: OnLink) -> None:
+        try:
+            self._gate.enter(token, asked.peer.door)
+        except LLMException as error:
+            raise NotBegun(str(error), error.status_code) from error
+        deadline = Deadline.after(asked.timeout_s, token)
+        with self.watching(asked.operation, asked.peer.cluster_id) as watch:
+            asked.carry_out(token, self._catalog, deadline, watch)
 
     def _push(self, token: _Token, asked: Push, part: Part | None) -> None:
         ours = self._catalog.use(token, asked.cache_id)
