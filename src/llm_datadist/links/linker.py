@@ -37,6 +37,8 @@ class Target(NamedTuple):
 
     cluster_id: int | None
     endpoints: tuple[Endpoint, ...]
+    #: addresses of ours that came with it
+    num_local: int = 0
 
 
 class Call(NamedTuple):
@@ -47,6 +49,8 @@ class Call(NamedTuple):
     named: int | None
     is_fresh: bool
     group: str
+    #: names the links of several devices that are made together
+    bundle: bytes = b""
 
 
 class Outcome(NamedTuple):
@@ -77,7 +81,7 @@ class Linker:
         #: whose turn it is to link to an address
         self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
 
-    async def link(self, target: Target, timeout_s: float) -> Outcome:
+    async def link(self, target: Target, timeout_s: float, bundle: bytes = b"") -> Outcome:
         if len(target.endpoints) != 1:
             return Outcome(
                 LLMStatusCode.LLM_PARAM_INVALID,
@@ -94,7 +98,11 @@ class Linker:
             left_s = max(0.001, deadline.remaining_s())
             is_fresh = not self._known(target)
             return await self.call(
-                target.endpoints[0], left_s, is_fresh=is_fresh, named=target.cluster_id
+                target.endpoints[0],
+                left_s,
+                is_fresh=is_fresh,
+                named=target.cluster_id,
+                bundle=bundle,
             )
         finally:
             turn.release()
@@ -107,6 +115,7 @@ class Linker:
         is_fresh: bool,
         named: int | None = None,
         group: str = "",
+        bundle: bytes = b"",
         claim: Callable[[Process | None], str] | None = None,
     ) -> Outcome:
         """Links to whoever listens there; `is_fresh` when no link to it is known here.
@@ -121,7 +130,8 @@ class Linker:
         if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        session, first, left_s = self._begin(control, Call(at, named, is_fresh, group), deadline)
+        call = Call(at, named, is_fresh, group, bundle)
+        session, first, left_s = self._begin(control, call, deadline)
         await session.greet(first, left_s)
         if session.is_closed and session.status is not LLMStatusCode.LLM_SUCCESS:
             return Outcome(session.status, session.reason)
@@ -139,8 +149,9 @@ class Linker:
         link = lk.CallerLink(self._context.me, control.is_same_host, expected=expected)
         endpoint = None if isinstance(call.at, SameHost) else call.at
         session = Session(
-            self._context, self._registrar, control, link, endpoint, call.group, call.named
-        )
+            self._context, self._registrar, control, link, endpoint, call.group, call.named,
+            call.bundle,
+        )  # fmt: skip
         session.meeting = partial(self._meet, session, call)
         left_s = max(0.001, deadline.remaining_s())
         first = link.start(
@@ -148,6 +159,7 @@ class Linker:
             is_fresh=call.is_fresh,
             timeout_ms=max(1, int(left_s * 1000)),
             group=call.group,
+            bundle=call.bundle,
         )
         return session, first, left_s
 
