@@ -407,9 +407,9 @@ def test_a_push_of_what_is_freed_meanwhile_ends_well(victim: NodeProcess) -> Non
     )  # fmt: skip
     with linked_caller(port, is_remote_accessible=True) as peer:
         victim.call(start_to_push)
-        peer.asked.expect(m.ListCaches)
-        peer.asked.send(m.Caches([theirs]))
-        fetch = peer.asked.expect(m.Fetch)
+        peer.reverse.expect(m.ListCaches)
+        peer.reverse.send(m.Caches([theirs]))
+        fetch = peer.reverse.expect(m.Fetch)
         src, _, nbytes = np.frombuffer(fetch.columns, dtype="<u8").reshape(3, -1).tolist()
         stream = peer.attach()
         asked = columns(list(zip(src, nbytes, strict=True)))
@@ -419,7 +419,7 @@ def test_a_push_of_what_is_freed_meanwhile_ends_well(victim: NodeProcess) -> Non
         data = take_all(stream)
         assert (data[:-16] == 7).all()
         assert data[-16:].view(np.uint64).tolist() == [fetch.src_generation, 0]
-        peer.asked.send(m.Done())
+        peer.reverse.send(m.Done())
         assert victim.call(outcome_of_push) == SUCCESS
     with takes_at_most(SOON_S):
         victim.call(fill, 2)

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from llm_datadist.owner.answers import Answers
     from llm_datadist.owner.fetching import Arrival, Fetching
     from llm_datadist.owner.guest import Guest
+    from llm_datadist.owner.notices import Notices
     from llm_datadist.running.gate import Gate
     from llm_datadist.running.shares import LoopShares, Shares
     from llm_datadist.transport.shield import Shield
@@ -68,6 +69,8 @@ class Serving:
     loop: asyncio.AbstractEventLoop
     answers: Answers
     fetching: Fetching
+    #: what peers tell our program
+    notices: Notices
     gate: Gate
     #: threads that send large answers
     workers: Shares
@@ -229,6 +232,10 @@ class StreamService:
         elif isinstance(request, m.Read):
             timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
             self._send(self._read(request), Deadline.after(timeout_s))
+        elif isinstance(request, m.Notify):
+            answer = self._made(partial(serving.notices.keep, guest, request))
+            assert answer is not None
+            self._send(answer, Deadline.after(MAX_ANSWER_S))
         else:
             answer = self._made(partial(serving.answers.answer, request))
             assert answer is not None

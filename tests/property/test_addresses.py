@@ -1,4 +1,4 @@
-"""core.places against a naive search, and how little it does among many caches."""
+"""core.addresses against a naive search, and how little it does among many caches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_datadist.core.addresses import Addresses
 from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
-from llm_datadist.core.places import Places
 from llm_datadist.core.registry import Registry
 from llm_datadist.types import Placement
 
@@ -48,7 +48,7 @@ def columns(pairs: list[tuple[int, int]]) -> tuple[U64, U64]:
 def test_a_cache_is_found_where_a_naive_search_finds_one(
     changes: list[tuple[Layout, bool]], asked: list[list[tuple[int, int]]]
 ) -> None:
-    places, live = Places(), dict[int, Layout]()
+    places, live = Addresses(), dict[int, Layout]()
     for number, (layout, stays) in enumerate(changes):
         live[number] = layout
         places.add(number, layout)
@@ -68,7 +68,7 @@ def test_a_cache_is_found_where_a_naive_search_finds_one(
 
 
 def test_nothing_lies_nowhere() -> None:
-    places = Places()
+    places = Addresses()
     none, one = columns([]), columns([(4096, 1)])
     assert places.find(*one) is None
     places.add(1, Layout.at(Geometry(CacheKind.BLOCKS, 1, 1, 8), [4096]))
@@ -77,7 +77,7 @@ def test_nothing_lies_nowhere() -> None:
 
 
 def test_of_caches_over_the_same_memory_the_oldest_that_is_there_is_found() -> None:
-    places, layout = Places(), Layout.at(Geometry(CacheKind.BLOCKS, 2, 4, 8), [4096, 8192])
+    places, layout = Addresses(), Layout.at(Geometry(CacheKind.BLOCKS, 2, 4, 8), [4096, 8192])
     for cache_id in (3, 5, 7):
         places.add(cache_id, layout)
     asked = columns([(8200, 8), (4096, 32)])

@@ -1,4 +1,4 @@
-"""Places: which cache lies at an address, found in steps that do not grow with how many there are.
+"""Addresses: which cache lies at one, found in steps that do not grow with how many there are.
 
 The tensors of all places are kept sorted by their first byte, beside how far the tensors up to each
 one reach: so those that may contain a byte are neighbours, and as many as lie on each other there.
@@ -36,7 +36,7 @@ class _Tensors(NamedTuple):
     places: list[_Place]
 
 
-class Places:
+class Addresses:
     """Where caches lie. Not thread-safe: the catalog's lock guards it.
 
     A finalizer may change it between any two steps.
