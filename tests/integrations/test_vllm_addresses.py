@@ -187,7 +187,6 @@ def test_a_hand_over_without_our_worker_is_a_failed_load(hosts: Processes) -> No
         prefill.call(Engine.step)
         short = {**params, "remote_hosts": [HOSTS[0]]}
         assert decode.call(Engine.read, "forged", PROMPT, short, OURS) == "failed"
-        decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "right"
 
 

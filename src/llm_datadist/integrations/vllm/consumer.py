@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llm_datadist import BlocksCacheKey, LLMException, LLMStatusCode
+from llm_datadist import LLMException, LLMStatusCode
 from llm_datadist.integrations.vllm.handover import Handover, handover_of
 from llm_datadist.integrations.vllm.leases import Leases
 from llm_datadist.integrations.vllm.orders import Orders
@@ -18,11 +18,10 @@ from llm_datadist.integrations.vllm.request import digest_of, wants_remote_prefi
 from llm_datadist.integrations.vllm.step import Pull
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Sequence
 
-    from llm_datadist.cache import Cache
-    from llm_datadist.cache_manager import CacheManager
     from llm_datadist.integrations.vllm.board import Board
+    from llm_datadist.integrations.vllm.memory import Memory
     from llm_datadist.integrations.vllm.producers import Producer, Producers
     from llm_datadist.integrations.vllm.request import Request
     from llm_datadist.integrations.vllm.step import Step
@@ -33,8 +32,7 @@ logger = logging.getLogger(__name__)
 class ConsumerScheduler:
     """In the scheduler: turns the blocks that a request has got into pulls."""
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self) -> None:
         #: what is kept for requests that have got no blocks yet, and for those that read it now.
         #: Not kept in their parameters, which several requests may share
         self._waiting: dict[str, Handover] = {}
@@ -72,8 +70,11 @@ class ConsumerScheduler:
             return 0
         return max(0, source.remote_num_tokens - num_computed_tokens)
 
-    def allocated(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
-        """The request has got its blocks, of which the last before its end are to be read.
+    def allocated(
+        self, request: Request, block_ids: Sequence[Sequence[int]], num_external_tokens: int
+    ) -> None:
+        """The request has got its blocks, by group; so many of the tokens handed over are to be
+        read into them, the last ones.
 
         Once: what cannot be read is computed.
         """
@@ -84,11 +85,8 @@ class ConsumerScheduler:
         if source is None:
             return
         self._reading[request.request_id] = source
-        end = source.remote_num_tokens
-        blocks = slice((end - num_external_tokens) // self._block_size, -(-end // self._block_size))
-        self._pulls.append(
-            Pull(request.request_id, source, source.block_ids[blocks], block_ids[blocks])
-        )
+        num_computed = source.remote_num_tokens - num_external_tokens
+        self._pulls.append(Pull(request.request_id, source, block_ids, num_computed))
 
     def finished(self, request: Request) -> None:
         """A request that ends before it got blocks lets go of those that are kept for it."""
@@ -124,13 +122,12 @@ class ConsumerWorker:
 
     def __init__(
         self,
-        manager: CacheManager,
-        caches: Mapping[int, Cache],
+        memory: Memory,
         board: Board,
         producers: Producers,
         pull_timeout_s: float = PULL_TIMEOUT_S,
     ) -> None:
-        self._manager, self._caches, self._board = manager, caches, board
+        self._memory, self._board = memory, board
         self._producers, self._pull_timeout_s = producers, pull_timeout_s
         self._leases = Leases(board, producers)
         self.outcomes = Outcomes()
@@ -180,36 +177,36 @@ class ConsumerWorker:
         try:
             producer.check_patience(asked)
             until = time.monotonic() + self._pull_timeout_s
-            while not self._has_read(producer, pull, until):
+            while (nbytes := self._read_unless_lost(producer, pull, until)) is None:
                 producer = self._producers.reach_again(pull.source)
         except BaseException as error:  # as above
             self.outcomes.failed(pull, error)
         else:
-            self.outcomes.received(pull, time.monotonic() - asked)
+            self.outcomes.received(pull, time.monotonic() - asked, nbytes)
 
-    def _has_read(self, producer: Producer, pull: Pull, until: float) -> bool:
-        """Whether its blocks were read; False if the link was lost, and there is time left."""
+    def _read_unless_lost(self, producer: Producer, pull: Pull, until: float) -> int | None:
+        """The bytes that were read; None if the link was lost, and there is time left."""
         self._producers.await_link(producer)
         try:
-            self._read(producer, pull)
+            return self._read(producer, pull)
         except (LLMException, LookupError) as error:
             is_lost = getattr(error, "status_code", None) is LLMStatusCode.LLM_NOT_YET_LINK
             if time.monotonic() > until or not (is_lost or self._producers.is_lost(producer)):
                 raise
-            return False
-        return True
+            return None
 
-    def _read(self, producer: Producer, pull: Pull) -> None:
+    def _read(self, producer: Producer, pull: Pull) -> int:
         begun = time.monotonic()
         try:
-            self._read_from(producer.cluster_id, pull)
+            nbytes = self._read_from(producer.cluster_id, pull)
         except LLMException as error:
             if error.status_code is LLMStatusCode.LLM_TIMEOUT:
                 producer.timed_out(begun)
             raise
         producer.heard()
+        return nbytes
 
-    def _read_from(self, cluster_id: int, pull: Pull) -> None:
+    def _read_from(self, cluster_id: int, pull: Pull) -> int:
         """Reads the blocks, if the lease and the hand-over are what the producer gave."""
         lease = pull.source.remote_lease
         key = self._board.key_of(cluster_id, lease)
@@ -217,16 +214,10 @@ class ConsumerWorker:
             raise _ended_lease()
         if not pull.source.is_proved(key):
             raise LookupError("the hand-over is not what the producer said")
-        for model_id, cache in self._caches.items():
-            self._manager.pull_blocks(
-                BlocksCacheKey(cluster_id, model_id),
-                cache,
-                pull.src_blocks,
-                pull.dst_blocks,
-                tensor_num_per_layer=1,
-            )
+        nbytes = self._memory.read(cluster_id, pull)
         if self._board.key_of(cluster_id, lease) != key:
             raise _ended_lease()
+        return nbytes
 
 
 def _ended_lease() -> LookupError:

@@ -38,7 +38,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     #: where the first worker is dialled
     remote_host: _Text
     remote_port: _Port
-    #: by KV cache group, of which there is one
+    #: by KV cache group: what who goes on needs, in the order of the prompt (`Group.needed`)
     remote_block_ids: list[list[_Count]]
     remote_num_tokens: _Count
     #: of these tokens, and what else their KV depends on
@@ -51,11 +51,6 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     remote_hosts: Annotated[list[_Text], msgspec.Meta(max_length=_MOST_WORKERS)] = []
     #: `proof_of` this, by the lease's key
     remote_proof: _Text = ""
-
-    @property
-    def block_ids(self) -> list[int]:
-        """The producer's blocks in the order of the prompt."""
-        return self.remote_block_ids[0] if self.remote_block_ids else []
 
     def address(self, rank: int) -> tuple[str, int]:
         """Where that worker is dialled. Raises LookupError if the hand-over has no such worker."""

@@ -1,0 +1,126 @@
+"""Whether models of every kind of KV cache answer by way of prefill and decode as they do alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from client import ask, greedy, num_loaded_tokens, num_pulled_bytes
+from random_models import NUM_WORDS
+from rich.table import Table
+
+from llm_datadist.cli.failure import CommandError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from servers import Pair, Process
+
+NUM_NEW_TOKENS = 16
+#: 255: the last token's window of 128 begins one token before a block of 128 does
+PROMPT_TOKENS = (7, 127, 128, 129, 255, 300, 605)
+#: behind the longest, whose first tokens decode then has
+_NUM_MORE = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model, or one pair of shapes."""
+
+    name: str
+    groups: str
+    num_prompts: int
+    num_identical: int
+    #: what decode had from prefill
+    loaded_tokens: int
+    prompt_tokens: int
+    pulled_nbytes: int
+    error: str | None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all answers are right, and nearly all tokens came from prefill."""
+        is_right = self.num_identical == self.num_prompts and self.error is None
+        return is_right and self.loaded_tokens >= self.prompt_tokens - 2 * self.num_prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What was found for all of them."""
+
+    part: str
+    rows: list[Row]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all did."""
+        return all(row.is_good for row in self.rows)
+
+    @property
+    def verdict(self) -> str:
+        """For the closing line."""
+        return f"{self.part} {sum(row.is_good for row in self.rows)}/{len(self.rows)}"
+
+    def figures(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """A row each."""
+        table = Table("what", "KV cache groups")
+        for heading in ("identical", "tokens loaded\nof computed", "KiB moved", "error"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                row.groups,
+                f"{row.num_identical} of {row.num_prompts}",
+                f"{row.loaded_tokens} of {row.prompt_tokens}",
+                f"{row.pulled_nbytes / 1024:,.0f}",
+                row.error or "",
+            )
+        return table
+
+
+def prompts_of(name: str) -> list[list[int]]:
+    """Random words, and once more words behind those of the longest. The same each time."""
+    source = random.Random(name)
+    prompts = [[source.randrange(1, NUM_WORDS) for _ in range(num)] for num in PROMPT_TOKENS]
+    return [*prompts, prompts[-1] + [source.randrange(1, NUM_WORDS) for _ in range(_NUM_MORE)]]
+
+
+def compare(
+    name: str, groups: str, plain: Process, pair: Pair, report: Callable[[str], None]
+) -> Row:
+    """Ask one and the other. Raises CommandError when the plain server fails."""
+    prompts = prompts_of(name)
+    expected = []
+    for prompt in prompts:
+        answer = ask(plain, greedy(prompt, NUM_NEW_TOKENS))
+        if answer.error is not None:
+            raise CommandError(f"the plain server answers {answer.error}: see {plain.log}")
+        expected.append(answer.tokens)
+    if len(set(expected)) < len(expected):
+        raise CommandError(f"{name} gives one answer to several prompts: {expected}")
+    report(f"{name}: {len(prompts)} prompts by way of prefill and decode")
+    answers, loaded = [], 0
+    for prompt in prompts:
+        before = num_loaded_tokens(pair.decode)
+        answers.append(ask(pair.proxy, greedy(prompt, NUM_NEW_TOKENS)))
+        loaded += num_loaded_tokens(pair.decode) - before
+    return Row(
+        name,
+        groups,
+        len(prompts),
+        sum(a.tokens == tokens for a, tokens in zip(answers, expected, strict=True)),
+        loaded,
+        _num_to_load(prompts),
+        num_pulled_bytes(pair.decode),
+        next((answer.error for answer in answers if answer.error), None),
+    )
+
+
+def _num_to_load(prompts: Sequence[list[int]]) -> int:
+    """All tokens, but of the last prompt those behind the one before, which decode may have."""
+    return sum(map(len, prompts[:-1])) + _NUM_MORE
