@@ -8,7 +8,7 @@ the prompt and not on its last word.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NUM_WORDS = 512
-_SCALE, _SCALE_OF_WORDS = 0.15, 0.0075
+_WORDS_OF_WEIGHTS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class RandomModel:
     fields: dict[str, Any]
     #: that its kernels run with on a CPU
     dtype: str = "float32"
-    #: of vLLM's server
-    options: tuple[str, ...] = field(default=())
+    #: of the weights: smaller where rounding (bfloat16, large sums) would choose other tokens
+    scale: float = 0.15
 
     def directory(self, build: Path) -> Path:
         """Where it is, below `build`; the first call makes it."""
@@ -52,13 +52,14 @@ class RandomModel:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         config = getattr(transformers, self.config_class)(
-            vocab_size=NUM_WORDS, initializer_range=_SCALE, eos_token_id=None, bos_token_id=None,
+            vocab_size=NUM_WORDS, initializer_range=self.scale,
+            eos_token_id=None, bos_token_id=None,
             pad_token_id=0, max_position_embeddings=2048, tie_word_embeddings=False, **self.fields,
         )  # fmt: skip
         torch.manual_seed(1)
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
-            model.get_input_embeddings().weight.normal_(0, _SCALE_OF_WORDS)
+            model.get_input_embeddings().weight.normal_(0, self.scale * _WORDS_OF_WEIGHTS)
         model.to(getattr(torch, self.dtype)).save_pretrained(directory)
         words = {f"w{number}": number for number in range(NUM_WORDS)}
         tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
@@ -91,6 +92,7 @@ QWEN3_NEXT = RandomModel(
         "shared_expert_intermediate_size": 64,
     },
     dtype="bfloat16",
+    scale=0.05,
 )  # fmt: skip
 DEEPSEEK_V2 = RandomModel(
     "deepseek-v2", "DeepseekV2Config", "1 MLA",
@@ -102,6 +104,7 @@ DEEPSEEK_V2 = RandomModel(
         "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_group": 1,
         "topk_group": 1, "topk_method": "greedy",
     },
+    scale=0.1,
 )  # fmt: skip
 LLAMA = RandomModel(
     "llama", "LlamaConfig", "1 full",

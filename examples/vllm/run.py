@@ -35,6 +35,8 @@ class Part(str, Enum):
     PARITY = "parity"
     FAILURES = "failures"
     HYBRID = "hybrid"
+    SHAPES = "shapes"
+    STALE = "stale"
     TTFT = "ttft"
 
 
@@ -78,8 +80,9 @@ def main(
     """Run vLLM servers on this machine's CPU and look at their answers.
 
     parity: the tokens are those of one server. failures: prefill is killed, and no answer is ever
-    wrong. hybrid: models of every kind of KV cache answer as they do alone. ttft: the time to the
-    first token, beside NixlConnector.
+    wrong. hybrid: models of every kind of KV cache answer as they do alone. shapes: so does one by
+    prefill and decode of other sizes. stale: blocks that hold something else by then are never
+    taken for the right ones. ttft: the time to the first token, beside NixlConnector.
     """
     # A SIGTERM ends the servers as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -129,6 +132,8 @@ def _run(
         Part.PARITY: session.parity,
         Part.FAILURES: session.failures,
         Part.HYBRID: session.hybrid,
+        Part.SHAPES: session.shapes,
+        Part.STALE: session.stale,
         Part.TTFT: lambda: session.ttft(rounds, samples),
     }
     results: dict[str, Result] = {}

@@ -99,6 +99,18 @@ class Process:
             time.sleep(_POLL_S)
         raise CommandError(f"{self.name} is not ready after {_START_S:.0f} s: see {self.log}")
 
+    def pause(self) -> None:
+        """Let it and its children stand still."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, number)
+
     def kill(self) -> None:
         """End it and its children at once, as a crash would."""
         if self._process is not None:
@@ -140,13 +152,14 @@ def server_pair(
     policy: str,
     prefill_options: Sequence[str] = (),
     decode_options: Sequence[str] = (),
+    lease_s: int | None = None,
 ) -> Iterator[Pair]:
     """Prefill and decode by `connector`, and the proxy before them. The options are vLLM's."""
     prefill, decode = (
         _server(
             settings,
             f"{connector.value}-{name}",
-            connector.transfer_config(f"kv_{role}", policy, kv_port),
+            connector.transfer_config(f"kv_{role}", policy, kv_port, lease_s),
             connector.environment(kv_port),
             options,
         )

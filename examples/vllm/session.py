@@ -11,8 +11,9 @@ from hybrid import Rows, compare
 from model import huggingface_directory
 from parity import check, plain_answers
 from prompts import Prompts
-from random_models import HYBRID
+from random_models import HYBRID, LLAMA
 from servers import Settings, plain_server, server_pair
+from stale import DECODE_OPTIONS, LEASE_S, PREFILL_OPTIONS, Harness, Stale
 from ttft import TimeToFirstToken
 
 if TYPE_CHECKING:
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 #: of the prompts with shared beginnings: a middling one to warm up with, and two long pairs
 _FOR_FAILURES = (3, 4, 8, 9, 13)
+
+_RANKS, _BLOCKS = "--tensor-parallel-size", "--block-size"
+#: vLLM's options of prefill and of decode; 128 is the size of blocks without
+SHAPES = {
+    "TP 2 to 1": ((_RANKS, "2"), ()),
+    "TP 1 to 2": ((), (_RANKS, "2")),
+    "blocks of 32 to 128": ((_BLOCKS, "32"), (_BLOCKS, "128")),
+    "blocks of 128 to 32": ((_BLOCKS, "128"), (_BLOCKS, "32")),
+    "TP 2 to 1, blocks of 128 to 32": ((_RANKS, "2"), (_BLOCKS, "32")),
+}
 
 
 class Session:
@@ -83,6 +94,29 @@ class Session:
             ):
                 rows.append(compare(model.name, model.groups, plain, pair, self._report))
         return Rows("hybrid", rows)
+
+    def shapes(self) -> Rows:
+        """One model, by prefill and decode of other sizes, beside itself as one server."""
+        rows = []
+        settings = self._of_random_model(LLAMA)
+        self._report(f"{LLAMA.name} starts alone")
+        with plain_server(settings) as plain:
+            for name, options in SHAPES.items():
+                self._report(f"{name} starts with {self._connector.vllm_name}")
+                with server_pair(settings, self._connector, "fail", *options) as pair:
+                    rows.append(compare(name, LLAMA.groups, plain, pair, self._report))
+        return Rows("shapes", rows)
+
+    def stale(self) -> Stale:
+        """Blocks that hold something else by the time they are read."""
+        settings = self._of_random_model(LLAMA)
+        self._report(f"{LLAMA.name} starts, alone and with {self._connector.vllm_name}")
+        options = PREFILL_OPTIONS, DECODE_OPTIONS, LEASE_S
+        with (
+            plain_server(settings) as plain,
+            server_pair(settings, self._connector, "fail", *options) as pair,
+        ):
+            return Harness(plain, pair, self._report).run()
 
     def _of_random_model(self, model: RandomModel) -> Settings:
         logs = self._logs / model.name

@@ -109,7 +109,7 @@ class Engine:
         self.worker = Worker(settings, rank, facts, self.kv, NUM_BLOCKS, groups)
         self.producer = None
         if self.worker.advertised_host:
-            self.producer = ProducerScheduler(settings, num_workers, groups)
+            self.producer = ProducerScheduler(settings, groups, num_workers)
             self.producer.told_of_workers({rank: self.worker.advertised_host})
         self.consumer = ConsumerScheduler()
         self.requests: dict[str, Request] = {}

@@ -18,7 +18,7 @@ NUM_BLOCKS = 6
 
 
 def found(kv: dict[str, Any], *groups: tuple[str, ...]) -> list[Region]:
-    return regions_of(kv, NUM_BLOCKS, [Group(layers, 4) for layers in groups or [tuple(kv)]])
+    return regions_of(kv, NUM_BLOCKS, [Group(layers, 4) for layers in groups or [tuple(kv)]], {})
 
 
 def test_layers_of_one_shape_are_one_region() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm import __version__ as vllm_version
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -21,14 +22,15 @@ from llm_datadist.integrations.vllm.consumer import ConsumerScheduler
 from llm_datadist.integrations.vllm.facts import facts_of
 from llm_datadist.integrations.vllm.producer import ProducerScheduler
 from llm_datadist.integrations.vllm.settings import settings_of
-from llm_datadist.integrations.vllm.specs import groups_of
+from llm_datadist.integrations.vllm.specs import forms_of, groups_of
 from llm_datadist.integrations.vllm.stats import TransferMetrics, TransferStats
 from llm_datadist.integrations.vllm.step import Step
+from llm_datadist.integrations.vllm.versions import check_version
 from llm_datadist.integrations.vllm.worker import Worker
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from llm_datadist.integrations.vllm.settings import Settings
 
 
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not there to be checked
@@ -57,8 +61,8 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
     """Hands KV blocks of finished prefill requests to decode engines. See the guide With vLLM.
 
     vLLM makes two: one in its scheduler, one in each worker. Raises ValueError at the start for
-    what it does not do: pipeline and context parallelism, layers that it does not know, memory that
-    is not the CPU's.
+    what it does not do: context parallelism, layers that it does not know, memory that is not the
+    CPU's.
     """
 
     _cache_hit_source = CacheHitSource.P2P
@@ -70,16 +74,16 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         _refuse_unsupported(vllm_config)
         self._groups = groups_of(kv_cache_config)
         parallel = vllm_config.parallel_config
-        tp_size = parallel.tensor_parallel_size
-        self._settings = settings_of(
-            self._kv_transfer_config, parallel.data_parallel_index * tp_size
-        )
+        tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+        check_version(vllm_version)
+        first_rank = parallel.data_parallel_index * tp_size * pp_size
+        self._settings = self._read_settings(self._kv_transfer_config, first_rank)
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
         self._registered: Worker | None = None
         if role is KVConnectorRole.SCHEDULER:
             if self._settings.is_producer:
-                self._producer = ProducerScheduler(self._settings, tp_size, self._groups)
+                self._producer = ProducerScheduler(self._settings, self._groups, tp_size, pp_size)
             if self._settings.is_consumer:
                 self._consumer = ConsumerScheduler()
 
@@ -126,8 +130,16 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         if self._producer:
             said = metadata.items()  # behind vLLM's MultiConnector also what other connectors say
             self._producer.told_of_workers(
-                {rank: each.host for rank, each in said if isinstance(each, WorkerHost)}
+                {number: each.host for number, each in said if isinstance(each, WorkerHost)}
             )
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        tp_size = self._vllm_config.parallel_config.tensor_parallel_size
+        self.set_xfer_handshake_metadata(
+            {stage * tp_size + rank: said for (stage, rank), said in metadata.items()}
+        )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self._consumer:
@@ -156,13 +168,19 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         config = self._vllm_config
         backends = sorted(each.get_name() for each in get_current_attn_backends(config))
+        rank, num_ranks = (
+            get_tensor_model_parallel_rank(),
+            config.parallel_config.tensor_parallel_size,
+        )
         self._registered = Worker(
             self._settings,
-            get_tensor_model_parallel_rank(),
+            get_pp_group().rank_in_group * num_ranks + rank,
             facts_of(config, backends),
             kv_caches,
             self._kv_cache_config.num_blocks,
             self._groups,
+            forms_of(config, self._kv_cache_config, rank),
+            num_ranks,
         )
 
     def get_handshake_metadata(self) -> WorkerHost | None:
@@ -222,6 +240,10 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
 
     # --------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _read_settings(cls, config: KVTransferConfig, first_rank: int) -> Settings:
+        return settings_of(config, first_rank)
+
     @property
     def _worker(self) -> Worker:
         assert self._registered is not None, "called before register_kv_caches"
@@ -231,7 +253,6 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     reasons = {
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
     }

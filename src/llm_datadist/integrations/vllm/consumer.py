@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from llm_datadist.integrations.vllm.board import Board
-    from llm_datadist.integrations.vllm.memory import Memory
+    from llm_datadist.integrations.vllm.memory import Memory, Peer
     from llm_datadist.integrations.vllm.producers import Producer, Producers
+    from llm_datadist.integrations.vllm.ranks import Origin
     from llm_datadist.integrations.vllm.request import Request
     from llm_datadist.integrations.vllm.step import Step
 
@@ -158,64 +159,85 @@ class ConsumerWorker:
     def _begin_all(self, step: Step) -> None:
         pulled = [pull.source for pull in step.pulls]
         for source in step.expected:
-            with suppress(Exception):  # its pull will say so
-                self._producers.reach(source)
-            self._leases.expect(source, is_read_now=source in pulled)
+            for origin in self._workers(source):
+                with suppress(Exception):  # its pull will say so
+                    self._producers.reach(origin)
+                self._leases.expect(origin, is_read_now=source in pulled)
         for pull in step.pulls:
             self._begin(pull)
         for source in step.releases:
-            self._leases.release(source)
+            for origin in self._workers(source):
+                self._leases.release(origin)
+
+    def _workers(self, source: Handover) -> list[Origin]:
+        """None of a hand-over that cannot be read: its pull will say so."""
+        with suppress(LookupError):
+            return self._producers.workers(source)
+        return []
 
     def _begin(self, pull: Pull) -> None:
         try:
-            producer = self._producers.reach(pull.source)
-            producer.pulls.put(partial(self._pull, producer, pull, time.monotonic()))
+            first, *_ = self._producers.workers(pull.source)
+            # a pull is done by the threads of one of the workers that it reads from
+            self._producers.reach(first).pulls.put(partial(self._pull, pull, time.monotonic()))
         except Exception as error:  # whatever it is, the request must not wait
             self.outcomes.failed(pull, error)
 
-    def _pull(self, producer: Producer, pull: Pull, asked: float) -> None:
+    def _pull(self, pull: Pull, asked: float) -> None:
         try:
-            producer.check_patience(asked)
+            producers = self._reached(pull)
+            for producer in producers:
+                producer.check_patience(asked)
             until = time.monotonic() + self._pull_timeout_s
-            while (nbytes := self._read_unless_lost(producer, pull, until)) is None:
-                producer = self._producers.reach_again(pull.source)
+            while (nbytes := self._read_unless_lost(producers, pull, until)) is None:
+                self._producers.pause()
+                producers = self._reached(pull)
         except BaseException as error:  # as above
             self.outcomes.failed(pull, error)
         else:
             self.outcomes.received(pull, time.monotonic() - asked, nbytes)
 
-    def _read_unless_lost(self, producer: Producer, pull: Pull, until: float) -> int | None:
-        """The bytes that were read; None if the link was lost, and there is time left."""
-        self._producers.await_link(producer)
+    def _reached(self, pull: Pull) -> list[Producer]:
+        return [self._producers.reach(each) for each in self._producers.workers(pull.source)]
+
+    def _read_unless_lost(
+        self, producers: Sequence[Producer], pull: Pull, until: float
+    ) -> int | None:
+        """The bytes that were read; None if a link was lost, and there is time left."""
+        for producer in producers:
+            self._producers.await_link(producer)
         try:
-            return self._read(producer, pull)
+            return self._read(producers, pull)
         except (LLMException, LookupError) as error:
             is_lost = getattr(error, "status_code", None) is LLMStatusCode.LLM_NOT_YET_LINK
-            if time.monotonic() > until or not (is_lost or self._producers.is_lost(producer)):
+            is_lost = is_lost or any(map(self._producers.is_lost, producers))
+            if time.monotonic() > until or not is_lost:
                 raise
             return None
 
-    def _read(self, producer: Producer, pull: Pull) -> int:
+    def _read(self, producers: Sequence[Producer], pull: Pull) -> int:
         begun = time.monotonic()
         try:
-            nbytes = self._read_from(producer.cluster_id, pull)
+            nbytes = self._read_from([producer.peer for producer in producers], pull)
         except LLMException as error:
             if error.status_code is LLMStatusCode.LLM_TIMEOUT:
-                producer.timed_out(begun)
+                for producer in producers:
+                    producer.timed_out(begun)
             raise
-        producer.heard()
+        for producer in producers:
+            producer.heard()
         return nbytes
 
-    def _read_from(self, cluster_id: int, pull: Pull) -> int:
+    def _read_from(self, peers: Sequence[Peer], pull: Pull) -> int:
         """Reads the blocks, if the lease and the hand-over are what the producer gave."""
         lease = pull.source.remote_lease
-        key = self._board.key_of(cluster_id, lease)
-        if key is None:
+        keys = [self._board.key_of(peer.cluster_id, lease) for peer in peers]
+        if None in keys:
             raise _ended_lease()
-        if not pull.source.is_proved(key):
+        if not all(key and pull.source.is_proved(key) for key in keys):
             raise LookupError("the hand-over is not what the producer said")
-        nbytes = self._memory.read(cluster_id, pull)
-        if self._board.key_of(cluster_id, lease) != key:
+        nbytes = self._memory.read(peers, pull)
+        if keys != [self._board.key_of(peer.cluster_id, lease) for peer in peers]:
             raise _ended_lease()
         return nbytes
 

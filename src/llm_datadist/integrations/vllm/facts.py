@@ -33,7 +33,6 @@ def facts_of(vllm_config: VllmConfig, attention_backends: list[str]) -> dict[str
         "number of KV heads": model.get_total_num_kv_heads(),
         "head size": model.get_head_size(),
         "attention backends": attention_backends,
-        "tensor parallel size": vllm_config.parallel_config.tensor_parallel_size,
         "speculative method": speculative and speculative.method,
     }
 

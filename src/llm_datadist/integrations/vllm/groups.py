@@ -7,7 +7,7 @@ So a hand-over names, by group, the blocks that who goes on needs; the last has 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -77,3 +77,29 @@ class Group:
         begin = first if self.kept == "state" else max(first, num_computed // self.block_tokens)
         own = self.needed(ours, num_tokens)
         return list(handed[begin - first :]), own[begin - first :]
+
+    def token_pairs(
+        self,
+        their_block_tokens: int,
+        handed: Sequence[int],
+        ours: Sequence[int],
+        num_tokens: int,
+        num_computed: int,
+    ) -> tuple[list[int], list[int], range]:
+        """The same where their blocks have another size, with the tokens that lie in both lists.
+
+        Of a window theirs must be a multiple of ours: else of our first block they may have freed
+        the beginning, and vLLM would take all of it for whole.
+        """
+        theirs = replace(self, block_tokens=their_block_tokens)
+        their_first, their_stop = theirs.first_block(num_tokens), theirs.num_blocks(num_tokens)
+        if len(handed) != their_stop - their_first:
+            raise LookupError(
+                f"the hand-over has {len(handed)} blocks of {self.layers[0]}, not "
+                f"{their_stop - their_first}"
+            )
+        first = self.first_block(num_tokens)
+        begin = max(first, num_computed // self.block_tokens)
+        tokens = range(begin * self.block_tokens, num_tokens)
+        src = handed[tokens.start // their_block_tokens - their_first :]
+        return list(src), self.needed(ours, num_tokens)[begin - first :], tokens

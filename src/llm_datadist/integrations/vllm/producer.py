@@ -41,12 +41,16 @@ class ProducerScheduler:
     the answer tells of it. Raises ValueError as `advertised_host`, when it is made.
     """
 
-    def __init__(self, settings: Settings, tp_size: int, groups: Sequence[Group]) -> None:
-        self._settings, self._tp_size, self._groups = settings, tp_size, groups
+    def __init__(
+        self, settings: Settings, groups: Sequence[Group], tp_size: int = 1, pp_size: int = 1
+    ) -> None:
+        """Of an engine with `pp_size` stages of `tp_size` workers each."""
+        self._settings, self._groups = settings, groups
+        self._tp_size, self._pp_size = tp_size, pp_size
         #: requests without their last token, where that matters
         self._shortened: set[str] = set()
         self._leaves_last = not all(group.keeps_all for group in groups)
-        self._hosts = [advertised_host(settings, rank) for rank in range(tp_size)]
+        self._hosts = [advertised_host(settings, rank) for rank in range(pp_size * tp_size)]
         # the one that was given back first is used first: its last reader may still be writing
         self._free_slots = deque(range(settings.extra.max_leases))
         #: to requests that are being computed, and to finished ones whose blocks are kept
@@ -57,7 +61,7 @@ class ProducerScheduler:
         self._holds: dict[str, Lease] = {}
 
     def told_of_workers(self, hosts: Mapping[int, str]) -> None:
-        """What each worker, by its rank, says where it is dialled: it may be on another node."""
+        """What each worker, by its number, says where it is dialled: it may be on another node."""
         for rank, host in hosts.items():
             self._hosts[rank] = host
 
@@ -130,6 +134,7 @@ class ProducerScheduler:
             remote_lease=grant.lease,
             remote_lease_s=self._settings.extra.kv_lease_duration,
             tp_size=self._tp_size,
+            pp_size=self._pp_size,
         )
         return handover.proved(grant.key).to_params()
 

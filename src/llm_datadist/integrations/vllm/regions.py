@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, KVHeads, KVLayout
+from llm_datadist import CacheDesc
+from llm_datadist.integrations.vllm.forms import Form
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
 
+    from llm_datadist import BlocksCacheKey, KVLayout
     from llm_datadist.cache import Cache
     from llm_datadist.cache_manager import CacheManager
+    from llm_datadist.integrations.vllm.forms import Plane
     from llm_datadist.integrations.vllm.groups import Group
 
 
@@ -23,6 +26,7 @@ class Region:
 
     #: which of the groups
     group: int
+    form: Form
     num_blocks: int
     block_nbytes: int
     #: from one block to the next
@@ -31,13 +35,17 @@ class Region:
     addrs: list[int] = field(default_factory=list)
 
     def register(self, manager: CacheManager, key: BlocksCacheKey) -> Cache:
-        """Makes the region known under this key. Blocks move as they are."""
-        layout = KVLayout(
-            tuple(self.layers), KVHeads.all(1), self.num_blocks, 1, self.block_nbytes,
-            DataType.DT_UINT8, "BND", (self.stride_nbytes, self.block_nbytes, 1),
-        )  # fmt: skip
-        desc = CacheDesc(len(self.addrs), [1, layout.nbytes], DataType.DT_UINT8)
-        return manager.register_blocks_cache(desc, self.addrs, key, layout=layout)
+        """Makes the region known under this key, by blocks as they are."""
+        layout = self.form.whole(
+            self.layers, self.num_blocks, self.block_nbytes, self.stride_nbytes
+        )
+        return _registered(manager, self.addrs, layout, key)
+
+    def register_plane(self, manager: CacheManager, plane: Plane, key: BlocksCacheKey) -> Cache:
+        """The same of one plane, by tokens."""
+        layout = self.form.by_token(plane, self.layers, self.num_blocks, self.stride_nbytes)
+        addrs = self.form.plane_addrs(plane, self.addrs, self.block_nbytes)
+        return _registered(manager, addrs, layout, key)
 
     def nbytes(self, num_blocks: int) -> int:
         """Of so many blocks, in all layers."""
@@ -45,32 +53,44 @@ class Region:
 
 
 def regions_of(
-    kv_caches: Mapping[str, torch.Tensor], num_blocks: int, groups: Sequence[Group]
+    kv_caches: Mapping[str, torch.Tensor],
+    num_blocks: int,
+    groups: Sequence[Group],
+    forms: Mapping[str, Form],
 ) -> list[Region]:
     """Finds the blocks of each layer, by group: groups may lie in the same memory.
 
     A tensor counts blocks in its first dimension; they may be the kernel's, of which several make
-    one of the scheduler's. Of what lies between blocks nothing is moved.
+    one of the scheduler's, and then it is only known by its bytes. Of what lies between blocks
+    nothing is moved. `forms` are by layer; without one a layer is known by its bytes.
 
     Raises ValueError that names the layer and what about it cannot be moved.
     """
-    regions: dict[tuple[int, int, int], Region] = {}
+    regions: dict[tuple[object, ...], Region] = {}
     for index, group in enumerate(groups):
         seen: set[int] = set()
         for layer in group.layers:
             if layer not in kv_caches:
                 raise ValueError(f"there is no KV cache of {layer}")
-            addr, *sizes = _blocks_of(layer, kv_caches[layer], num_blocks)
-            block_nbytes, stride_nbytes = sizes
+            tensor = kv_caches[layer]
+            addr, block_nbytes, stride_nbytes = _blocks_of(layer, tensor, num_blocks)
+            form = forms.get(layer, Form()) if len(tensor) == num_blocks else Form()
             region = regions.setdefault(
-                (index, block_nbytes, stride_nbytes),
-                Region(index, num_blocks, block_nbytes, stride_nbytes),
+                (index, form, block_nbytes, stride_nbytes),
+                Region(index, form, num_blocks, block_nbytes, stride_nbytes),
             )
             if addr not in seen:
                 seen.add(addr)
                 region.layers.append(layer)
                 region.addrs.append(addr)
     return list(regions.values())
+
+
+def _registered(
+    manager: CacheManager, addrs: list[int], layout: KVLayout, key: BlocksCacheKey
+) -> Cache:
+    desc = CacheDesc(len(addrs), [1, layout.nbytes // layout.data_type.itemsize], layout.data_type)
+    return manager.register_blocks_cache(desc, addrs, key, layout=layout)
 
 
 def _blocks_of(layer: str, tensor: torch.Tensor, num_blocks: int) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from llm_datadist.integrations.vllm.addresses import Place
+    from llm_datadist.integrations.vllm.forms import Form
     from llm_datadist.integrations.vllm.groups import Group
     from llm_datadist.integrations.vllm.settings import Settings
     from llm_datadist.integrations.vllm.step import Step
@@ -50,7 +51,10 @@ class Worker:
         kv_caches: Mapping[str, torch.Tensor],
         num_blocks: int,
         groups: Sequence[Group],
+        forms: Mapping[str, Form] | None = None,
+        num_ranks: int = 1,
     ) -> None:
+        """Worker number `rank`; each stage of the model has `num_ranks` of them."""
         extra = settings.extra
         place = place_of(settings, rank) if settings.is_producer else None
         cluster_id = _cluster_id(settings, place)
@@ -72,13 +76,17 @@ class Worker:
             if place:
                 place.check_dialled(cluster_id, security, extra.link_timeout_s)
             manager = self._datadist.cache_manager
-            memory = Memory(manager, cluster_id, _FIRST_REGION, kv_caches, num_blocks, groups)
+            memory = Memory(
+                manager, cluster_id, _FIRST_REGION, kv_caches, num_blocks, groups, forms or {},
+                num_ranks,
+            )  # fmt: skip
             board = Board(manager, cluster_id, _BOARD, extra.max_leases)
             producers = Producers(
                 self._datadist,
                 _FACTS,
-                rank,
-                {**facts, **memory.facts()},
+                rank % num_ranks,
+                facts,
+                memory.shape,
                 extra.link_timeout_s,
                 extra.link_timeout_s + extra.pull_timeout_s,
                 security,
