@@ -106,7 +106,9 @@ class Engine:
         if share:
             self.kv = dict.fromkeys(self.kv, next(iter(self.kv.values())))
         facts = facts or {"model": "numbers"}
-        self.worker = Worker(settings, rank, facts, self.kv, NUM_BLOCKS, groups)
+        self.worker = Worker(
+            settings, rank, facts, self.kv, NUM_BLOCKS, groups, num_ranks=num_workers
+        )
         self.producer = None
         if self.worker.advertised_host:
             self.producer = ProducerScheduler(settings, groups, num_workers)
