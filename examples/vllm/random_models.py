@@ -100,7 +100,7 @@ DEEPSEEK_V2 = RandomModel(
         "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
         "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 512,
+        "first_k_dense_replace": 3, "q_lora_rank": None, "kv_lora_rank": 512,
         "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_group": 1,
         "topk_group": 1, "topk_method": "greedy",
     },

@@ -84,6 +84,21 @@ def test_of_what_is_here_already_nothing_is_read_but_the_state() -> None:
     assert CHUNK.pairs([], [0, 0, 0, 0], 16, 8) == ([], [])
 
 
+def test_blocks_of_another_size_are_paired_by_the_tokens_in_them() -> None:
+    assert FULL.token_pairs(8, [1, 2, 3], OURS[0], 18, 0) == ([1, 2, 3], OURS[0], range(18))
+    assert FULL.token_pairs(8, [1, 2, 3], OURS[0], 18, 12) == ([2, 3], [24, 25], range(12, 18))
+    assert FULL.token_pairs(2, list(range(1, 10)), OURS[0], 18, 12) == (
+        [7, 8, 9],
+        [24, 25],
+        range(12, 18),
+    )
+    # the window of token 18 begins with token 13: blocks 1 and 2 of 8 tokens, our blocks 3 and 4
+    assert WINDOW.token_pairs(8, [6, 7], OURS[1], 18, 0) == ([6, 7], [26, 27], range(12, 18))
+    assert WINDOW.token_pairs(8, [6, 7], OURS[1], 18, 16) == ([7], [27], range(16, 18))
+    with pytest.raises(LookupError, match=r"the hand-over has 3 blocks of window\.0, not 2"):
+        WINDOW.token_pairs(8, [5, 6, 7], OURS[1], 18, 0)
+
+
 @pytest.mark.parametrize(
     ("handed", "ours", "said"),
     [

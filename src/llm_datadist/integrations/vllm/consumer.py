@@ -177,15 +177,15 @@ class ConsumerWorker:
 
     def _begin(self, pull: Pull) -> None:
         try:
-            first, *_ = self._producers.workers(pull.source)
+            # now: those who wait for their turn behind a link that fails need not try another
+            producers = self._reached(pull)
             # a pull is done by the threads of one of the workers that it reads from
-            self._producers.reach(first).pulls.put(partial(self._pull, pull, time.monotonic()))
+            producers[0].pulls.put(partial(self._pull, producers, pull, time.monotonic()))
         except Exception as error:  # whatever it is, the request must not wait
             self.outcomes.failed(pull, error)
 
-    def _pull(self, pull: Pull, asked: float) -> None:
+    def _pull(self, producers: Sequence[Producer], pull: Pull, asked: float) -> None:
         try:
-            producers = self._reached(pull)
             for producer in producers:
                 producer.check_patience(asked)
             until = time.monotonic() + self._pull_timeout_s
