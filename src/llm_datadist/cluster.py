@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core.link import SAME_HOST, Identity
-from llm_datadist.errors import LLMException
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
 from llm_datadist.links.groups import Groups
@@ -28,9 +28,10 @@ from llm_datadist.memory.checksum import require_checksums
 from llm_datadist.memory.process import ProcessMemory
 from llm_datadist.observe.log import get_logger
 from llm_datadist.observe.watch import Observer
-from llm_datadist.owner.answers import Answers
+from llm_datadist.owner.answers import MAX_ANSWER_S, Answers
 from llm_datadist.owner.catalog import Catalog
 from llm_datadist.owner.fetching import Fetching
+from llm_datadist.owner.notices import Notices
 from llm_datadist.owner.pools import open_pools
 from llm_datadist.owner.service import Serving
 from llm_datadist.peer.streams import MAX_STREAMS
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     from llm_datadist.types import Placement
 
 T = TypeVar("T")
+
+_TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
 #: how long the end may take, beside waiting for running calls
 _LAST_S = 2.0
@@ -124,6 +127,8 @@ class Cluster:
             self._ending.add(f"the transport {transport.name}", partial(_close, transport))
         self._ending.add("the movers", movers.end)
         self._movers = movers
+        #: what peers have told our program
+        self.notices = Notices(is_wanted=options.is_engine)
         #: our caches
         self.catalog = Catalog(
             self.gate,
@@ -154,7 +159,8 @@ class Cluster:
         # apart from the workers, so that two peers that push to each other both have some to answer
         fetchers = self._threads(_FETCHERS, "fetcher")
         answers = Answers(self.cluster_id, self.catalog, transports)
-        fetching = Fetching(answers, self.gate, recorder, options.sync_timeout_s)
+        fetch_s = MAX_ANSWER_S if options.is_engine else options.sync_timeout_s
+        fetching = Fetching(answers, self.gate, recorder, fetch_s)
         offers = {name: transport.offer() for name, transport in transports.items()}
         meets = options.path in ("auto", SAME_HOST) and offers[SAME_HOST] is not None
         same_host = SameHost.new() if meets else None
@@ -178,6 +184,7 @@ class Cluster:
                 loop,
                 answers,
                 fetching,
+                self.notices,
                 self.gate,
                 Shares(workers, _WORKERS_OF_ONE),
                 Shares(workers, _CHECKERS_OF_ONE),
@@ -190,7 +197,8 @@ class Cluster:
             same_host,
             movers if options.verify_transfers else None,
             options.sync_timeout_s,
-            options.transfer_backend is not None,
+            options.is_engine or options.transfer_backend is not None,
+            set(),
             set(),
             recorder,
         )
@@ -317,8 +325,12 @@ class Cluster:
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
+        if self.options.cannot_link:
+            refused = Outcome(LLMStatusCode.LLM_PARAM_INVALID, self.options.cannot_link)
+            return [refused for _ in targets]
         with self.transfers.watching("link") as watch:
-            outcomes = self._for_each(targets, partial(self._linker.link, timeout_s=timeout_s))
+            link = partial(self._linker.link, timeout_s=timeout_s)
+            outcomes = self._for_each(targets, link, timeout_s)
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
@@ -327,7 +339,7 @@ class Cluster:
         """Unlinks from all targets at once; `force` asks nobody. Spec 5.5."""
         with self.transfers.watching("unlink") as watch:
             unlink = self._linker.cut if force else self._linker.leave
-            outcomes = self._for_each(targets, partial(unlink, timeout_s=timeout_s))
+            outcomes = self._for_each(targets, partial(unlink, timeout_s=timeout_s), timeout_s)
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
@@ -336,11 +348,18 @@ class Cluster:
         self,
         targets: Sequence[Target],
         do: Callable[[Target], Coroutine[object, object, Outcome]],
+        timeout_s: float,
     ) -> list[Outcome]:
-        """What comes of each target, all at once, in the loop's thread."""
+        """What comes of each target, all at once, in the loop's thread.
+
+        Each ends by itself in its time, if that thread does; the deadline here is for when not.
+        """
+        deadline = Deadline.after(timeout_s + _GRACE_S)
         try:
-            return self._loop.run(lambda: _gather(map(do, targets)))
-        except CannotWait as error:
+            return self._loop.run(lambda: _gather(map(do, targets)), deadline)
+        except LLMException as error:
+            if not isinstance(error, CannotWait) and error.status_code is not _TIMEOUT:
+                raise  # the cluster was finalized
             return [Outcome(error.status_code, str(error)) for _ in targets]
 
     def stats(self) -> ClusterStats:

@@ -43,6 +43,7 @@ _LAYOUT = m.LayoutInfo(
     [2**26, 8192, 4096, 256, 2],
 )
 _COLUMNS = bytes(range(48))
+_TEETH = bytes(range(64))
 _TIMES = Histogram((3, *(0 for _ in Histogram().counts[2:]), 1), 12.5)
 
 _STATS = ClusterStats(
@@ -86,8 +87,8 @@ def samples() -> Iterator[m.Message]:
     yield m.Attach(_TOKEN, True)
     yield m.Attached()
     yield m.Moved()
-    yield m.Vouch("1.2.3.4:5 6.7.8.9:10")
-    yield m.Vouched("1.2.3.4:5 6.7.8.9:10", True)
+    yield m.Vouch(bytes(range(32)))
+    yield m.Vouched(bytes(range(32)), True)
     yield m.Resolve(7, 0, 0, False)
     yield m.Resolve(None, 5, 1, True)
     yield m.Resolved(_INFO, 2)
@@ -100,6 +101,9 @@ def samples() -> Iterator[m.Message]:
     yield m.UseUp(7, 2, 0, 64)
     yield m.Fetch(7, 2**62 + 3, 9, 2**62 + 5, 0x7F00_0000_4000, 1000, 12345.5, _COLUMNS)
     yield m.Fetch(None, 0, 9, 2**62 + 5, 0x7F00_0000_4000, 1000, 12345.5, _COLUMNS)
+    yield m.Fetch(
+        7, 2**62 + 3, 9, 2**62 + 5, 0x7F00_0000_4000, 1000, 12345.5, _COLUMNS, _TEETH, 256
+    )
     yield m.Done()
     yield m.Digest(7, 2**62 + 3, 1000, _COLUMNS)
     yield m.Digested(0xFEDC_BA98_7654_3210)
@@ -107,3 +111,4 @@ def samples() -> Iterator[m.Message]:
     yield m.Stats(_STATS)
     yield m.ListExports("nixl")
     yield m.Exports(b"\x04\x05")
+    yield m.Notify("done", "block 7 is there")

@@ -102,14 +102,14 @@ class Dial:
 class SayWhether:
     """Tell the peer whether this connection is one of ours."""
 
-    connection: str
+    connection: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Learn:
     """The peer said whether a connection is its own."""
 
-    connection: str
+    connection: bytes
     is_theirs: bool
 
 
@@ -292,6 +292,15 @@ class CallerLink(Link):
     token: bytes = b""
     #: why the first connection ended while the ends met; empty while it lives
     _lost_because: str = ""
+
+    @property
+    def has_answered(self) -> bool:
+        """The one that was called is there."""
+        return self.peer is not None and self.expected in (b"", self.peer.instance)
+
+    def unanswered(self, reason: str) -> list[Action]:
+        """Its time to do so is over."""
+        return [] if self.has_answered else self.timed_out(reason)
 
     def start(
         self, nonce: bytes, *, is_fresh: bool, timeout_ms: int, group: str = ""

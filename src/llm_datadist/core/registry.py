@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from llm_datadist.core.messages import MAX_KEYS, pack_layers
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import NO_ID, BlocksCacheKey, is_valid_id
 
@@ -121,8 +122,10 @@ class Registry:
         """Files a cache. `keys[i]` names batch row i or a whole blocks cache; None names none.
 
         A blocks key moves to the newest cache; a bound key of a continuous cache stays where it is.
-        `held` is kept as long as the entry is.
+        `held` is kept as long as the entry is. Raises LLMException(LLM_PARAM_INVALID) for what
+        peers could not be told.
         """
+        _check_can_be_told(keys, kv_layout)
         entry = self._add(layout, placement, is_remote_accessible=is_remote_accessible)
         entry.held, entry.kv_layout, entry.num_readers = held, kv_layout, num_readers
         for row, key in enumerate(keys):
@@ -140,8 +143,9 @@ class Registry:
         """Files a cache in the library's memory; the id and each key hold a reference. Spec 6.2.
 
         Of a key given twice the last counts (D2). Raises LLMException(LLM_PARAM_INVALID) for more
-        keys than rows and for a key that is bound already.
+        keys than rows, for a key that is bound already, and for what peers could not be told.
         """
+        _check_can_be_told(keys, kv_layout)
         rows = {key: row for row, key in enumerate(keys) if key is not None}
         if len(keys) > layout.geometry.num_rows:
             raise invalid(f"{len(keys)} keys for {layout.geometry.num_rows} rows")
@@ -263,3 +267,14 @@ class Registry:
 
 def _missing(message: str) -> LLMException:
     return LLMException(message, status_code=LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+
+
+def _check_can_be_told(keys: Sequence[object], layout: KVLayout | None) -> None:
+    """Raises LLMException(LLM_PARAM_INVALID): a peer could decode no table that has the cache."""
+    if len(keys) > MAX_KEYS:
+        raise invalid(f"a cache can have {MAX_KEYS} keys, got {len(keys)}")
+    if layout is not None:
+        try:
+            pack_layers(layout.layers)
+        except ValueError as error:
+            raise invalid(f"peers cannot be told which layers the layout has: {error}") from error

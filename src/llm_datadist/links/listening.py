@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,12 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.listener import Listener, bind
 from llm_datadist.links.rendezvous import take_place
 from llm_datadist.observe.log import get_logger
+from llm_datadist.running.bell import Turns
 from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.links.context import Context
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from llm_datadist.running.threads import Errands
 
 
-_CLOSE_S = 10.0
+#: what the loop's thread has to open or close a listener
+_LISTENER_S = 10.0
 
 
 class Listening:
@@ -57,6 +60,7 @@ class Listening:
         self._registrar = registrar
         self._strangers = strangers
         self._take_snapshot = take_snapshot
+        self._switches = Turns()
         self._listener: Listener | None = None
         self._asked: Endpoint | None = None
         #: where the listener really is, the port that was taken for 0 included
@@ -71,7 +75,8 @@ class Listening:
         """Listens there, or no more. Spec 5.7.
 
         Raises LLMException: LLM_EXIST_LINK while there are links, LLM_FAILED when the address
-        cannot be had; all is then as it was. A caller that is interrupted leaves it to be done.
+        cannot be had, LLM_TIMEOUT when what is under way at the former one does not end; all is
+        then as it was. A caller that is interrupted leaves it to be done.
         """
         self._errands.run(partial(self._move, endpoint))
 
@@ -82,17 +87,35 @@ class Listening:
             return
         before, self._asked = self._asked, None
         taken = self.endpoint
-        self._loop.run(self._close_main, Deadline.after(_CLOSE_S))
         try:
+            self._loop.run(self._close_main, Deadline.after(_LISTENER_S))
             self._open(endpoint)
         except LLMException:
-            self._open(taken)
+            if self._listener is None:  # else its end has not even begun
+                self._open(taken)
             self._asked = before
             raise
         self._asked = endpoint
 
+    @contextmanager
+    def switching(self, options: Options) -> Iterator[None]:
+        """One change of the role after the other: they have the turn here, one at a time.
+
+        No lock: `switch` waits for the loop's thread. Raises LLMException(LLM_TIMEOUT) when others
+        take longer than the cluster's time-out.
+        """
+        call = object()
+        try:
+            deadline = Deadline.after(options.sync_timeout_s)
+            self._switches.take(
+                call, deadline, "waiting for the switch of the role before this one"
+            )
+            yield
+        finally:
+            self._switches.leave(call)
+
     def switch(self, endpoint: Endpoint | None, options: Options) -> None:
-        """As `move`, for a change of the role. Spec 5.7.
+        """As `move`, for a change of the role, in its turn. Spec 5.7.
 
         Raises LLM_FEATURE_NOT_ENABLED, too: for another address with a transfer backend.
         """
@@ -150,7 +173,7 @@ class Listening:
     def _listen_on(self, sock: socket.socket, note: Callable[[Listener], None]) -> None:
         """Noted where listeners are closed, in the loop's thread: none is made behind the end."""
         try:
-            self._loop.run(partial(self._make, sock, note))
+            self._loop.run(partial(self._make, sock, note), Deadline.after(_LISTENER_S))
         except BaseException:  # the cluster is finalized meanwhile
             sock.close()
             raise
@@ -187,9 +210,9 @@ class Listening:
         )
 
     async def _close_main(self) -> None:
-        if self._listener is not None:
-            await self._listener.close()
-        self._listener = self.endpoint = None
+        listener, self._listener, self.endpoint = self._listener, None, None
+        if listener is not None:
+            await listener.close()
         if not self._rank_listeners and not self._meeting_listeners:
             await self._close_same_host()
 

@@ -298,13 +298,14 @@ class Catalog:
             self._gate.enter(token, None, entry)
             return entry
 
-    def issue(self, token: object, ours: Entry) -> Ticket:
+    def issue(self, token: object, ours: Entry, pushed: Layout | None = None) -> Ticket:
         """A ticket, under which a peer may fetch our cache as long as the call of the token runs.
 
-        The call revokes it in one step: `ticket.cell[0] = STALE`.
+        Or only the part of it that is `pushed`. The call revokes it in one step:
+        `ticket.cell[0] = STALE`.
         """
         with self._lock:
-            return self._tickets.issue(token, ours)
+            return self._tickets.issue(token, ours, pushed)
 
     def serve(self, token: object, cache_id: int, permit: Permit) -> Entry:
         """A cache or a ticket that an answer reads from, as `use`; the permit can end that.

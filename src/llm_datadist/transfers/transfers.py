@@ -20,6 +20,7 @@ from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import WAKE
 from llm_datadist.running.deadline import Deadline, Token
+from llm_datadist.transfers.by_address import NotBegun, OnLink
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,8 +71,8 @@ class Transfers:
         self.errands = errands
         self._movers = movers
 
-    def run(self, asked: Pull | Push | Copy | PullShards) -> None:
-        """Moves what is asked, within the cluster's time-out.
+    def run(self, asked: Pull | Push | Copy | PullShards | OnLink) -> None:
+        """Moves what is asked, within the cluster's time-out or, over a given link, its own.
 
         Raises LLMException; nothing arrives after it was raised.
         """
@@ -80,7 +81,8 @@ class Transfers:
         try:
             self._run(token, asked)
         except LLMException as error:
-            raise LLMException(f"{asked}: {error}", error.status_code) from error
+            kind = NotBegun if isinstance(error, NotBegun) else LLMException
+            raise kind(f"{asked}: {error}", error.status_code) from error
         finally:  # as `Gate.leave`, which a signal could come before: each of these is one step
             try:
                 token.cell[0] = STALE
@@ -126,7 +128,7 @@ class Transfers:
         path = "" if cluster_id is None else self._links.paths.get(cluster_id, "")
         return self._observer.watch(operation, cluster_id, path)
 
-    def _run(self, token: _Token, asked: Pull | Push | Copy | PullShards) -> None:
+    def _run(self, token: _Token, asked: Pull | Push | Copy | PullShards | OnLink) -> None:
         if isinstance(asked, Pull):
             cluster_id = asked.place.cluster_id
             if self._links.is_self(cluster_id):
@@ -142,6 +144,8 @@ class Transfers:
             self._push(token, asked)
         elif isinstance(asked, PullShards):
             self._pull_shards(token, asked)
+        elif isinstance(asked, OnLink):
+            self._do_on_link(token, asked)
         else:
             self._copy(token, asked)
 
@@ -185,6 +189,15 @@ class Transfers:
         self._movers.run(pulls, token)
         for index, peer in enumerate(peers):  # those, too, of which nothing was needed
             peer.tell_read(found[index], deadline)
+
+    def _do_on_link(self, token: _Token, asked: OnLink) -> None:
+        try:
+            self._gate.enter(token, asked.peer.door)
+        except LLMException as error:
+            raise NotBegun(str(error), error.status_code) from error
+        deadline = Deadline.after(asked.timeout_s, token)
+        with self.watching(asked.operation, asked.peer.cluster_id) as watch:
+            asked.carry_out(token, self._catalog, deadline, watch)
 
     def _push(self, token: _Token, asked: Push) -> None:
         ours = self._catalog.use(token, asked.cache_id)
