@@ -2,7 +2,8 @@
 
 Decode computes the last token of a prompt by itself, with other kernels than prefill has for many
 tokens, and vLLM's for MLA on a CPU do not agree to the last bit. So each prompt ends with the token
-that the plain server has answered first, which it has computed by itself, too.
+that the plain server has answered first, which it has computed by itself, too. Where even the
+number of tokens that are computed at once matters, prefill is asked without that one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from client import ask, greedy, num_loaded_tokens, num_pulled_bytes
+from client import Answer, ask, greedy, num_loaded_tokens, num_pulled_bytes, prefill
 from random_models import NUM_WORDS
 from rich.table import Table
 
@@ -99,7 +100,13 @@ def prompts_of(name: str) -> list[list[int]]:
 
 
 def compare(
-    name: str, groups: str, plain: Process, pair: Pair, report: Callable[[str], None]
+    name: str,
+    groups: str,
+    plain: Process,
+    pair: Pair,
+    report: Callable[[str], None],
+    *,
+    needs_same_batch: bool = False,
 ) -> Row:
     """Ask one and the other. Raises CommandError when the plain server fails."""
     prompts, expected = [], []
@@ -115,7 +122,7 @@ def compare(
     answers, loaded = [], 0
     for prompt in prompts:
         before = num_loaded_tokens(pair.decode)
-        answers.append(ask(pair.proxy, greedy(prompt, NUM_NEW_TOKENS)))
+        answers.append(_answer(pair, prompt, needs_same_batch=needs_same_batch))
         loaded += num_loaded_tokens(pair.decode) - before
     return Row(
         name,
@@ -127,6 +134,14 @@ def compare(
         num_pulled_bytes(pair.decode),
         next((answer.error for answer in answers if answer.error), None),
     )
+
+
+def _answer(pair: Pair, prompt: list[int], *, needs_same_batch: bool) -> Answer:
+    request = greedy(prompt, NUM_NEW_TOKENS)
+    if not needs_same_batch:
+        return ask(pair.proxy, request)
+    ready = prefill(pair.prefill, greedy(prompt[:-1], 1))
+    return ask(pair.decode, request | {"kv_transfer_params": ready["kv_transfer_params"]})
 
 
 def _num_to_load(prompts: Sequence[list[int]]) -> int:

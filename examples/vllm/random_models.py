@@ -37,6 +37,8 @@ class RandomModel:
     dtype: str = "float32"
     #: of the weights: smaller where rounding (bfloat16, large sums) would choose other tokens
     scale: float = 0.15
+    #: whether prefill must compute as many tokens at once as the plain server has, for equal bits
+    needs_same_batch: bool = False
 
     def directory(self, build: Path) -> Path:
         """Where it is, below `build`; the first call makes it."""
@@ -105,6 +107,7 @@ DEEPSEEK_V2 = RandomModel(
         "topk_group": 1, "topk_method": "greedy",
     },
     scale=0.1,
+    needs_same_batch=True,
 )  # fmt: skip
 LLAMA = RandomModel(
     "llama", "LlamaConfig", "1 full",

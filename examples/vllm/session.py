@@ -92,7 +92,11 @@ class Session:
                 plain_server(settings) as plain,
                 server_pair(settings, self._connector, "fail") as pair,
             ):
-                rows.append(compare(model.name, model.groups, plain, pair, self._report))
+                row = compare(
+                    model.name, model.groups, plain, pair, self._report,
+                    needs_same_batch=model.needs_same_batch,
+                )  # fmt: skip
+                rows.append(row)
         return Rows("hybrid", rows)
 
     def shapes(self) -> Rows:
