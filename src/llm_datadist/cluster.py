@@ -12,7 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core.link import SAME_HOST, Identity
-from llm_datadist.errors import LLMException
+from llm_datadist.core.messages import PROTOCOL_VERSION
+from llm_datadist.directory.record import Record
+from llm_datadist.errors import LLMException, invalid
+from llm_datadist.following.follower import Follower, advertised
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
 from llm_datadist.links.groups import Groups
@@ -52,14 +55,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
     from llm_datadist.core.registry import Entry
-    from llm_datadist.core.stats import ClusterStats
+    from llm_datadist.core.stats import ClusterStats, FleetStats
+    from llm_datadist.directory.base import Directory
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.following.wants import Wants
     from llm_datadist.links.linker import Target
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.options import Options
     from llm_datadist.transport.base import Transport
-    from llm_datadist.types import Placement
+    from llm_datadist.types import LLMRole, Placement
 
 T = TypeVar("T")
 
@@ -96,6 +101,8 @@ class Cluster:
         self._stopped = Latch()
         #: what the catalog had, until no transport can reach it any more
         self._entries: list[Entry] = []
+        #: what follows a fleet for us; stopped ones are kept until the next
+        self._follower: Follower | None = None
         try:
             self._make()
         except BaseException:
@@ -197,6 +204,7 @@ class Cluster:
 
     def _make_links(self, context: Context) -> None:
         cluster_id, instance, recorder = self.cluster_id, context.me.instance, context.recorder
+        self._incarnation = instance.hex()
         #: our live links
         self.links = LinkTable(cluster_id, instance, recorder)
         self._groups = Groups(cluster_id, self.links, is_secure=context.shields.is_secure)
@@ -205,6 +213,7 @@ class Cluster:
         self._linker = Linker(context, self.links, filing)
         strangers = Strangers()
         self._snapshots = Snapshots(cluster_id, self.links, self.catalog, strangers, recorder)
+        self._snapshots.take_fleet = self._fleet_stats
         #: where peers reach us
         self.listening = Listening(
             self._loop,
@@ -284,6 +293,8 @@ class Cluster:
         """May be called again, when it was interrupted."""
         if self._stopped.is_set:
             return
+        if self._follower is not None:
+            self._follower.begin_end()
         self.gate.shut(self.gate.door, "the cluster is being finalized")
         self.gate.drain(self.gate.door, self.options.sync_timeout_s)
         deadline = Deadline.after(_LAST_S)
@@ -331,6 +342,73 @@ class Cluster:
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
+
+    @property
+    def follower(self) -> Follower | None:
+        """What follows a fleet for us now."""
+        follower = self._follower
+        return None if follower is None or follower.is_stopped else follower
+
+    def follow(
+        self,
+        directory: Directory,
+        wants: Wants | None,
+        ttl_s: float,
+        facts: Mapping[str, str],
+        make_record: Callable[[], Record],
+    ) -> Follower:
+        """Announces us in a directory, and links to whom we want of those who are there.
+
+        Raises LLMException: LLM_PARAM_INVALID while we follow one, LLM_FAILED for want of threads.
+        """
+        follower = Follower(
+            directory,
+            wants,
+            ttl_s,
+            facts,
+            self._loop,
+            self._linker,
+            self.links,
+            self.cluster_id,
+            self.options.sync_timeout_s,
+        )
+        return self._errands.run(lambda: self._begin(follower, make_record), Follower.stop)
+
+    def _begin(self, follower: Follower, make_record: Callable[[], Record]) -> Follower:
+        if self.follower is not None:
+            raise invalid("this cluster follows a fleet already: stop that first")
+        self._follower = follower
+        self._ending.add("the place in the fleet", follower.end)
+        follower.begin(make_record)
+        return follower
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the library itself needs to be equal at two ends of a link."""
+        return {
+            "protocol": str(PROTOCOL_VERSION),
+            "remote accessible": str(self.options.remote_accessible),
+        }
+
+    def record(
+        self, role: LLMRole, where: str, facts: Mapping[str, str], labels: Mapping[str, str]
+    ) -> Record:
+        """What we say of ourselves now. Raises LLMException(LLM_PARAM_INVALID), ValueError."""
+        listen = self.listen_endpoint
+        at, reached = "" if listen is None else str(listen), advertised(where, listen)
+        return Record(
+            cluster_id=self.cluster_id,
+            incarnation=self._incarnation,
+            role=role.name,
+            listen=at,
+            advertised="" if reached == at else reached,
+            facts=dict(facts),
+            labels=dict(labels),
+        )
+
+    def _fleet_stats(self) -> FleetStats | None:
+        follower = self.follower
+        return None if follower is None else follower.stats()
 
     def _for_each(
         self,

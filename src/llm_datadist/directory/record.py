@@ -88,6 +88,11 @@ def encode(entry: Entry) -> bytes:
     return data
 
 
+def check(record: Record, ttl_s: float) -> None:
+    """Raises ValueError for what cannot be announced."""
+    encode(Entry(record=record, ttl_s=ttl_s))
+
+
 def decode(data: bytes) -> Entry:
     """The entry. Raises ValueError for what is none."""
     if len(data) > MAX_NBYTES:
