@@ -209,7 +209,7 @@ class Cluster:
         self.links = LinkTable(cluster_id, instance, recorder)
         self._groups = Groups(cluster_id, self.links, is_secure=context.shields.is_secure)
         ids = Ids(self.links)
-        filing = Filing(cluster_id, instance, self.links, self._groups, ids)
+        self._filing = filing = Filing(cluster_id, instance, self.links, self._groups, ids)
         self._linker = Linker(context, self.links, filing)
         strangers = Strangers()
         self._snapshots = Snapshots(cluster_id, self.links, self.catalog, strangers, recorder)
@@ -368,6 +368,7 @@ class Cluster:
             facts,
             self._loop,
             self._linker,
+            self._filing,
             self.links,
             self.cluster_id,
             self.options.sync_timeout_s,

@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from llm_datadist.links.table import LinkInfo
     from llm_datadist.types import Placement, RegisterMemStatus
 
-#: what peers of a fleet have to unlink, beside the calls that run
-_STAND_DOWN_S = 2.0
-
 
 @final
 class LLMDataDist:
@@ -196,8 +193,9 @@ class LLMDataDist:
 
         `switch_options` may have `llm.listenIpInfo`; the listener then moves there, and without it
         the cluster listens no more. Other entries are ignored. After a failure everything is as it
-        was. A cluster that follows a fleet (`follow`) leaves it meanwhile: peers unlink, and link
-        anew where the new role is wanted; that may take `sync_kv_timeout` and 2 s.
+        was. A cluster that follows a fleet (`follow`) leaves it meanwhile, and all its links are
+        ended, in order where peers agree; that may take `sync_kv_timeout` and 2 s. Whoever wants
+        the new role links anew.
 
         Raises RuntimeError before `init`; KeyError, TypeError, ValueError for bad arguments;
         LLMException with LLM_EXIST_LINK while clusters are linked, LLM_PARAM_INVALID, LLM_FAILED
@@ -217,7 +215,7 @@ class LLMDataDist:
             follower = cluster.follower
             try:
                 if follower is not None:
-                    follower.stand_down(cluster.options.sync_timeout_s + _STAND_DOWN_S)
+                    follower.stand_down(cluster.options.sync_timeout_s)
                 cluster.listening.switch(listen, cluster.options)
                 self._role = role
                 if self._kv_cache_manager is not None:

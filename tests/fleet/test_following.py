@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,12 +18,14 @@ from fleet.members import (
     is_linked,
     join,
     linked_ids,
+    publish,
     pulls,
     pulls_soon,
     says,
 )
 from llm_datadist import LLMException, LLMRole, LLMStatusCode, Wants
 from llm_datadist.directory import FolderDirectory
+from llm_datadist.directory.record import Entry, encode
 from llm_datadist.testing.cluster import Node, NodeProcess
 from llm_datadist.testing.timing import eventually
 
@@ -213,6 +216,28 @@ def test_no_more_are_linked_than_wanted(decode: Node, tmp_path: Path) -> None:
         first = linked_ids(decode)[0]
         processes[first].kill()
         assert pulls_soon(decode, left_out)
+
+
+def test_thousands_of_members_do_not_keep_a_link_waiting(
+    decode: Node, peer: NodeProcess, tmp_path: Path
+) -> None:
+    """Pulls in two-sided mode are answered by the loop's thread, which hears of all of them."""
+    peer.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0")
+    peer.call(publish, 5)
+    peer.call(follow, tmp_path)
+    follow(decode, tmp_path, PROMPTS)
+    assert pulls_soon(decode)
+    for cluster_id in range(100, 3100):
+        said = encode(Entry(record=record(cluster_id, role="DECODER"), ttl_s=600))
+        (tmp_path / f".{cluster_id}").write_bytes(said)
+    for cluster_id in range(100, 3100):
+        (tmp_path / f".{cluster_id}").rename(tmp_path / f"{cluster_id}.json")
+    slowest = 0.0
+    while _fleet(decode).num_members < 3001:
+        begun = time.monotonic()
+        assert pulls(decode)
+        slowest = max(slowest, time.monotonic() - begun)
+    assert slowest < 1.0
 
 
 def test_stats_say_what_was_done(decode: Node, peer: NodeProcess, tmp_path: Path) -> None:

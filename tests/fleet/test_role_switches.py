@@ -22,7 +22,7 @@ from fleet.members import (
 )
 from llm_datadist import LLMException, LLMRole, LLMStatusCode, Wants
 from llm_datadist.testing.cluster import Node, NodeProcess
-from llm_datadist.testing.timing import eventually
+from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,10 +130,10 @@ def test_a_switch_that_fails_leaves_all_as_it_was(
     assert role_seen(decode) == ["PROMPT"]
 
 
-def test_a_peer_that_follows_nothing_keeps_the_role_from_being_switched(
+def test_a_peer_that_follows_nothing_does_not_keep_the_role_from_being_switched(
     node: Node, peer: NodeProcess, tmp_path: Path
 ) -> None:
-    """It is unlinked in order, and links again, as long as it likes."""
+    """It links again and again; while the role is switched it is refused."""
     port = join(peer, tmp_path, sync_kv_timeout=200)
     node.start(LLMRole.DECODER, 2)
     is_over = threading.Event()
@@ -146,25 +146,30 @@ def test_a_peer_that_follows_nothing_keeps_the_role_from_being_switched(
     linker.start()
     try:
         assert eventually(lambda: linked_ids(node) == [1], SOON_S)
-        status = peer.call(switch_status, LLMRole.DECODER)
+        for role in (LLMRole.DECODER, LLMRole.PROMPT, LLMRole.MIX):
+            peer.call(switch, role, f"127.0.0.1:{port}")
     finally:
         is_over.set()
         linker.join()
-    assert status in (LLMStatusCode.LLM_EXIST_LINK, LLMStatusCode.LLM_SUCCESS)
-    assert peer.call(says_that_it_is_announced)
+    assert node.link(port, 1) in (LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_ALREADY_LINK)
 
 
-def switch_status(node: Node, role: LLMRole) -> LLMStatusCode:
-    try:
-        switch(node, role)
-    except LLMException as error:
-        return error.status_code
-    return LLMStatusCode.LLM_SUCCESS
-
-
-def says_that_it_is_announced(node: Node) -> bool:
-    def is_announced() -> bool:
-        fleet = node.datadist.stats().fleet
-        return fleet is not None and fleet.is_announced
-
-    return eventually(is_announced, SOON_S)
+def test_a_peer_that_stands_still_does_not_keep_the_role_from_being_switched(
+    decode: Node, peer: NodeProcess, tmp_path: Path
+) -> None:
+    """The one that would have to agree is stopped, and the directory is gone as well."""
+    folder = tmp_path / "fleet"
+    folder.mkdir()
+    join(peer, folder, 1)
+    decode.stop()
+    decode.start(LLMRole.DECODER, 2, sync_kv_timeout=200)
+    follow(decode, folder, PROMPTS)
+    assert eventually(lambda: linked_ids(decode) == [1], SOON_S)
+    folder.rename(tmp_path / "elsewhere")
+    peer.pause()
+    with takes_at_most(6.0):
+        decode.datadist.switch_role(LLMRole.MIX)
+    assert linked_ids(decode) == []
+    peer.resume()
+    (tmp_path / "elsewhere").rename(folder)
+    assert pulls_soon(decode)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from llm_datadist.directory.base import Change, Changes
+from llm_datadist.directory.base import Changes
 from llm_datadist.errors import LLMStatusCode
 from llm_datadist.following.plan import Action, Cut, Leave, Link, Plan
 from llm_datadist.links.linker import Target
@@ -15,11 +16,12 @@ from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import Bell
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import TypeAlias
 
     from llm_datadist.directory.record import Record
     from llm_datadist.following.wants import Wants
+    from llm_datadist.links.filing import Filing
     from llm_datadist.links.linker import Linker
     from llm_datadist.links.session import Session
     from llm_datadist.links.table import LinkTable
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     Facts: TypeAlias = Mapping[str, str]
 
+#: so many members are looked at before the loop has its turn again
+_PORTION: Final = 64
 _LINK_S: Final = 3.0
 #: what a peer has to agree to be unlinked, beside the calls that run
 _LEAVE_S: Final = 2.0
@@ -39,6 +43,7 @@ class Driver:
         self,
         loop: Loop,
         linker: Linker,
+        filing: Filing,
         links: LinkTable,
         cluster_id: int,
         wants: Wants | None,
@@ -48,12 +53,16 @@ class Driver:
         self._loop = loop.asyncio
         self._call_soon = loop.call_soon
         self._linker = linker
+        self._filing = filing
         self._links = links
         self._cluster_id = cluster_id
         self._sync_timeout_s = sync_timeout_s
         self.plan = Plan(cluster_id, wants, facts, random.random)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        #: what the directory said, and was not looked at yet
+        self._news: deque[Changes] = deque()
+        self._is_taking = False
         self._is_over = False
         #: rung when a link was made or has ended
         self.bell = Bell()
@@ -69,6 +78,7 @@ class Driver:
     def stop(self) -> None:
         """Decides nothing any more; links stay. May be called again."""
         self._is_over = True
+        self._filing.shut_because = ""
         if self._links.watcher is self:
             self._links.watcher = None
         if self._timer is not None:
@@ -78,8 +88,18 @@ class Driver:
 
     def told(self, changes: Changes) -> None:
         """What the directory says; of us it says nothing new."""
-        others = [[each for each in kind if _id_of(each) != self._cluster_id] for kind in changes]
-        changes = Changes(*map(tuple, others))  # type: ignore[arg-type]
+        self._news.extend(_portions(changes, self._cluster_id))
+        if not self._is_taking:
+            self._take()
+
+    def _take(self) -> None:
+        """A portion at a time: in between the loop has its other work."""
+        self._is_taking = bool(self._news)
+        if self._news and not self._is_over:
+            self._told(self._news.popleft())
+            self._loop.call_soon(self._take)
+
+    def _told(self, changes: Changes) -> None:
         self.num_joined += len(changes.joined)
         self.num_left += len(changes.left)
         self.num_changed += len(changes.changed)
@@ -90,14 +110,24 @@ class Driver:
                 self.plan.made(record.cluster_id, record.incarnation, self._loop.time())
         self.act()
 
-    def pause(self) -> None:
-        """Links to nobody, until `resume`."""
-        self.plan.is_paused = True
+    async def stand_down(self, timeout_s: float) -> None:
+        """Unlinks from everybody; nobody links to us, nor we to anybody, until `stand_up`.
 
-    def resume(self) -> None:
-        """The end of `pause`."""
+        Who does not agree in time is cut.
+        """
+        self.plan.is_paused = True
+        self._filing.shut_because = "this cluster has left its fleet, to switch its role"
+        await asyncio.gather(*(self._end(each, timeout_s) for each in self._links.all()))
+
+    def stand_up(self) -> None:
+        """The end of `stand_down`. May be called again."""
         self.plan.is_paused = False
+        self._filing.shut_because = ""
         self.act()
+
+    async def _end(self, session: Session, timeout_s: float) -> None:
+        if not await self._linker.end(session, timeout_s):
+            await session.cut("it did not agree to be unlinked in time")
 
     def link_made(self, session: Session) -> None:
         """As LinkTable tells it."""
@@ -136,11 +166,6 @@ class Driver:
             self._timer.cancel()
         at = self.plan.next_at
         self._timer = None if at is None else self._loop.call_at(at, self.act)
-
-    async def leave_all(self) -> None:
-        """Unlinks from everybody, each in order, or not at all."""
-        sessions = self._links.all()
-        await asyncio.gather(*(self._linker.end(session, self._leave_s) for session in sessions))
 
     def _asked(self, cluster_id: int) -> None:
         self.plan.asked(cluster_id, self._loop.time())
@@ -194,18 +219,13 @@ class Driver:
             get_logger().info(
                 "cluster %d unlinks from %s: %s", self._cluster_id, action.record, action.because
             )
-            if not await self._linker.end(session, self._leave_s):
-                await session.cut(action.because)
+            await self._end(session, self._sync_timeout_s + _LEAVE_S)
 
     async def _cut(self, action: Cut) -> None:
         incarnation = bytes.fromhex(action.record.incarnation)
         for session in self._links.of(action.record.cluster_id):
             if session.instance != incarnation:
                 await session.cut(f"{action.record} has taken its place in the fleet")
-
-    @property
-    def _leave_s(self) -> float:
-        return self._sync_timeout_s + _LEAVE_S
 
     def _sessions(self, record: Record) -> list[Session]:
         """The links to that very incarnation, that are ours to use."""
@@ -228,6 +248,16 @@ class Driver:
             logger.info("%s is %s now, at %s", change.before, change.now, change.now.endpoint)
 
 
-def _id_of(news: Record | Change) -> int:
-    record = news.now if isinstance(news, Change) else news
-    return record.cluster_id
+def _portions(changes: Changes, us: int) -> Iterator[Changes]:
+    """The changes of others, in their order, so many at a time."""
+    for at in range(0, len(changes.left), _PORTION):
+        yield Changes(left=_others(changes.left[at : at + _PORTION], us))
+    for at in range(0, len(changes.changed), _PORTION):
+        portion = changes.changed[at : at + _PORTION]
+        yield Changes(changed=tuple(each for each in portion if each.now.cluster_id != us))
+    for at in range(0, len(changes.joined), _PORTION):
+        yield Changes(joined=_others(changes.joined[at : at + _PORTION], us))
+
+
+def _others(records: Sequence[Record], us: int) -> tuple[Record, ...]:
+    return tuple(record for record in records if record.cluster_id != us)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from llm_datadist.core.stats import FleetStats, MemberStats
 from llm_datadist.endpoint import Endpoint
-from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.errors import LLMException, invalid
 from llm_datadist.following.announcing import Announcer
 from llm_datadist.following.driver import Driver
 from llm_datadist.following.watching import Watcher
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from llm_datadist.directory.base import Changes, Directory
     from llm_datadist.directory.record import Record
     from llm_datadist.following.wants import Wants
+    from llm_datadist.links.filing import Filing
     from llm_datadist.links.linker import Linker
     from llm_datadist.links.table import LinkTable
     from llm_datadist.running.loop import Loop
 
 _STOP_S: Final = 2.0
+#: what a directory has to be told that we leave for a while, and peers to agree to be unlinked
+_LAST_WORD_S: Final = 1.0
+_AGREE_S: Final = 1.0
 _EVERY_ADDRESS: Final = ("0.0.0.0", "::")
 
 
@@ -55,15 +59,15 @@ class Follower:
         facts: Mapping[str, str],
         loop: Loop,
         linker: Linker,
+        filing: Filing,
         links: LinkTable,
         cluster_id: int,
         sync_timeout_s: float,
     ) -> None:
         self._directory = directory
         self._loop = loop
-        self._links = links
         self._pid = os.getpid()
-        self._driver = Driver(loop, linker, links, cluster_id, wants, facts, sync_timeout_s)
+        self._driver = Driver(loop, linker, filing, links, cluster_id, wants, facts, sync_timeout_s)
         self._announcer = Announcer(directory, ttl_s)
         self._watcher = Watcher(directory, self._heard, self._announcer.wait_for_attempt)
         #: what `say` tells, as the role and the listener are
@@ -88,6 +92,13 @@ class Follower:
                 each.give_up()
             self.begin_end()
             raise
+
+    @property
+    def record(self) -> Record:
+        """What this cluster says of itself now. Raises LLMException, as `LLMDataDist.follow`."""
+        self._require_here()
+        assert self._make_record is not None  # it has begun
+        return self._make_record()
 
     def members(self) -> list[MemberInfo]:
         """Everybody who is announced, but this cluster."""
@@ -121,33 +132,21 @@ class Follower:
             get_logger().error("this cluster leaves its fleet: %s", error)
         self._announcer.say(record)
 
-    def stand_down(self, timeout_s: float) -> None:
-        """Leaves the fleet for a while, and unlinks from everybody, in order; `stand_up` follows.
+    def stand_down(self, sync_timeout_s: float) -> None:
+        """Leaves the fleet for a while, and unlinks from everybody; `stand_up` follows.
 
-        Raises LLMException(LLM_EXIST_LINK) when links are left at the time-out.
+        Calls that run have `sync_timeout_s` to end, and peers a second more to agree; then they are
+        cut. Raises LLMException(LLM_FAILED) where this thread cannot wait.
         """
         self._require_here()
-        deadline = Deadline.after(timeout_s)
-        self._loop.call_soon(self._driver.pause)
         self._announcer.say(None)
-        self._announcer.wait_until_said(min(1.0, timeout_s))
-        try:
-            self._loop.run(self._driver.leave_all, deadline)
-        except LLMException as error:
-            if error.status_code is not LLMStatusCode.LLM_TIMEOUT:
-                raise
-        left_s = max(0.0, deadline.remaining_s())
-        if not self._driver.bell.wait_until(lambda: not self._links.all(), left_s):
-            raise LLMException(
-                f"links are left after {timeout_s:.1f} s: calls run on them, or peers link anew "
-                "that do not follow this fleet",
-                LLMStatusCode.LLM_EXIST_LINK,
-            )
+        self._announcer.wait_until_said(_LAST_WORD_S)
+        self._loop.run(partial(self._driver.stand_down, sync_timeout_s + _AGREE_S))
 
     def stand_up(self) -> None:
         """The end of `stand_down`."""
         self.say()
-        self._loop.call_soon(self._driver.resume)
+        self._loop.call_soon(self._driver.stand_up)
 
     def stop(self) -> None:
         """Says that this cluster has left, and follows no more.

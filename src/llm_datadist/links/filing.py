@@ -26,6 +26,8 @@ class Filing:
         self._links = links
         self._groups = groups
         self._ids = ids
+        #: why no link is made now; empty when links are
+        self.shut_because = ""
 
     async def linked(self, session: Session) -> None:
         """Files the link; one of a rank table waits for the others of its group."""
@@ -38,8 +40,9 @@ class Filing:
             verdict = Verdict("the peer says that it is this very cluster, and is another")
         else:
             verdict = await self._ids.of_caller(session, session.cluster_id)
-        if verdict.objection:
-            await session.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
+        objection = verdict.objection or self.shut_because
+        if objection:
+            await session.refuse(LLMStatusCode.LLM_LINK_FAILED, objection)
             return
         if session.is_closed:
             return
