@@ -272,6 +272,14 @@ class LLMDataDist:
         check_record(record(), ttl_s)
         return cluster.follow(directory, wants, ttl_s, known, record)
 
+    @property
+    def follower(self) -> Follower | None:
+        """What `follow` returned, until it is stopped; None without. An addition to the reference.
+
+        Raises RuntimeError before `init`.
+        """
+        return self._require_cluster().follower
+
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Of the v1 mode: returns when there is a live link to a cluster. Spec 5.3.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from directory.records import record
+from edges.interrupting import interrupts, is_interrupted
 from edges.scarce import become_nobody, lift_limit, limit_threads
 from fleet.members import PROMPTS, SOON_S, follow, follower_of, join, linked_ids, pulls_soon
 from llm_datadist import LLMException, LLMRole, LLMStatusCode
@@ -197,6 +199,54 @@ def follows_without_threads(node: Node, uid: int, more: int) -> None:
     assert eventually(lambda: (folder / "2.json").exists())
     with takes_at_most(4.0):
         node.datadist.finalize()
+
+
+def test_interruptions_leave_nothing_behind(tmp_path: Path) -> None:
+    with NodeProcess() as process:
+        assert process.call(follow_interrupted, tmp_path) > 20
+
+
+def follow_interrupted(node: Node, folder: Path) -> int:
+    """How often it was; raises AssertionError for what is left then."""
+    node.start(LLMRole.DECODER, 2, listen_ip_info="127.0.0.1:0", sync_kv_timeout=1000)
+    datadist, rng, count = node.datadist, random.Random(1), 0
+
+    def join_and_leave() -> None:
+        try:
+            datadist.follow(f"folder:{folder}", PROMPTS).wait_for(99, 0.002)
+        except LLMException as error:  # one that was interrupted is being taken back
+            if "follows a fleet already" not in str(error):
+                raise
+        finally:
+            if datadist.follower is not None:
+                datadist.follower.stop()
+
+    def has_left() -> bool:
+        if datadist.follower is not None:
+            datadist.follower.stop()
+        return not threads_of_followers()
+
+    join_and_leave()
+    before = open_files()
+    with interrupts():
+        for _ in range(60):
+            count += is_interrupted(join_and_leave, rng.uniform(1e-4, 2e-2))
+    assert eventually(has_left, SOON_S)
+    assert eventually(lambda: not threads_of_followers(), SOON_S), threads_of_followers()
+    assert eventually(lambda: open_files() <= before, SOON_S)
+    join_and_leave()
+    with takes_at_most(4.0):
+        datadist.finalize()
+    return count
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def threads_of_followers() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.endswith(("-announcer", "-watcher"))]
 
 
 def test_a_forked_child_follows_nothing_and_ends_nothing(decode: Node, tmp_path: Path) -> None:

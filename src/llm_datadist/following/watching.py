@@ -12,6 +12,7 @@ from llm_datadist.running.bell import Latch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llm_datadist.directory.base import Watch
     from llm_datadist.running.deadline import Deadline
 
 #: a wait that hears nothing is begun anew; nothing depends on it
@@ -30,7 +31,8 @@ class Watcher:
     ) -> None:
         """Both are called in that thread."""
         self._directory = directory
-        self._watch = directory.watch()
+        #: opened by its thread: who makes this may be interrupted behind it
+        self._watch: Watch | None = None
         self._tell = tell
         self._wait_first = wait_first
         self._ending = Latch()
@@ -41,7 +43,9 @@ class Watcher:
     def stop(self) -> None:
         """From any thread. May be called again."""
         self._ending.set()
-        self._watch.interrupt()
+        watch = self._watch
+        if watch is not None:
+            watch.interrupt()
 
     def join(self, deadline: Deadline) -> None:
         """Behind `stop`. Raises LLMException(LLM_TIMEOUT): a directory does not answer."""
@@ -50,34 +54,41 @@ class Watcher:
 
     def give_up(self) -> None:
         """There is no thread for it."""
-        self._watch.close()
         self._over.set()
 
     def run(self) -> None:
         """The thread's work."""
-        pauses = Pauses(_LONGEST_PAUSE_S)
         try:
             self._wait_first()
-            while not self._ending.is_set:
-                try:
-                    # not at all behind a failure: that it answers is news
-                    changes = self._watch.wait(0.0 if self.problem else _WAIT_S)
-                except DirectoryError as error:
-                    self._complain(str(error))
-                    self._ending.wait(pauses.next_s())
-                except Exception as error:  # another package's directory
-                    self._complain(f"{error!r}")
-                    self._ending.wait(pauses.next_s())
-                else:
-                    if self.problem:
-                        get_logger().info("%s answers again", self._directory)
-                    self.problem = ""
-                    pauses.reset()
-                    if changes:
-                        self._tell(changes)
-            self._watch.close()
+            self._watch = watch = self._directory.watch()
+            try:
+                self._listen(watch)
+            finally:
+                watch.close()
+        except Exception as error:  # another package's directory cannot even be opened, or closed
+            self._complain(f"{error!r}")
         finally:
             self._over.set()
+
+    def _listen(self, watch: Watch) -> None:
+        pauses = Pauses(_LONGEST_PAUSE_S)
+        while not self._ending.is_set:
+            try:
+                # not at all behind a failure: that it answers is news
+                changes = watch.wait(0.0 if self.problem else _WAIT_S)
+            except DirectoryError as error:
+                self._complain(str(error))
+                self._ending.wait(pauses.next_s())
+            except Exception as error:  # another package's directory
+                self._complain(f"{error!r}")
+                self._ending.wait(pauses.next_s())
+            else:
+                if self.problem:
+                    get_logger().info("%s answers again", self._directory)
+                self.problem = ""
+                pauses.reset()
+                if changes:
+                    self._tell(changes)
 
     def _complain(self, problem: str) -> None:
         """Once for each problem: it may last for hours."""
