@@ -40,7 +40,8 @@ class CacheManager(CacheTransfers):
     Obtained from `LLMDataDist.cache_manager`. All methods may be called from any thread, at the
     same time; each blocks its caller, and those that reach a peer are bounded by `sync_kv_timeout`.
     After a failed pull the destination blocks or row may hold anything; nothing else was touched,
-    and nothing arrives later.
+    and nothing arrives later. After `finalize`, and in a forked child, each method is an
+    LLMException (LLM_ENGINE_FINALIZED), whatever its arguments.
     """
 
     # -- registering --
@@ -69,6 +70,7 @@ class CacheManager(CacheTransfers):
         Raises TypeError for a wrong type, AttributeError for a missing description, LLMException
         (LLM_PARAM_INVALID) for addresses, tensors or a shape that cannot be. Thread-safe.
         """
+        cluster = self._require_cluster()
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         check_addrs(addrs)
         keys = check_sequence("cache_keys", cache_keys, CacheKey)
@@ -78,7 +80,8 @@ class CacheManager(CacheTransfers):
             raise invalid(f"{desc.num_tensors} tensors need as many addrs, got {len(memory.addrs)}")
         _refuse_null(memory.addrs)
         names = [KeyName.of(key) for key in keys]
-        return self._register(desc, memory, CacheKind.CONTINUOUS, names, remote_accessible)
+        kind = CacheKind.CONTINUOUS
+        return self._register(cluster, desc, memory, kind, names, remote_accessible)
 
     def register_blocks_cache(
         self,
@@ -101,6 +104,7 @@ class CacheManager(CacheTransfers):
         does not fit `cache_desc`. `readers` says how many pulls of it there will be, by how many
         ranks: see `wait_for_readers`.
         """
+        cluster = self._require_cluster()
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         check_addrs(addrs)
         key = check_optional("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
@@ -111,8 +115,8 @@ class CacheManager(CacheTransfers):
         names = [] if key is None else [KeyName.of(key)]
         _check_layout(layout, desc)
         count = check_uint32("readers", readers)
-        kind = CacheKind.BLOCKS
-        return self._register(desc, memory, kind, names, remote_accessible, layout, count)
+        described = desc, memory, CacheKind.BLOCKS, names
+        return self._register(cluster, *described, remote_accessible, layout, count)
 
     def wait_for_readers(self, cache: Cache, timeout: float) -> bool:
         """Waits until `readers` pulls of a registered blocks cache have succeeded, so that its
@@ -126,7 +130,7 @@ class CacheManager(CacheTransfers):
         Raises TypeError, AttributeError, ValueError; LLMException (LLM_KV_CACHE_NOT_EXIST) when it
         is not registered, or is unregistered meanwhile. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
+        cluster = self._require_cluster()
         cache_id = check_object("cache", cache, Cache).cache_id
         seconds = check_type("timeout", timeout, int, float)
         if not 0 <= seconds < INT32_MAX:
@@ -140,8 +144,8 @@ class CacheManager(CacheTransfers):
         that are reading it get LLM_KV_CACHE_NOT_EXIST. Raises TypeError, ValueError, LLMException
         (LLM_TIMEOUT, the cache then stays registered). Thread-safe.
         """
+        cluster = self._require_cluster()
         check_int64("cache_id", cache_id)
-        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
         cluster.catalog.unregister(cache_id, cluster.options.sync_timeout_s)
 
     # -- allocating --
@@ -159,9 +163,11 @@ class CacheManager(CacheTransfers):
         LLM_PARAM_INVALID: no pool for that placement, more keys than rows, a key that is bound
         already. Thread-safe.
         """
+        cluster = self._require_cluster()
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         keys = check_sequence("cache_keys", cache_keys, CacheKey)
-        return self._allocate(desc, CacheKind.CONTINUOUS, [KeyName.of(key) for key in keys])
+        names = [KeyName.of(key) for key in keys]
+        return self._allocate(cluster, desc, CacheKind.CONTINUOUS, names)
 
     def allocate_blocks_cache(
         self,
@@ -175,11 +181,12 @@ class CacheManager(CacheTransfers):
         As `allocate_cache`, but that one key names the whole cache; `layout` as of
         `register_blocks_cache`. Thread-safe.
         """
+        cluster = self._require_cluster()
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         key = check_optional("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
         _check_layout(layout, desc)
         names = [] if key is None else [KeyName.of(key)]
-        return self._allocate(desc, CacheKind.BLOCKS, names, layout)
+        return self._allocate(cluster, desc, CacheKind.BLOCKS, names, layout)
 
     def deallocate_cache(self, cache: Cache) -> None:
         """Drops the id's reference to a continuous cache. Spec 6.5.
@@ -189,15 +196,17 @@ class CacheManager(CacheTransfers):
         LLMException with LLM_PARAM_INVALID for a blocks cache, LLM_FEATURE_NOT_ENABLED without any
         pool. Thread-safe.
         """
+        cluster = self._require_cluster()
         if check_object("cache", cache, Cache).is_blocks_cache:
             raise invalid("the cache is a blocks cache: use deallocate_blocks_cache")
-        self._deallocate(cache)
+        self._deallocate(cluster, cache)
 
     def deallocate_blocks_cache(self, cache: Cache) -> None:
         """Frees a blocks cache and its key at once. Otherwise as `deallocate_cache`. Spec 6.5."""
+        cluster = self._require_cluster()
         if not check_object("cache", cache, Cache).is_blocks_cache:
             raise invalid("the cache is no blocks cache: use deallocate_cache")
-        self._deallocate(cache)
+        self._deallocate(cluster, cache)
 
     def remove_cache_key(self, cache_key: CacheKey) -> None:
         """Drops a key's reference to an allocated cache, which peers cannot pull by it any more.
@@ -206,8 +215,9 @@ class CacheManager(CacheTransfers):
         AttributeError; LLMException (LLM_FEATURE_NOT_ENABLED) without any pool. Thread-safe.
         Spec 6.6.
         """
+        cluster = self._require_cluster()
         name = KeyName.of(check_object("cache_key", cache_key, CacheKey))
-        cluster = self._require_pool()
+        _require_pool(cluster)
         if name is not None:
             cluster.catalog.remove_key(name)
 
@@ -225,7 +235,7 @@ class CacheManager(CacheTransfers):
         Raises LLMException with LLM_PARAM_INVALID for what is no device memory, LLM_NOT_YET_LINK
         without any link. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         infos = mem_infos if isinstance(mem_infos, list) else [mem_infos]
         for info in infos:
             _check_remapped(info)
@@ -238,12 +248,12 @@ class CacheManager(CacheTransfers):
 
     def _allocate(
         self,
+        cluster: Cluster,
         desc: CacheDesc,
         kind: CacheKind,
         keys: Sequence[KeyName | None],
         layout: KVLayout | None = None,
     ) -> Cache:
-        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
         if not desc.num_tensors:
             raise invalid("a cache to allocate needs at least one tensor")
         if desc.placement not in cluster.catalog.pools:
@@ -258,21 +268,14 @@ class CacheManager(CacheTransfers):
 
         return cluster.make(make, lambda cache: cache.cache_id)
 
-    def _deallocate(self, cache: Cache) -> None:
-        self._require_pool().catalog.deallocate(cache.cache_id)
+    def _deallocate(self, cluster: Cluster, cache: Cache) -> None:
+        _require_pool(cluster)
+        cluster.catalog.deallocate(cache.cache_id)
         cache._forget_memory()
-
-    def _require_pool(self) -> Cluster:
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
-        if not cluster.catalog.pools:
-            raise LLMException(
-                "no memory pool is configured: set LLMConfig.mem_pool_cfg or host_mem_pool_cfg",
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-            )
-        return cluster
 
     def _register(
         self,
+        cluster: Cluster,
         desc: CacheDesc,
         memory: Located,
         kind: CacheKind,
@@ -281,7 +284,6 @@ class CacheManager(CacheTransfers):
         layout: KVLayout | None = None,
         num_readers: int = 0,
     ) -> Cache:
-        cluster = self._require_cluster(LLMStatusCode.LLM_FAILED)
         if remote_accessible and cluster.ranks.were_made:
             raise invalid("remote_accessible=True is not possible after link(): leave it out")
 
@@ -300,6 +302,14 @@ class CacheManager(CacheTransfers):
             return Cache(entry.cache_id, desc, memory.addrs, self, True, is_blocks, layout)
 
         return cluster.make(make, lambda cache: cache.cache_id)
+
+
+def _require_pool(cluster: Cluster) -> None:
+    if not cluster.catalog.pools:
+        raise LLMException(
+            "no memory pool is configured: set LLMConfig.mem_pool_cfg or host_mem_pool_cfg",
+            LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+        )
 
 
 def _check_layout(layout: KVLayout | None, desc: CacheDesc) -> None:

@@ -33,7 +33,7 @@ from llm_datadist.core.transfer import (
     PushBlocks,
     PushRow,
 )
-from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.errors import LLMStatusCode, finalized, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, check_one_id
 from llm_datadist.layerwise import (
     LayerSynchronizer,
@@ -111,7 +111,7 @@ class CacheTransfers:
 
         Raises as `pull_cache` does. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         if src_cache_key is None:
             raise AttributeError("src_cache_key is None: pass the key of the source")
         key: AnyKey = check_type(
@@ -155,7 +155,7 @@ class CacheTransfers:
         Raises TypeError, AttributeError; LLMException as `pull_blocks`, and LLM_PARAM_INVALID where
         no source has a layer or a head that is needed, or a cache has no layout. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         target = check_object("dst_cache", dst_cache, Cache)
         dst = check_sequence("dst_blocks", dst_blocks, int)
         span, one_sided = check_tokens(tokens), cluster.options.remote_accessible
@@ -251,14 +251,15 @@ class CacheTransfers:
         A layer is two tensors (K and V); the last may be one. Destinations are named by address
         (TransferConfig) or, with remote access enabled, by key (TransferWithCacheKeyConfig). With
         both lists of blocks, blocks go to blocks; with `dst_block_indices` alone a row is cut into
-        blocks of `dst_block_memory_size` bytes; with neither a row goes to a row. A destination
-        that fails does not stop the others; a layer that the synchronizer refuses (False) or fails
-        on (an exception) ends the transfer. A config without `src_layer_range` gets all layers.
+        blocks of `dst_block_memory_size` bytes; with neither a row goes to a row. Of a blocks cache
+        that is its first block, at either end. A destination that fails does not stop the others;
+        a layer that the synchronizer refuses (False) or fails on (an exception) ends the transfer.
+        A config without `src_layer_range` gets all layers.
 
         Returns at once; the CacheTask tells the results. Raises TypeError, ValueError, LLMException
         (LLM_PARAM_INVALID) for bad arguments. Thread-safe; the source stays the caller's to keep.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         cache = check_type("src_cache", src_cache, Cache)
         desc = cache.cache_desc
         if desc.placement == Placement.HOST:
@@ -307,7 +308,7 @@ class CacheTransfers:
         TypeError, ValueError, AttributeError; LLMException with LLM_PARAM_INVALID for what does not
         fit, LLM_KV_CACHE_NOT_EXIST for a freed cache. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         target, source = check_object("dst", dst, Cache), check_object("src", src, Cache)
         dst_row = check_uint32("dst_batch_index", dst_batch_index)
         src_row = check_uint32("src_batch_index", src_batch_index)
@@ -324,7 +325,7 @@ class CacheTransfers:
 
         The copies have no defined order among each other. Raises as `copy_cache`. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         target = check_object("cache", cache, Cache)
         pairs = check_dict("copy_block_info", copy_block_info, int, list)
         for block, copies in pairs.items():
@@ -347,7 +348,7 @@ class CacheTransfers:
         caches are equal in tensors and block size. Works by address, so a cache of
         `Cache.create_cpu_cache` will do. Raises as `copy_cache`. Thread-safe.
         """
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         src = check_object("src_cache", src_cache, Cache)
         dst = check_object("dst_cache", dst_cache, Cache)
         pairs = check_dict("src_to_dst", check_object("src_to_dst", src_to_dst, dict), int, int)
@@ -363,8 +364,9 @@ class CacheTransfers:
 
     def _find_bytes(self, cache_id: int, index: int) -> npt.NDArray[np.uint8]:
         """For Cache: the memory of a tensor; the array holds it."""
-        cluster = self._require_cluster(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
-        return cluster.catalog.view(cache_id, index)
+        if self._cluster is None:  # to who holds the cache it is gone, whatever the manager is
+            raise finalized("CacheManager", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+        return self._cluster.catalog.view(cache_id, index)
 
     def _pull_row(
         self,
@@ -377,7 +379,7 @@ class CacheTransfers:
         dst_offset: int = 0,
     ) -> None:
         """See `pull_cache`; for the offsets, KvCacheManager.pull_cache."""
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         one_sided = cluster.options.remote_accessible
         if cache_key is None:
             raise AttributeError("cache_key is None: pass a CacheKey or CacheKeyByIdAndIndex")
@@ -396,18 +398,15 @@ class CacheTransfers:
         cluster.transfers.run(PullRow(*named, row, nbytes, src_offset, dst_offset))
 
     def _require_one_sided(self) -> Cluster:
-        cluster = self._require_cluster(LLMStatusCode.LLM_PARAM_INVALID)
+        cluster = self._require_cluster()
         if not cluster.options.remote_accessible:
             raise invalid("pushing needs enable_remote_cache_accessible on both clusters")
         return cluster
 
-    def _require_cluster(self, status: LLMStatusCode) -> Cluster:
+    def _require_cluster(self) -> Cluster:
+        """First in every method, so that all answer alike when the cluster is gone. Spec 3.2."""
         if self._cluster is None:
-            raise LLMException(
-                "this CacheManager's LLMDataDist was finalized, or initialised in the process that "
-                "forked this one",
-                status,
-            )
+            raise finalized("CacheManager")
         return self._cluster
 
     def _detach(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from llm_datadist.core.link import SAME_HOST, Identity
 from llm_datadist.core.messages import PROTOCOL_VERSION
 from llm_datadist.directory.record import Record
-from llm_datadist.errors import LLMException, invalid
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.following.follower import Follower, advertised
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from llm_datadist.types import LLMRole, Placement
 
 T = TypeVar("T")
+
+_TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
 #: how long the end may take, beside waiting for running calls
 _LAST_S = 2.0
@@ -328,8 +330,12 @@ class Cluster:
 
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
+        if self.options.cannot_link:
+            refused = Outcome(LLMStatusCode.LLM_PARAM_INVALID, self.options.cannot_link)
+            return [refused for _ in targets]
         with self.transfers.watching("link") as watch:
-            outcomes = self._for_each(targets, partial(self._linker.link, timeout_s=timeout_s))
+            link = partial(self._linker.link, timeout_s=timeout_s)
+            outcomes = self._for_each(targets, link, timeout_s)
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
@@ -338,7 +344,7 @@ class Cluster:
         """Unlinks from all targets at once; `force` asks nobody. Spec 5.5."""
         with self.transfers.watching("unlink") as watch:
             unlink = self._linker.cut if force else self._linker.leave
-            outcomes = self._for_each(targets, partial(unlink, timeout_s=timeout_s))
+            outcomes = self._for_each(targets, partial(unlink, timeout_s=timeout_s), timeout_s)
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
@@ -415,11 +421,18 @@ class Cluster:
         self,
         targets: Sequence[Target],
         do: Callable[[Target], Coroutine[object, object, Outcome]],
+        timeout_s: float,
     ) -> list[Outcome]:
-        """What comes of each target, all at once, in the loop's thread."""
+        """What comes of each target, all at once, in the loop's thread.
+
+        Each ends by itself in its time, if that thread does; the deadline here is for when not.
+        """
+        deadline = Deadline.after(timeout_s + _GRACE_S)
         try:
-            return self._loop.run(lambda: _gather(map(do, targets)))
-        except CannotWait as error:
+            return self._loop.run(lambda: _gather(map(do, targets)), deadline)
+        except LLMException as error:
+            if not isinstance(error, CannotWait) and error.status_code is not _TIMEOUT:
+                raise  # the cluster was finalized
             return [Outcome(error.status_code, str(error)) for _ in targets]
 
     def stats(self) -> ClusterStats:

@@ -252,8 +252,9 @@ class LLMConfig(NamedAttributes):
         unset=None,
     )
     local_comm_res = Option[str](
-        """Communication resources of the reference. Setting it, even to "", turns on the cache
-        manager and remote access. Spec 4.2, 4.4.""",
+        """Communication resources of the reference, JSON of a known version: else `link_clusters`
+        refuses, or `init` with a `transfer_backend`. Otherwise without effect, but that setting it,
+        even to "", turns on the cache manager and remote access. Spec 4.2, 4.4.""",
         _text,
         _as_is(key.LOCAL_COMM_RES),
         unset="",
@@ -266,7 +267,8 @@ class LLMConfig(NamedAttributes):
         unset="",
     )
     global_resource_config = Option[str](
-        """Settings of the reference's hixl backend; without effect. Spec 4.2, 7.1.""",
+        """Settings of the reference's hixl backend, JSON of a known version: else `init` refuses,
+        where there is a `transfer_backend`. Otherwise without effect. Spec 4.2, 7.1.""",
         _text,
         _as_is(key.GLOBAL_RESOURCE_CONFIG),
         unset="",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import sys
-import threading
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, final
@@ -68,7 +67,6 @@ class LLMDataDist:
         self._cluster: Cluster | None = None
         self._cache_manager: CacheManager | None = None
         self._kv_cache_manager: KvCacheManager | None = None
-        self._switching = threading.RLock()
         #: why it is not initialised, for messages
         self._why_not = ""
 
@@ -209,7 +207,7 @@ class LLMDataDist:
             "switch_options", {} if switch_options is None else switch_options, str, str
         )
         listen = parse_listen(options)
-        with self._switching:
+        with cluster.listening.switching(cluster.options):
             if not cluster.options.cache_manager:
                 self._check_v1_switch(cluster, role, listen)
             follower = cluster.follower
@@ -379,7 +377,6 @@ class LLMDataDist:
         """For running/forks.py."""
         cluster, manager = self._cluster, self._cache_manager or self._kv_cache_manager
         self._cluster = self._cache_manager = self._kv_cache_manager = None
-        self._switching = threading.RLock()
         self._why_not = f": {forks.FORKED}"
         if LLMDataDist.llm_engine_instance is self:
             LLMDataDist.llm_engine_instance = None

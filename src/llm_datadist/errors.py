@@ -23,7 +23,7 @@ class LLMStatusCode(NamedIntEnum):
     LLM_REPEAT_REQUEST = _BASE + 3  #: kept
     LLM_REQUEST_ALREADY_COMPLETED = _BASE + 4  #: kept
     LLM_PARAM_INVALID = _BASE + 5  #: an argument or option that cannot be, whatever the state
-    LLM_ENGINE_FINALIZED = _BASE + 6  #: kept
+    LLM_ENGINE_FINALIZED = _BASE + 6  #: the manager's LLMDataDist was finalized
     LLM_NOT_YET_LINK = _BASE + 7  #: no link to that cluster
     LLM_ALREADY_LINK = _BASE + 8  #: there is a link to that cluster: unlink first
     LLM_LINK_FAILED = _BASE + 9  #: the peer cannot be reached, or no path to its memory works
@@ -31,7 +31,7 @@ class LLMStatusCode(NamedIntEnum):
     LLM_NOTIFY_PROMPT_UNLINK_FAILED = _BASE + 11  #: kept
     LLM_CLUSTER_NUM_EXCEED_LIMIT = _BASE + 12  #: kept
     LLM_PROCESSING_LINK = _BASE + 13  #: kept
-    LLM_DEVICE_OUT_OF_MEMORY = _BASE + 14  #: kept
+    LLM_DEVICE_OUT_OF_MEMORY = _BASE + 14  #: v1: a pool has no room
     LLM_PREFIX_ALREADY_EXIST = _BASE + 15  #: kept
     LLM_PREFIX_NOT_EXIST = _BASE + 16  #: kept
     LLM_SEQ_LENOVERLIMIT = _BASE + 17  #: kept, spelling included
@@ -100,3 +100,14 @@ def code_to_status(code: int) -> LLMStatusCode:
 def invalid(message: str) -> LLMException:
     """An LLMException with LLM_PARAM_INVALID, the status of most refusals. Spec 3.1."""
     return LLMException(message, LLMStatusCode.LLM_PARAM_INVALID)
+
+
+def finalized(
+    manager: str, status: LLMStatusCode = LLMStatusCode.LLM_ENGINE_FINALIZED
+) -> LLMException:
+    """What every method of a manager answers when its cluster is gone. Spec 3.2, 5.2."""
+    return LLMException(
+        f"this {manager}'s LLMDataDist was finalized, or initialised in the process that forked "
+        "this one",
+        status,
+    )

@@ -6,29 +6,31 @@ enforced, caches that free themselves, offsets within rows, and tensors to look 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 from llm_datadist.cache_manager import CacheManager
 from llm_datadist.checks import (
     INT64_MAX,
+    UINT32_MAX,
     check_int,
     check_object,
     check_optional,
     check_sequence,
     check_type,
-    check_uint32,
 )
-from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.core.geometry import CacheKind
+from llm_datadist.core.registry import KeyName
+from llm_datadist.errors import LLMException, LLMStatusCode, finalized, invalid
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.kv_cache import KvCache
+from llm_datadist.locks import make_lock
 from llm_datadist.memory.views import held_bytes, storage_type
 from llm_datadist.tensor import Tensor, TensorDesc
 from llm_datadist.types import CacheDesc, LLMRole, Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from llm_datadist.cluster import Cluster
     from llm_datadist.layerwise import LayerSynchronizer, TransferConfig
 
+#: as a `tensor_index`
+_ALL_TENSORS: Final = -1
+
 
 @final
 class KvCacheManager:
@@ -45,8 +50,9 @@ class KvCacheManager:
 
     Obtained from `LLMDataDist.kv_cache_manager`. A PROMPT allocates caches under keys, and sends
     them layer by layer; a DECODER pulls. What the role does not allow is an LLMException
-    (LLM_PARAM_INVALID), and a cache of before a `finalize` one with LLM_KV_CACHE_NOT_EXIST.
-    Otherwise the methods are those of CacheManager in two-sided mode, for threads and failures too.
+    (LLM_PARAM_INVALID), a cache of before a `finalize` one with LLM_KV_CACHE_NOT_EXIST, and a full
+    pool one with LLM_DEVICE_OUT_OF_MEMORY, for which programs of this mode wait. Otherwise the
+    methods are those of CacheManager in two-sided mode, for threads and failures too.
     """
 
     def __init__(self, cluster: Cluster, role: LLMRole) -> None:
@@ -56,7 +62,7 @@ class KvCacheManager:
         #: ids of caches that nobody holds any more and that are still to be freed
         self._collected: deque[int] = deque()
         #: held while they are freed, so that an allocation can wait for that
-        self._freeing = threading.RLock()
+        self._freeing = make_lock()
 
     # -- allocating --
 
@@ -65,14 +71,16 @@ class KvCacheManager:
 
         The memory is sized by `ge.flowGraphMemMaxSize`, `mem_pool_cfg` or `buf_pool_cfg`. The cache
         holds a reference to it until it is deallocated or nobody holds it, and each key until it is
-        pulled or removed. Keys and exceptions as `CacheManager.allocate_cache`. Thread-safe.
+        pulled or removed. Keys and exceptions as `CacheManager.allocate_cache`, but for that of a
+        full pool: LLM_DEVICE_OUT_OF_MEMORY. Thread-safe.
         """
+        cluster = self._require_cluster()
         desc = _check_device_desc(cache_desc)
         keys = check_sequence("cache_keys", cache_keys, CacheKey)
         if keys:
             self._require_role("allocate_cache with cache_keys", LLMRole.PROMPT)
-        self._free_collected()
-        return self._make(lambda: KvCache(self._caches.allocate_cache(desc, keys), self))
+        names = [KeyName.of(key) for key in keys]
+        return self._allocate(cluster, desc, CacheKind.MIX, names)
 
     def allocate_blocks_cache(
         self, cache_desc: CacheDesc, blocks_cache_key: BlocksCacheKey | None = None
@@ -80,15 +88,17 @@ class KvCacheManager:
         """A blocks cache in DEVICE memory; the key not for a DECODER. Spec 6.3, Appendix C.
 
         It and its key go when it is deallocated or nobody holds it. Raises as
-        `CacheManager.allocate_blocks_cache`. Thread-safe.
+        `CacheManager.allocate_blocks_cache`, but for a full pool: LLM_DEVICE_OUT_OF_MEMORY.
+        Thread-safe.
         """
+        cluster = self._require_cluster()
         desc = _check_device_desc(cache_desc)
         key = check_optional("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
         if key is not None:
             what = "allocate_blocks_cache with a blocks_cache_key"
             self._require_role(what, LLMRole.PROMPT, LLMRole.MIX)
-        self._free_collected()
-        return self._make(lambda: KvCache(self._caches.allocate_blocks_cache(desc, key), self))
+        names = [] if key is None else [KeyName.of(key)]
+        return self._allocate(cluster, desc, CacheKind.BLOCKS, names)
 
     def deallocate_cache(self, cache: KvCache) -> None:
         """Frees a cache of either kind; rows with keys stay until those go. Spec 6.5.
@@ -96,6 +106,7 @@ class KvCacheManager:
         Arrays of its tensors keep the memory out of the pool until they are gone. Nothing happens
         to a deallocated cache and to a cpu cache. Raises TypeError, AttributeError. Thread-safe.
         """
+        self._require_cluster()
         ours = check_object("cache", cache, KvCache)
         if ours._manager is not self or not ours._let_go():
             return
@@ -106,6 +117,7 @@ class KvCacheManager:
 
     def remove_cache_key(self, cache_key: CacheKey) -> None:
         """Drops a key's reference, for a PROMPT. As `CacheManager.remove_cache_key`. Spec 6.6."""
+        self._require_cluster()
         check_object("cache_key", cache_key, CacheKey)
         self._require_role("remove_cache_key", LLMRole.PROMPT)
         self._caches.remove_cache_key(cache_key)
@@ -129,11 +141,11 @@ class KvCacheManager:
         Otherwise as `CacheManager.pull_cache`; raises ValueError for a negative offset, too.
         Thread-safe.
         """
+        self._require_cluster()
         self._require_role("pull_cache", LLMRole.DECODER)
         target = self._inner(check_object("cache", cache, KvCache))
         src_offset = _check_offset("src_cache_offset", kwargs)
         dst_offset = _check_offset("dst_cache_offset", kwargs)
-        self._require_cluster()
         self._caches._pull_row(cache_key, target, batch_index, size, kwargs, src_offset, dst_offset)
 
     def pull_blocks(
@@ -149,6 +161,7 @@ class KvCacheManager:
         For a DECODER. As `CacheManager.pull_blocks` with a BlocksCacheKey, and no other key. Spec
         6.10, Appendix C. Thread-safe.
         """
+        self._require_cluster()
         self._require_role("pull_blocks", LLMRole.DECODER)
         key = check_object("prompt_cache_key", prompt_cache_key, BlocksCacheKey)
         target = self._inner(check_object("decoder_kv_cache", decoder_kv_cache, KvCache))
@@ -166,8 +179,11 @@ class KvCacheManager:
         """Sends a cache layer by layer to addresses of its peers, for a PROMPT. Spec 6.12.
 
         As `CacheManager.transfer_cache_async`, but that the task calls a transfer that still runs
-        LLM_WAIT_PROCESS_TIMEOUT. The transfer holds the cache until it ends. Thread-safe.
+        LLM_WAIT_PROCESS_TIMEOUT, and that with both lists of blocks a cache of `allocate_cache`
+        will do: its batch rows are the blocks. The transfer holds the cache until it ends.
+        Thread-safe.
         """
+        self._require_cluster()
         self._require_role("transfer_cache_async", LLMRole.PROMPT)
         return self._caches.transfer_cache_async(
             self._inner(check_type("src_cache", src_cache, KvCache)),
@@ -191,6 +207,7 @@ class KvCacheManager:
         req_id: int | None = None,
     ) -> None:
         """Copies a batch row, or a part of it. As `CacheManager.copy_cache`. Spec 6.8."""
+        self._require_cluster()
         target = self._inner(check_object("dst", dst, KvCache))
         source = self._inner(check_object("src", src, KvCache))
         self._caches.copy_cache(
@@ -199,6 +216,7 @@ class KvCacheManager:
 
     def copy_blocks(self, cache: KvCache, copy_block_info: dict[int, list[int]]) -> None:
         """Copies blocks within a cache. As `CacheManager.copy_blocks`. Spec 6.8."""
+        self._require_cluster()
         target = self._inner(check_object("cache", cache, KvCache))
         self._caches.copy_blocks(target, copy_block_info)
 
@@ -209,32 +227,36 @@ class KvCacheManager:
 
         As `CacheManager.swap_blocks`. Spec 6.13.
         """
+        self._require_cluster()
         source = self._inner(check_object("src_cache", src_cache, KvCache))
         target = self._inner(check_object("dst_cache", dst_cache, KvCache))
         self._caches.swap_blocks(source, target, src_to_dst)
 
     def get_cache_tensors(self, cache: KvCache, tensor_index: int = 0) -> list[Tensor]:
-        """Tensor `tensor_index` of a cache, for each device, which is one. Spec Appendix C.
+        """Tensor `tensor_index` of a cache, or with -1 all of them, in order. Spec Appendix C.
 
-        Nothing is copied: who writes to `Tensor.numpy()` writes to the cache (BF16 excepted, see
-        there). The array keeps the cache, and its memory beyond `deallocate_cache` and `finalize`.
+        A list, for that of each device: there is one. Nothing is copied: who writes to
+        `Tensor.numpy()` writes to the cache (BF16 excepted, see there). An array keeps the cache,
+        and its memory beyond `deallocate_cache` and `finalize`.
 
         Raises TypeError, ValueError, AttributeError; LLMException with LLM_PARAM_INVALID for an
         index out of range and for DT_STRING, LLM_KV_CACHE_NOT_EXIST for a deallocated cache and
         for a cpu cache. Thread-safe.
         """
+        cluster = self._require_cluster()
         ours = check_object("cache", cache, KvCache)
-        index = check_uint32("tensor_index", tensor_index)
+        index = check_int("tensor_index", tensor_index, _ALL_TENSORS, UINT32_MAX)
         inner = self._inner(ours)
         if not ours._is_allocated():
             raise _missing(f"{cache} has no memory of this library's")
-        if index >= inner.cache_desc.num_tensors:
-            raise invalid(
-                f"tensor_index {index} is out of range: there are {inner.cache_desc.num_tensors}"
-            )
+        count = inner.cache_desc.num_tensors
+        if index >= count:
+            raise invalid(f"tensor_index {index} is out of range: there are {count}")
         desc = TensorDesc(inner.cache_desc.data_type, ours._shape)
-        memory = self._memory_of(inner, index).view(storage_type(desc.dtype))
-        return [Tensor(memory, desc)]
+        return [
+            Tensor(_memory_of(cluster, inner, each).view(storage_type(desc.dtype)), desc)
+            for each in (range(count) if index == _ALL_TENSORS else [index])
+        ]
 
     # -- parts of the above --
 
@@ -247,9 +269,22 @@ class KvCacheManager:
         """For LLMDataDist: the cluster has another role from here on."""
         self._role = role
 
-    def _make(self, make: Callable[[], KvCache]) -> KvCache:
-        cluster = self._cluster
-        return make() if cluster is None else cluster.make(make, lambda cache: cache.cache_id)
+    def _allocate(
+        self, cluster: Cluster, desc: CacheDesc, kind: CacheKind, names: Sequence[KeyName | None]
+    ) -> KvCache:
+        """The rows of a MIX cache may be transferred as blocks, too; otherwise it is continuous."""
+        self._free_collected()
+
+        def make() -> KvCache:
+            return KvCache(self._caches._allocate(cluster, desc, kind, names), self)
+
+        try:
+            return cluster.make(make, lambda cache: cache.cache_id)
+        except LLMException as error:
+            if error.status_code is not LLMStatusCode.LLM_OUT_OF_MEMORY:
+                raise
+            # what programs of this mode wait for, and try again
+            raise LLMException(str(error), LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY) from error
 
     def _collect(self, cache_id: int) -> None:
         """For KvCache: nobody holds the cache any more.
@@ -279,19 +314,21 @@ class KvCacheManager:
             raise _missing(f"{cache} is of another KvCacheManager, which was finalized")
         return cache._cache
 
-    def _memory_of(self, cache: Cache, index: int) -> npt.NDArray[np.uint8]:
-        memory = self._require_cluster().catalog.view(cache.cache_id, index)
-        return held_bytes(memory.ctypes.data, memory.nbytes, memory, cache)
-
     def _require_cluster(self) -> Cluster:
+        """First in every method, as in CacheManager."""
         if self._cluster is None:
-            raise invalid("this KvCacheManager's LLMDataDist was finalized")
+            raise finalized("KvCacheManager")
         return self._cluster
 
     def _require_role(self, what: str, *roles: LLMRole) -> None:
         if self._role not in roles:
             needed = " or ".join(str(role) for role in roles)
             raise invalid(f"{what} is for {needed}, the role of this cluster is {self._role}")
+
+
+def _memory_of(cluster: Cluster, cache: Cache, index: int) -> npt.NDArray[np.uint8]:
+    memory = cluster.catalog.view(cache.cache_id, index)
+    return held_bytes(memory.ctypes.data, memory.nbytes, memory, cache)
 
 
 def _check_device_desc(cache_desc: object) -> CacheDesc:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from llm_datadist import option_keys as key
 from llm_datadist.checks import INT32_MAX, UINT32_MAX, check_dict, check_type
+from llm_datadist.comm_resource import check_resources
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import invalid
 from llm_datadist.link_security import LinkSecurity
@@ -69,7 +70,8 @@ class Options:
     host_pool: PoolConfig | None = None
     buf_pool: BufPoolConfig | None = None
     transfer_backend: str | None = None  #: "hixl", "nixl" or None
-    local_comm_res: str | None = None  #: not looked into; the reference does so when it links
+    local_comm_res: str | None = None
+    cannot_link: str = ""  #: why `link_clusters` is refused: the reference reads some options then
     enable_switch_role: bool = False
     path: str = "auto"  #: one of TRANSFER_PATHS, or the name of a transport from outside
     link_security: LinkSecurity | None = None
@@ -109,6 +111,7 @@ class Options:
             buf_pool=_buf_pool(raw),
             transfer_backend=_transfer_backend(raw, listen),
             local_comm_res=raw.get(key.LOCAL_COMM_RES),
+            cannot_link=check_resources(raw),
             enable_switch_role=raw.get(key.ENABLE_SWITCH_ROLE) == "1",
             path=_path(raw),
             link_security=read_link_security(raw),

@@ -48,8 +48,8 @@ class Tensor:
     shares when that is contiguous. The elements are not converted: with a `tensor_desc` they must
     be of its type and as many as its shape has, without one it is that of the array.
 
-    numpy has no BF16. A Tensor of it is made from the bits (uint16, shared) or from float32
-    (rounded to the nearest BF16, a copy).
+    numpy has no BF16. A Tensor of it is made from the bits (uint16, shared), or from float32 or
+    float16 (rounded to the nearest BF16, a copy).
 
     Raises TypeError for what is no array, or one of other elements than `tensor_desc` says;
     LLMException when their number does not fit its shape, and for DT_STRING.
@@ -92,8 +92,8 @@ def _desc_of(array: Array) -> TensorDesc:
 
 def _stored(array: Array, dtype: DataType) -> Array:
     """`array` with elements as the memory of a cache has them."""
-    if dtype is DataType.DT_BF16 and array.dtype == np.float32:
-        return _rounded(array)
+    if dtype is DataType.DT_BF16 and array.dtype in (np.float32, np.float16):
+        return _rounded(array.astype(np.float32))
     wanted = storage_type(dtype)
     if array.dtype != wanted:
         raise TypeError(f"{dtype} needs an array of {wanted.__name__}, got {array.dtype}")
@@ -115,7 +115,7 @@ def _widened(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 def _rounded(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """To nearest, ties to even, as the frameworks do; a NaN stays one."""
-    bits = values.copy().view(np.uint32)
+    bits = values.view(np.uint32)
     is_even = (bits >> np.uint32(16)) & np.uint32(1)
     nearest = (bits + np.uint32(0x7FFF) + is_even) >> np.uint32(16)
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)

@@ -2,6 +2,7 @@
 
     python tests/bench/layouts.py plan
     python tests/bench/layouts.py move --path cma --rounds 9
+    python tests/bench/layouts.py move --path cma --rounds 9 --push
 
 The cache is that of Llama-3-70B (80 layers, 8 KV heads of 128), of which TP8 has a head and TP4 two
 in each rank; blocks of 16 tokens become blocks of 64. Ratios are medians over the rounds, in which
@@ -71,6 +72,10 @@ class Job(NamedTuple):
 
     sources: Sequence[Kind]
     destination: Kind
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * LAYERS * self.destination.heads.count * MOVED_TOKENS * HEAD_SIZE * 2
 
 
 def both(order: str) -> list[Kind]:
@@ -158,6 +163,18 @@ class Held:
         layout = kind.layout(MOVED_TOKENS)
         self.cache: Cache = node.manager.register_blocks_cache(desc, addrs, key, layout=layout)
 
+    def fill(self) -> None:
+        for index in range(2 * LAYERS):
+            tensor, wanted = self.parts(index)
+            tensor[self.blocks] = wanted
+
+    def check(self) -> None:
+        """Ends the process if a byte is wrong."""
+        for index in range(2 * LAYERS):
+            tensor, wanted = self.parts(index)
+            if not np.array_equal(tensor[self.blocks], wanted):
+                sys.exit("a byte is wrong")
+
     def parts(self, index: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
         """What the tokens' blocks of a tensor have, and what the model has: [block, H, N, D]."""
         heads = self.kind.heads
@@ -169,31 +186,46 @@ class Held:
         return self.tensors[index], by_block.transpose(axes)
 
 
-#: those of the process that is read
+#: those of the other process
 _held: list[Held] = []
 
 
 def hold(node: Node, kind: Kind, blocks: list[int], key: BlocksCacheKey) -> None:
-    """A source, filled."""
+    """A source, or a destination."""
     _held.append(Held(node, kind, blocks, key))
-    for index in range(2 * LAYERS):
-        tensor, wanted = _held[-1].parts(index)
-        tensor[blocks] = wanted
+
+
+def fill(_: Node) -> None:
+    """What was held last."""
+    _held[-1].fill()
+
+
+def check(_: Node) -> None:
+    """What was held last."""
+    _held[-1].check()
 
 
 @app.command()
-def move(path: Annotated[str, typer.Option()] = "cma", rounds: int = 9, threads: int = 2) -> None:
-    """Pulls 2,048 tokens from a process that has all sources."""
+def move(
+    path: Annotated[str, typer.Option()] = "cma",
+    rounds: int = 9,
+    threads: int = 2,
+    *,
+    push: bool = False,
+) -> None:
+    """Pulls 2,048 tokens from a process that has all sources, or pushes them to a destination."""
     settings: dict[str, object] = {
-        "transfer_path": path, "sync_kv_timeout": 60_000, "transfer_threads": threads
+        "transfer_path": path, "sync_kv_timeout": 60_000, "transfer_threads": threads,
+        "enable_remote_cache_accessible": push,
     }  # fmt: skip
+    way = _push if push else _pull
     node = Node()
     with NodeProcess() as owner:
         port = owner.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **settings)
         node.start(LLMRole.DECODER, 2, **settings)
         node.link(port, 1)
         pulls = {
-            name: _pull(node, owner, job, 10 * at) for at, (name, job) in enumerate(JOBS.items())
+            name: way(node, owner, job, 10 * at) for at, (name, job) in enumerate(JOBS.items())
         }
         took: dict[str, list[float]] = {name: [] for name in pulls}
         for _ in range(rounds):
@@ -215,20 +247,37 @@ def _pull(node: Node, owner: NodeProcess, job: Job, model_id: int) -> Callable[[
     for number, kind in enumerate(job.sources):
         key, blocks = BlocksCacheKey(1, model_id + number), kind.blocks(MOVED_TOKENS)
         owner.call(hold, kind, blocks, key)
+        owner.call(fill)
         sources[key] = blocks
     ours = Held(node, job.destination, job.destination.blocks(MOVED_TOKENS))
-    nbytes = 2 * LAYERS * job.destination.heads.count * MOVED_TOKENS * HEAD_SIZE * 2
+    nbytes = job.nbytes
 
     def pull() -> int:
         node.manager.pull_shards(sources, ours.cache, ours.blocks, tokens=MOVED_TOKENS)
         return nbytes
 
     pull()
-    for index in range(2 * LAYERS):
-        tensor, wanted = ours.parts(index)
-        if not np.array_equal(tensor[ours.blocks], wanted):
-            sys.exit("a byte is wrong")
+    ours.check()
     return pull
+
+
+def _push(node: Node, owner: NodeProcess, job: Job, model_id: int) -> Callable[[], int]:
+    """Pushes, one source after the other; the bytes. Once it has been done, and verified."""
+    key, blocks = BlocksCacheKey(1, model_id), job.destination.blocks(MOVED_TOKENS)
+    owner.call(hold, job.destination, blocks, key)
+    sources = [Held(node, kind, kind.blocks(MOVED_TOKENS)) for kind in job.sources]
+    for source in sources:
+        source.fill()
+    nbytes = job.nbytes
+
+    def push() -> int:
+        for source in sources:
+            node.manager.push_blocks(key, source.cache, source.blocks, blocks, tokens=MOVED_TOKENS)
+        return nbytes
+
+    push()
+    owner.call(check)
+    return push
 
 
 if __name__ == "__main__":

@@ -252,10 +252,7 @@ def _(scene: Scene) -> None:
     scene.node.link(port, 5)
 
 
-@provokes(
-    "this CacheManager's LLMDataDist was finalized, or initialised in the process that forked "
-    "this one"
-)
+@provokes("this …'s LLMDataDist was finalized, or initialised in the process that forked this one")
 def _(scene: Scene) -> None:
     scene.start()
     manager, cache = scene.node.manager, scene.node.blocks_cache()

@@ -199,7 +199,8 @@ def test_a_transfer_waits_for_its_peer_as_long_as_the_option_says(
     [
         {"LOCAL_COMM_RES": ""},
         {"LOCAL_COMM_RES": '{"version": "1.3"}'},
-        {"LOCAL_COMM_RES": "no JSON"},
+        {"LOCAL_COMM_RES": "{}"},
+        {"GLOBAL_RESOURCE_CONFIG": "no JSON"},
         {"GLOBAL_RESOURCE_CONFIG": ""},
         {"GLOBAL_RESOURCE_CONFIG": '{"comm_resource_config.protocol_desc": ["roce:device"]}'},
     ],

@@ -105,10 +105,9 @@ def test_caches_of_before_a_finalize_are_no_caches_of_now(node: Node) -> None:
     start(node, PROMPT, 1)
     before, old = manager_of(node), make_blocks(node, 1, 4, 16)
     node.stop()
-    assert_refused(
-        LLMStatusCode.LLM_FAILED, "was finalized", before.allocate_cache, desc_of(1, 1, 8)
-    )
-    assert_refused(INVALID, "was finalized", before.copy_blocks, old, {0: [1]})
+    finalized = LLMStatusCode.LLM_ENGINE_FINALIZED
+    assert_refused(finalized, "was finalized", before.allocate_cache, desc_of(1, 1, 8))
+    assert_refused(finalized, "was finalized", before.copy_blocks, old, {0: [1]})
     start(node, PROMPT, 1)
     new = make_blocks(node, 1, 4, 16, seed=1)
     assert new.cache_id == old.cache_id
@@ -259,7 +258,7 @@ def test_only_device_memory_is_allocated(alone: Node) -> None:
     assert_refused(INVALID, "got Placement.HOST", manager_of(alone).allocate_blocks_cache, desc)
 
 
-@pytest.mark.shows("v1.deallocate_cache")
+@pytest.mark.shows("v1.deallocate_cache", "v1.pool_full")
 @pytest.mark.parametrize("make", [make_rows, make_blocks])
 def test_deallocated_memory_is_there_for_the_next_cache(
     node: Node, make: Callable[..., KvCache]
@@ -269,7 +268,8 @@ def test_deallocated_memory_is_there_for_the_next_cache(
         cache = make(node, 2, 1, PAGE)
         with pytest.raises(LLMException) as error:
             make(node, 1, 1, 1)
-        assert status_of(error) == LLMStatusCode.LLM_OUT_OF_MEMORY
+        assert status_of(error) == LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
+        assert "no room for" in str(error.value)
         manager_of(node).deallocate_cache(cache)
         assert cache.per_device_tensor_addrs == [[]]
         manager_of(node).deallocate_cache(cache)

@@ -26,7 +26,7 @@ from llm_datadist import (
     Tensor,
 )
 from llm_datadist.kv_cache import KvCache
-from llm_datadist.testing.cluster import Node, addrs_of, make_array
+from llm_datadist.testing.cluster import Bytes, Node, addrs_of, make_array
 
 alone = v1_cluster.alone
 
@@ -148,6 +148,19 @@ def test_bf16_is_shown_as_a_copy_in_float32(alone: Node) -> None:
 
 
 @pytest.mark.shows("v1.get_cache_tensors")
+def test_an_index_of_minus_one_is_all_tensors_in_order(alone: Node) -> None:
+    cache = make_rows(alone, 3, 2, 8, seed=1)
+    manager = manager_of(alone)
+    every: list[Bytes] = [tensor.numpy() for tensor in manager.get_cache_tensors(cache, -1)]
+    assert np.array_equal(every, make_array((3, 2, 8), 1))
+    assert [addrs_of(array[None]) for array in every] == [
+        [addr] for addr in cache.per_device_tensor_addrs[0]
+    ]
+    manager.deallocate_cache(cache)
+    assert_refused(NOT_EXIST, "no memory", manager.get_cache_tensors, cache, -1)
+
+
+@pytest.mark.shows("v1.get_cache_tensors")
 def test_a_tensor_has_the_shape_that_was_allocated(alone: Node) -> None:
     desc = desc_of(1, 4, 16)
     cache = manager_of(alone).allocate_cache(desc)
@@ -157,7 +170,8 @@ def test_a_tensor_has_the_shape_that_was_allocated(alone: Node) -> None:
 
 @pytest.mark.shows("v1.get_cache_tensors")
 @pytest.mark.parametrize(
-    ("index", "error"), [(2, LLMException), (-1, ValueError), (0.0, TypeError), (None, TypeError)]
+    ("index", "error"),
+    [(2, LLMException), (-2, ValueError), (2**32, ValueError), (0.0, TypeError), (None, TypeError)],
 )
 def test_a_tensor_index_that_is_none_is_refused(
     alone: Node, index: Any, error: type[Exception]

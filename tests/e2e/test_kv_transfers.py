@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -38,6 +38,9 @@ from llm_datadist import (
     TransferConfig,
 )
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 alone = v1_cluster.alone
 decoder = v1_cluster.decoder
@@ -217,6 +220,47 @@ def test_layers_go_to_the_addresses_of_a_decoder(prompt: Pair) -> None:
     expected = make_array((6, 8, 64), 2)
     expected[2:6, [3, 0]] = make_array((6, 8, 64), 1)[2:6, [1, 2]]
     assert np.array_equal(prompt.peer.call(read_kept, theirs), expected)
+
+
+@pytest.mark.shows("v1.transfer_rows_as_blocks")
+@pytest.mark.parametrize("block_nbytes", [None, 0, 64])
+@pytest.mark.parametrize("add", [add_rows, add_blocks])
+def test_rows_of_an_allocated_cache_go_as_blocks(
+    prompt: Pair, add: Callable[..., int], block_nbytes: int | None
+) -> None:
+    theirs = prompt.peer.call(add, 4, 8, 64, seed=2)
+    addrs = prompt.peer.call(addresses, theirs)
+    cache = make_rows(prompt.node, 4, 6, 64, seed=1)
+    asked = cache, Gate().open(), [TransferConfig(1, addrs)], [1, 2, 5], [3, 0, 7], block_nbytes
+    status = prompt.manager.transfer_cache_async(*asked).synchronize(20000)
+    assert status == LLMStatusCode.LLM_SUCCESS
+    expected = make_array((4, 8, 64), 2)
+    expected[:, [3, 0, 7]] = make_array((4, 6, 64), 1)[:, [1, 2, 5]]
+    assert np.array_equal(prompt.peer.call(read_kept, theirs), expected)
+
+
+@pytest.mark.shows("v1.transfer_rows_as_blocks")
+@pytest.mark.parametrize(
+    ("src_blocks", "dst_blocks", "block_nbytes"),
+    [([6], [0], None), ([0], [8], None), ([0], [0], 63)],
+    ids=["no such row", "beyond the peer's cache", "another size"],
+)
+def test_rows_that_do_not_go_as_blocks_are_refused(
+    prompt: Pair, src_blocks: list[int], dst_blocks: list[int], block_nbytes: int | None
+) -> None:
+    theirs = prompt.peer.call(add_blocks, 4, 8, 64, seed=2)
+    addrs = prompt.peer.call(addresses, theirs)
+    cache = make_rows(prompt.node, 4, 6, 64, seed=1)
+    asked = cache, Gate().open(), [TransferConfig(1, addrs)], src_blocks, dst_blocks, block_nbytes
+    assert prompt.manager.transfer_cache_async(*asked).synchronize(20000) == INVALID
+    assert np.array_equal(prompt.peer.call(read_kept, theirs), make_array((4, 8, 64), 2))
+
+
+@pytest.mark.shows("v1.transfer_rows_as_blocks")
+def test_a_cache_of_rows_is_none_of_blocks_in_other_calls(prompt: Pair) -> None:
+    cache, manager = make_rows(prompt.node, 4, 6, 64), prompt.manager
+    assert_refused(INVALID, "use copy_cache", manager.copy_blocks, cache, {0: [1]})
+    assert not cache._cache.is_blocks_cache
 
 
 @pytest.mark.shows("v1.transfer_cache_async")

@@ -63,13 +63,20 @@ class Ranks:
             "enable_remote_cache_accessible": is_accessible,
             "transfer_path": path,
         }
+        try:
+            self._start(settings)
+        except BaseException:  # the next test must find none of it
+            self.stop()
+            raise
+
+    def _start(self, settings: dict[str, object]) -> None:
         ports = [
             peer.call(Node.start, LLMRole.PROMPT, i, listen_ip_info="127.0.0.1:0", **settings)
-            for i, peer in enumerate(processes, 1)
+            for i, peer in enumerate(self.peers, 1)
         ]
         self.node.start(LLMRole.DECODER, 4, **settings)
         for cluster_id, port in enumerate(ports, 1):
-            assert self.node.link(port, cluster_id) == SUCCESS
+            assert self.node.link(port, cluster_id, 10_000) == SUCCESS
 
     def stop(self) -> None:
         self.node.stop()

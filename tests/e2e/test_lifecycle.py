@@ -209,7 +209,7 @@ def test_one_object_may_be_finalized_and_initialised_again(datadist: LLMDataDist
     assert len(set(map(id, managers))) == 3
 
 
-@pytest.mark.shows("datadist.finalize")
+@pytest.mark.shows("datadist.finalize", "datadist.finalized")
 def test_an_old_cache_manager_refuses(node: Node, peer: NodeProcess) -> None:
     port = listen(peer)
     node.start(LLMRole.DECODER, 2)
@@ -226,9 +226,6 @@ def test_an_old_cache_manager_refuses(node: Node, peer: NodeProcess) -> None:
         lambda: old.allocate_blocks_cache(desc),
         lambda: old.allocate_cache(desc),
         lambda: old.unregister_cache(1),
-    ):
-        assert status_of(call) == LLMStatusCode.LLM_FAILED
-    for use in (
         lambda: old.pull_blocks(BlocksCacheKey(1, 0), blocks, [0], [0]),
         lambda: old.pull_cache(row, rows),
         lambda: old.push_blocks(BlocksCacheKey(1, 0), blocks, [0], [0]),
@@ -243,8 +240,8 @@ def test_an_old_cache_manager_refuses(node: Node, peer: NodeProcess) -> None:
         lambda: old.remap_registered_memory(MemInfo(Memtype.MEM_TYPE_DEVICE, 4096, 64)),
     ):
         with pytest.raises(LLMException, match="was finalized") as error:
-            use()
-        assert error.value.status_code == LLMStatusCode.LLM_PARAM_INVALID
+            call()
+        assert error.value.status_code == LLMStatusCode.LLM_ENGINE_FINALIZED
 
 
 class Ready(LayerSynchronizer):

@@ -75,7 +75,7 @@ def test_a_task_that_still_runs_times_out_and_can_be_asked_again(pusher: Pair) -
     assert task.synchronize() == SUCCESS
 
 
-@pytest.mark.shows("cm.transfer_cache_async")
+@pytest.mark.shows("cm.transfer_cache_async", "cm.transfer.odd")
 def test_an_odd_number_of_tensors_is_sent_whole(pusher: Pair) -> None:
     theirs = pusher.peer.call(add_rows, 5, 2, 64)
     cache = pusher.node.rows_cache(5, 2, 64, seed=1)
@@ -86,7 +86,9 @@ def test_an_odd_number_of_tensors_is_sent_whole(pusher: Pair) -> None:
     assert np.array_equal(pusher.theirs(theirs)[:, 1], make_array((5, 2, 64), 1)[:, 1])
 
 
-@pytest.mark.shows("error.46", "error.47", "error.58", "cm.transfer.results")
+@pytest.mark.shows(
+    "error.46", "error.47", "error.58", "cm.transfer.results", "cm.transfer.others_go_on"
+)
 def test_a_failing_destination_does_not_stop_the_others(pusher: Pair) -> None:
     theirs = pusher.peer.call(add_blocks, *SHAPE, key=BlocksCacheKey(1, 0))
     cache = pusher.node.blocks_cache(*SHAPE, seed=1)
@@ -282,7 +284,8 @@ def test_blocks_go_to_blocks_of_the_size_that_is_said(pusher: Pair) -> None:
     ("key", "status"),
     [
         (CacheKeyByIdAndIndex(1, 1), SUCCESS),
-        (CacheKeyByIdAndIndex(1, 2), INVALID),  # blocks
+        (CacheKeyByIdAndIndex(1, 2), SUCCESS),  # blocks: into the first one
+        (CacheKeyByIdAndIndex(1, 2, 1), GONE),  # which is its only row
         (CacheKeyByIdAndIndex(1, 3), INVALID),  # not accessible
         (CacheKeyByIdAndIndex(1, 4), INVALID),  # shorter rows
         (CacheKeyByIdAndIndex(1, 5), INVALID),  # fewer layers

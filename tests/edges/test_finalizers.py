@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import signal
 import threading
@@ -23,6 +24,13 @@ from llm_datadist import (
     LLMException,
     LLMRole,
     LLMStatusCode,
+)
+from llm_datadist.cpp import (
+    OPTION_DEVICE_ID,
+    OPTION_ENABLE_SET_ROLE,
+    OPTION_LISTEN_IP_INFO,
+    LlmDataDist,
+    LlmRole,
 )
 from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import eventually, takes_at_most
@@ -255,3 +263,57 @@ def test_a_finalizer_in_the_clusters_threads_does_not_wait_for_them(
         assert took_s < 1
         proxy.restore()
         assert pull.result(20) == LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+
+
+class Ended:
+    """Has a cluster of C++ shape finalized by the garbage collector."""
+
+    def __init__(self, cluster: LlmDataDist) -> None:
+        self._cluster, self._me = cluster, self
+
+    def __del__(self) -> None:
+        self._cluster.Finalize()
+
+
+class Collecting:
+    """The collector strikes in the loop's thread, at the call of that number."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+        self._counter = itertools.count()
+        self.is_armed = False
+        threading.setprofile(self._strike)
+
+    def _strike(self, _frame: object, event: str, _arg: object) -> None:
+        if (
+            event == "call"
+            and self.is_armed
+            and "loop" in threading.current_thread().name
+            and next(self._counter) == self._at
+        ):
+            gc.collect()
+
+
+def finalize_in_the_loop(node: Node, verb: str) -> list[str]:
+    gc.disable()
+    wrong, listen = [], {OPTION_DEVICE_ID: "0", OPTION_LISTEN_IP_INFO: "127.0.0.1:0"}
+    for at in range(0, 40, 3):
+        collecting = Collecting(at)
+        cluster = LlmDataDist(1, LlmRole.kPrompt)
+        Ended(cluster)
+        begun = time.monotonic()
+        collecting.is_armed = verb == "Initialize"
+        cluster.Initialize({**listen, OPTION_ENABLE_SET_ROLE: "1"})
+        collecting.is_armed = True
+        cluster.SetRole(LlmRole.kDecoder, {OPTION_LISTEN_IP_INFO: "127.0.0.2:0"})
+        threading.setprofile(None)
+        cluster.Finalize()
+        if time.monotonic() - begun > 5:
+            wrong.append(f"{verb} took {time.monotonic() - begun:.1f} s at call {at} of the loop")
+        gc.collect()
+    return wrong
+
+
+@pytest.mark.parametrize("verb", ["Initialize", "SetRole"])
+def test_a_finalizer_in_the_loop_while_it_is_waited_for(victim: NodeProcess, verb: str) -> None:
+    assert victim.call(finalize_in_the_loop, verb) == []

@@ -12,8 +12,9 @@ import textwrap
 import threading
 from typing import TYPE_CHECKING
 
+from edges.forking import in_child
 from edges.interrupting import Held
-from edges.test_forks import errors_of, in_child
+from edges.test_forks import errors_of
 from edges.user import EVERY, KEY, SUCCESS, User, start_owner
 from llm_datadist import LLMConfig, LLMDataDist, LLMRole, TransferWithCacheKeyConfig
 from llm_datadist.cpp import LlmDataDist, LlmRole

@@ -39,10 +39,16 @@ FILL = 0xEE
 
 
 @pytest.fixture(scope="module")
-def bystander() -> Iterator[NodeProcess]:
-    """Another process, whose link does not lead through the proxy."""
+def bystander_process() -> Iterator[NodeProcess]:
     with NodeProcess() as process:
         yield process
+
+
+@pytest.fixture
+def bystander(bystander_process: NodeProcess) -> Iterator[NodeProcess]:
+    """Another process, whose link does not lead through the proxy; its node ends with the test."""
+    yield bystander_process
+    bystander_process.call(Node.stop)
 
 
 @dataclass
@@ -124,7 +130,7 @@ def start(
     bystander.call(own, 3)
     node.start(LLMRole.DECODER, 2, **settings)
     ends = Ends(node, peer, proxy, other_port, settings)
-    assert ends.link() == SUCCESS == node.link(other_port, 3)
+    assert node.link(proxy.port, 1) == SUCCESS == node.link(other_port, 3)
     assert ends.pull() == SUCCESS == ends.pull(3)
     return ends
 
@@ -150,7 +156,6 @@ def ends(
 ) -> Iterator[Ends]:
     with FaultProxy(start_owner(peer, **settings)) as proxy:
         yield start(node, peer, bystander, proxy, **settings)
-        bystander.call(Node.stop)
 
 
 @pytest.fixture

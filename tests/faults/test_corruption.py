@@ -21,7 +21,6 @@ from proxied import (
     start_owner,
 )
 
-from llm_datadist.testing.cluster import Node, NodeProcess
 from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import takes_at_most
 
@@ -29,7 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-bystander, settings = proxied.bystander, proxied.settings
+    from llm_datadist.testing.cluster import Node, NodeProcess
+
+bystander_process, bystander = proxied.bystander_process, proxied.bystander
+settings = proxied.settings
 ends = proxied.ends
 DIRECTIONS = pytest.mark.parametrize("to_caller", [True, False])
 
@@ -50,7 +52,6 @@ def sealed(
     settings["sync_kv_timeout"] = 2000
     with FaultProxy(start_owner(peer, **settings)) as proxy:
         yield start(node, peer, bystander, proxy, **settings)
-        bystander.call(Node.stop)
 
 
 @pytest.mark.parametrize("at", [0, 9, 100, MOVED_NBYTES // 2 + 7, -17, -1])

@@ -28,7 +28,8 @@ from proxied import (
 from llm_datadist import BlocksCacheKey, LLMException
 from llm_datadist.testing.timing import eventually, takes_at_most
 
-bystander, settings = proxied.bystander, proxied.settings
+bystander_process, bystander = proxied.bystander_process, proxied.bystander
+settings = proxied.settings
 ends, pushing = proxied.ends, proxied.pushing
 DIRECTIONS = pytest.mark.parametrize("to_caller", [True, False])
 

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
+import numpy as np
 
 atheris: Any = importlib.import_module("atheris")
 
 with atheris.instrument_imports(include=["llm_datadist"]):
     from llm_datadist.core import messages as m
+    from llm_datadist.core.combs import Combs, overlap
+    from llm_datadist.core.fetches import names_of, pieces_of
     from llm_datadist.core.frames import FrameReader
     from llm_datadist.core.remote import understand
     from llm_datadist.transport.same_host import SameHost
@@ -83,8 +86,30 @@ def check(message: m.AnyMessage) -> None:
         infos = message.infos
     for info in infos:
         understand(info)
-    if isinstance(message, m.Read | m.Fetch | m.Digest):
-        m.columns_of(message.columns, 3 if isinstance(message, m.Fetch) else 2)
+    if isinstance(message, m.Read | m.Digest):
+        m.columns_of(message.columns, 2)
+    if isinstance(message, m.Fetch):
+        take(message)
+
+
+def take(fetch: m.Fetch) -> None:
+    """What is accepted has bounds, is within what lands, and can be asked for again."""
+    pieces = pieces_of(fetch)
+    assert len(pieces) <= m.MAX_REQUEST_SEGMENTS
+    if isinstance(pieces, Combs):
+        assert pieces.total_nbytes <= m.MAX_REQUEST_SEGMENTS * m.MAX_COMB_NBYTES
+        ours, theirs = pieces.dst_iovecs(), pieces.src_iovecs()
+        assert int(ours[:, 1].sum()) == int(theirs[:, 1].sum()) == pieces.total_nbytes
+        lands = pieces.landing()
+        (span,) = set(lands.nbytes.tolist())
+        runs = ours.reshape(len(pieces.dst), -1, 2)
+        offsets = (runs[:, :, 0] - lands.dst[:, None]).max(axis=0) + runs[0, :, 1]
+        assert int(offsets.max()) == span
+        if int(lands.dst.max()) + span < 2**64:  # else it lies in no cache
+            assert overlap(pieces, pieces)
+        again = pieces_of(msgspec.structs.replace(fetch, **names_of(pieces)._asdict()))
+        assert (again.dst_iovecs() == ours).all()
+        assert (again.src_iovecs() == theirs).all()
 
 
 LISTENER = keyed()
@@ -101,8 +126,12 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 def corpus() -> list[bytes]:
-    """One frame of each message, with values that msgspec accepts."""
-    return [b"\xff" + m.encode(sample(kind)) for kind in get_args(m.AnyMessage)]
+    """One frame of each message, with values that msgspec accepts, and a Fetch that is meant."""
+    samples = [sample(kind) for kind in get_args(m.AnyMessage)]
+    comb = m.pack_columns(*np.array([[0, 8, 24], [64, 0, 16]], dtype=np.uint64))
+    places = m.pack_columns(*np.array([[4096, 8192], [4096, 5000]], dtype=np.uint64))
+    samples.append(m.Fetch(1, 1, 1, 1, 8, 1000, 1.0, places, comb, 8))
+    return [b"\xff" + m.encode(message) for message in samples]
 
 
 def sample(kind: Any) -> Any:

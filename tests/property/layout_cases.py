@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from llm_datadist.core import messages as m
+from llm_datadist.core.fetches import names_of, pieces_of
 from llm_datadist.core.reshard import common, reshard
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.kv_layout import KVHeads, KVLayout
@@ -239,6 +241,7 @@ class Case:
                 assert _rows([window.flat() for window in windows]) == _rows([segments])
             for window in windows:
                 for part in window.split(2):
+                    assert _pushed(part) == _vectors(part)
                     self._copy(source, part, written)
         assert written.max() <= 1, "a byte was written twice"
 
@@ -248,6 +251,15 @@ class Case:
         there = source.places_of(pieces.src_iovecs())
         self.destination.cells[here] = source.cells[there]
         np.add.at(written, here, 1)
+
+
+def _vectors(pieces: Pieces) -> list[list[list[int]]]:
+    return [pieces.src_iovecs().tolist(), pieces.dst_iovecs().tolist()]
+
+
+def _pushed(pieces: Pieces) -> list[list[list[int]]]:
+    """The vectors of the same pieces at a receiver who is asked to fetch them."""
+    return _vectors(pieces_of(m.Fetch(1, 1, 1, 1, 8, 1000, 1.0, *names_of(pieces))))
 
 
 def _rows(parts: Sequence[Segments]) -> list[tuple[int, int, int]]:

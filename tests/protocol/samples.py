@@ -43,6 +43,7 @@ _LAYOUT = m.LayoutInfo(
     [2**26, 8192, 4096, 256, 2],
 )
 _COLUMNS = bytes(range(48))
+_TEETH = bytes(range(64))
 _TIMES = Histogram((3, *(0 for _ in Histogram().counts[2:]), 1), 12.5)
 
 _STATS = ClusterStats(
@@ -100,6 +101,9 @@ def samples() -> Iterator[m.Message]:
     yield m.UseUp(7, 2, 0, 64)
     yield m.Fetch(7, 2**62 + 3, 9, 2**62 + 5, 0x7F00_0000_4000, 1000, 12345.5, _COLUMNS)
     yield m.Fetch(None, 0, 9, 2**62 + 5, 0x7F00_0000_4000, 1000, 12345.5, _COLUMNS)
+    yield m.Fetch(
+        7, 2**62 + 3, 9, 2**62 + 5, 0x7F00_0000_4000, 1000, 12345.5, _COLUMNS, _TEETH, 256
+    )
     yield m.Done()
     yield m.Digest(7, 2**62 + 3, 1000, _COLUMNS)
     yield m.Digested(0xFEDC_BA98_7654_3210)

@@ -48,6 +48,7 @@ from llm_datadist.data_type import (
         ("v2.llm_types", "TransferConfig", "layerwise"),
         ("v2.llm_types", "TransferWithCacheKeyConfig", "layerwise"),
         ("v2.llm_datadist", "LLMDataDist", "datadist"),
+        ("v2.llm_datadist", "_shutdown_handler", "datadist"),
         ("v2.cache_manager", "CacheManager", "cache_manager"),
     ],
 )

@@ -98,7 +98,7 @@ def manager() -> Iterator[KvCacheManager]:
 def assert_full(manager: KvCacheManager) -> None:
     with pytest.raises(LLMException) as error:
         manager.allocate_cache(ONE_PAGE)
-    assert error.value.status_code == LLMStatusCode.LLM_OUT_OF_MEMORY
+    assert error.value.status_code == LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
 
 
 @pytest.mark.shows("kv_cache.lifetime")

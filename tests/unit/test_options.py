@@ -50,6 +50,7 @@ def test_the_manager_alone_gives_the_documented_defaults() -> None:
         buf_pool=None,
         transfer_backend=None,
         local_comm_res=None,
+        cannot_link="",
         enable_switch_role=False,
         path="auto",
         transfer_threads=min(4, len(os.sched_getaffinity(0))),
@@ -67,7 +68,7 @@ def test_every_option_arrives_in_its_field() -> None:
     config.mem_pool_cfg = '{"memory_size": 131072}'
     config.host_mem_pool_cfg = '{"memory_size": 1024, "page_shift": 10}'
     config.buf_pool_cfg = '{"buf_pool_size": 1024}'
-    config.local_comm_res = "not looked into"
+    config.local_comm_res = '{"version": "1.2"}'
     config.transfer_backend = "hixl"
     config.link_total_time = 60
     config.link_retry_count = 3
@@ -86,7 +87,7 @@ def test_every_option_arrives_in_its_field() -> None:
         host_pool=PoolConfig(1024, 10),
         buf_pool=BufPoolConfig((), 1024),
         transfer_backend="hixl",
-        local_comm_res="not looked into",
+        local_comm_res='{"version": "1.2"}',
         enable_switch_role=True,
         path="tcp",
         transfer_threads=3,
@@ -358,11 +359,6 @@ def test_the_graph_memory_is_no_pool_of_the_cache_manager() -> None:
 @pytest.mark.shows("flow_graph_mem")
 def test_the_graph_memory_is_the_pool_of_the_v1_mode() -> None:
     assert parse({"ge.flowGraphMemMaxSize": "131072"}).device_pool == PoolConfig(131072)
-
-
-@pytest.mark.shows("datadist.init.options")
-def test_resources_that_are_no_json_are_accepted() -> None:
-    assert parse({"llm.LocalCommRes": "{broken"}).local_comm_res == "{broken"
 
 
 def test_the_environment_gives_the_path_when_no_option_does(

@@ -82,7 +82,7 @@ def test_no_dimensions_make_one_element() -> None:
         (np.zeros(4, np.float64), DataType.DT_FLOAT),
         (np.zeros(4, ">f4"), DataType.DT_FLOAT),
         (np.zeros(4, np.int16), DataType.DT_FLOAT16),
-        (np.zeros(4, np.float16), BF16),
+        (np.zeros(4, np.float64), BF16),
         ([0.0] * 4, DataType.DT_FLOAT),
         (None, DataType.DT_FLOAT),
     ],
@@ -90,6 +90,20 @@ def test_no_dimensions_make_one_element() -> None:
 def test_elements_of_another_type_are_refused(array: Any, data_type: DataType) -> None:
     with pytest.raises(TypeError, match=r"needs an array of|only support"):
         Tensor(array, TensorDesc(data_type, [4]))
+
+
+@pytest.mark.shows("v1.tensor")
+def test_float16_described_as_bf16_is_rounded_and_copied() -> None:
+    values = [1.0, -2.5, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 65504.0, 6e-8, float("inf"), float("nan")]
+    array = np.array(values, np.float16)
+    got = Tensor(array, TensorDesc(BF16, [2, 4])).numpy()
+    wide = Tensor(array.astype(np.float32), TensorDesc(BF16, [2, 4])).numpy()
+    assert got.dtype == np.float32
+    assert got[0].tolist() == [1.0, -2.5, 1.0, 1.0 + 2**-6]
+    assert np.array_equal(got, wide, equal_nan=True)
+    array[:] = 0
+    assert got[0, 0] == 1.0
+    assert Tensor(Tensor(np.ones(2, np.float16)), TensorDesc(BF16, [2])).numpy().tolist() == [1, 1]
 
 
 def test_a_description_must_be_one() -> None:

@@ -57,8 +57,8 @@ class Teeth:
 
     @classmethod
     def of(cls, src: U64, dst: U64, nbytes: int) -> Teeth:
-        """From offsets in any order."""
-        order = np.argsort(src, kind="stable")
+        """From offsets in any order; those before the place are large, as unsigned numbers go."""
+        order = np.argsort(src.view(np.int64), kind="stable")
         return cls(src[order], dst[order], nbytes)
 
     def __len__(self) -> int:
@@ -73,6 +73,11 @@ class Teeth:
         for start in range(0, len(self), at_once):
             stop = start + at_once
             yield Teeth(self.src[start:stop], self.dst[start:stop], self.nbytes)
+
+    def from_lowest(self) -> tuple[np.uint64, np.uint64, Teeth]:
+        """The lowest offset at either end, and the same teeth by their offsets from there."""
+        src, dst = (each.view(np.int64).min().view(np.uint64) for each in (self.src, self.dst))
+        return src, dst, Teeth(self.src - src, self.dst - dst, self.nbytes)
 
     @cached_property
     def src_runs(self) -> Runs:
@@ -109,6 +114,17 @@ class Combs:
         """As of `Segments`."""
         return self.teeth.dst_runs.at(self.dst, before, behind)
 
+    def from_lowest(self) -> Combs:
+        """The same pieces; each place is where its first byte lies, at either end."""
+        src, dst, teeth = self.teeth.from_lowest()
+        return Combs(self.src + src, self.dst + dst, teeth)
+
+    def landing(self) -> Segments:
+        """As of `Segments`: at each place all that lies between its first byte and its last."""
+        combs = self.from_lowest()
+        nbytes = combs.teeth.dst.max() + np.uint64(combs.teeth.nbytes)
+        return Segments(combs.dst, combs.dst, np.full(len(combs.dst), nbytes))
+
     def flat(self) -> Segments:
         """The same pieces, each of them a segment."""
         src = np.add.outer(self.src, self.teeth.src).ravel()
@@ -138,3 +154,11 @@ class Combs:
 
 #: what a channel is asked to read
 Pieces: TypeAlias = "Segments | Combs"
+
+
+def overlap(one: Pieces, other: Pieces) -> bool:
+    """Whether a byte of the one's destination is one of the other's.
+
+    Ranks that fill one cache have their heads between each other's: that takes a closer look.
+    """
+    return one.landing().overlap(other.landing()) and one.flat().overlap(other.flat())

@@ -36,6 +36,10 @@ MAX_REQUEST_BODY_NBYTES = 2 * 1024 * 1024
 MAX_STATS_NBYTES = 1024 * 1024
 #: segments in one read request; larger transfers are asked for in several
 MAX_REQUEST_SEGMENTS = 65536
+#: pieces that lie alike at each of the places of a request …
+MAX_TEETH = 512
+#: … and their bytes
+MAX_COMB_NBYTES = 256 * 1024
 #: bytes in one read request: an owner answers no more at a time
 MAX_REQUEST_NBYTES = 2**40
 
@@ -299,6 +303,10 @@ class Fetch(Message, tag=28):
     `columns` is u64 little-endian: source addresses, destination addresses, lengths. The cache is
     named by id and generation, or by its addresses alone (id None). `deadline_at` is the sender's
     monotonic clock, which nobody compares with another: a time namespace has its own.
+
+    With `teeth` the pieces lie alike at each place: `columns` is the places, by their addresses at
+    the source and at the destination, `teeth` two columns of offsets from those, and each piece
+    has `tooth_nbytes`. `core/fetches.py` has the rules.
     """
 
     cache_id: int | None
@@ -309,6 +317,8 @@ class Fetch(Message, tag=28):
     timeout_ms: Millis
     deadline_at: Moment
     columns: bytes
+    teeth: Annotated[bytes, Meta(max_length=16 * MAX_TEETH)] = b""
+    tooth_nbytes: Annotated[int, Meta(ge=0, le=MAX_COMB_NBYTES)] = 0
 
 
 class Digest(Message, tag=30):

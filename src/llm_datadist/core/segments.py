@@ -74,6 +74,10 @@ class Segments:
         """The same for the destination: as many bytes, though not always as many vectors."""
         return iovecs(self.dst, self.nbytes, before, behind)
 
+    def landing(self) -> Segments:
+        """What must lie within one tensor each, for a copy to reach no further: as destinations."""
+        return self
+
     def flat(self) -> Segments:
         return self
 

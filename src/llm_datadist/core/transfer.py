@@ -12,7 +12,7 @@ within this process. Each comes as a row, as blocks, and as a row that is cut in
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from llm_datadist.core import plan
@@ -221,16 +221,26 @@ class PushRow(Push):
 
     def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
         nbytes = src.geometry.row_nbytes
-        if self.src_row >= src.geometry.num_rows:
-            raise invalid(
-                f"src_batch_index {self.src_row} is out of range: {src.geometry.num_rows} rows"
-            )
+        _check_src_row(src, self.src_row)
         plan.check_batch_rows(dst.geometry, nbytes, "destination")
         return plan.row_to_row(src, self.src_row, dst, dst_row, nbytes)
 
     def layout_at(self, addrs: Sequence[int], src: Geometry) -> Layout:
         geometry = Geometry(CacheKind.CONTINUOUS, len(addrs), 1, src.row_nbytes)
         return Layout.at(geometry, addrs)
+
+
+@dataclass(frozen=True, slots=True)
+class PushLayerRow(PushRow):
+    """A row of one layer into a row; a blocks cache, at either end, has one: block 0. Spec 6.12."""
+
+    verb = "transfer_cache_async"
+
+    def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Pieces | Windows:
+        return PushRow.segments(self, replace(remote, layout=_as_rows(remote.layout)), row, ours)
+
+    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
+        return PushRow.plan(self, _as_rows(src), dst, dst_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +283,7 @@ class PushBlocks(Push):
 
 @dataclass(frozen=True, slots=True)
 class PushRowIntoBlocks(Push):
-    """A batch row, cut into blocks of `block_nbytes`. Spec 6.12."""
+    """A row of one layer, as of PushLayerRow, cut into blocks of `block_nbytes`. Spec 6.12."""
 
     verb = "transfer_cache_async"
     src_row: int
@@ -287,7 +297,9 @@ class PushRowIntoBlocks(Push):
                 f"dst_block_memory_size is {self.block_nbytes}, the destination's blocks have "
                 f"{dst.geometry.row_nbytes} bytes"
             )
-        return plan.row_to_blocks(src, self.src_row, dst, self.dst_blocks)
+        rows = _as_rows(src)
+        _check_src_row(rows, self.src_row)
+        return plan.row_to_blocks(rows, self.src_row, dst, self.dst_blocks)
 
     def layout_at(self, addrs: Sequence[int], src: Geometry) -> Layout:
         if not self.block_nbytes:
@@ -371,6 +383,18 @@ class CopyBlocks(Copy):
 
 def _name_of(cache: int | Place) -> str:
     return f"cache {cache}" if isinstance(cache, int) else "a CPU cache"
+
+
+def _as_rows(layout: Layout) -> Layout:
+    """The same as batch rows, of which a blocks cache has one: its first block. Spec 6.1, 6.12."""
+    if layout.geometry.has_batch_rows:
+        return layout
+    return Layout(replace(layout.geometry, kind=CacheKind.CONTINUOUS, num_rows=1), layout.addrs)
+
+
+def _check_src_row(src: Layout, row: int) -> None:
+    if row >= src.geometry.num_rows:
+        raise invalid(f"src_batch_index {row} is out of range: {src.geometry.num_rows} rows")
 
 
 def _check_row(remote: RemoteCache, row: int) -> None:

@@ -43,6 +43,10 @@ from llm_datadist.cpp.types import (
     KvCacheExtParam,
     LlmRole,
     RegisterCfg,
+    kDecoder,
+    kDefaultTensorNumPerLayer,
+    kMix,
+    kPrompt,
 )
 from llm_datadist.types import DataType
 
@@ -86,4 +90,8 @@ __all__ = [
     "LlmRole",
     "RegisterCfg",
     "Status",
+    "kDecoder",
+    "kDefaultTensorNumPerLayer",
+    "kMix",
+    "kPrompt",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from functools import partial
 from operator import itemgetter
@@ -66,7 +65,6 @@ class LlmDataDist(LlmTransfers):
         """Does no work yet. Raises TypeError."""
         super().__init__(check_type("cluster_id", cluster_id, int))
         self._role = check_type("role", role, LlmRole)
-        self._lifecycle = threading.RLock()
         self._end: weakref.finalize[[], LlmDataDist] | None = None
 
     # -- life --
@@ -81,7 +79,7 @@ class LlmDataDist(LlmTransfers):
         Returns LLM_PARAM_INVALID for options or a role that cannot be, LLM_FAILED when the address
         to listen on cannot be had, LLM_OUT_OF_MEMORY when a configured pool cannot.
         """
-        with self._lifecycle, self._call("Initialize") as call:
+        with self._call("Initialize") as call:
             if self._cluster is None or not self._cluster.is_up:
                 self.Finalize()  # what was interrupted is ended first
                 cluster_id = check_uint64("cluster_id", self._cluster_id)
@@ -102,13 +100,14 @@ class LlmDataDist(LlmTransfers):
 
         Does nothing when not initialised. Initialize may be called again; ids then start anew.
         """
-        with self._lifecycle:
-            if self._cluster is not None:
-                self._cluster.stop()
-            # not before: what was interrupted can be called again
+        cluster, end = self._cluster, self._end
+        if cluster is not None:
+            cluster.stop()
+        # not before: what was interrupted can be called again
+        if self._cluster is cluster:
             self._cluster = None
-            if self._end is not None:
-                self._end.detach()
+        if end is not None:
+            end.detach()
 
     def SetRole(self, role: LlmRole, options: dict[str, str] | None = None) -> Status:
         """Changes the role, and where this cluster listens. Spec 5.7, 7.4; seed 002.
@@ -120,7 +119,7 @@ class LlmDataDist(LlmTransfers):
         OPTION_ENABLE_SET_ROLE "1", LLM_EXIST_LINK while clusters are linked, LLM_FAILED when the
         address cannot be had.
         """
-        with self._lifecycle, self._call("SetRole") as call:
+        with self._call("SetRole") as call:
             cluster = self._require_cluster()
             parse_role(role)
             listen = parse_listen(check_dict("options", options or {}, str, str))
@@ -129,8 +128,9 @@ class LlmDataDist(LlmTransfers):
                     "setting the role is off: initialise with OPTION_ENABLE_SET_ROLE 1",
                     LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
                 )
-            cluster.listening.switch(listen, cluster.options)
-            self._role = role
+            with cluster.listening.switching(cluster.options):
+                cluster.listening.switch(listen, cluster.options)
+                self._role = role
         return call.status
 
     @property
@@ -265,7 +265,6 @@ class LlmDataDist(LlmTransfers):
     def _forget_parent(self) -> Cluster | None:
         """For running/forks.py."""
         cluster, self._cluster = self._cluster, None
-        self._lifecycle = threading.RLock()
         if self._end is not None:
             self._end.detach()
         return cluster

@@ -27,11 +27,11 @@ OPTION_SYNC_CACHE_WAIT_TIME: Final = key.SYNC_KV_TIMEOUT
 OPTION_BUF_POOL_CFG: Final = key.BUF_POOL_CFG
 #: "1" allows SetRole; "0" unless given
 OPTION_ENABLE_SET_ROLE: Final = key.ENABLE_SWITCH_ROLE
-#: accepted, and not needed
+#: not needed; what the reference could not read, as no JSON, lets no link be made
 OPTION_LOCAL_COMM_RES: Final = key.LOCAL_COMM_RES
 #: "hixl": as in the reference, SetRole then cannot change the address
 OPTION_TRANSFER_BACKEND: Final = key.TRANSFER_BACKEND
-#: accepted, and not needed
+#: not needed; with OPTION_TRANSFER_BACKEND both are read by Initialize
 OPTION_GLOBAL_RESOURCE_CONFIG: Final = key.GLOBAL_RESOURCE_CONFIG
 
 #: what C++ programs have no choice about

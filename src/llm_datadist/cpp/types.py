@@ -8,7 +8,7 @@ to a name that is none is an AttributeError.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from llm_datadist.cpp.data_type import GeDataType
 from llm_datadist.named_enum import NamedIntEnum
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from llm_datadist.types import DataType
 
 
+#: key and value
+kDefaultTensorNumPerLayer: Final = 2
+
+
 class LlmRole(NamedIntEnum):
     """What a cluster is for. A label: every role may pull, push and listen. Spec 7.3."""
 
@@ -25,6 +29,12 @@ class LlmRole(NamedIntEnum):
     kDecoder = 2
     kMix = 3
     kEnd = 4  #: no role: it ends the list
+
+
+# C++ knows the roles by these names, too
+kPrompt: Final = LlmRole.kPrompt
+kDecoder: Final = LlmRole.kDecoder
+kMix: Final = LlmRole.kMix
 
 
 class CachePlacement(NamedIntEnum):
@@ -98,7 +108,7 @@ class KvCacheExtParam(NamedMembers):
 
     src_layer_range: tuple[int, int] = (-1, -1)
     dst_layer_range: tuple[int, int] = (-1, -1)
-    tensor_num_per_layer: int = 2
+    tensor_num_per_layer: int = kDefaultTensorNumPerLayer
 
 
 @dataclass(slots=True)

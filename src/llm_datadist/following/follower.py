@@ -141,7 +141,10 @@ class Follower:
         self._require_here()
         self._announcer.say(None)
         self._announcer.wait_until_said(_LAST_WORD_S)
-        self._loop.run(partial(self._driver.stand_down, sync_timeout_s + _AGREE_S))
+        agree_s = sync_timeout_s + _AGREE_S
+        self._loop.run(
+            partial(self._driver.stand_down, agree_s), Deadline.after(agree_s + _AGREE_S)
+        )
 
     def stand_up(self) -> None:
         """The end of `stand_down`."""

@@ -60,6 +60,8 @@ class Joining:
         try:
             if control.process != self._control.process:
                 raise ConnectionEnded(f"{control.at} is another process's by now")
+            # its first request, which may be large, may come with the word that it has joined
+            control.frames.max_nbytes = m.MAX_REQUEST_BODY_NBYTES
             await control.send(self._attach(shield, is_reverse=True))
             answer = await control.receive()
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,12 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.listener import Listener, bind
 from llm_datadist.links.rendezvous import take_place
 from llm_datadist.observe.log import get_logger
+from llm_datadist.running.bell import Turns
 from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.links.context import Context
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from llm_datadist.running.threads import Errands
 
 
-_CLOSE_S = 10.0
+#: what the loop's thread has to open or close a listener
+_LISTENER_S = 10.0
 
 
 class Listening:
@@ -57,6 +60,7 @@ class Listening:
         self._registrar = registrar
         self._strangers = strangers
         self._take_snapshot = take_snapshot
+        self._switches = Turns()
         self._listener: Listener | None = None
         self._asked: Endpoint | None = None
         #: where the listener really is, the port that was taken for 0 included
@@ -82,7 +86,7 @@ class Listening:
             return
         before, self._asked = self._asked, None
         taken = self.endpoint
-        self._loop.run(self._close_main, Deadline.after(_CLOSE_S))
+        self._loop.run(self._close_main, Deadline.after(_LISTENER_S))
         try:
             self._open(endpoint)
         except LLMException:
@@ -91,8 +95,25 @@ class Listening:
             raise
         self._asked = endpoint
 
+    @contextmanager
+    def switching(self, options: Options) -> Iterator[None]:
+        """One change of the role after the other: they have the turn here, one at a time.
+
+        No lock: `switch` waits for the loop's thread. Raises LLMException(LLM_TIMEOUT) when others
+        take longer than the cluster's time-out.
+        """
+        call = object()
+        try:
+            deadline = Deadline.after(options.sync_timeout_s)
+            self._switches.take(
+                call, deadline, "waiting for the switch of the role before this one"
+            )
+            yield
+        finally:
+            self._switches.leave(call)
+
     def switch(self, endpoint: Endpoint | None, options: Options) -> None:
-        """As `move`, for a change of the role. Spec 5.7.
+        """As `move`, for a change of the role, in its turn. Spec 5.7.
 
         Raises LLM_FEATURE_NOT_ENABLED, too: for another address with a transfer backend.
         """
@@ -150,7 +171,7 @@ class Listening:
     def _listen_on(self, sock: socket.socket, note: Callable[[Listener], None]) -> None:
         """Noted where listeners are closed, in the loop's thread: none is made behind the end."""
         try:
-            self._loop.run(partial(self._make, sock, note))
+            self._loop.run(partial(self._make, sock, note), Deadline.after(_LISTENER_S))
         except BaseException:  # the cluster is finalized meanwhile
             sock.close()
             raise

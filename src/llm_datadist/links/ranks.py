@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from llm_datadist.types import RegisterMemStatus
 
 _MAX_NAME = 127
+#: what is left over where work of the loop's thread ends by itself in time
+_GRACE_S = 3.0
 _MEMBERS = range(2, 5)
 #: a member listens on this port + the device id of its entry, unless BASE_PORT_VARIABLE says more;
 #: behind the ports that Linux gives to calls (32768 to 60999): one of those may be taken already
@@ -84,7 +86,9 @@ class RankLinks:
         plan = GroupPlan(
             group, elsewhere, options.link_total_time_s, options.link_retry_count, deafness
         )
-        comm_id = self._loop.run(partial(self._start, plan))
+        comm_id = self._loop.run(
+            partial(self._start, plan), Deadline.after(self._options.sync_timeout_s)
+        )
         self.were_made = True
         return comm_id
 
@@ -93,7 +97,10 @@ class RankLinks:
         deadline = Deadline.after(self._options.sync_timeout_s)
         sessions = list(self._groups.find(comm_id).sessions.values())
         try:
-            self._loop.run(partial(self._leave, comm_id, sessions, deadline))
+            self._loop.run(
+                partial(self._leave, comm_id, sessions, deadline),
+                Deadline.after(self._options.sync_timeout_s + _GRACE_S),
+            )
         except BaseException:  # interrupted: the links are kept
             for session in sessions:
                 if not session.is_closed:

@@ -8,6 +8,7 @@ import numpy as np
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.registry import KeyName
+from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import TypeGuard
 
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.segments import U64
     from llm_datadist.owner.catalog import Catalog
@@ -100,20 +102,25 @@ class Answers:
                     f"{key} leads elsewhere by now", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
                 )
         _check_reach(entry, read.generation, addrs, nbytes)
+        _check_amount(nbytes)
         if entry.space != HOST:
             raise invalid(f"cache {entry.cache_id} lies in {entry.space}: no stream sends that")
         return entry, addrs, nbytes
 
-    def writable(self, token: object, request: m.Fetch, addrs: U64, nbytes: U64) -> Entry:
+    def writable(self, token: object, request: m.Fetch, pieces: Pieces) -> Entry:
         """The cache that a peer asks us to fill, checked, and used by the token's call."""
         cache_id, generation = request.cache_id, request.generation
+        landing = pieces.landing()
+        addrs, nbytes = landing.dst, landing.nbytes
         if cache_id is None:
             found = self._catalog.find_at(addrs, nbytes)
             cache_id, generation = found.cache_id, found.generation
         entry = self._catalog.use(token, cache_id)
         _check_reach(entry, generation, addrs, nbytes)
+        if isinstance(pieces, Segments):  # combs have bounds of their own
+            _check_amount(nbytes)
         holds = entry.layout.geometry.num_tensors * entry.layout.geometry.tensor_nbytes
-        if int(nbytes.sum()) > holds:
+        if pieces.total_nbytes > holds:
             raise invalid(f"a push of more bytes than cache {entry.cache_id} has, which is {holds}")
         return entry
 
@@ -128,5 +135,8 @@ def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None
         raise invalid(f"cache {entry.cache_id} is not registered as remote accessible")
     if not entry.layout.covers(addrs, nbytes):
         raise invalid(f"a transfer reaches beyond the tensors of cache {entry.cache_id}")
+
+
+def _check_amount(nbytes: U64) -> None:
     if float(nbytes.sum(dtype=np.float64)) > m.MAX_REQUEST_NBYTES:
         raise invalid(f"one request asks for more than {m.MAX_REQUEST_NBYTES} bytes")

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.combs import overlap
+from llm_datadist.core.fetches import pieces_of
 from llm_datadist.core.plan import NOTHING
 from llm_datadist.core.remote import Guard
-from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.observe.watch import Watch
 from llm_datadist.running.bell import Bell
 from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
+    from llm_datadist.core.combs import Pieces
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.owner.answers import Answers
     from llm_datadist.peer.peer import Peer
@@ -27,7 +29,7 @@ class Arrival:
     """A push that a peer asks for."""
 
     request: m.Fetch
-    segments: Segments
+    pieces: Pieces
     deadline: Deadline
 
 
@@ -53,10 +55,10 @@ class Fetching:
         ProtocolError, and LLMException for one that reaches where it must not: later pushes wait
         for those that have a place.
         """
-        segments = Segments(*m.columns_of(request.columns, 3))
+        pieces = pieces_of(request)
         with self._gate.passing() as token:
-            self._answers.writable(token, request, segments.dst, segments.nbytes)
-        arrival = Arrival(request, segments, self.deadline_of(request.timeout_ms))
+            self._answers.writable(token, request, pieces)
+        arrival = Arrival(request, pieces, self.deadline_of(request.timeout_ms))
         self._arrived[arrival] = None
         return arrival
 
@@ -80,21 +82,21 @@ class Fetching:
         else:
             series = self._recorder.series("fetch", peer.cluster_id, peer.path)
             with Watch(series) as watch:
-                watch.moves(arrival.segments)
+                watch.moves(arrival.pieces)
                 self._fetch(arrival, peer)
         return m.Done()
 
     def _fetch(self, arrival: Arrival, peer: Peer) -> None:
-        request, segments = arrival.request, arrival.segments
+        request, pieces = arrival.request, arrival.pieces
         ticket = Guard(request.src_cache_id, request.src_generation, request.src_word_addr)
         with self._gate.passing() as token:
             deadline = arrival.deadline._replace(token=token)
             self._gate.enter(token, peer.door)
-            ours = self._answers.writable(token, request, segments.dst, segments.nbytes)
+            ours = self._answers.writable(token, request, pieces)
             self._wait_for_earlier(arrival, peer, deadline)
             # stale, when it was asked long ago: by the sender's word, since clocks are not compared
             peer.read(NOTHING, ticket, ours, deadline)
-            peer.read(segments, ticket, ours, deadline)
+            peer.read(pieces, ticket, ours, deadline)
 
     def _wait_for_earlier(self, arrival: Arrival, peer: Peer, deadline: Deadline) -> None:
         """An earlier push to the same bytes may have failed at its sender, and still be under way.
@@ -116,4 +118,4 @@ class Fetching:
     def _earlier(self, arrival: Arrival) -> set[Arrival]:
         """The pushes to the same bytes that came before: looked for once, it takes its time."""
         before = itertools.takewhile(lambda other: other is not arrival, tuple(self._arrived))
-        return {other for other in before if other.segments.overlap(arrival.segments)}
+        return {other for other in before if overlap(other.pieces, arrival.pieces)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.registry import KeyName
 from llm_datadist.core.remote import RemoteCache, RemoteTable, understand
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.running.bell import WAKE, Turns
+from llm_datadist.running.bell import WAKE, TurnInVain, Turns
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class Lookup:
         """A table newer than `seen`; threads that miss at the same time share one fetch."""
         turn, ringing = object(), map(WAKE, self._fetching.bell.waiting)
         try:
-            self._fetching.take(turn, deadline, "waiting for the peer's table")
+            with suppress(TurnInVain):  # the fetch of this thread that it has interrupted
+                self._fetching.take(turn, deadline, "waiting for the peer's table")
             if self._table is not None and self._table is not seen:
                 return self._table
             with self._streams.borrow(deadline) as stream:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.fetches import names_of
 from llm_datadist.core.pattern import Windows
 from llm_datadist.core.segments import Segments
 from llm_datadist.core.transfer import Pull
@@ -139,7 +140,7 @@ class Peer:
             if ticket is None:
                 self.read(window, remote.guard, ours, deadline)
             else:
-                self.send(window.flat(), ticket, remote.guard, deadline)
+                self.send(window, ticket, remote.guard, deadline)
         if ticket is None and isinstance(asked, Pull):
             if remote.is_counted and asked.is_all:
                 self.tell_read(remote, deadline)
@@ -181,17 +182,16 @@ class Peer:
             tasks = [partial(self._verify, part, guard, deadline) for part in parts]
             movers.run(tasks, deadline.token)
 
-    def send(self, segments: Segments, src: Guard, dst: Guard | None, deadline: Deadline) -> None:
-        """Has the peer fetch segments of ours, under the ticket `src`, into its cache `dst`.
+    def send(self, pieces: Pieces, src: Guard, dst: Guard | None, deadline: Deadline) -> None:
+        """Has the peer fetch pieces of ours, under the ticket `src`, into its cache `dst`.
 
         Without `dst` the destination is found by its addresses. Raises StaleCache when the peer's
         cache is another by now, LLMException otherwise.
         """
         with self._streams.borrow(deadline) as stream:
-            for start in range(0, len(segments), m.MAX_REQUEST_SEGMENTS):
-                piece = segments.slice(start, start + m.MAX_REQUEST_SEGMENTS)
+            for window in pieces.windows(m.MAX_REQUEST_SEGMENTS) if len(pieces) else ():
                 try:
-                    answer = stream.ask(_fetch_request(piece, src, dst, deadline), deadline)
+                    answer = stream.ask(_fetch_request(window, src, dst, deadline), deadline)
                 except RequestRefused as refused:
                     if dst and refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
                         raise StaleCache(dst) from refused
@@ -262,7 +262,7 @@ def _garbage(answer: m.AnyMessage) -> LLMException:
     return LLMException(f"the peer answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
 
 
-def _fetch_request(piece: Segments, src: Guard, dst: Guard | None, deadline: Deadline) -> m.Fetch:
+def _fetch_request(pieces: Pieces, src: Guard, dst: Guard | None, deadline: Deadline) -> m.Fetch:
     return m.Fetch(
         dst.cache_id if dst else None,
         dst.generation if dst else 0,
@@ -271,5 +271,5 @@ def _fetch_request(piece: Segments, src: Guard, dst: Guard | None, deadline: Dea
         src.word_addr,
         max(1, int(deadline.require("the transfer") * 1000)),
         deadline.at,
-        m.pack_columns(piece.src, piece.dst, piece.nbytes),
+        *names_of(pieces),
     )

@@ -19,10 +19,12 @@ is true, so that one ring too many does no harm; whoever makes it true rings aft
 
 from __future__ import annotations
 
+from _thread import get_ident
 from operator import methodcaller
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -88,6 +90,17 @@ class Latch:
         return self._bell.wait_until(lambda: self.is_set, timeout_s)
 
 
+class TurnInVain(LLMException):
+    """A call of this very thread is ahead: it is interrupted by what would wait for it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} cannot be done here: a finalizer or a signal's handler has interrupted the "
+            "call of this thread that would have to end first",
+            LLMStatusCode.LLM_FAILED,
+        )
+
+
 class Turns:
     """One call after the other, in the order in which they came. Thread-safe.
 
@@ -100,18 +113,23 @@ class Turns:
     def __init__(self) -> None:
         #: rung when a call has left
         self.bell = Bell()
-        #: in order; the first one has the turn
-        self.calls: dict[object, None] = {}
+        #: in order, each with its thread; the first one has the turn
+        self.calls: dict[object, int] = {}
 
     def take(self, call: object, deadline: Deadline, what: str) -> None:
-        """Waits for the turn. Raises LLMException(LLM_TIMEOUT) when it does not come in time."""
-        self.calls[call] = None
+        """Waits for the turn.
+
+        Raises LLMException(LLM_TIMEOUT) when it does not come in time, TurnInVain when it cannot.
+        """
+        self.calls[call] = get_ident()
+        if tuple(self.calls.values()).count(get_ident()) > 1:
+            raise TurnInVain(what)
         if not self.bell.wait_until(lambda: self._is_first(call), deadline.require(what)):
             raise deadline.expired(what)
 
     def take_now(self, call: object) -> bool:
         """As `take`, without a wait; whether it has the turn."""
-        self.calls[call] = None
+        self.calls[call] = get_ident()
         return self._is_first(call)
 
     def leave(self, call: object) -> None:

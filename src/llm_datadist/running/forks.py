@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import weakref
 from contextlib import suppress
 from functools import cache, partial
@@ -26,6 +25,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from llm_datadist import locks
+from llm_datadist.locks import make_lock
 
 if TYPE_CHECKING:
     import socket
@@ -49,7 +49,8 @@ _sockets: list[weakref.ref[socket.socket]] = []
 #: dead references are taken out when there are more than this and twice the living
 _MANY: Final = 256
 _most_sockets = _MANY
-_lock = threading.RLock()
+#: held while a descriptor is made and not yet noted; a fork waits for it
+_lock = make_lock()
 #: which signals the threads that are forking took before: the last one is that of the last fork
 _masks: list[set[signal.Signals | int]] = []
 _EVERY: Final = signal.valid_signals()
@@ -74,7 +75,7 @@ def open_socket(family: int, opened: list[socket.socket] | None = None) -> socke
     sock = socket.socket.__new__(socket.socket)
     if opened is not None:
         opened.append(sock)
-    with _lock:  # no fork happens meanwhile
+    with _lock:
         socket.socket.__init__(sock, family, socket.SOCK_STREAM)
         return _own(sock)
 

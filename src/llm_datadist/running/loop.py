@@ -59,9 +59,7 @@ class Loop:
         if not self._is_ending:
             self.asyncio.run_forever()
 
-    def run(
-        self, work: Callable[[], Coroutine[object, object, T]], deadline: Deadline | None = None
-    ) -> T:
+    def run(self, work: Callable[[], Coroutine[object, object, T]], deadline: Deadline) -> T:
         """Runs a coroutine in the loop's thread, from any other one, and waits for it.
 
         At the deadline, and when the caller is interrupted, it is cancelled. Raises what it raises;
@@ -76,9 +74,7 @@ class Loop:
             self._jobs[job] = None
             if self._is_ending or not self._has_taken(job):
                 raise _finalized()
-            timeout_s = None if deadline is None else max(0.0, deadline.remaining_s())
-            if not job.over.wait(timeout_s):
-                assert deadline is not None
+            if not job.over.wait(max(0.0, deadline.remaining_s())):
                 raise deadline.expired("work of the cluster's thread")
             return job.result()
         except BaseException:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from llm_datadist.errors import LLMException
+from llm_datadist.locks import holds_lock
 from llm_datadist.running.bell import Latch
 from llm_datadist.running.deadline import Token, given_up
 from llm_datadist.running.presence import WAIT_FOR_ALL, Presence
@@ -122,8 +123,9 @@ class Movers:
             if self._is_stopped:
                 call.token.cut()
             call.require()
-            if len(tasks) == 1:
-                tasks[0](call)
+            if len(tasks) == 1 or holds_lock():  # helpers may need that lock: no wait for them
+                for task in tasks:
+                    task(call)
             else:
                 self._run([_Part(task) for task in tasks], call)
         finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from llm_datadist.core.layers import PER_LAYER, OneLayer, count_layers, pairs_of
 from llm_datadist.core.remote import RemoteRow
-from llm_datadist.core.transfer import PushBlocks, PushRow, PushRowIntoBlocks
+from llm_datadist.core.transfer import PushBlocks, PushLayerRow, PushRowIntoBlocks
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.layerwise import TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.observe.log import get_logger
@@ -70,7 +70,7 @@ class LayerwiseTransfer:
             return PushBlocks(*named, self.src_blocks, self.dst_blocks, self.block_nbytes)
         if self.dst_blocks:
             return PushRowIntoBlocks(*named, to.src_row, self.dst_blocks, self.block_nbytes)
-        return PushRow(*named, to.src_row)
+        return PushLayerRow(*named, to.src_row)
 
 
 def check_config(

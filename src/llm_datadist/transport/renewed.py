@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
 from llm_datadist.credential_file import identity_of
 from llm_datadist.errors import LLMException, invalid
+from llm_datadist.locks import make_lock
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class Renewed(Generic[T]):
         """`make` reads the files; what it raises, LLMException, is raised here."""
         self._files = tuple(files)
         self._make = make
-        # an RLock: a finalizer that links may strike while it is held
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         #: the files that were tried last and did not do, and when they are tried again
         self._refused: _Identities | None = None
         self._again_at = 0.0

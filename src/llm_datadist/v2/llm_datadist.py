@@ -1,5 +1,5 @@
-"""The reference's path to `LLMDataDist`. Spec 2.2."""
+"""The reference's path to `LLMDataDist`. Spec 2.2; its hook at exit, 5.2."""
 
-from llm_datadist.datadist import LLMDataDist
+from llm_datadist.datadist import LLMDataDist, _shutdown_handler
 
-__all__ = ["LLMDataDist"]
+__all__ = ["LLMDataDist", "_shutdown_handler"]

@@ -38,7 +38,7 @@ class BlockStore:
             dtype=getattr(torch, shape.dtype),
         )
         self._free = deque(range(num_blocks))
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer that gives blocks back may strike under it
 
     @property
     def num_free(self) -> int:

@@ -71,7 +71,7 @@ class KVPool:
         The cache may grow meanwhile. May be called again, for another handle.
 
         Raises LLMException: LLM_PARAM_INVALID for an empty cache, LLM_KV_CACHE_NOT_EXIST for one
-        that was released, LLM_FAILED after `finalize`.
+        that was released, LLM_ENGINE_FINALIZED after `finalize`.
         """
         if cache.store is not self._store:
             raise invalid("the PagedCache is another pool's: publish it there")
@@ -176,6 +176,6 @@ class KVPool:
         try:
             self._manager.unregister_cache(cache_id)
         except LLMException as error:
-            # finalized: nothing is registered any more
-            if error.status_code is not LLMStatusCode.LLM_FAILED:
+            # nothing is registered any more
+            if error.status_code is not LLMStatusCode.LLM_ENGINE_FINALIZED:
                 raise
