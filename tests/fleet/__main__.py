@@ -38,6 +38,7 @@ def main(
         bar = progress.add_task("events", total=events)
         with Fleet(folder, server) as fleet:
             done = play(fleet, seconds, events, seed, lambda n: progress.update(bar, completed=n))
+        (folder / "events").write_text("".join(f"{event}\n" for event in done.events))
         findings = find(done, pulls_in(fleet.notes))
     report(findings, console)
     if findings.is_clean:

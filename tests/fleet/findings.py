@@ -55,7 +55,7 @@ class Findings:
 
 def find(played: Played, pulls: Iterable[Pull]) -> Findings:
     """Looks at every pull that began when the fleet was complete."""
-    events = played.events
+    events = [_with_outages(event, played.events) for event in played.events]
     findings = Findings()
     by_subject: dict[int, list[Event]] = defaultdict(list)
     for event in events:
@@ -93,6 +93,19 @@ def find(played: Played, pulls: Iterable[Pull]) -> Findings:
     return findings
 
 
+def _began(event: Event) -> float:
+    return event.began
+
+
+def _with_outages(event: Event, events: Iterable[Event]) -> Event:
+    """One that is not over before the directory is back: nobody can hear of it."""
+    ended = event.ended
+    for outage in sorted((each for each in events if each.subject == 0), key=_began):
+        if outage.began <= ended + GRACE_S:
+            ended = max(ended, outage.ended)
+    return event._replace(ended=ended)
+
+
 def _add_recovery(kind: Kind, event: Event, good: Iterable[Pull], later: Iterable[Event]) -> None:
     """One to whom the next thing happened at once had no time to recover."""
     firsts = [pull.ended for pull in good if pull.began >= event.ended and _is_of(event, pull)]
@@ -104,10 +117,10 @@ def _add_recovery(kind: Kind, event: Event, good: Iterable[Pull], later: Iterabl
 
 def _is_of(event: Event, pull: Pull) -> bool:
     """Whether it shows that the start which the event left behind is well."""
-    if not event.incarnation:
+    if not event.tag:
         return True
-    mine = pull.read if pull.owner == event.subject else pull.incarnation
-    return mine == event.incarnation
+    mine = pull.read if pull.owner == event.subject else pull.tag
+    return mine == event.tag
 
 
 def rows(findings: Findings) -> list[tuple[str, ...]]:

@@ -34,7 +34,7 @@ class Event(NamedTuple):
     subject: int  #: a cluster id; 0: the directory
     began: float
     ended: float  #: all is as it should be again
-    incarnation: str = ""  #: of the start that replaced it, if one did
+    tag: str = ""  #: of the start that replaced it, if one did
 
 
 class Seat:
@@ -50,7 +50,7 @@ class Seat:
         self._process: ObjectProcess[Worker] | None = None
 
     def start(self, *, elsewhere: bool = False) -> tuple[str, float]:
-        """A new process; its incarnation, and when it was ready."""
+        """A new process; its tag, and when it was ready."""
         if elsewhere:
             self._port = free_port()
         is_far = self.cluster_id in BEHIND_A_NETWORK
@@ -149,14 +149,14 @@ class Fleet:
 
     def do(self, kind: str, subject: int, rng: random.Random) -> Event:
         """Does it, and waits until it is over."""
-        began, incarnation = time.monotonic(), ""
+        began = time.monotonic()
         if subject == 0:
             self._lose_directory(rng)
             return Event(kind, subject, began, time.monotonic())
         seat = self.seats[subject]
         if kind.startswith("killed"):
-            incarnation, ended = seat.restart(rng, elsewhere=kind.endswith("elsewhere"))
-            return Event(kind, subject, began, ended, incarnation)
+            tag, ended = seat.restart(rng, elsewhere=kind.endswith("elsewhere"))
+            return Event(kind, subject, began, ended, tag)
         does: dict[str, Callable[[random.Random], None]] = {
             "stopped and continued": seat.stand_still,
             "its network cut": seat.lose_network,

@@ -13,6 +13,7 @@ from llm_datadist.following.plan import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
     MOST_AT_ONCE,
+    STEADY_S,
     Cut,
     Leave,
     Link,
@@ -95,8 +96,8 @@ def test_pauses_grow_up_to_the_longest_and_begin_anew() -> None:
     assert pauses[:3] == pytest.approx([FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S])
     assert pauses[-1] == pytest.approx(LONGEST_PAUSE_S)
     made(plan, one, now)
-    plan.ended(1, one.incarnation, now + LONGEST_PAUSE_S)
-    assert plan.next_at == pytest.approx(now + LONGEST_PAUSE_S + FIRST_PAUSE_S)
+    plan.ended(1, one.incarnation, now + STEADY_S)
+    assert plan.next_at == pytest.approx(now + STEADY_S + FIRST_PAUSE_S)
 
 
 def test_a_link_that_does_not_last_is_no_reason_to_hurry() -> None:

@@ -1,12 +1,14 @@
 """One member of the fleet under load, in a process of its own: it owns bytes, and pulls others'.
 
-What it owns is made of its incarnation, so that a reader can tell whose bytes it has.
+What it owns is made of a tag, new at each start, which its record says: so a reader can tell whose
+bytes it has.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import secrets
 import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,15 +35,15 @@ class Pull(NamedTuple):
     began: float
     ended: float
     reader: int
-    incarnation: str  #: the reader's
+    tag: str  #: the reader's
     owner: int
-    read: str  #: the owner's incarnation; empty where nothing came
+    read: str  #: the owner's tag; empty where nothing came
     status: str
 
     @classmethod
     def parse(cls, line: str) -> Pull:
-        began, ended, reader, incarnation, owner, read, status = line.rstrip("\n").split("\t")
-        return cls(float(began), float(ended), int(reader), incarnation, int(owner), read, status)
+        began, ended, reader, tag, owner, read, status = line.rstrip("\n").split("\t")
+        return cls(float(began), float(ended), int(reader), tag, int(owner), read, status)
 
 
 class Setting(NamedTuple):
@@ -73,22 +75,23 @@ class Worker:
         )
         self._role = setting.role
         self._sink = node.blocks_cache(*SHAPE)
+        self.tag = secrets.token_hex(7)
         owned = node.blocks_cache(*SHAPE, key=BlocksCacheKey(0, 0))
+        node.arrays[owned.cache_id][:] = bytes_of(self.tag)  # before anybody can know of it
         self._follower = node.datadist.follow(
             setting.directory,
             Wants([LLMRole.PROMPT]),
             advertised=setting.advertised,
+            labels={"tag": self.tag},
             ttl_s=setting.ttl_s,
         )
-        self.incarnation = self._follower.record.incarnation
-        node.arrays[owned.cache_id][:] = bytes_of(self.incarnation)
         self.ready_at = time.monotonic()
         self._fd = os.open(setting.notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         threading.Thread(target=self._pull_for_ever, daemon=True).start()
 
     def when(self) -> tuple[str, float]:
         """Which start this is, and since when it is ready."""
-        return self.incarnation, self.ready_at
+        return self.tag, self.ready_at
 
     def switch(self, role: LLMRole) -> None:
         listen = {"llm.listenIpInfo": f"127.0.0.1:{self._setting.port}"}
@@ -96,7 +99,7 @@ class Worker:
         self._role = role
 
     def _pull_for_ever(self) -> None:
-        rng = random.Random(self.incarnation)
+        rng = random.Random(self.tag)
         while True:
             owners = [
                 member.record
@@ -124,33 +127,33 @@ class Worker:
             candidates = {before, self._announced(owner)} - {""}
             read = whose(array[:, dst], src, candidates)
             status = status if read else WRONG
-        pull = Pull(began, ended, self._setting.cluster_id, self.incarnation, owner, read, status)
+        pull = Pull(began, ended, self._setting.cluster_id, self.tag, owner, read, status)
         os.write(self._fd, ("\t".join(map(str, pull)) + "\n").encode())
 
     def _announced(self, owner: int) -> str:
         for member in self._follower.members():
             if member.record.cluster_id == owner:
-                return member.record.incarnation
+                return member.record.labels.get("tag", "")
         return ""
 
 
 _known: dict[str, Bytes] = {}
 
 
-def bytes_of(incarnation: str) -> Bytes:
+def bytes_of(tag: str) -> Bytes:
     """What that start of a member owns."""
-    if incarnation not in _known:
+    if tag not in _known:
         if len(_known) > 32:
             _known.clear()
-        _known[incarnation] = make_array(SHAPE, int(incarnation[:15], 16))
-    return _known[incarnation]
+        _known[tag] = make_array(SHAPE, int(tag, 16))
+    return _known[tag]
 
 
 def whose(got: Bytes, blocks: list[int], candidates: set[str]) -> str:
     """Which of these starts all of the bytes are of; empty: of none, or of several."""
-    for incarnation in candidates:
-        if np.array_equal(got, bytes_of(incarnation)[:, blocks]):
-            return incarnation
+    for tag in candidates:
+        if np.array_equal(got, bytes_of(tag)[:, blocks]):
+            return tag
     return ""
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 30.0
+#: a link that ends sooner is as good as none
+STEADY_S: Final = 2.0
 #: links that are being made at a time
 MOST_AT_ONCE: Final = 16
 
@@ -138,7 +140,7 @@ class Plan:
             return
         member.is_linked = False
         self._num_linked -= 1
-        if now >= member.linked_at + LONGEST_PAUSE_S:  # a short one is as good as none
+        if now >= member.linked_at + STEADY_S:
             member.attempts = 0
         if self._wants is not None and not self._wants.at_once:
             member.is_wanted = False  # until somebody asks again
