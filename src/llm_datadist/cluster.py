@@ -142,6 +142,7 @@ class Cluster:
             errands=errands,
         )
         self._make_links(self._make_context(movers, transports, recorder))
+        self._ending.add("the place in the fleet", self._end_following)
         #: what moves bytes
         self.transfers = Transfers(
             self.catalog,
@@ -385,9 +386,12 @@ class Cluster:
         if self.follower is not None:
             raise invalid("this cluster follows a fleet already: stop that first")
         self._follower = follower
-        self._ending.add("the place in the fleet", follower.end)
         follower.begin(make_record)
         return follower
+
+    def _end_following(self, deadline: Deadline) -> None:
+        if self._follower is not None:
+            self._follower.end(deadline)
 
     @property
     def facts(self) -> dict[str, str]:
