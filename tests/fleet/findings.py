@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fleet.worker import Pull
 
 #: behind an event its subject's own pulls, and those from it, may still fail for so long
-GRACE_S = 5.0
+GRACE_S = 8.0
 #: who is not well again by then, without anything else, is a finding
 RECOVERY_S = 10.0
 #: over the deadline, and a fifth, as two busy cores need it
@@ -107,8 +107,10 @@ def _with_outages(event: Event, events: Iterable[Event]) -> Event:
 
 
 def _add_recovery(kind: Kind, event: Event, good: Iterable[Pull], later: Iterable[Event]) -> None:
-    """One to whom the next thing happened at once had no time to recover."""
+    """One to whom the next thing happened before it had recovered does not count."""
     firsts = [pull.ended for pull in good if pull.began >= event.ended and _is_of(event, pull)]
+    if any(firsts and each.began < min(firsts) for each in later):
+        return
     if firsts:
         kind.recoveries_s.append(min(firsts) - event.ended)
     elif all(each.began > event.ended + RECOVERY_S for each in later):

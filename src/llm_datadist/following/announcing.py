@@ -23,6 +23,11 @@ _FIRST_S: Final = 5.0
 _RENEWALS: Final = 3
 
 
+def longest_pause_s(ttl_s: float) -> float:
+    """Behind a failure: a directory that is back must be told, and heard, within a ttl."""
+    return min(_LONGEST_PAUSE_S, ttl_s / _RENEWALS)
+
+
 class Announcer:
     """What a directory is told, in a thread of its own: `run`.
 
@@ -40,7 +45,7 @@ class Announcer:
         self._is_silent = False
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._is_ending = False
-        self._pauses = Pauses(min(_LONGEST_PAUSE_S, ttl_s / _RENEWALS))
+        self._pauses = Pauses(longest_pause_s(ttl_s))
         #: why it could not be said; empty when it was
         self.problem = ""
         self._is_over = False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from llm_datadist.core.stats import FleetStats, MemberStats
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException, invalid
-from llm_datadist.following.announcing import Announcer
+from llm_datadist.following.announcing import Announcer, longest_pause_s
 from llm_datadist.following.driver import Driver
 from llm_datadist.following.watching import Watcher
 from llm_datadist.locks import holds_lock
@@ -69,7 +69,9 @@ class Follower:
         self._pid = os.getpid()
         self._driver = Driver(loop, linker, filing, links, cluster_id, wants, facts, sync_timeout_s)
         self._announcer = Announcer(directory, ttl_s)
-        self._watcher = Watcher(directory, self._heard, self._announcer.wait_for_attempt)
+        self._watcher = Watcher(
+            directory, self._heard, self._announcer.wait_for_attempt, longest_pause_s(ttl_s)
+        )
         #: what `say` tells, as the role and the listener are
         self._make_record: Callable[[], Record] | None = None
         self.is_stopped = False

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 #: a wait that hears nothing is begun anew; nothing depends on it
 _WAIT_S: Final = 3600.0
-_LONGEST_PAUSE_S: Final = 30.0
 
 
 class Watcher:
@@ -28,8 +27,10 @@ class Watcher:
         directory: Directory,
         tell: Callable[[Changes], object],
         wait_first: Callable[[], object],
+        longest_pause_s: float,
     ) -> None:
-        """Both are called in that thread."""
+        """Both are called in that thread. The pause is that behind a failure."""
+        self._pauses = Pauses(longest_pause_s)
         self._directory = directory
         #: opened by its thread: who makes this may be interrupted behind it
         self._watch: Watch | None = None
@@ -71,22 +72,21 @@ class Watcher:
             self._over.set()
 
     def _listen(self, watch: Watch) -> None:
-        pauses = Pauses(_LONGEST_PAUSE_S)
         while not self._ending.is_set:
             try:
                 # not at all behind a failure: that it answers is news
                 changes = watch.wait(0.0 if self.problem else _WAIT_S)
             except DirectoryError as error:
                 self._complain(str(error))
-                self._ending.wait(pauses.next_s())
+                self._ending.wait(self._pauses.next_s())
             except Exception as error:  # another package's directory
                 self._complain(f"{error!r}")
-                self._ending.wait(pauses.next_s())
+                self._ending.wait(self._pauses.next_s())
             else:
                 if self.problem:
                     get_logger().info("%s answers again", self._directory)
                 self.problem = ""
-                pauses.reset()
+                self._pauses.reset()
                 if changes:
                     self._tell(changes)
 
