@@ -84,7 +84,8 @@ lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.10 $(ARGS) \
-		--all-extras --group setup pyproject.toml -c constraints.txt \
+		--all-extras --no-emit-package llm-datadist-hixl --group setup \
+		pyproject.toml -c constraints.txt \
 		--custom-compile-command "make lock" -o lock.txt
 
 # That nothing came in past the lock.

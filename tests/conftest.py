@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# A busy machine is no fault: nothing here is timed but by tests that say so.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 MODES = [
     pytest.param(False, id="two-sided"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core.link import SAME_HOST, Identity
 from llm_datadist.core.messages import PROTOCOL_VERSION
+from llm_datadist.device_options import unequal
 from llm_datadist.directory.record import Record
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.following.follower import Follower, advertised
@@ -31,9 +32,10 @@ from llm_datadist.memory.checksum import require_checksums
 from llm_datadist.memory.process import ProcessMemory
 from llm_datadist.observe.log import get_logger
 from llm_datadist.observe.watch import Observer
-from llm_datadist.owner.answers import Answers
+from llm_datadist.owner.answers import MAX_ANSWER_S, Answers
 from llm_datadist.owner.catalog import Catalog
 from llm_datadist.owner.fetching import Fetching
+from llm_datadist.owner.notices import Notices
 from llm_datadist.owner.pools import open_pools
 from llm_datadist.owner.service import Serving
 from llm_datadist.peer.streams import MAX_STREAMS
@@ -53,12 +55,14 @@ from llm_datadist.transport.shields import Shields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.stats import ClusterStats, FleetStats
     from llm_datadist.directory.base import Directory
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.following.wants import Wants
+    from llm_datadist.links.filing import Siblings
     from llm_datadist.links.linker import Target
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.observe.recorder import Recorder
@@ -93,14 +97,23 @@ class Cluster:
     have run out; nothing is left behind then.
     """
 
-    def __init__(self, cluster_id: int, options: Options) -> None:
+    def __init__(
+        self,
+        cluster_id: int,
+        options: Options,
+        siblings: Siblings | None = None,
+    ) -> None:
+        """`siblings` is told of the links where this is one of several devices (`places/`)."""
         self.cluster_id = cluster_id
+        self._siblings = siblings
         self.options = options
         self._ending = Ending()
         self._is_started = False
         #: who ends it
         self._stopping = Turns()
         self._stopped = Latch()
+        #: what drops links
+        self._cuts: set[asyncio.Task[None]] = set()
         #: what the catalog had, until no transport can reach it any more
         self._entries: list[Entry] = []
         #: what follows a fleet for us; stopped ones are kept until the next
@@ -118,10 +131,14 @@ class Cluster:
         recorder = None if self._observer is None else self._observer.recorder
         if options.verify_transfers:
             require_checksums()
-        self._loop = Loop()
-        self._ending.add("the loop", self._loop.close)
+        #: the thread in which connections wait
+        self.loop = Loop()
+        self._ending.add("the loop", self.loop.close)
         #: what runs here
         self.gate = Gate(recorder)
+        #: no link ends before all of these are drained: those of several devices, whose links are
+        #: cut together
+        self.gates: Sequence[Gate] = (self.gate,)
         self._errands = errands = Errands(f"{_OUR_THREADS}-errand")
         movers = Movers(options.transfer_threads, errands)
         process = ProcessMemory(movers)
@@ -133,6 +150,8 @@ class Cluster:
             self._ending.add(f"the transport {transport.name}", partial(_close, transport))
         self._ending.add("the movers", movers.end)
         self._movers = movers
+        #: what peers have told our program
+        self.notices = Notices(is_wanted=options.is_engine)
         #: our caches
         self.catalog = Catalog(
             self.gate,
@@ -159,12 +178,13 @@ class Cluster:
         self, movers: Movers, transports: Mapping[str, Transport], recorder: Recorder | None
     ) -> Context:
         """What links share: who we are, threads, and how peers are answered."""
-        options, loop = self.options, self._loop.asyncio
+        options, loop = self.options, self.loop.asyncio
         workers = self._threads(_WORKERS, "worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         fetchers = self._threads(_FETCHERS, "fetcher")
         answers = Answers(self.cluster_id, self.catalog, transports)
-        fetching = Fetching(answers, self.gate, recorder, options.sync_timeout_s)
+        fetch_s = MAX_ANSWER_S if options.is_engine else options.sync_timeout_s
+        fetching = Fetching(answers, self.gate, recorder, fetch_s)
         offers = {name: transport.offer() for name, transport in transports.items()}
         meets = options.path in ("auto", SAME_HOST) and offers[SAME_HOST] is not None
         same_host = SameHost.new() if meets else None
@@ -178,6 +198,8 @@ class Cluster:
             {name: offer for name, offer in offers.items() if offer is not None},
             self.catalog.probe_target,
             options.path,
+            options.device_index,
+            options.num_devices,
         )
         return Context(
             me,
@@ -188,6 +210,7 @@ class Cluster:
                 loop,
                 answers,
                 fetching,
+                self.notices,
                 self.gate,
                 Shares(workers, _WORKERS_OF_ONE),
                 Shares(workers, _CHECKERS_OF_ONE),
@@ -200,7 +223,8 @@ class Cluster:
             same_host,
             movers if options.verify_transfers else None,
             options.sync_timeout_s,
-            options.transfer_backend is not None,
+            options.is_engine or options.transfer_backend is not None,
+            set(),
             set(),
             recorder,
         )
@@ -212,14 +236,17 @@ class Cluster:
         self.links = LinkTable(cluster_id, instance, recorder)
         self._groups = Groups(cluster_id, self.links, is_secure=context.shields.is_secure)
         ids = Ids(self.links)
-        self._filing = filing = Filing(cluster_id, instance, self.links, self._groups, ids)
-        self._linker = Linker(context, self.links, filing)
+        self._filing = filing = Filing(
+            cluster_id, instance, self.links, self._groups, ids, self._siblings
+        )
+        #: makes and ends links, in the loop's thread
+        self.linker = Linker(context, self.links, filing)
         strangers = Strangers()
         self._snapshots = Snapshots(cluster_id, self.links, self.catalog, strangers, recorder)
         self._snapshots.take_fleet = self._fleet_stats
         #: where peers reach us
         self.listening = Listening(
-            self._loop,
+            self.loop,
             self._errands,
             context,
             self.links,
@@ -231,7 +258,7 @@ class Cluster:
         )
         #: links by rank table
         self.ranks = RankLinks(
-            cluster_id, self.options, self._loop, self.listening, self._groups, self._linker
+            cluster_id, self.options, self.loop, self.listening, self._groups, self.linker
         )
 
     def start(self) -> None:
@@ -240,7 +267,7 @@ class Cluster:
         Raises LLMException when the address, or a thread, cannot be had.
         """
         self._errands.begin()
-        self._errands.run(self._loop.start)
+        self._errands.run(self.loop.start)
         self.listening.move(self.options.listen)
         self._is_started = True
 
@@ -261,8 +288,13 @@ class Cluster:
         thread, it only begins: the end comes when that call has ended. Raises
         LLMException(LLM_FAILED) when there is no thread to be had for that.
         """
+        if self.begins_to_stop():
+            self.await_stop()
+
+    def begins_to_stop(self) -> bool:
+        """The first half of `stop`; whether the end can be waited for. Raises as that does."""
         if self._stopped.is_set:
-            return
+            return False
         cannot_wait = is_ours() or holds_lock() or self.transfers.is_in_this_thread()
         try:
             self._errands.run(partial(start_thread, self._stop_once, f"{_OUR_THREADS}-end"))
@@ -270,7 +302,11 @@ class Cluster:
             if cannot_wait:
                 raise
             self._stop_once()
-        if not cannot_wait and not self._stopped.wait(self._stop_s):
+        return not cannot_wait
+
+    def await_stop(self) -> None:
+        """The second half of `stop`."""
+        if not self._stopped.wait(self._stop_s):
             get_logger().error(
                 "cluster %d: its end waits for a thread that was interrupted, and goes on without "
                 "finalize", self.cluster_id,
@@ -298,13 +334,16 @@ class Cluster:
             return
         if self._follower is not None:
             self._follower.begin_end()
-        self.gate.shut(self.gate.door, "the cluster is being finalized")
-        self.gate.drain(self.gate.door, self.options.sync_timeout_s)
+        gates, deadline = self.gates, Deadline.after(self.options.sync_timeout_s)
+        for gate in gates:
+            gate.shut(gate.door, "the cluster is being finalized")
+        for gate in gates:
+            gate.drain(gate.door, max(0.0, deadline.remaining_s()))
         deadline = Deadline.after(_LAST_S)
         self._entries += self.catalog.close()
         self._movers.stop()
         try:
-            self._loop.finish(self._close_links, deadline)
+            self.loop.finish(self._close_links, deadline)
         except LLMException as error:
             get_logger().error("not all links ended in order: %s", error)
         self.gate.drain(self.gate.door, max(0.0, deadline.remaining_s()))
@@ -329,13 +368,43 @@ class Cluster:
         """
         return self._errands.run(make, lambda made: self.catalog.forget(id_of(made)))
 
+    def holds(self, bundle: bytes) -> bool:
+        """Whether there is a live link of that bundle."""
+        return any(session.bundle == bundle for session in self.links.all())
+
+    def cut_soon(self, bundle: bytes, because: str) -> None:
+        """Drops the links of that bundle. In any thread, and does not wait."""
+
+        def cut() -> None:
+            task = self.loop.asyncio.create_task(self.cut(bundle, because))
+            self._cuts.add(task)
+            task.add_done_callback(self._cuts.discard)
+
+        self.loop.call_soon(cut)
+
+    async def cut(self, bundle: bytes, because: str) -> None:
+        """Drops the links of that bundle. In the loop's thread."""
+        for session in self.links.all():
+            if session.bundle == bundle:
+                await session.cut(because)
+
+    def switching(self) -> AbstractContextManager[None]:
+        """The turn to change the role; see `Listening.switching`."""
+        return self.listening.switching(self.options)
+
+    def switch_listening(self, endpoints: Sequence[Endpoint]) -> None:
+        """Listens there, or no more. Raises LLMException. Spec 5.7."""
+        if len(endpoints) > 1:
+            raise unequal(1, len(endpoints))
+        self.listening.switch(endpoints[0] if endpoints else None, self.options)
+
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
         if self.options.cannot_link:
             refused = Outcome(LLMStatusCode.LLM_PARAM_INVALID, self.options.cannot_link)
             return [refused for _ in targets]
         with self.transfers.watching("link") as watch:
-            link = partial(self._linker.link, timeout_s=timeout_s)
+            link = partial(self.linker.link, timeout_s=timeout_s)
             outcomes = self._for_each(targets, link, timeout_s)
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
@@ -344,7 +413,7 @@ class Cluster:
     def unlink(self, targets: Sequence[Target], timeout_s: float, *, force: bool) -> list[Outcome]:
         """Unlinks from all targets at once; `force` asks nobody. Spec 5.5."""
         with self.transfers.watching("unlink") as watch:
-            unlink = self._linker.cut if force else self._linker.leave
+            unlink = self.linker.cut if force else self.linker.leave
             outcomes = self._for_each(targets, partial(unlink, timeout_s=timeout_s), timeout_s)
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
@@ -373,8 +442,8 @@ class Cluster:
             wants,
             ttl_s,
             facts,
-            self._loop,
-            self._linker,
+            self.loop,
+            self.linker,
             self._filing,
             self.links,
             self.cluster_id,
@@ -405,7 +474,7 @@ class Cluster:
         self, role: LLMRole, where: str, facts: Mapping[str, str], labels: Mapping[str, str]
     ) -> Record:
         """What we say of ourselves now. Raises LLMException(LLM_PARAM_INVALID), ValueError."""
-        listen = self.listen_endpoint
+        listen = next(iter(self.listen_endpoints), None)
         at, reached = "" if listen is None else str(listen), advertised(where, listen)
         return Record(
             cluster_id=self.cluster_id,
@@ -433,7 +502,7 @@ class Cluster:
         """
         deadline = Deadline.after(timeout_s + _GRACE_S)
         try:
-            return self._loop.run(lambda: _gather(map(do, targets)), deadline)
+            return self.loop.run(lambda: _gather(map(do, targets)), deadline)
         except LLMException as error:
             if not isinstance(error, CannotWait) and error.status_code is not _TIMEOUT:
                 raise  # the cluster was finalized
@@ -445,12 +514,16 @@ class Cluster:
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
-        self._loop.call_soon(call)
+        self.loop.call_soon(call)
 
     @property
-    def listen_endpoint(self) -> Endpoint | None:
-        """Where the cluster listens, the port that was taken for 0 included."""
-        return self.listening.endpoint
+    def listen_endpoints(self) -> tuple[Endpoint, ...]:
+        """Where the cluster listens, the port that was taken for 0 included; none if it does not.
+
+        One for each device, of which there is one.
+        """
+        endpoint = self.listening.endpoint
+        return () if endpoint is None else (endpoint,)
 
     async def _close_links(self) -> None:
         await self.listening.close()

@@ -62,7 +62,7 @@ class KVHeads:
     def __post_init__(self) -> None:
         for name in ("first", "count", "of"):
             check_type(f"KVHeads.{name}", getattr(self, name), int)
-        if self.first < 0 or self.count < 1 or self.stop > self.of:
+        if self.first < 0 or self.count < 1 or not self.stop <= self.of <= INT64_MAX:
             raise invalid(f"a model of {self.of} KV heads has no heads {self}")
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 AREAS = affected.areas()
 PATHS = [
     str(path.relative_to(affected.ROOT))
-    for top in ("src", "tests", "docs", "examples", "changes", "")
+    for top in ("src", "tests", "docs", "examples", "shims", "changes", "")
     for path in affected.ROOT.glob(f"{top}/**/*" if top else "*")
     if path.is_file() and "__pycache__" not in path.parts
 ]

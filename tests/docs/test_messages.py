@@ -9,6 +9,8 @@ import pytest
 NOT_ON_A_PAGE = {
     "nothing is handed out at offset … of …": "a pool's own check of who frees",
     "nothing is handed out at …": "the same",
+    "a … that no peer could decode: …": "a check of what this library itself sends",
+    "… bytes of names, … are possible": "behind `peers cannot be told which layers the layout has`",
     "a … of … bytes is over the frame cap": "a check of what this library itself sends",
     "cluster_id": "no message, but the name of an argument",
     "no pull failed": "a step of the contract that transports are tested by",

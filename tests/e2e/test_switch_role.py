@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import logging
 import os
 import socket
 import threading
@@ -156,6 +158,48 @@ def test_an_address_that_is_taken_leaves_a_client_a_client(node: Node) -> None:
     with taken_address() as address:
         assert switch(node, PROMPT, listen(address)) is LLMStatusCode.LLM_FAILED
     assert node.datadist.listen_endpoint is None
+
+
+class Standstill(logging.Handler):
+    """A program's handler of the log that keeps whoever logs, as one that writes to a full disk."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.has_begun.set()
+        self.may_end.wait(60)
+
+
+def test_a_switch_that_cannot_end_in_time_leaves_the_listener(
+    node: Node, caller: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And can be made again."""
+    caplog.set_level(logging.WARNING, "LLM_DATADIST")
+    security = json.dumps({"secret": "a secret of more than sixteen bytes"})
+    port = node.start(PROMPT, 1, listen_ip_info=ANY_PORT, link_security=security)
+    caller.call(Node.start, DECODER, 2, link_security=security)
+    log, standstill = logging.getLogger("LLM_DATADIST"), Standstill()
+    log.addHandler(standstill)
+    try:
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"not a word of the secret" * 4)
+            assert standstill.has_begun.wait(10)
+            with pytest.raises(LLMException, match="timed out") as caught:
+                node.datadist.switch_role(DECODER, {})
+    finally:
+        standstill.may_end.set()
+        log.removeHandler(standstill)
+    assert caught.value.status_code is LLMStatusCode.LLM_TIMEOUT
+    assert port_of(node) == port
+    assert caller.call(Node.link, port, 1) == SUCCESS
+    assert caller.call(Node.unlink, port, 1) == SUCCESS
+    node.datadist.switch_role(DECODER, listen(f"127.0.0.1:{port}"))
+    assert caller.call(Node.link, port, 1) == SUCCESS
+    assert caller.call(Node.unlink, port, 1) == SUCCESS
+    node.datadist.switch_role(PROMPT, {})
+    assert caller.call(Node.link, port, 1) == LINK_FAILED
 
 
 def test_an_address_of_no_interface_is_refused(node: Node, caller: NodeProcess) -> None:

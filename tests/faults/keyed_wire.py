@@ -34,8 +34,13 @@ class KeyedWire(Wire):
             self.send_bytes(self.shield.answer(self.receive_bytes(nbytes)))
 
     @classmethod
-    def dial(cls, port: int) -> Self:
-        return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S), is_caller=True)
+    def dial(cls, port: int, own_host: str = "127.0.0.1") -> Self:
+        sock = socket.create_connection(("127.0.0.1", port), PATIENCE_S, (own_host, 0))
+        return cls(sock, is_caller=True)
+
+    def proof(self, control: Wire) -> bytes:
+        assert isinstance(control, KeyedWire)
+        return self.shield.proof(control.shield)
 
     def send(self, message: m.Message) -> None:
         self.send_bytes(self.shield.seal(m.encode(message)))

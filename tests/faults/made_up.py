@@ -26,8 +26,10 @@ SAMPLES: list[m.Message] = [
     m.Resolve(None, 2**64 - 1, 0, False), m.Read(1, 1, 1, columns([(4096, 8)])),
     m.Read(1, 1, 1, columns([(4096, 8)] * 9), (1, 0, False, 0)), m.Sending(8),
     m.UseUp(1, 0, 0, 2), m.Fetch(1, 1, 1, 1, 8, 1, 0.5, bytes(24)), m.Done(),
+    m.Vouch(bytes(32)), m.Vouched(bytes(32), True),
     m.Fetch(1, 1, 1, 1, 8, 1, 0.5, columns([(4096, 4096)]), columns([(0, 0), (8, 16)]), 8),
     m.Digest(1, 1, 1, columns([(4096, 8)])), m.Digested(7), m.Caches([]), m.AskStats(),
+    m.Notify("name", "text"),
     m.Stats(ClusterStats(1, 0.5, 1, 0, 0, True, links=(LinkStats(2, "tcp", "linked"),))),
     m.Welcome(1, 1, bytes(16), bytes(16), {"tcp": b"", "cma": b"x"}, hello().probe),
 ]  # fmt: skip

@@ -105,13 +105,16 @@ class Memory:
         )
 
 
-def meet(offer: bytes, file: str | None = None) -> Wire:
-    """A connection to the socket of an offer, its own end named by a file. Raises OSError."""
+def meet(offer: bytes, own: str | bytes | None = None) -> Wire:
+    """A connection to the socket of an offer, its own end named so: by a file, or abstractly.
+
+    Raises OSError.
+    """
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.settimeout(PATIENCE_S)
-        if file is not None:
-            sock.bind(file)
+        if own is not None:
+            sock.bind(own)
         sock.connect(SameHost.offered(offer)[0].sockaddr)
     except BaseException:
         sock.close()

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import socket
+import ssl
 import subprocess
 import threading
+import time
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from wire import NONCE, Wire, hello, impostor, linked_caller, owner
+from keyed_wire import BY_SECRET, KeyedWire
+from wire import NONCE, PATIENCE_S, Wire, hello, impostor, linked_caller, owner
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
+from llm_datadist.core.connection_names import Ends, named, renamed
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info
 from llm_datadist.testing.timing import eventually, takes_at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
@@ -101,6 +106,14 @@ def test_a_restarted_cluster_gets_in(
     assert pulled(node, 2) == MINE
 
 
+def links_in_the_end(process: NodeProcess, port: int, status: LLMStatusCode) -> LLMStatusCode:
+    """What becomes of calls to a cluster that refuses them for a while."""
+    deadline = time.monotonic() + 20
+    while status == LINK_FAILED and time.monotonic() < deadline:
+        status = process.call(Node.link, port, 1)
+    return status
+
+
 def test_one_that_stands_still_is_taken_over_with_a_warning(
     node: Node,
     victim: NodeProcess,
@@ -108,16 +121,60 @@ def test_one_that_stands_still_is_taken_over_with_a_warning(
     settings: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Of its own host the kernel tells; of another it may be busy, so its silence has to last."""
     port = serve(node, 1, 0, **settings)
     assert call(victim, port, 2, OTHERS, **settings) == SUCCESS
     victim.pause()
-    with takes_at_most(5):
-        assert call(other, port, 2, MINE, **settings) == SUCCESS
+    is_told = settings["transfer_path"] == "cma"
+    with takes_at_most(5 if is_told else 20):
+        status = call(other, port, 2, MINE, **settings)
+        assert status == (SUCCESS if is_told else LINK_FAILED)
+        assert links_in_the_end(other, port, status) == SUCCESS
     assert "a newcomer takes over the cluster id 2" in caplog.text
     assert pulled(node, 2) == MINE
     victim.resume()
     assert eventually(lambda: victim.call(ids_of) == [])
     assert ids_of(node) == [2]
+
+
+def hold_the_interpreter(_: Node, seconds: float) -> None:
+    """As one long call of an extension does: no other thread of the process runs."""
+    libc = ctypes.PyDLL(None)
+    libc.usleep(int(seconds * 1e6))
+
+
+def test_one_that_is_busy_for_seconds_keeps_its_id(
+    node: Node,
+    victim: NodeProcess,
+    other: NodeProcess,
+    settings: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    port = serve(node, 1, 0, **settings)
+    assert call(victim, port, 2, MINE, **settings) == SUCCESS
+    other.call(serve, 2, OTHERS, **settings)
+    victim.begin(hold_the_interpreter, 3.0)
+    assert other.call(Node.link, port, 1) == LINK_FAILED
+    assert other.call(Node.link, port, 1) == LINK_FAILED
+    victim.result()
+    assert other.call(Node.link, port, 1) == LINK_FAILED
+    assert "busy: it has not answered for" in caplog.text
+    assert "takes over" not in caplog.text
+    assert pulled(node, 2) == MINE
+    assert victim.call(pulled, 1) == 0
+
+
+def test_who_says_no_nonce_gets_in_where_the_other_one_is_gone(
+    node: Node, victim: NodeProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = serve(node, 1, 0)
+    assert call(victim, port, 2, OTHERS) == SUCCESS
+    victim.pause()
+    with Wire.dial(port) as newcomer:
+        newcomer.send(hello(cluster_id=2, nonce=b""))
+        newcomer.expect(m.Welcome)
+    assert "a newcomer takes over the cluster id 2" in caplog.text
+    victim.resume()
 
 
 def test_who_repeats_what_a_linked_cluster_said_is_not_that_cluster(
@@ -208,46 +265,97 @@ def test_who_is_called_cannot_call_others_in_the_callers_name(
     assert pulled(node, 2) == MINE
 
 
-def test_addresses_alone_do_not_name_a_connection(node: Node) -> None:
-    """Others can have the same behind a tunnel that keeps them; the nonce only its ends know."""
+def begun(wire: Wire, port: int, said: m.Hello | m.Forget) -> bytes:
+    """The name of a connection on which that was said first."""
+    own = wire.socket.getsockname()[1]
+    return named(Ends(f"127.0.0.1:{own}", f"127.0.0.1:{port}"), said, b"")
+
+
+def test_a_connection_is_named_by_what_both_ends_are_and_said_and_by_nothing_less(
+    node: Node,
+) -> None:
+    """Others can have the same addresses behind a tunnel, and on loopback of another host."""
     port = serve(node, 1, 0, transfer_path="tcp")
     with linked_caller(port) as linked:
-        own, nonce = linked.control.socket.getsockname()[1], NONCE.hex()
-        ends = f"127.0.0.1:{port} 127.0.0.1:{own}"
-        for name, is_theirs in {
-            f"{ends} {nonce}": True,
-            f"{ends} {nonce[::-1]}": False,
-            f"{ends} ": False,
-            ends: False,
-            "": False,
+        name, welcome = begun(linked.control, port, hello()), linked.welcome
+        backwards = begun(linked.control, port, hello(nonce=NONCE[::-1]))
+        as_called = named(
+            Ends(f"127.0.0.1:{port}", f"127.0.0.1:{linked.control.socket.getsockname()[1]}"),
+            hello(), b"",
+        )  # fmt: skip
+        for asked, is_theirs in {
+            renamed(name, welcome.instance, welcome.token): True,
+            renamed(name, welcome.instance, NONCE): False,
+            renamed(name, NONCE, welcome.token): False,
+            renamed(backwards, welcome.instance, welcome.token): False,
+            renamed(as_called, welcome.instance, welcome.token): False,
+            name: False,
+            bytes(32): False,
         }.items():
-            linked.control.send(m.Vouch(name))
-            assert linked.control.expect(m.Vouched) == m.Vouched(name, is_theirs)
+            linked.control.send(m.Vouch(asked))
+            assert linked.control.expect(m.Vouched) == m.Vouched(asked, is_theirs)
+
+
+@pytest.mark.parametrize("nbytes", [0, 31, 33, 300])
+def test_a_name_is_of_one_length(node: Node, nbytes: int) -> None:
+    port = serve(node, 1, 0, transfer_path="tcp")
+    with linked_caller(port) as linked:
+        linked.control.send(m.Vouch(bytes(nbytes)))
+        assert linked.control.is_ended()
 
 
 @pytest.mark.parametrize(
     "word", [hello(nonce=OTHER_NONCE), m.Forget(hello().instance, OTHER_NONCE)]
 )
-def test_who_is_on_a_live_link_is_asked_about_ends_and_nonce(node: Node, word: m.Message) -> None:
+def test_who_is_on_a_live_link_is_asked_by_the_name_of_the_newcomers_connection(
+    node: Node, word: m.Hello | m.Forget
+) -> None:
     port = serve(node, 1, 0, transfer_path="tcp")
     with linked_caller(port) as linked, Wire.dial(port) as newcomer:
         newcomer.send(word)
-        theirs = newcomer.socket.getsockname()[1]
-        name = f"127.0.0.1:{theirs} 127.0.0.1:{port} {OTHER_NONCE.hex()}"
+        name = begun(newcomer, port, word)
         assert linked.control.expect(m.Vouch) == m.Vouch(name)
         linked.control.send(m.Vouched(name, False))
         assert isinstance(newcomer.receive(), (m.Refused, m.ByeDone))
 
 
 @pytest.mark.parametrize("word", [hello(nonce=b""), m.Forget(hello().instance)])
-def test_for_who_says_no_nonce_nobody_vouches(node: Node, word: m.Message) -> None:
-    """Nobody is even asked."""
+def test_who_says_no_nonce_has_a_name_that_nobody_answers_to(
+    node: Node, word: m.Hello | m.Forget
+) -> None:
+    """The peer is asked all the same: it may be gone."""
     port = serve(node, 1, 0, transfer_path="tcp")
     with linked_caller(port) as linked, Wire.dial(port) as newcomer:
         newcomer.send(word)
+        asked = linked.control.expect(m.Vouch)
+        assert asked != m.Vouch(begun(newcomer, port, word))
+        linked.control.send(m.Vouched(asked.connection, False))
         assert isinstance(newcomer.receive(), (m.Refused, m.ByeDone))
-        linked.control.send(m.Vouch(""))
-        assert linked.control.receive() == m.Vouched("", False)
+
+
+def test_under_a_secret_a_name_is_of_one_session(node: Node) -> None:
+    """A member between two others has a session with each, and so a connection of another name."""
+    port = serve(node, 1, 0, transfer_path="tcp", link_security=BY_SECRET)
+    with linked_caller(port, dial=KeyedWire.dial) as linked:
+        control, welcome = linked.control, linked.welcome
+        assert isinstance(control, KeyedWire)
+        ends = Ends(f"127.0.0.1:{control.socket.getsockname()[1]}", f"127.0.0.1:{port}")
+        for key, is_theirs in ((control.proof(control), True), (bytes(32), False), (b"", False)):
+            name = renamed(named(ends, hello(), key), welcome.instance, welcome.token)
+            control.send(m.Vouch(name))
+            assert control.expect(m.Vouched) == m.Vouched(name, is_theirs)
+
+
+def test_a_peer_that_vouches_for_a_caller_of_another_host_is_linked_anew_with_a_warning(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = serve(node, 1, 0, transfer_path="tcp")
+    with linked_caller(port) as linked, Wire.dial(port, "127.0.0.2") as newcomer:
+        newcomer.send(hello())
+        asked = linked.control.expect(m.Vouch)
+        linked.control.send(m.Vouched(asked.connection, True))
+        newcomer.expect(m.Welcome)
+        assert "linked anew from 127.0.0.2, and was at 127.0.0.1" in caplog.text
 
 
 def test_a_newcomer_in_a_hurry_does_not_hurry_the_one_that_is_asked(
@@ -335,7 +443,7 @@ def test_a_peer_that_asks_without_end_and_reads_nothing_is_unlinked_in_time(node
     port = serve(node, 1, 0, transfer_path="tcp", enable_remote_cache_accessible=True)
     with linked_caller(port, is_remote_accessible=True) as greedy:
         greedy.control.socket.settimeout(0.2)
-        frame = m.encode(m.Vouch("1.2.3.4:5 6.7.8.9:10")) * 1000
+        frame = m.encode(m.Vouch(bytes(32))) * 1000
         with suppress(OSError):  # it is not read any more, or has been cut
             for _ in range(200):
                 greedy.control.socket.sendall(frame)
@@ -493,6 +601,21 @@ class Ca:
         files = {"ca": "ca.pem", "certificate": f"{name}.pem", "key": f"{name}.key"}
         return json.dumps({kind: str(self._folder / file) for kind, file in files.items()})
 
+    def dialer(self, option: str) -> Callable[[int], Wire]:
+        """Calls as that member."""
+        files = json.loads(option)
+        context = ssl.create_default_context(cafile=files["ca"])
+        context.check_hostname = False
+        context.load_cert_chain(files["certificate"], files["key"])
+
+        def dial(port: int) -> Wire:
+            sock = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
+            wire = Wire(context.wrap_socket(sock))
+            wire.receive_bytes(1)  # the listener's word that we may link
+            return wire
+
+        return dial
+
     def _request(self, name: str) -> list[str]:
         key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
         return ["req", *key, "-keyout", f"{name}.key"]
@@ -558,3 +681,22 @@ def test_a_member_of_another_certificate_does_not_have_the_id_by_anybodys_word(
     assert "the cluster id 2 belongs to another certificate while its link lives" in caplog.text
     ca.option("two", 2)
     assert victim.call(Node.link, port, None) == SUCCESS
+
+
+def test_a_member_of_another_certificate_has_nobody_asked_to_forget_a_link(
+    node: Node, tmp_path: Path
+) -> None:
+    """Whatever it would say of it."""
+    ca = Ca(tmp_path)
+    port = serve(node, 1, 0, transfer_path="tcp", link_security=ca.option("one"))
+    two, thief = (ca.dialer(ca.option(*who)) for who in (("two", 2), ("thief", 77)))
+    with linked_caller(port, cluster_id=2, dial=two) as linked:
+        for dial, is_asked in ((thief, False), (two, True)):
+            with dial(port) as caller:
+                forget = m.Forget(linked.hello.instance, OTHER_NONCE)
+                caller.send(forget)
+                if is_asked:
+                    name = begun(caller, port, forget)
+                    assert linked.control.expect(m.Vouch) == m.Vouch(name)
+                else:
+                    caller.expect(m.ByeDone)

@@ -168,6 +168,23 @@ def test_a_file_named_like_a_linked_callers_socket_makes_nobody_that_caller(
     assert caller.process.call(linked_ids) == [VICTIM]
 
 
+@pytest.mark.parametrize("name", [b"\0", b"\0" + b"x" * 107], ids=["short", "long"])
+def test_a_stranger_whose_end_has_a_name_of_its_choice_cuts_no_link(
+    clusters: dict[int, Cluster], victim: Cluster, name: bytes
+) -> None:
+    """As long as the kernel allows: what a live peer is asked about it must be bounded."""
+    caller = clusters[NEIGHBOUR]
+    assert caller.process.call(Node.link, victim.port) == LLMStatusCode.LLM_SUCCESS
+    with meet(victim.offer, name) as stranger:
+        stranger.send(greeting(b"", Memory().probe, cluster_id=NEIGHBOUR))
+        assert stranger.expect(m.Refused).status == LLMStatusCode.LLM_LINK_FAILED
+    with meet(victim.offer, name) as stranger:
+        stranger.send(m.Forget(caller.welcome.instance, NONCE))
+        stranger.expect(m.ByeDone)
+    assert victim.process.call(linked_ids) == [NEIGHBOUR]
+    assert caller.process.call(linked_ids) == [VICTIM]
+
+
 def test_a_link_over_tcp_gets_no_streams_from_the_same_host_socket(victim: Cluster) -> None:
     with Wire.dial(victim.port) as control, meet(victim.offer) as stream:
         control.send(hello(is_remote_accessible=True))

@@ -10,16 +10,18 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import pytest
 from keyed_wire import BY_SECRET, KeyedWire
 from same_host_wire import SHAPE, Memory, linked_ids, start, welcome_of
 from wire import NONCE, PATIENCE_S, PROBE, Wire, impostor
 
+from isolation import become, needs_root
 from llm_datadist import BlocksCacheKey, LLMException, LLMStatusCode
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
-from llm_datadist.transport.same_host import SameHost
+from llm_datadist.transport.same_host import SameHost, SameHostOffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -126,6 +128,73 @@ def test_who_names_a_socket_that_is_not_its_own_is_linked_over_tcp(
     assert proposed(heard) == ["tcp"]
 
 
+def refusing(status: LLMStatusCode) -> Callable[[Wire, m.Welcome], None]:
+    def serve(wire: Wire, _: m.Welcome) -> None:
+        wire.expect(m.Hello)
+        wire.send(m.Refused(status, "made up"))
+
+    return serve
+
+
+def welcoming(wire: Wire, said: m.Welcome) -> None:
+    wire.expect(m.Hello)
+    wire.send(said)
+
+
+@pytest.mark.parametrize(
+    ("serve", "says"),
+    [
+        (lambda *_: None, "did not answer in the peer's name"),
+        (refusing(LLMStatusCode.LLM_ALREADY_LINK), "made up"),
+        (refusing(LLMStatusCode.LLM_TIMEOUT), "made up"),
+        (refusing(LLMStatusCode.LLM_PARAM_INVALID), "made up"),
+        (welcoming, "cluster 9 answers there, and not the process that was called"),
+    ],
+    ids=["silent", "linked-already", "timeout", "invalid", "another-instance"],
+)
+def test_who_took_the_name_does_not_say_what_becomes_of_the_call(
+    caller: NodeProcess, serve: Callable[[Wire, m.Welcome], None], says: str
+) -> None:
+    """Each cluster tells its name to whoever asks, and on another host anybody can take it."""
+    at = SameHost.new()
+    with impostor(saying(welcome(at.offer()), [])) as port, at.listen() as listening:
+        listening.settimeout(PATIENCE_S)
+        caller.begin(Node.link, port, HOSTILE, 2000)
+        with Wire(listening.accept()[0]) as squatter:
+            serve(squatter, welcome(b"", b"not the instance"))
+            assert caller.result() == SUCCESS
+        [(_, path, reason)] = caller.call(paths)
+        assert path == "tcp"
+        assert says in reason
+        caller.call(Node.unlink, port, HOSTILE, force=True)
+
+
+def test_a_socket_of_another_host_is_not_looked_for(caller: NodeProcess) -> None:
+    at = SameHost.new()
+    offer = msgspec.msgpack.encode(SameHostOffer("another host", at.id))
+    with impostor(saying(welcome(offer), [])) as port, at.listen() as listening:
+        assert caller.call(Node.link, port, HOSTILE) == SUCCESS
+        assert caller.call(paths) == [(HOSTILE, "tcp", "cma: the peer is on another host")]
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        caller.call(Node.unlink, port, HOSTILE, force=True)
+
+
+@needs_root
+def test_a_process_of_another_user_at_the_name_is_told_nothing(
+    caller: NodeProcess, mortal: NodeProcess
+) -> None:
+    at = SameHost.new()
+    mortal.call(squat_as, 65534, at.offer())
+    with impostor(saying(welcome(at.offer()), [])) as port:
+        assert caller.call(Node.link, port, HOSTILE) == SUCCESS
+        [(_, path, reason)] = caller.call(paths)
+        assert path == "tcp"
+        assert "run both processes as the same user (here 0, the peer 65534)" in reason
+        assert mortal.call(overheard, 1) == [b""]
+        caller.call(Node.unlink, port, HOSTILE, force=True)
+
+
 def test_who_says_that_it_is_the_neighbour_is_not_part_of_the_link(
     caller: NodeProcess, neighbour: m.Welcome, processes: list[NodeProcess]
 ) -> None:
@@ -167,6 +236,11 @@ def squat(node: Node, offer: bytes) -> None:
     sock = SameHost.offered(offer)[0].listen()
     sock.settimeout(PATIENCE_S)
     node.squatted = sock  # type: ignore[attr-defined]  # for the call that comes
+
+
+def squat_as(node: Node, uid: int, offer: bytes) -> None:
+    become(node, uid)
+    squat(node, offer)
 
 
 def overheard(node: Node, count: int) -> list[bytes]:

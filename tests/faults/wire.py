@@ -6,8 +6,10 @@ import socket
 import struct
 import threading
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+import msgspec
 import numpy as np
 
 from llm_datadist.core import messages as m
@@ -37,8 +39,8 @@ class Wire:
         self.socket = sock
 
     @classmethod
-    def dial(cls, port: int) -> Wire:
-        return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
+    def dial(cls, port: int, own_host: str = "127.0.0.1") -> Wire:
+        return cls(socket.create_connection(("127.0.0.1", port), PATIENCE_S, (own_host, 0)))
 
     @classmethod
     def begin_to_dial(cls, port: int) -> Wire:
@@ -55,7 +57,8 @@ class Wire:
         self.socket.close()
 
     def send(self, message: m.Message) -> None:
-        self.socket.sendall(m.encode(message))
+        """Whatever is in it: a peer need not keep to the bounds of fields."""
+        self.socket.sendall(frame_of(message))
 
     def send_bytes(self, data: bytes) -> None:
         self.socket.sendall(data)
@@ -100,12 +103,22 @@ class Wire:
         self.socket.close()
         raise EOFError("this end closed the connection")
 
+    def proof(self, control: Wire) -> bytes:
+        """What shows on this connection that its caller is the end of that link."""
+        return b""
+
     def serve_probe(self) -> None:
         """Answers the read that verifies the path."""
         read = self.expect(m.Read)
         assert (read.cache_id, read.generation) == (0, PROBE.generation)
         self.send(m.Sending(PROBE_NBYTES))
         self.send_bytes(NONCE.ljust(PROBE_NBYTES) + TRAILER.pack(PROBE.generation, 0))
+
+
+def frame_of(message: m.Message) -> bytes:
+    """A frame that need not be decodable, which ours always are."""
+    body = msgspec.msgpack.encode(message)
+    return m.HEADER.pack(m.MAGIC, len(body)) + body
 
 
 def hello(
@@ -136,37 +149,53 @@ class LinkedCaller:
     """A caller made by hand that an engine has linked to, over tcp. See `linked_caller`."""
 
     def __init__(
-        self, port: int, stack: ExitStack, *, is_remote_accessible: bool, unmet: str = ""
+        self,
+        dial: Callable[[], Wire],
+        stack: ExitStack,
+        *,
+        is_remote_accessible: bool,
+        unmet: str,
+        cluster_id: int,
     ) -> None:
-        self._port = port
+        self._dial = dial
         self._stack = stack
-        self.control = self._dial()
-        self.control.send(hello(is_remote_accessible=is_remote_accessible))
+        self.control = stack.enter_context(dial())
+        self.hello = hello(is_remote_accessible=is_remote_accessible, cluster_id=cluster_id)
+        self.control.send(self.hello)
         self.welcome = self.control.expect(m.Welcome)
         self.control.send(m.Ready("tcp", unmet))
         self.control.expect(m.DialBack)
-        reverse = self.attach(is_reverse=True)
-        reverse.serve_probe()
+        #: on which the engine asks
+        self.reverse = self.attach(is_reverse=True)
+        self.reverse.serve_probe()
         self.control.expect(m.Linked)
 
     def attach(self, *, is_reverse: bool = False) -> Wire:
         """A stream that has joined the link; unless `is_reverse`, the engine answers on it."""
-        wire = self._dial()
-        wire.send(m.Attach(self.welcome.token, is_reverse))
+        wire = self._stack.enter_context(self._dial())
+        wire.send(m.Attach(self.welcome.token, is_reverse, wire.proof(self.control)))
         wire.expect(m.Attached)
         return wire
-
-    def _dial(self) -> Wire:
-        return self._stack.enter_context(Wire.dial(self._port))
 
 
 @contextmanager
 def linked_caller(
-    port: int, *, is_remote_accessible: bool = False, unmet: str = ""
+    port: int,
+    *,
+    is_remote_accessible: bool = False,
+    unmet: str = "",
+    cluster_id: int = 4242,
+    dial: Callable[[int], Wire] = Wire.dial,
 ) -> Iterator[LinkedCaller]:
     """Links by hand; closes all that was opened."""
     with ExitStack() as stack:
-        yield LinkedCaller(port, stack, is_remote_accessible=is_remote_accessible, unmet=unmet)
+        yield LinkedCaller(
+            partial(dial, port),
+            stack,
+            is_remote_accessible=is_remote_accessible,
+            unmet=unmet,
+            cluster_id=cluster_id,
+        )
 
 
 @contextmanager

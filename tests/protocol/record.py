@@ -73,7 +73,7 @@ def difference(old: Recorded, decode: Callable[[bytes], m.Message] = m.decode) -
     now = {"message": type(message).__name__, **_plain(message)}
     if not _holds(now, {"message": old.message, **old.says}):
         return f"{old.message} is understood as {now}, it said {old.says}"
-    frame = m.encode(message)
+    frame = _frame_of(message)
     if frame.hex() != old.frame and not (old.message in MAY_GROW and _grew(frame, old)):
         return f"{old.message} is written as {frame.hex()}, it was {old.frame}"
     return None
@@ -82,6 +82,12 @@ def difference(old: Recorded, decode: Callable[[bytes], m.Message] = m.decode) -
 def what_to_do(version: int) -> str:
     """About a difference, for who made it."""
     return _HINT.format(version=version)
+
+
+def _frame_of(message: m.Message) -> bytes:
+    """As `encode` makes it, also of a type that is not of this protocol."""
+    body = msgspec.msgpack.encode(message)
+    return m.HEADER.pack(m.MAGIC, len(body)) + body
 
 
 def _grew(frame: bytes, old: Recorded) -> bool:

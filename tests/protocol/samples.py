@@ -75,6 +75,7 @@ def samples() -> Iterator[m.Message]:
     hello = m.Hello(m.PROTOCOL_VERSION, 1, _INSTANCE, True, False, 1000, _OFFERS, _PROBE)
     yield hello
     yield msgspec.structs.replace(hello, group="ranks", nonce=_NONCE)
+    yield msgspec.structs.replace(hello, device_index=2, num_devices=4, bundle=_TOKEN)
     yield m.Welcome(m.PROTOCOL_VERSION, 2, _INSTANCE, _TOKEN, _OFFERS, _PROBE)
     yield m.Ready("cma")
     yield m.Unusable("cma", "Operation not permitted", True)
@@ -87,8 +88,8 @@ def samples() -> Iterator[m.Message]:
     yield m.Attach(_TOKEN, True)
     yield m.Attached()
     yield m.Moved()
-    yield m.Vouch("1.2.3.4:5 6.7.8.9:10")
-    yield m.Vouched("1.2.3.4:5 6.7.8.9:10", True)
+    yield m.Vouch(bytes(range(32)))
+    yield m.Vouched(bytes(range(32)), True)
     yield m.Resolve(7, 0, 0, False)
     yield m.Resolve(None, 5, 1, True)
     yield m.Resolved(_INFO, 2)
@@ -111,3 +112,4 @@ def samples() -> Iterator[m.Message]:
     yield m.Stats(_STATS)
     yield m.ListExports("nixl")
     yield m.Exports(b"\x04\x05")
+    yield m.Notify("done", "block 7 is there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -34,16 +35,44 @@ def test_a_table_of_thousands_of_caches_fits_a_frame() -> None:
 
 @pytest.mark.parametrize("at", [float("nan"), float("inf"), -1.0])
 def test_a_moment_that_cannot_be_is_a_protocol_error(at: float) -> None:
-    frame = m.encode(m.Fetch(1, 1, 1, 1, 8, 1, at, bytes(24)))
+    body = msgspec.msgpack.encode(m.Fetch(1, 1, 1, 1, 8, 1, at, bytes(24)))
     with pytest.raises(m.ProtocolError, match="float"):
-        m.decode(frame[m.HEADER.size :])
+        m.decode(body)
 
 
 @pytest.mark.parametrize("timeout_ms", [2**41 + 1, 2**64 - 1, -1])
 def test_a_timeout_that_no_program_can_set_is_a_protocol_error(timeout_ms: int) -> None:
-    frame = m.encode(m.Read(1, 1, timeout_ms, b""))
+    body = msgspec.msgpack.encode(m.Read(1, 1, timeout_ms, b""))
     with pytest.raises(m.ProtocolError, match="int"):
-        m.decode(frame[m.HEADER.size :])
+        m.decode(body)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Vouch(bytes(300)),
+        m.Vouched(b"", True),
+        m.Ready("x" * 4097),
+        m.Refused(-1, "no"),
+        m.DialBack(0),
+        m.Attach(b"short", False),
+        m.Hello(1, 2, bytes(16), True, True, 1, {}, m.ProbeTarget(-1, bytes(16), 0, 0)),
+        m.Refused(1, "half a pair: \ud800"),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_what_no_peer_could_decode_is_not_encoded(message: m.Message) -> None:
+    """Whoever has us say it would have the peer end its link."""
+    with pytest.raises(ValueError):  # noqa: PT011  (also that of a character which is none)
+        m.encode(message)
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["x" * 4097], list(range(4097)), ["x" * 4000] * 300, [2**64], ["\ud800"]]
+)
+def test_layers_that_no_peer_could_decode_are_not_packed(names: list[int | str]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  (as above)
+        m.pack_layers(names)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 64])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.core.messages import MAX_KEYS
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.types import Placement
+from llm_datadist.kv_layout import KVLayout
+from llm_datadist.types import CacheDesc, DataType, Placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -235,3 +239,24 @@ def test_the_oldest_held_is_the_first_allocated_that_a_key_still_holds(registry:
 def test_a_key_of_an_allocated_blocks_cache_holds_nothing(registry: Registry) -> None:
     registry.allocate(make_layout(CacheKind.BLOCKS), Placement.DEVICE, (BLOCKS_KEY,))
     assert (registry.oldest_held(), registry.num_keys) == (None, 1)
+
+
+def test_more_keys_than_peers_could_be_told_are_refused(registry: Registry) -> None:
+    """A peer could decode no table with such a cache, and so none of this registry's caches."""
+    keys = [KeyName(number, 0) for number in range(MAX_KEYS + 1)]
+    for file_it in (partial(register, registry, *keys), partial(allocate, registry, keys)):
+        with pytest.raises(LLMException, match="a cache can have 65536 keys, got 65537") as caught:
+            file_it()
+        assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
+    assert register(registry).cache_id == 1
+
+
+def test_layers_that_peers_could_not_be_told_are_refused(registry: Registry) -> None:
+    of = KVLayout.of(CacheDesc(2, (3, 4, 2), DataType.DT_FLOAT16), "BND", layers=["a", "b"])
+    layout = replace(of, layers=("a", "x" * 5000))
+    with pytest.raises(LLMException, match="peers cannot be told which layers") as caught:
+        registry.register(
+            make_layout(), Placement.DEVICE, (), is_remote_accessible=True, kv_layout=layout
+        )
+    assert caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
+    assert register(registry).cache_id == 1

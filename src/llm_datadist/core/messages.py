@@ -8,7 +8,7 @@ are within the bounds of their fields, and words that will be shown to people ar
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import msgspec
 import numpy as np
@@ -52,6 +52,8 @@ KEY_NBYTES = 32
 #: layers of one cache that peers are told
 MAX_LAYERS = 4096
 _MAX_LAYERS_NBYTES = 1024 * 1024
+#: characters of either text of a notice
+MAX_NOTICE = 1024
 
 UInt: TypeAlias = Annotated[int, Meta(ge=0)]
 #: as many as the longest timeout has that a program can set, 2**31 seconds
@@ -59,11 +61,13 @@ Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 #: of a monotonic clock, in seconds
 Moment: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
+#: what one program tells another by Notify, which is shown to nobody
+Notice: TypeAlias = Annotated[str, Meta(max_length=MAX_NOTICE)]
 Token: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
 #: as Token, or empty
 Nonce: TypeAlias = Annotated[bytes, Meta(max_length=16)]
-#: its ends' addresses, that of the one who is asked first, and its nonce
-Connection: TypeAlias = Annotated[str, Meta(max_length=256)]
+#: a digest, see core/connection_names.py
+Connection: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
 class ProtocolError(Exception):
@@ -99,6 +103,11 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     group: Text = ""
     #: of this connection alone: part of its name, see Vouch; without one nobody vouches for it
     nonce: Nonce = b""
+    #: which of the caller's devices this is, counted from 0, and of how many
+    device_index: UInt = 0
+    num_devices: UInt = 1
+    #: names the links of several devices that are made together, and end together
+    bundle: Nonce = b""
 
 
 class Welcome(Message, tag=2, forbid_unknown_fields=False):
@@ -187,7 +196,7 @@ class Moved(Message, tag=13):
 class Vouch(Message, tag=14):
     """On a link: is this connection, of which somebody says that it is yours, one of yours now?
 
-    It is named as you see it, by its ends, and by the nonce that its caller said on it.
+    It is named by what its ends are and have said on it: see core/connection_names.py.
     """
 
     connection: Connection
@@ -346,6 +355,13 @@ class Exports(Message, tag=35):
     exports: bytes
 
 
+class Notify(Message, tag=36):
+    """A notice for the receiver's program, which asks for it when it likes. Answered with Done."""
+
+    name: Notice
+    text: Notice
+
+
 class Done(Message, tag=29):
     """What was asked for has been done."""
 
@@ -389,6 +405,7 @@ AnyMessage: TypeAlias = (
     | Exports
     | AskStats
     | Stats
+    | Notify
 )
 
 #: what has words in it that are shown; names that are only compared are left as they are
@@ -406,11 +423,27 @@ def as_text(reason: str) -> str:
     return printable(reason)
 
 
+#: nothing of these comes from others, or is without a bound where it comes from
+_BOUNDED: Final = (Caches, Done, Fetch, Read, Resolve, Sending)
+
+
 def encode(message: Message) -> bytes:
-    """A whole frame."""
+    """A whole frame, which any peer can decode.
+
+    Raises ValueError for a message that none could: the peer would end its link, by the doing of
+    whoever had us say it. Tables, and what each transfer says, are not read again: what they hold
+    is bounded where it is registered and called, and no words of others are in it.
+    """
     body = _encoder.encode(message)
     if len(body) > MAX_BODY_NBYTES:
         raise ValueError(f"a {type(message).__name__} of {len(body)} bytes is over the frame cap")
+    if not isinstance(message, _BOUNDED):
+        try:
+            _decoder.decode(body)
+        except msgspec.DecodeError as error:
+            raise ValueError(
+                f"a {type(message).__name__} that no peer could decode: {error}"
+            ) from error
     return HEADER.pack(MAGIC, len(body)) + body
 
 
@@ -453,8 +486,15 @@ def pack_columns(*columns: U64) -> bytes:
 
 
 def pack_layers(names: Sequence[int | str]) -> bytes:
-    """The names of layers, in order."""
-    return _encoder.encode(tuple(names))
+    """The names of layers, in order. Raises ValueError for what `layers_of` does not take."""
+    try:
+        packed = _encoder.encode(tuple(names))
+        layers_of(packed)
+    except (OverflowError, ProtocolError) as error:
+        raise ValueError(str(error)) from error
+    if len(packed) > _MAX_LAYERS_NBYTES:
+        raise ValueError(f"{len(packed)} bytes of names, {_MAX_LAYERS_NBYTES} are possible")
+    return packed
 
 
 def layers_of(data: bytes) -> list[int | str]:

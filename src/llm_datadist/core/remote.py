@@ -17,6 +17,7 @@ from llm_datadist.core.messages import (
     layers_of,
     pack_layers,
 )
+from llm_datadist.core.ranges import Ranges
 from llm_datadist.core.registry import Entry, KeyName
 from llm_datadist.core.remote_keys import RemoteKeys, has_request_at, pack_keys
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
@@ -171,9 +172,22 @@ class RemoteTable:
         self._keys = RemoteKeys([cache.keys for cache in self._keyed])
         #: those that were found before
         self._found: dict[KeyName, tuple[RemoteCache, int]] = {}
+        self._ranges: Ranges | None = None
 
     def find(self, cache_id: int) -> RemoteCache | None:
         return self._by_id.get(cache_id)
+
+    @property
+    def ranges(self) -> Ranges:
+        """All of the memory in it, by the ids of the caches."""
+        if self._ranges is None:
+            self._ranges = Ranges(
+                (addr, cache.layout.geometry.tensor_nbytes, cache.guard.cache_id)
+                for cache in self._by_id.values()
+                if cache.layout.geometry.tensor_nbytes
+                for addr in cache.layout.addrs.tolist()
+            )
+        return self._ranges
 
     def find_key(self, key: KeyName) -> tuple[RemoteCache, int] | None:
         """The cache and the row to which it leads."""

@@ -40,7 +40,8 @@ class Context:
     sync_timeout_s: float
     #: with a transfer backend each end links and unlinks for itself (spec 5.6)
     is_one_way: bool
-    #: control connections of ours, as `Control.mine` names them
-    connections: set[str]
+    #: the names (`Control.name`) of control connections that we called, and that we answered
+    called: set[bytes]
+    answered: set[bytes]
     #: None when metrics are off
     recorder: Recorder | None

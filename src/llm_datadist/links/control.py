@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import secrets
 import socket
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.connection_names import NAME_NBYTES, Ends, named, renamed
 from llm_datadist.core.frames import FrameReader
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.running import forks
@@ -47,10 +49,16 @@ class Unwelcome(ConnectionEnded):
     """One end did not prove that it may link."""
 
 
+class AnotherUser(ConnectionEnded):
+    """At a same-host socket a process of another user listens."""
+
+
 class Control:
     """One connection. Belongs to the loop's thread."""
 
-    def __init__(self, sock: socket.socket, at: Address, shield: Shield) -> None:
+    def __init__(
+        self, sock: socket.socket, at: Address, shield: Shield, *, is_caller: bool = True
+    ) -> None:
         """Raises OSError when it has ended meanwhile."""
         sock.setblocking(False)
         #: the peer, where the kernel says who that is
@@ -63,10 +71,11 @@ class Control:
         self.socket = sock
         #: the peer's; the socket no longer knows it when the peer has reset the connection
         self.at = at
-        self._ends = _ends_of(sock)
-        #: names the connection among all, as this end sees it, and as the other does; empty when it
-        #: cannot be told apart, and as long as its nonce is not known
-        self.mine = self.theirs = ""
+        self._ends = _ends_of(sock, is_caller=is_caller)
+        #: names the connection among all (core/connection_names.py); as long as it cannot be told
+        #: apart that is a name which nobody answers to
+        self.name = secrets.token_bytes(NAME_NBYTES)
+        self._is_named = False
         self.shield = shield
         #: what the system has not taken yet, in order
         self._unsent = bytearray()
@@ -80,15 +89,16 @@ class Control:
         """It is one to a same-host socket, and so for links of that path alone."""
         return isinstance(self.at, SameHost) and not self.at.is_meeting_point
 
-    def name_by(self, nonce: bytes) -> None:
-        """The caller's first message has that nonce; without one it is not told apart.
+    def begun(self, first: m.Hello | m.Forget) -> None:
+        """The caller said this first; without a nonce the connection is not told apart."""
+        if first.nonce and self._ends is not None:
+            key = self.shield.proof(self.shield)  # both ends can make it, and nobody else
+            self.name, self._is_named = named(self._ends, first, key), True
 
-        Where ends see the same addresses, through a tunnel, others can have those as well; who
-        passes the nonce on has other addresses.
-        """
-        if nonce and self._ends is not None:
-            own, peer = self._ends
-            self.mine, self.theirs = f"{own} {peer} {nonce.hex()}", f"{peer} {own} {nonce.hex()}"
+    def answered(self, instance: bytes, token: bytes) -> None:
+        """The listener did, by a Welcome."""
+        if self._is_named:
+            self.name = renamed(self.name, instance, token)
 
     def watch(self) -> None:
         """Has the connection end soon after the peer's host vanished while a message was under way.
@@ -203,7 +213,7 @@ class Control:
 async def dial(at: Address, waiters: Executor, shield: Shield, timeout_s: float) -> Control:
     """Connects and greets; a name is looked up in a thread of the waiters.
 
-    Raises OSError, Unwelcome, asyncio.TimeoutError.
+    Raises OSError, Unwelcome, AnotherUser, asyncio.TimeoutError.
     """
     return await asyncio.wait_for(_dial(at, waiters, shield, Deadline.after(timeout_s)), timeout_s)
 
@@ -236,19 +246,20 @@ async def _dial_endpoint(
     return await _connect(infos[-1], shield)
 
 
-def _ends_of(sock: socket.socket) -> tuple[str, str] | None:
-    """This end, and the peer's."""
+def _ends_of(sock: socket.socket, *, is_caller: bool) -> Ends | None:
     try:
-        own, peer = _name(sock.getsockname()), _name(sock.getpeername())
+        own, peer = _address(sock.getsockname()), _address(sock.getpeername())
     except OSError:  # the peer has reset it
         return None
-    return (own, peer) if own and peer else None
+    if not own or not peer:
+        return None
+    return Ends(own, peer) if is_caller else Ends(peer, own)
 
 
-def _name(sockaddr: tuple[Any, ...] | str | bytes) -> str:
-    """An end's address; empty for one that has none, or one that others can choose.
+def _address(sockaddr: tuple[Any, ...] | str | bytes) -> str:
+    """Of an end; empty for one that has none, or a file: that can be named as anybody likes.
 
-    The kernel names the same-host sockets of ours. A file can be named as anybody likes.
+    An abstract name is its end's alone, as an address is.
     """
     if isinstance(sockaddr, bytes):
         return sockaddr.hex()
@@ -267,7 +278,11 @@ async def _dial_same_host(at: SameHost, shield: Shield) -> Control:
         # nothing tells the loop that the listener's queue has room again
         while not at.try_to_connect(sock):  # noqa: ASYNC110
             await asyncio.sleep(_QUEUE_FULL_S)
-        return Control(sock, at, shield)
+        control = Control(sock, at, shield)
+        # before anything is said: the path is for one user alone, and others can take the name
+        if not at.is_meeting_point and (objection := Process.of(sock).objection):
+            raise AnotherUser(objection)
+        return control
     except BaseException:
         sock.close()
         raise

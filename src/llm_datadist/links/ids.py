@@ -3,14 +3,16 @@
 An id belongs to whoever has it on a live link. Who comes with it meanwhile says that it is the same
 cluster, and may be another: a second instance by mistake, a successor, a stranger. What it says of
 itself proves nothing, since all of it was said to others before. So the one on the live link is
-asked, on that link, whether the newcomer's connection is one of its own (`Vouch`), and the
-connection is named by the addresses of its ends, which nobody in between can have alike, and by a
-nonce that was said on it alone, which nobody else knows where others can have the addresses, too:
+asked, on that link, whether the newcomer's connection is one of its own (`Vouch`), by a name that
+only the ends of that connection have (core/connection_names.py):
 
 - it is: a cluster that lost its end, or that links in the other direction, too. It is let in.
 - it is not: the newcomer is refused.
-- nothing comes within a second: whoever had the id is gone, or stands still. The newcomer takes
-  over, a warning says so, and the old link is cut. So a restarted peer gets in.
+- it does not answer, and stands still or has not answered for long (links/vouching.py says when):
+  whoever had the id is gone. The newcomer takes over, a warning says so, and the old link is cut.
+- it has not answered yet: the newcomer is refused, and may come again.
+
+A link that has ended is no live one, so a process that was restarted gets in at once.
 
 That is asked when a link begins, to say no early, and once more when it is filed.
 
@@ -27,12 +29,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm_datadist.links.vouching import ANSWER_S
+from llm_datadist.endpoint import Endpoint
+from llm_datadist.links.vouching import SILENCE_S, Answer
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from llm_datadist.links.control import Control
     from llm_datadist.links.session import Session
     from llm_datadist.links.table import LinkTable
     from llm_datadist.transport.certificate import Certificate
@@ -60,10 +64,11 @@ class Ids:
             return Verdict(objection)
         for _ in range(_ROUNDS):
             live = _live(self._links.of(cluster_id), newcomer)
-            if not _belongs(newcomer, live):  # whatever they would say of it
+            if not _belongs(newcomer.certificate, live):  # whatever they would say of it
                 return Verdict(_of_another_certificate(cluster_id))
-            answers = await _ask(live, newcomer)
-            if same := [other for other in live if answers[other]]:
+            answers = await _ask(live, newcomer.control)
+            if same := [other for other in live if answers[other] is Answer.OURS]:
+                _warn_of_another_host(newcomer, same)
                 return Verdict("", _replaced(newcomer, same))
             if set(_live(self._links.of(cluster_id), newcomer)) <= answers.keys():
                 return _judge(newcomer, cluster_id, answers)
@@ -80,26 +85,23 @@ class Ids:
             if other.cluster_id == cluster_id or _is_at(other, newcomer)
         ]
         # by the program's word those who say that they are others need not be asked
-        is_meant = named == cluster_id and _belongs(newcomer, others)
+        is_meant = named == cluster_id and _belongs(newcomer.certificate, others)
         asked = [each for each in others if not is_meant or _is_like(each, newcomer)]
-        answers = {**dict.fromkeys(others), **await _ask(asked, newcomer)}
-        same = [other for other in others if answers[other]]
-        strange = {other: answer for other, answer in answers.items() if not answer}
-        for other, answer in strange.items():
-            if _is_at(other, newcomer) and answer is not None:
+        answers = await _ask(asked, newcomer.control)
+        same = [other for other in asked if answers[other] is Answer.OURS]
+        gone = [
+            other for other in asked if answers[other] is Answer.GONE and _is_like(other, newcomer)
+        ]
+        rest = [other for other in others if other not in same and other not in gone]
+        for other in rest:
+            if _is_at(other, newcomer):
                 return Verdict(
                     f"{newcomer.endpoint} leads to two clusters: {other.cluster_id}, which is "
-                    f"linked and alive, and {cluster_id}, which answered now; give each an address "
-                    "of its own"
+                    f"linked and {_state(other, answers[other])}, and {cluster_id}, which answered "
+                    "now; give each an address of its own"
                 )
-        gone = [
-            other
-            for other, answer in strange.items()
-            if answer is None and _is_like(other, newcomer)
-        ]
-        rest = {other: answer for other, answer in strange.items() if other not in gone}
         if not same and not is_meant:
-            verdict = _judge(newcomer, cluster_id, rest)
+            verdict = _judge(newcomer, cluster_id, {other: answers[other] for other in rest})
             return Verdict(verdict.objection, [*gone, *verdict.displaced])
         for other in rest if is_meant and not same else ():
             get_logger().warning(
@@ -108,33 +110,54 @@ class Ids:
             )  # fmt: skip
         return Verdict("", [*_replaced(newcomer, same), *gone])
 
+    async def forgotten_by(self, control: Control, instance: bytes) -> list[Session]:
+        """The links to that instance whose peer says that it has forgotten them on a connection.
 
-def _judge(newcomer: Session, cluster_id: int, answers: Mapping[Session, bool | None]) -> Verdict:
+        Nobody is asked in the name of a certificate that may not have their id.
+        """
+        certificate = control.shield.peer_certificate
+        named = [each for each in self._links.with_instance(instance) if not each.is_closed]
+        allowed = [each for each in named if _belongs(certificate, [each])]
+        answers = await _ask(allowed, control)
+        return [each for each in allowed if answers[each] is Answer.OURS]
+
+
+def _judge(newcomer: Session, cluster_id: int, answers: Mapping[Session, Answer]) -> Verdict:
     """On a newcomer that is none of those who have the id."""
     for other, answer in answers.items():
-        if answer is not None:
+        if answer is not Answer.GONE:
             return Verdict(
                 f"the cluster id {cluster_id} is in use: a peer {other.whereabouts} has it, and is "
-                "alive; give each cluster an id of its own"
+                f"{_state(other, answer)}; give each cluster an id of its own"
             )
     silent = [other for other in answers if not other.is_closed]
-    if not _belongs(newcomer, silent):
+    if not _belongs(newcomer.certificate, silent):
         return Verdict(_of_another_certificate(cluster_id))
     for other in silent:
         get_logger().warning(
             "a newcomer takes over the cluster id %d: the peer %s did not answer within %.1f s",
-            cluster_id, other.whereabouts, ANSWER_S,
+            cluster_id, other.whereabouts, other.silence_s,
         )  # fmt: skip
     return Verdict("", silent)
+
+
+def _state(other: Session, answer: Answer) -> str:
+    """How the peer of a live link is."""
+    if answer is Answer.OTHERS:
+        return "alive"
+    return (
+        f"busy: it has not answered for {other.silence_s:.1f} s (after {SILENCE_S:.0f} s it is "
+        "taken for gone, so a successor may call again)"
+    )
 
 
 def _live(sessions: Iterable[Session], newcomer: Session) -> list[Session]:
     return [each for each in sessions if not each.is_closed and each is not newcomer]
 
 
-async def _ask(live: Sequence[Session], newcomer: Session) -> dict[Session, bool | None]:
-    """What the peer of each link says of the newcomer: it is itself, it is not, or nothing."""
-    answers = await asyncio.gather(*(each.vouches_for(newcomer.control) for each in live))
+async def _ask(live: Sequence[Session], newcomer: Control) -> dict[Session, Answer]:
+    """What the peer of each link says of a newcomer's connection."""
+    answers = await asyncio.gather(*(each.vouches_for(newcomer) for each in live))
     return dict(zip(live, answers, strict=True))
 
 
@@ -145,6 +168,18 @@ def _replaced(newcomer: Session, same: Iterable[Session]) -> list[Session]:
         for other in same
         if other.is_caller == newcomer.is_caller and other.group == newcomer.group
     ]
+
+
+def _warn_of_another_host(newcomer: Session, same: Iterable[Session]) -> None:
+    """It may have several addresses; or somebody passes on all that it says, and has one of his."""
+    now = newcomer.control.at
+    for other in same:
+        was = other.control.at
+        if isinstance(now, Endpoint) and isinstance(was, Endpoint) and now.host != was.host:
+            get_logger().warning(
+                "cluster %d linked anew from %s, and was at %s: it says itself that it did",
+                other.cluster_id, now.host, was.host,
+            )  # fmt: skip
 
 
 def _is_at(other: Session, newcomer: Session) -> bool:
@@ -170,9 +205,8 @@ def _of_another_certificate(cluster_id: int) -> str:
     )
 
 
-def _belongs(newcomer: Session, others: Iterable[Session]) -> bool:
-    """Whether the newcomer's certificate may have their id beside those, or after them."""
-    mine = newcomer.certificate
+def _belongs(mine: Certificate | None, others: Iterable[Session]) -> bool:
+    """Whether the certificate may have their id beside those, or after them."""
     if mine is None:
         return True
     return all(

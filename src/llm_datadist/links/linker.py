@@ -15,7 +15,7 @@ import msgspec
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMStatusCode
-from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome, dial
+from llm_datadist.links.control import AnotherUser, ConnectionEnded, Control, Unwelcome, dial
 from llm_datadist.links.session import Session
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.deadline import Deadline
@@ -23,7 +23,7 @@ from llm_datadist.transport.base import PathUnavailable
 from llm_datadist.transport.same_host import SameHost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.context import Context
@@ -37,6 +37,8 @@ class Target(NamedTuple):
 
     cluster_id: int | None
     endpoints: tuple[Endpoint, ...]
+    #: addresses of ours that came with it
+    num_local: int = 0
 
 
 class Call(NamedTuple):
@@ -47,6 +49,8 @@ class Call(NamedTuple):
     named: int | None
     is_fresh: bool
     group: str
+    #: names the links of several devices that are made together
+    bundle: bytes = b""
     #: nobody else is linked to; None: whoever answers
     only: int | None = None
 
@@ -61,6 +65,8 @@ class Outcome(NamedTuple):
 _OK = Outcome(LLMStatusCode.LLM_SUCCESS)
 #: failures to connect that have nothing to do with the peer
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+#: of the time of a call: whoever is at its peer's same-host socket shows in it that it is the peer
+_MEETING_SHARE = 0.5
 _REMEDY = (
     "; the peer must listen there and this end be able to reach it (routes, firewalls). Where only "
     "the peer can reach this end, let the peer call: one direction is enough"
@@ -77,7 +83,14 @@ class Linker:
         #: whose turn it is to link to an address
         self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
 
-    async def link(self, target: Target, timeout_s: float, *, expected: bytes = b"") -> Outcome:
+    async def link(
+        self,
+        target: Target,
+        timeout_s: float,
+        bundle: bytes = b"",
+        *,
+        expected: bytes = b"",
+    ) -> Outcome:
         """Links to the target; to that instance of it alone, where one is `expected`."""
         if len(target.endpoints) != 1:
             return Outcome(
@@ -99,6 +112,7 @@ class Linker:
                 left_s,
                 is_fresh=is_fresh,
                 named=target.cluster_id,
+                bundle=bundle,
                 expected=expected,
             )
         finally:
@@ -112,6 +126,7 @@ class Linker:
         is_fresh: bool,
         named: int | None = None,
         group: str = "",
+        bundle: bytes = b"",
         claim: Callable[[Process | None], str] | None = None,
         expected: bytes = b"",
     ) -> Outcome:
@@ -128,8 +143,9 @@ class Linker:
         if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        call = Call(at, named, is_fresh, group, named if expected else None)
-        session = await self._shake_hands(control, call, deadline, expected)
+        call = Call(at, named, is_fresh, group, bundle, named if expected else None)
+        session, first, left_s = self._begin(control, call, deadline, expected)
+        await session.greet(first, left_s)
         if session.is_closed and session.status is not LLMStatusCode.LLM_SUCCESS:
             return Outcome(session.status, session.reason)
         if named not in (None, session.cluster_id):
@@ -139,42 +155,55 @@ class Linker:
             )  # fmt: skip
         return _OK
 
-    async def _shake_hands(
+    def _begin(
         self, control: Control, call: Call, deadline: Deadline, expected: bytes = b""
-    ) -> Session:
-        """The session of a connection, when its hand-shake is over."""
-        nonce = _new_nonce(control)
+    ) -> tuple[Session, Sequence[lk.Action], float]:
+        """A session, with what its hand-shake begins with, and how long that may take."""
         link = lk.CallerLink(
             self._context.me, control.is_same_host, expected=expected, only=call.only
         )
         endpoint = None if isinstance(call.at, SameHost) else call.at
         session = Session(
-            self._context, self._registrar, control, link, endpoint, call.group, call.named
-        )
+            self._context, self._registrar, control, link, endpoint, call.group, call.named,
+            call.bundle,
+        )  # fmt: skip
         session.meeting = partial(self._meet, session, call)
         left_s = max(0.001, deadline.remaining_s())
         first = link.start(
-            nonce,
+            secrets.token_bytes(16),
             is_fresh=call.is_fresh,
             timeout_ms=max(1, int(left_s * 1000)),
             group=call.group,
+            bundle=call.bundle,
         )
-        await session.greet(first, left_s)
-        return session
+        return session, first, left_s
 
     async def _meet(self, first: Session, call: Call, offer: bytes, deadline: Deadline) -> Session:
         """Links to the peer of a first session over its same-host socket.
 
-        Raises PathUnavailable.
+        Whoever is there may be anybody until it has answered as that peer: it has a share of the
+        time for that, and what it says before means no more than that there is no such path. Raises
+        PathUnavailable.
         """
         try:
             at, is_here = SameHost.offered(offer)
         except (ValueError, msgspec.DecodeError, RecursionError) as error:
             raise PathUnavailable(f"the peer's offer cannot be read: {error}") from error
-        control = await self._reach(at, is_here, max(0.001, deadline.remaining_s()))
-        session = await self._shake_hands(control, call, deadline, first.instance)
+        if is_here is False:
+            raise PathUnavailable("the peer is on another host", is_remarkable=False)
+        share = Deadline.after(_MEETING_SHARE * max(0.001, deadline.remaining_s()))
+        control = await self._reach(at, is_here, share.remaining_s())
+        session, begin, left_s = self._begin(control, call, deadline, first.instance)
+        impatience = self._context.loop.call_later(
+            max(0.0, share.remaining_s()), session.give_up_unless_answered
+        )
+        try:
+            await session.greet(begin, left_s)
+        finally:
+            impatience.cancel()
         no_way = LLMStatusCode.LLM_LINK_FAILED, LLMStatusCode.LLM_FAILED
-        if not session.is_closed or session.status not in no_way:  # as: unlinked meanwhile
+        has_failed = session.is_closed and (not session.has_answered or session.status in no_way)
+        if not has_failed:  # closed by now as: unlinked meanwhile
             return session
         if session.rejected:
             _, reason, is_remarkable = session.rejected[-1]
@@ -194,11 +223,11 @@ class Linker:
                     "the peer is on another host, or in another network namespace: one of the ends "
                     "has no /proc/sys/kernel/random/boot_id to tell by", is_remarkable=False,
                 ) from None  # fmt: skip
-            if not is_here:
-                raise PathUnavailable("the peer is on another host", is_remarkable=False) from None
             raise PathUnavailable(
                 "the peer is in another network namespace: let the containers share one (--network)"
             ) from None
+        except AnotherUser as error:
+            raise PathUnavailable(str(error)) from error
         except (OSError, Unwelcome) as error:
             raise PathUnavailable(f"{at}: {error}") from error
 
@@ -271,17 +300,18 @@ class Linker:
         control, outcome = await self._connect(endpoint, timeout_s, LLMStatusCode.LLM_UNLINK_FAILED)
         if control is None:
             return outcome
-        nonce = _new_nonce(control)
-        self._context.connections.add(control.mine)
+        forget = m.Forget(self._context.me.instance, secrets.token_bytes(16))
+        control.begun(forget)
+        self._context.called.add(control.name)
         try:
-            await control.send(m.Forget(self._context.me.instance, nonce))
+            await control.send(forget)
             await asyncio.wait_for(control.receive(), deadline.remaining_s())
         except asyncio.TimeoutError:
             return Outcome(LLMStatusCode.LLM_TIMEOUT, f"{endpoint} did not answer in time")
         except ConnectionEnded as error:
             return Outcome(LLMStatusCode.LLM_UNLINK_FAILED, f"{endpoint}: {error}")
         finally:
-            self._context.connections.discard(control.mine)
+            self._context.called.discard(control.name)
             control.close()
         return _OK
 
@@ -300,13 +330,6 @@ class Linker:
             remedy = "" if error.errno in _OURS else _REMEDY
             reason = f"cannot connect to {at}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
-
-
-def _new_nonce(control: Control) -> bytes:
-    """For the first message on a connection of ours, which is named by it."""
-    nonce = secrets.token_bytes(16)
-    control.name_by(nonce)
-    return nonce
 
 
 def _differ(at: Endpoint | None, other: Endpoint) -> bool:

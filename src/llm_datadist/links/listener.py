@@ -130,7 +130,8 @@ class Listener:
         is_same_host = sock.family == socket.AF_UNIX
         at = SameHost.of_caller(sock) if is_same_host else Endpoint.of(address)
         try:
-            control = Control(sock, at, self._context.shields.make(is_caller=False))
+            shield = self._context.shields.make(is_caller=False)
+            control = Control(sock, at, shield, is_caller=False)
         except OSError:  # it has ended again
             sock.close()
             return
@@ -201,10 +202,9 @@ class Listener:
         if isinstance(first, m.Attach):
             return await self._attach(control, first)
         if isinstance(first, m.Forget):
-            control.name_by(first.nonce)
-            for session in self._links.with_instance(first.instance):
-                if await session.vouches_for(control):
-                    await session.cut("the peer unlinked")
+            control.begun(first)
+            for session in await self._ids.forgotten_by(control, first.instance):
+                await session.cut("the peer unlinked")
             await control.send(m.ByeDone())
             return False
         if isinstance(first, m.AskStats):
@@ -235,9 +235,11 @@ class Listener:
         return not session.is_closed
 
     async def _open_session(self, control: Control, hello: m.Hello) -> Session:
-        control.name_by(hello.nonce)
+        control.begun(hello)
         link = ListenerLink(self._context.me, control.is_same_host, token=secrets.token_bytes(16))
-        session = Session(self._context, self._registrar, control, link, None, hello.group)
+        session = Session(
+            self._context, self._registrar, control, link, None, hello.group, bundle=hello.bundle
+        )
         self._sessions[session.token] = session
         session.when_closed(lambda: self._sessions.pop(session.token, None))
         timeout_s = min(hello.timeout_ms / 1000, HAND_SHAKE_S)

@@ -28,7 +28,7 @@ from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome
 from llm_datadist.links.joining import Joining
 from llm_datadist.links.paths import Paths
 from llm_datadist.links.services import MAX_EARLY, Services
-from llm_datadist.links.vouching import Vouching
+from llm_datadist.links.vouching import Answer, Vouching
 from llm_datadist.observe.log import get_logger
 from llm_datadist.owner.guest import Guest
 from llm_datadist.peer.peer import Peer
@@ -75,6 +75,7 @@ class Session:
         endpoint: Endpoint | None,
         group: str = "",
         named: int | None = None,
+        bundle: bytes = b"",
     ) -> None:
         self._context = context
         self._registrar = registrar
@@ -86,6 +87,8 @@ class Session:
         self.endpoint = endpoint
         #: the rank-table link that this one belongs to, if any
         self.group = group
+        #: names the links of several devices that were made together, and end together
+        self.bundle = bundle
         #: how the caller links over the peer's same-host socket; raises PathUnavailable
         self.meeting: Callable[[bytes, Deadline], Awaitable[Session]] | None = None
         self._meeting_task: asyncio.Task[None] | None = None
@@ -93,8 +96,11 @@ class Session:
         self.named = named
         #: links of others that end when this one is made
         self.displaced: Sequence[Session] = ()
-        self._vouching = Vouching(lambda which: self.perform([lk.Send(m.Vouch(which))]))
-        context.connections.add(control.mine)
+        self._vouching = Vouching(
+            lambda which: self.perform([lk.Send(m.Vouch(which))]), self._stands_still
+        )
+        #: what this end answers to when it is asked whether the connection is its own
+        self._names: set[bytes] = set()
         #: calls that use this link go through it
         self.door = Door("the link is still being made")
         #: for connections that say that they are the peer's
@@ -117,6 +123,8 @@ class Session:
         self._deadline = Deadline.after(0)
         self.status = LLMStatusCode.LLM_SUCCESS
         self.reason = ""
+        #: whether both ends had drained it when it ended
+        self.was_agreed = False
         self.closed = asyncio.Event()
         #: the hand-shake is over, one way or the other
         self._settled = asyncio.Event()
@@ -148,6 +156,11 @@ class Session:
         return "; ".join(f"{path}: {reason}" for path, reason, _ in self.rejected)
 
     @property
+    def greeting_s(self) -> float:
+        """How long its hand-shake may still take, by the caller's time-out."""
+        return max(0.0, self._deadline.remaining_s())
+
+    @property
     def state(self) -> str:
         """Of the link's machine: "linked" or "leaving" for a link that is filed."""
         return self._link.state.value
@@ -174,6 +187,9 @@ class Session:
     def process(self) -> Process | None:
         """The peer's, where the kernel says which one that is."""
         return self.control.process
+
+    def _stands_still(self) -> bool:
+        return self.process is not None and self.process.is_stopped
 
     @property
     def token(self) -> bytes:
@@ -224,6 +240,17 @@ class Session:
                 await asyncio.wait([self._listening])
                 self.control.close()  # a task that is cancelled before it began closes nothing
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether who was called is at the other end, at the caller."""
+        return isinstance(self._link, lk.CallerLink) and self._link.has_answered
+
+    def give_up_unless_answered(self) -> None:
+        """Ends the hand-shake with whoever is there, if it is not the one that was called."""
+        assert isinstance(self._link, lk.CallerLink)
+        late = f"{self.control.at} did not answer in the peer's name"
+        self._spawn(self.perform(self._link.unanswered(late)))
+
     async def join(self) -> None:
         """Waits for what a closed session still has running."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -245,20 +272,19 @@ class Session:
     async def refuse(self, status: LLMStatusCode, reason: str) -> None:
         await self.perform(self._link.refuse(status, reason))
 
-    async def vouches_for(self, control: Control) -> bool | None:
-        """Whether the peer says that it is the other end of that connection, too.
+    async def vouches_for(self, control: Control) -> Answer:
+        """Whether the peer says that it is the other end of that connection, too."""
+        return Answer.GONE if self.is_closed else await self._vouching.vouches_for(control.name)
 
-        None when it says nothing for a second.
-        """
-        if self.is_closed or not control.theirs:
-            return None if self.is_closed else False
-        return await self._vouching.vouches_for(control.theirs)
+    @property
+    def silence_s(self) -> float:
+        """How long the peer has not answered what it is asked so."""
+        return self._vouching.silence_s
 
     @property
     def is_with_ourselves(self) -> bool:
-        """Whether this very cluster is the other end."""
-        theirs = self.control.theirs
-        return theirs != "" and theirs in self._context.connections
+        """Whether it is this very cluster that called, too."""
+        return self.control.name in self._context.called
 
     async def cut(self, reason: str) -> None:
         await self.perform(self._link.cut(reason))
@@ -281,7 +307,8 @@ class Session:
             elif isinstance(action, lk.Dial):
                 self.services.owe(action.count)
             elif isinstance(action, lk.SayWhether):
-                is_ours = action.connection in self._context.connections
+                context, name = self._context, action.connection
+                is_ours = name in context.called or name in context.answered
                 todo.extend(await self._send(m.Vouched(action.connection, is_ours)))
             elif isinstance(action, lk.Learn):
                 self._vouching.learn(action.connection, action.is_theirs)
@@ -318,11 +345,29 @@ class Session:
                 get_logger().warning("the link to cluster %d is cut: %s", self.cluster_id, error)
             await self.perform(self._link.lost(str(error)))
             return False
+        if self.is_caller and isinstance(message, m.Welcome):
+            self._name_by(message)
         await self.perform(self._link.received(message))
         await asyncio.sleep(0)  # what has come already would be received without a wait
         return True
 
+    def _name_by(self, message: m.Message) -> None:
+        """What is said in the hand-shake names the connection: each end then answers to that."""
+        if isinstance(message, m.Hello):
+            self.control.begun(message)
+        elif isinstance(message, m.Welcome):
+            self.control.answered(message.instance, message.token)
+        else:
+            return
+        self._names.add(self.control.name)
+        self._ours.add(self.control.name)
+
+    @property
+    def _ours(self) -> set[bytes]:
+        return self._context.called if self.is_caller else self._context.answered
+
     async def _send(self, message: m.Message) -> Sequence[lk.Action]:
+        self._name_by(message)
         try:
             await self.control.send(message)
         except ConnectionEnded as error:
@@ -416,7 +461,7 @@ class Session:
         loop.call_soon_threadsafe(lambda: self._spawn(self.perform([lk.Send(m.DialBack(1))])))
 
     def _close(self, action: lk.Close) -> None:
-        self.status, self.reason = action.status, action.reason
+        self.status, self.reason, self.was_agreed = action.status, action.reason, action.is_agreed
         ending = f"the link ended because {action.reason}"
         self._context.gate.shut(self.door, ending)
         if self.peer is not None:
@@ -429,7 +474,7 @@ class Session:
         self.services.close()
         self.control.end()
         self._vouching.close()
-        self._context.connections.discard(self.control.mine)
+        self._ours.difference_update(self._names)
         self.closed.set()
         self._settled.set()
         for call in self._on_close:

@@ -131,6 +131,10 @@ class LinkTable:
         peers = {s.instance for s in sessions if endpoint is not None and s.endpoint == endpoint}
         return [session for session in sessions if session.instance in peers] or sessions
 
+    def peer_at(self, endpoint: Endpoint) -> Peer | None:
+        """The peer that we called there, while its link lives."""
+        return next((each.peer for each in self.at(endpoint) if each.peer is not None), None)
+
     def at(self, endpoint: Endpoint) -> list[Session]:
         return [session for session in self.all() if session.endpoint == endpoint]
 

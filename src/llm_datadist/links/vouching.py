@@ -1,60 +1,89 @@
-"""Asking a linked peer whether a connection is its own.
+"""Asking a linked peer whether a connection is its own, and how long it may be silent.
 
-It has a second to answer, however little time the one has who makes us ask: a peer that is busy is
-not gone. One that has left a question open for longer is not waited for again. Only so many are
-asked at a time: strangers decide how many there are.
+Whoever makes us ask waits a second for the answer, however little time it has itself: a peer that
+is busy is not gone. Then it is not taken for gone, either, unless the kernel says that its process
+is stopped, as it does on one host. The question stays open, and whoever comes next makes us ask
+again; a peer that has answered nothing for ten seconds is gone. (An interpreter that is kept by one
+long call answers late; a host that has vanished never does, and TCP gives it up after 25 s. Of
+another host the kernel can tell whether it takes what it is told, but not whether the process
+does.) Each answer begins the time anew.
+
+Only so many are asked at a time: strangers decide how many there are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-#: a peer that takes longer is taken for gone
+#: so long one is waited for
 ANSWER_S: Final = 1.0
+#: a peer that leaves a question open for longer is taken for gone
+SILENCE_S: Final = 10.0
 _MOST_ASKED: Final = 256
+
+
+class Answer(enum.Enum):
+    """What a peer says of a connection."""
+
+    OURS = "it is its own"
+    OTHERS = "it is not"
+    BUSY = "nothing yet"
+    GONE = "nothing, and will not"
 
 
 class Vouching:
     """What one peer was asked, and has not answered. Belongs to the loop's thread."""
 
-    def __init__(self, ask: Callable[[str], Awaitable[object]]) -> None:
-        """`ask` sends the question, and does not wait."""
+    def __init__(
+        self, ask: Callable[[bytes], Awaitable[object]], stands_still: Callable[[], bool]
+    ) -> None:
+        """`ask` sends the question, and does not wait. `stands_still`: the peer is known to."""
         self._ask = ask
-        self._asked: dict[str, asyncio.Future[bool | None]] = {}
+        self._stands_still = stands_still
+        self._asked: dict[bytes, asyncio.Future[Answer]] = {}
         #: since when nothing was answered, of what is open
         self._silent_since: float | None = None
 
-    async def vouches_for(self, connection: str) -> bool | None:
-        """Whether the peer says that it is its own; None when it says nothing.
+    @property
+    def silence_s(self) -> float:
+        """How long the peer has left a question open."""
+        since = self._silent_since
+        return 0.0 if since is None else asyncio.get_running_loop().time() - since
 
-        False, too, when it is asked too much, and has not been silent for long.
-        """
-        loop = asyncio.get_running_loop()
+    async def vouches_for(self, connection: bytes) -> Answer:
+        """Whether the peer says that it is its own."""
         if self._silent_since is None:
-            self._silent_since = loop.time()
-        elif loop.time() >= self._silent_since + ANSWER_S:
-            return None
+            self._silent_since = asyncio.get_running_loop().time()
+        elif self.silence_s >= (ANSWER_S if self._stands_still() else SILENCE_S):
+            return Answer.GONE
         answer = self._asked.get(connection)
         if answer is None:
             if len(self._asked) >= _MOST_ASKED:
-                return False
-            answer = self._asked[connection] = loop.create_future()
+                return Answer.BUSY
+            answer = self._asked[connection] = asyncio.get_running_loop().create_future()
             await self._ask(connection)
         await asyncio.wait([answer], timeout=ANSWER_S)
-        return answer.result() if answer.done() else None
+        if answer.done():
+            return answer.result()
+        is_gone = self.silence_s >= SILENCE_S or self._stands_still()
+        return Answer.GONE if is_gone else Answer.BUSY
 
-    def learn(self, connection: str, is_theirs: bool | None) -> None:
-        """The peer's answer, or None: there will be none."""
-        answer = self._asked.pop(connection, None)
-        if answer is not None:
-            self._silent_since = asyncio.get_running_loop().time() if self._asked else None
-            answer.set_result(is_theirs)
+    def learn(self, connection: bytes, is_theirs: bool) -> None:
+        """The peer's answer."""
+        self._settle(connection, Answer.OURS if is_theirs else Answer.OTHERS)
 
     def close(self) -> None:
         """The link is no more."""
         for connection in tuple(self._asked):
-            self.learn(connection, None)
+            self._settle(connection, Answer.GONE)
+
+    def _settle(self, connection: bytes, said: Answer) -> None:
+        answer = self._asked.pop(connection, None)
+        if answer is not None:
+            self._silent_since = asyncio.get_running_loop().time() if self._asked else None
+            answer.set_result(said)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from llm_datadist.owner.answers import Answers
     from llm_datadist.owner.fetching import Arrival, Fetching
     from llm_datadist.owner.guest import Guest
+    from llm_datadist.owner.notices import Notices
     from llm_datadist.running.gate import Gate
     from llm_datadist.running.shares import Shares
     from llm_datadist.transport.shield import Shield
@@ -67,6 +68,8 @@ class Serving:
     loop: asyncio.AbstractEventLoop
     answers: Answers
     fetching: Fetching
+    #: what peers tell our program
+    notices: Notices
     gate: Gate
     #: threads that send large answers
     workers: Shares
@@ -163,6 +166,7 @@ class StreamService:
         self._has_turn = False
         if self._is_busy or self._is_closed or self._early is not None:
             return
+        self._frames.max_nbytes = self._guest.max_request_nbytes
         try:
             request = next(iter(self._frames), None)
             if request is not None:
@@ -219,6 +223,10 @@ class StreamService:
         elif isinstance(request, m.Read):
             timeout_s = min(request.timeout_ms / 1000, MAX_ANSWER_S)
             self._send(self._read(request), Deadline.after(timeout_s))
+        elif isinstance(request, m.Notify):
+            answer = self._made(partial(serving.notices.keep, guest, request))
+            assert answer is not None
+            self._send(answer, Deadline.after(MAX_ANSWER_S))
         else:
             answer = self._made(partial(serving.answers.answer, request))
             assert answer is not None

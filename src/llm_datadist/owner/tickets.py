@@ -10,6 +10,7 @@ from llm_datadist.core.remote import Guard
 
 if TYPE_CHECKING:
     from llm_datadist.core.generations import Generations
+    from llm_datadist.core.geometry import Layout
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.segments import U64
     from llm_datadist.running.gate import Gate
@@ -45,8 +46,11 @@ class Tickets:
         #: no cache has such an id
         self._ids = itertools.count(-1, -1)
 
-    def issue(self, token: object, ours: Entry) -> Ticket:
-        """A ticket for our cache, which holds as long as the call of the token runs."""
+    def issue(self, token: object, ours: Entry, pushed: Layout | None = None) -> Ticket:
+        """A ticket for our cache, which holds as long as the call of the token runs.
+
+        `pushed` is the part of it that the peer may have, if that is not what it may reach anyway.
+        """
         for old in list(self._tickets.values()):
             if old.is_over(self._gate) and self._tickets.pop(old.entry.cache_id, None) is not None:
                 self._generations.close(old.entry.word_addr)
@@ -54,6 +58,8 @@ class Tickets:
         entry = replace(
             ours, cache_id=next(self._ids), word_addr=word_addr, generation=generation, keys={}
         )
+        if pushed is not None:
+            entry.layout, entry.is_remote_accessible = pushed, True
         ticket = Ticket(entry, ours, token, self._generations.cell(word_addr))
         self._tickets[entry.cache_id] = ticket
         return ticket

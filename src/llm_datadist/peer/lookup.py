@@ -65,6 +65,14 @@ class Lookup:
             found = self._ask(name, deadline)
         return found
 
+    def table(self, deadline: Deadline, seen: RemoteTable | None = None) -> RemoteTable:
+        """All that peers may reach there, as it is known here; newer than `seen`.
+
+        Raises LLMException: LLM_TIMEOUT, LLM_NOT_YET_LINK.
+        """
+        table = self._table
+        return self._fetch(seen, deadline) if table is None or table is seen else table
+
     def forget(self) -> None:
         """What was found proved stale."""
         self._table = None

@@ -91,6 +91,12 @@ class Gate:
         """The end of `shut`."""
         door.shut_because = None
 
+    def cut(self, used: object) -> None:
+        """All calls that use it end soon, by an exception. In any thread."""
+        for token in tuple(self.running):
+            if isinstance(token, Token) and used in (self.running.get(token) or ()):
+                token.cut()
+
     def count(self, used: object) -> int:
         """How many calls use it."""
         return sum(used in things for things in tuple(self.running.values()))

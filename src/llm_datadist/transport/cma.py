@@ -75,10 +75,8 @@ class CmaTransport(AllMemory):
                 "the peer is in another PID namespace: let the containers share one (--pid)"
             )
         # what a peer names is read with our rights, whatever program it may have become meanwhile
-        if process.uid != (uid := os.geteuid()):
-            raise PathUnavailable(
-                f"run both processes as the same user (here {uid}, the peer {process.uid})"
-            )
+        if objection := process.objection:
+            raise PathUnavailable(objection)
         return CmaChannel(process, self._movers)
 
     def close(self) -> None:

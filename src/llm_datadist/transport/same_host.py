@@ -166,6 +166,24 @@ class Process:
         pid, uid, _ = _UCRED.unpack(ucred)
         return cls(pid, uid, sock)
 
+    @property
+    def objection(self) -> str:
+        """Why this process may not share a path with it: it is another user's; else empty."""
+        uid = os.geteuid()
+        if self.uid == uid:
+            return ""
+        return f"run both processes as the same user (here {uid}, the peer {self.uid})"
+
+    @property
+    def is_stopped(self) -> bool:
+        """By a signal, or a debugger; False where that cannot be told, as of one that is gone."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError as error:
+            pass_on_handlers(error)
+            return False
+        return state.rpartition(")")[2].split()[0] in ("T", "t")
+
     def open_pidfd(self) -> int | None:
         """What stands for this very process, whoever has its number; None where it cannot be had.
 

@@ -1,0 +1,113 @@
+"""Registered memory: each range is a cache of the catalog's, and its id is the handle."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from llm_datadist.core.geometry import CacheKind, Geometry
+from llm_datadist.core.messages import MAX_CACHES
+from llm_datadist.core.ranges import Ranges
+from llm_datadist.errors import LLMException, invalid
+from llm_datadist.hixl.call import Exhausted
+from llm_datadist.locks import make_lock
+
+if TYPE_CHECKING:
+    from llm_datadist.owner.catalog import Catalog
+    from llm_datadist.running.threads import Errands
+    from llm_datadist.types import Placement
+
+#: as many as a peer is told of
+MAX_RANGES: Final = MAX_CACHES
+
+
+class Range(NamedTuple):
+    """What a program registers; the same address and length again is the same memory."""
+
+    addr: int
+    nbytes: int
+    placement: Placement
+    is_local_only: bool
+
+
+class Memory:
+    """The memory of one engine. Thread-safe."""
+
+    def __init__(self, catalog: Catalog, errands: Errands) -> None:
+        self._catalog = catalog
+        #: changes of several steps are made where no signal's exception strikes
+        self._errands = errands
+        self._lock = make_lock()
+        self._registered: dict[int, Range] = {}
+        self._handles: dict[tuple[int, int], int] = {}
+        #: the same by address; None when it has changed since
+        self._ranges: Ranges | None = None
+
+    def register(self, wanted: Range) -> int:
+        """The handle of that memory, which peers reach from here on unless it is local only.
+
+        Raises LLMException: LLM_PARAM_INVALID, LLM_OUT_OF_MEMORY for too many ranges.
+        """
+        return self._errands.run(partial(self._register, wanted))
+
+    def _register(self, wanted: Range) -> int:
+        with self._lock:
+            place = wanted.addr, wanted.nbytes
+            handle = self._handles.get(place)
+            if handle is not None and self._is_there(handle):
+                if self._registered[handle] != wanted:
+                    raise invalid(
+                        f"{wanted.nbytes} bytes at {wanted.addr:#x} are registered already, with "
+                        "another local_only or mem_type: deregister them first"
+                    )
+                return handle
+            if len(self._registered) >= MAX_RANGES:
+                raise Exhausted(
+                    f"{MAX_RANGES} ranges of memory are registered: a peer is told of no more; "
+                    "register larger ones"
+                )
+            entry = self._catalog.register(
+                Geometry(CacheKind.CONTINUOUS, 1, 1, wanted.nbytes),
+                [wanted.addr],
+                wanted.placement,
+                is_remote_accessible=not wanted.is_local_only,
+            )
+            self._handles[place] = entry.cache_id
+            self._registered[entry.cache_id] = wanted
+            self._ranges = None
+            return entry.cache_id
+
+    def deregister(self, handle: int, timeout_s: float) -> None:
+        """Waits until no transfer of this process uses it; nothing reaches it afterwards.
+
+        An unknown handle is no error. Raises LLMException(LLM_TIMEOUT); it stays registered then.
+        """
+        self._catalog.unregister(handle, timeout_s)
+        self._errands.run(partial(self._forget, handle))
+
+    def _forget(self, handle: int) -> None:
+        with self._lock:
+            known = self._registered.pop(handle, None)
+            if known is not None:
+                self._ranges = None
+                place = known.addr, known.nbytes
+                if self._handles.get(place) == handle:
+                    del self._handles[place]
+
+    @property
+    def ranges(self) -> Ranges:
+        """All of it, by handle."""
+        with self._lock:
+            if self._ranges is None:
+                self._ranges = Ranges(
+                    (each.addr, each.nbytes, handle) for handle, each in self._registered.items()
+                )
+            return self._ranges
+
+    def _is_there(self, handle: int) -> bool:
+        """Not after an interrupted `deregister`."""
+        try:
+            self._catalog.num_tensors(handle)
+        except LLMException:
+            return False
+        return True

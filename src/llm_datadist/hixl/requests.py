@@ -1,0 +1,172 @@
+"""Requests: asynchronous transfers, from their beginning until the program has asked for the end.
+
+Guaranteed: a request's end is set once, and none is COMPLETED but by a transfer that returned. A
+request that waits for a thread may be taken back, by `give_up`; then it is never begun. To take it,
+either way, is one step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from llm_datadist.errors import LLMException
+from llm_datadist.hixl.call import Exhausted
+from llm_datadist.hixl.types import TransferResult, TransferStatus
+from llm_datadist.observe.log import get_logger
+from llm_datadist.running.bell import Bell
+from llm_datadist.running.shares import Shares
+from llm_datadist.running.threads import Threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llm_datadist.core.by_address import ByAddress
+    from llm_datadist.hixl.names import EngineName
+    from llm_datadist.running.deadline import Deadline
+    from llm_datadist.running.threads import Errands
+
+#: so many transfers run at a time, and so many to one peer: one that stands still costs the others
+#: nothing
+_THREADS: Final = 64
+_OF_ONE: Final = 4
+#: requests whose end nobody has asked for
+MAX_REQUESTS: Final = 65536
+#: the threads of what a disconnect has ended are about to say so
+_SETTLING_S: Final = 1.0
+
+
+class Request:
+    """One asynchronous transfer. Thread-safe."""
+
+    __slots__ = ("_ends", "_takers", "name", "number", "pieces", "user_data")
+
+    def __init__(self, number: int, name: EngineName, pieces: ByAddress, user_data: int) -> None:
+        self.number = number
+        self.name = name
+        #: None when it has ended
+        self.pieces: ByAddress | None = pieces
+        self.user_data = user_data
+        #: who carries it out, or has taken it back
+        self._takers: dict[None, object] = {}
+        self._ends: dict[None, TransferStatus] = {}
+
+    @property
+    def status(self) -> TransferStatus:
+        return self._ends.get(None, TransferStatus.WAITING)
+
+    def take(self) -> bool:
+        """Whether the caller is the first."""
+        me = object()
+        return self._takers.setdefault(None, me) is me
+
+    def end(self, status: TransferStatus) -> None:
+        """By whoever has taken it."""
+        self._ends.setdefault(None, status)
+        self.pieces = None
+
+
+class Requests:
+    """Those of one engine. Thread-safe."""
+
+    def __init__(
+        self, carry_out: Callable[[EngineName, ByAddress], None], errands: Errands
+    ) -> None:
+        """`carry_out` does one, and returns when all has been moved."""
+        self._carry_out = carry_out
+        self._errands = errands
+        self._threads = Threads(_THREADS, "llm-datadist-transfer")
+        self._shares = Shares(self._threads, _OF_ONE)
+        self._numbers = itertools.count(1)
+        #: by number, until its end was asked for
+        self._requests: dict[int, Request] = {}
+        #: rung when one has ended
+        self._bell = Bell()
+
+    def begin(self, name: EngineName, pieces: ByAddress, user_data: int) -> int:
+        """A thread does it when it is its turn. Raises Exhausted; nothing is moved then."""
+        if len(self._requests) >= MAX_REQUESTS:
+            raise Exhausted(
+                f"{MAX_REQUESTS} transfers have been begun and not asked for: get_transfer_status "
+                "or get_all_transfer_status lets go of those that have ended"
+            )
+        request = Request(next(self._numbers), name, pieces, user_data)
+        return self._errands.run(partial(self._start, request), lambda _: self._drop(request))
+
+    def _start(self, request: Request) -> int:
+        self._requests[request.number] = request
+        try:
+            self._shares.start(request.name, partial(self._do, request))
+        except LLMException as error:
+            self._drop(request)
+            raise Exhausted(str(error)) from error
+        return request.number
+
+    def _drop(self, request: Request) -> None:
+        """Nobody will ask for it."""
+        self._give_up(request)
+        self._requests.pop(request.number, None)
+
+    def status_of(self, number: int) -> TransferStatus | None:
+        """None for one that there is not, or not any more: an end is told once."""
+        request = self._requests.get(number)
+        if request is None:
+            return None
+        status = request.status
+        if status is TransferStatus.WAITING or self._requests.pop(number, None) is not None:
+            return status
+        return None  # another thread was told
+
+    def results(self, most: int, *, is_waiting_skipped: bool) -> list[TransferResult]:
+        """The oldest ones, those that have ended for the last time."""
+        results: list[TransferResult] = []
+        for number in tuple(self._requests):
+            if len(results) >= most:
+                break
+            request = self._requests.get(number)
+            if request is None or (is_waiting_skipped and request.status is TransferStatus.WAITING):
+                continue
+            status = self.status_of(number)
+            if status is not None:
+                results.append(TransferResult(number, request.user_data, status))
+        return results
+
+    def give_up(self, name: EngineName | None = None) -> None:
+        """Those that wait for a thread, of one peer or of all, have failed."""
+        for request in tuple(self._requests.values()):
+            if name in (None, request.name):
+                self._give_up(request)
+        self._bell.ring()
+
+    def settle(self, name: EngineName) -> None:
+        """Waits for the ends of what was cut."""
+        mine = [each for each in tuple(self._requests.values()) if each.name == name]
+
+        def is_over() -> bool:
+            return all(each.status is not TransferStatus.WAITING for each in mine)
+
+        self._bell.wait_until(is_over, _SETTLING_S)
+
+    def end(self, deadline: Deadline) -> None:
+        """Ends the threads. Raises LLMException(LLM_TIMEOUT)."""
+        self._threads.end(deadline)
+
+    def _give_up(self, request: Request) -> None:
+        if request.take():
+            request.end(TransferStatus.FAILED)
+
+    def _do(self, request: Request) -> None:
+        """In a thread of ours."""
+        if not request.take():
+            return
+        status, pieces = TransferStatus.FAILED, request.pieces
+        assert pieces is not None
+        try:
+            self._carry_out(request.name, pieces)
+            status = TransferStatus.COMPLETED
+        except LLMException as error:
+            get_logger().error("transfer %d has failed: %s", request.number, error)
+        finally:
+            request.end(status)
+            self._bell.ring()

@@ -1,0 +1,264 @@
+"""Engines of `hixl` at their edges: forked, interrupted, without threads, finalized meanwhile."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from edges.forking import in_child
+from edges.interrupting import LONGEST_S, interrupts, is_interrupted
+from edges.scarce import become_nobody, lift_limit, limit_threads
+from llm_datadist import hixl as h
+from llm_datadist.testing.process import ObjectProcess
+from llm_datadist.testing.timing import eventually, takes_at_most
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+READ, WRITE = h.TransferOp.READ, h.TransferOp.WRITE
+NBYTES = 8192
+LONG_MS = 20_000
+UID = 23473
+FINALIZE_S = 8.0
+
+
+class Pair:
+    """Two engines of one process, one connected to the other, with memory."""
+
+    def __init__(self, path: str) -> None:
+        self.client, self.server = h.Hixl(), h.Hixl()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.name = f"127.0.0.1:{free.getsockname()[1]}"
+        options = {"llm_datadist.Path": path}
+        assert self.server.initialize(self.name, options) == h.SUCCESS
+        assert self.client.initialize("127.0.0.1", options) == h.SUCCESS
+        self.ours, self.theirs = (np.zeros(NBYTES, dtype=np.uint8) for _ in range(2))
+        for hixl, array in ((self.client, self.ours), (self.server, self.theirs)):
+            desc = h.MemDesc(array.ctypes.data, NBYTES)
+            assert hixl.register_mem(desc, h.MemType.MEM_HOST)[0] == h.SUCCESS
+        assert self.client.connect(self.name, LONG_MS) == h.SUCCESS
+
+    @property
+    def pieces(self) -> list[h.TransferOpDesc]:
+        """Even addresses there, odd ones here."""
+        ours, theirs = self.ours.ctypes.data, self.theirs.ctypes.data
+        return [h.TransferOpDesc(ours + at, theirs + at, 64) for at in range(0, NBYTES, 128)]
+
+    def move(self, op: h.TransferOp) -> int:
+        return self.client.transfer_sync(self.name, op, self.pieces, LONG_MS)
+
+    def is_right(self) -> bool:
+        """Whether both ways bring the right bytes."""
+        self.theirs[:], self.ours[:] = 1, 0
+        if self.move(READ) != h.SUCCESS or int(self.ours.sum()) != NBYTES // 2:
+            return False
+        self.ours[:] = 3
+        return self.move(WRITE) == h.SUCCESS and int(self.theirs.sum()) == 2 * NBYTES
+
+    def end(self) -> None:
+        self.client.finalize()
+        self.server.finalize()
+
+
+@pytest.fixture
+def pair(path: str) -> Iterator[Pair]:
+    made = Pair(path)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def apart(path: str) -> Iterator[ObjectProcess[Pair]]:
+    """The same in a process whose main thread is the test's."""
+    with ObjectProcess(Pair, path) as process:
+        yield process
+
+
+# -- forks --
+
+
+@pytest.mark.shows("engine.finalize")
+def test_a_forked_child_has_no_engine_and_harms_none(apart: ObjectProcess[Pair]) -> None:
+    said = apart.call(fork_and_call)
+    assert said == f"{h.FAILED} {h.FAILED} ({h.FAILED}, []) {h.SUCCESS} {h.SUCCESS}"
+    assert apart.call(Pair.is_right)
+
+
+def fork_and_call(pair: Pair) -> str:
+    def calls() -> str:
+        rets: list[object] = [
+            pair.move(READ),
+            pair.client.connect(pair.name),
+            pair.client.get_notifies(),
+        ]
+        pair.client.finalize()
+        rets.append(pair.client.initialize("127.0.0.7"))
+        rets.append(pair.client.connect(pair.name, LONG_MS))
+        pair.client.finalize()
+        return " ".join(map(str, rets))
+
+    return in_child(calls)
+
+
+# -- signals --
+
+
+@pytest.mark.shows("engine.transfer_sync", "engine.transfer_async")
+@pytest.mark.parametrize(
+    "call", ["read", "write", "begin", "register", "connect", "notify", "notices"]
+)
+def test_a_call_that_a_signal_interrupts_leaves_nothing(
+    apart: ObjectProcess[Pair], call: str
+) -> None:
+    """Nothing arrives behind it, and the next calls work."""
+    interrupted, wrong = apart.call(interrupt, call)
+    assert interrupted > 10
+    assert wrong == []
+
+
+def is_connected_anew(pair: Pair) -> bool:
+    """The peer may take a moment to notice that a call was interrupted."""
+    pair.client.disconnect(pair.name, LONG_MS)
+    return pair.client.connect(pair.name, LONG_MS) == h.SUCCESS
+
+
+def interrupt(pair: Pair, name: str) -> tuple[int, list[str]]:
+    rng, interrupted, wrong = random.Random(20261129), 0, []
+    spare = np.zeros(64, dtype=np.uint8)
+
+    def register() -> None:
+        ret, handle = pair.client.register_mem(h.MemDesc(spare.ctypes.data, 64), h.MemType.MEM_HOST)
+        assert ret == h.SUCCESS
+        assert pair.client.deregister_mem(handle) == h.SUCCESS
+
+    def connect() -> None:
+        pair.client.disconnect(pair.name, LONG_MS)
+        pair.client.connect(pair.name, LONG_MS)
+
+    def begin() -> None:
+        pair.client.transfer_async(pair.name, READ, pair.pieces)
+
+    def notices() -> None:
+        pair.server.get_notifies()
+
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: pair.move(READ),
+        "write": lambda: pair.move(WRITE),
+        "begin": begin,
+        "register": register,
+        "connect": connect,
+        "notify": lambda: pair.client.send_notify(pair.name, h.NotifyDesc("a", "b"), LONG_MS),
+        "notices": notices,
+    }
+    with interrupts():
+        for _ in range(30):
+            pair.ours[:], pair.theirs[:] = 3, 1
+            interrupted += is_interrupted(calls[name], rng.uniform(0, LONGEST_S))
+            if name in ("read", "write"):
+                pair.ours[:], pair.theirs[:] = 7, 5
+                # whatever was under way has ended: a look at both ends, and another one
+                changed = pair.ours.sum() != 7 * NBYTES or pair.theirs.sum() != 5 * NBYTES
+                if changed:
+                    wrong.append("bytes moved behind the exception")
+        if name == "connect" and not eventually(lambda: is_connected_anew(pair), 5):
+            wrong.append("it cannot be connected again")
+    if name == "begin":
+        has_ended = eventually(
+            lambda: all(
+                each.status is not h.TransferStatus.WAITING
+                for each in pair.client.get_all_transfer_status()[1]
+            ),
+            20,
+        )
+        if not has_ended:
+            wrong.append("a request never ends")
+    if not pair.is_right():
+        wrong.append("it does not work any more")
+    return interrupted, wrong
+
+
+# -- scarcity --
+
+
+@pytest.mark.shows("engine.transfer_async")
+def test_without_threads_a_call_says_so_and_the_others_work(apart: ObjectProcess[Pair]) -> None:
+    assert apart.call(call_without_threads) == (
+        h.SUCCESS, (h.RESOURCE_EXHAUSTED, 0), h.RESOURCE_EXHAUSTED, [], {}, h.SUCCESS,
+    )  # fmt: skip
+
+
+def call_without_threads(pair: Pair) -> tuple[object, ...]:
+    assert pair.is_right()
+    become_nobody(UID)
+    limit_threads()
+    rets = (
+        pair.move(READ),
+        pair.client.transfer_async(pair.name, READ, pair.pieces),
+        pair.client.connect_async(pair.name),
+        pair.client.get_all_transfer_status()[1],
+        pair.client.get_all_async_connect_status()[1],
+    )
+    lift_limit()
+    ret, _ = pair.client.transfer_async(pair.name, READ, pair.pieces)
+    return (*rets, ret)
+
+
+# -- ends --
+
+
+@pytest.mark.shows("engine.finalize")
+def test_finalize_beside_calls_of_all_kinds(pair: Pair) -> None:
+    """None hangs, and none has a false success afterwards."""
+    is_over = threading.Event()
+    failed: list[BaseException] = []
+
+    def keep_on(call: Callable[[], object]) -> None:
+        try:
+            while not is_over.is_set():
+                call()
+        except BaseException as error:
+            failed.append(error)
+
+    client, name = pair.client, pair.name
+    calls: list[Callable[[], object]] = [
+        lambda: pair.move(READ),
+        lambda: pair.move(WRITE),
+        lambda: client.transfer_async(name, READ, pair.pieces),
+        lambda: client.send_notify(name, h.NotifyDesc("a", "b")),
+        lambda: (client.connect_async(name), client.disconnect_async("127.0.0.1:9")),
+        client.get_all_transfer_status,
+        pair.server.get_notifies,
+    ]
+    threads = [threading.Thread(target=keep_on, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: len(pair.server.get_notifies()[1]) > 0, 20)
+    with takes_at_most(FINALIZE_S):
+        client.finalize()
+    pair.ours[:] = 9
+    assert pair.move(READ) == h.FAILED
+    assert int(pair.ours.sum()) == 9 * NBYTES
+    is_over.set()
+    for thread in threads:
+        thread.join(20)
+    assert failed == []
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.shows("engine.finalize")
+def test_an_engine_begins_and_ends_again_and_again(pair: Pair) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        pair.client.finalize()
+        options = {"llm_datadist.Path": "tcp"}
+        assert pair.client.initialize("127.0.0.1", options) == h.SUCCESS
+        desc = h.MemDesc(pair.ours.ctypes.data, NBYTES)
+        assert pair.client.register_mem(desc, h.MemType.MEM_HOST) == (h.SUCCESS, 1)
+        assert pair.client.connect(pair.name, LONG_MS) in (h.SUCCESS, h.FAILED)
+    assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 10, 20)
