@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar, final
+from typing import TYPE_CHECKING, TypeVar, cast, final
 
 from llm_datadist.cache import Cache
 from llm_datadist.cache_transfers import CacheTransfers
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llm_datadist.cluster import Cluster
     from llm_datadist.memory.dlpack import SupportsDLPack
     from llm_datadist.memory.tensors import Located
+    from llm_datadist.places.places import AnyCluster
 
 T = TypeVar("T", bound="int | SupportsDLPack")
 
@@ -70,7 +71,7 @@ class CacheManager(CacheTransfers):
         Raises TypeError for a wrong type, AttributeError for a missing description, LLMException
         (LLM_PARAM_INVALID) for addresses, tensors or a shape that cannot be. Thread-safe.
         """
-        cluster = self._require_cluster()
+        cluster = self._require_one()
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         check_addrs(addrs)
         keys = check_sequence("cache_keys", cache_keys, CacheKey)
@@ -104,7 +105,7 @@ class CacheManager(CacheTransfers):
         does not fit `cache_desc`. `readers` says how many pulls of it there will be, by how many
         ranks: see `wait_for_readers`.
         """
-        cluster = self._require_cluster()
+        cluster = self._require_one()
         desc = check_object("cache_desc", cache_desc, CacheDesc)
         check_addrs(addrs)
         key = check_optional("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
@@ -130,7 +131,7 @@ class CacheManager(CacheTransfers):
         Raises TypeError, AttributeError, ValueError; LLMException (LLM_KV_CACHE_NOT_EXIST) when it
         is not registered, or is unregistered meanwhile. Thread-safe.
         """
-        cluster = self._require_cluster()
+        cluster = self._require_one()
         cache_id = check_object("cache", cache, Cache).cache_id
         seconds = check_type("timeout", timeout, int, float)
         if not 0 <= seconds < INT32_MAX:
@@ -144,7 +145,7 @@ class CacheManager(CacheTransfers):
         that are reading it get LLM_KV_CACHE_NOT_EXIST. Raises TypeError, ValueError, LLMException
         (LLM_TIMEOUT, the cache then stays registered). Thread-safe.
         """
-        cluster = self._require_cluster()
+        cluster = self._require_one()
         check_int64("cache_id", cache_id)
         cluster.catalog.unregister(cache_id, cluster.options.sync_timeout_s)
 
@@ -235,7 +236,7 @@ class CacheManager(CacheTransfers):
         Raises LLMException with LLM_PARAM_INVALID for what is no device memory, LLM_NOT_YET_LINK
         without any link. Thread-safe.
         """
-        cluster = self._require_cluster()
+        cluster = self._require_one()
         infos = mem_infos if isinstance(mem_infos, list) else [mem_infos]
         for info in infos:
             _check_remapped(info)
@@ -248,7 +249,7 @@ class CacheManager(CacheTransfers):
 
     def _allocate(
         self,
-        cluster: Cluster,
+        cluster: AnyCluster,
         desc: CacheDesc,
         kind: CacheKind,
         keys: Sequence[KeyName | None],
@@ -268,10 +269,14 @@ class CacheManager(CacheTransfers):
 
         return cluster.make(make, lambda cache: cache.cache_id)
 
-    def _deallocate(self, cluster: Cluster, cache: Cache) -> None:
+    def _deallocate(self, cluster: AnyCluster, cache: Cache) -> None:
         _require_pool(cluster)
         cluster.catalog.deallocate(cache.cache_id)
         cache._forget_memory()
+
+    def _require_one(self) -> Cluster:
+        """For what only the cache manager has, whose cluster has one device."""
+        return cast("Cluster", self._require_cluster())
 
     def _register(
         self,
@@ -304,7 +309,7 @@ class CacheManager(CacheTransfers):
         return cluster.make(make, lambda cache: cache.cache_id)
 
 
-def _require_pool(cluster: Cluster) -> None:
+def _require_pool(cluster: AnyCluster) -> None:
     if not cluster.catalog.pools:
         raise LLMException(
             "no memory pool is configured: set LLMConfig.mem_pool_cfg or host_mem_pool_cfg",

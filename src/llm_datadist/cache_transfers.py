@@ -57,15 +57,15 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from llm_datadist.cluster import Cluster
     from llm_datadist.keys import AnyKey
+    from llm_datadist.places.places import AnyCluster
 
 
 class CacheTransfers:
     """Pulls, pushes, layer-wise transfers and copies. Used through CacheManager."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster: Cluster | None = cluster
+    def __init__(self, cluster: AnyCluster) -> None:
+        self._cluster: AnyCluster | None = cluster
 
     # -- pulling and pushing --
 
@@ -276,16 +276,24 @@ class CacheTransfers:
         if not dst and nbytes:
             raise invalid("dst_block_memory_size is for dst_block_indices, which are not given")
         batch_size = None if cache.is_blocks_cache else desc.batch_size
+        num_devices = cluster.options.num_devices
         destinations = tuple(
             layerwise.Destination.of(
                 config,
-                layerwise.check_config(config, desc.num_tensors, batch_size, has_blocks=bool(src)),
+                layerwise.check_config(
+                    config,
+                    desc.num_tensors,
+                    batch_size,
+                    has_blocks=bool(src),
+                    num_devices=num_devices,
+                ),
             )
             for config in configs
         )
         asked = layerwise.LayerwiseTransfer(
-            cache.cache_id, cache, desc.num_tensors, destinations, tuple(src), tuple(dst), nbytes
-        )
+            cache.cache_id, cache, desc.num_tensors, destinations, tuple(src), tuple(dst), nbytes,
+            num_devices,
+        )  # fmt: skip
         task = CacheTask(len(configs), _unfinished_status(cluster))
         layerwise.begin(cluster.transfers, asked, synchronizer, task)
         return task
@@ -397,13 +405,13 @@ class CacheTransfers:
         named = (key, RemoteRow.of(key), target.cache_id, layers, one_sided)
         cluster.transfers.run(PullRow(*named, row, nbytes, src_offset, dst_offset))
 
-    def _require_one_sided(self) -> Cluster:
+    def _require_one_sided(self) -> AnyCluster:
         cluster = self._require_cluster()
         if not cluster.options.remote_accessible:
             raise invalid("pushing needs enable_remote_cache_accessible on both clusters")
         return cluster
 
-    def _require_cluster(self) -> Cluster:
+    def _require_cluster(self) -> AnyCluster:
         """First in every method, so that all answer alike when the cluster is gone. Spec 3.2."""
         if self._cluster is None:
             raise finalized("CacheManager")
@@ -426,7 +434,7 @@ def _check_source_blocks(
         raise invalid(f"{len(src)} src_blocks do not pair with {len(dst)} dst_blocks")
 
 
-def _unfinished_status(cluster: Cluster) -> LLMStatusCode:
+def _unfinished_status(cluster: AnyCluster) -> LLMStatusCode:
     """What a time-out of a task is called. Spec 6.12; Appendix C for the v1 mode."""
     if cluster.options.cache_manager:
         return LLMStatusCode.LLM_TIMEOUT
@@ -438,5 +446,6 @@ def _place_of(cache: Cache) -> int | Place:
     if cache.cache_id > 0:
         return cache.cache_id
     desc = cache.cache_desc
-    geometry = Geometry.of(CacheKind.BLOCKS, desc.num_tensors, desc.shape, desc.size)
+    num_tensors = len(cache.tensor_addrs)  # of all devices
+    geometry = Geometry.of(CacheKind.BLOCKS, num_tensors, desc.shape, desc.size)
     return Place(Layout.at(geometry, cache.tensor_addrs), HOST)

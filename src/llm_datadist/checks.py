@@ -160,6 +160,21 @@ def check_json_object(name: str, text: str) -> dict[str, object]:
     return value
 
 
+def parse_number(name: str, text: str, allowed: range) -> int:
+    """The number that an option's text is, one of `allowed`. Raises LLMException."""
+    if not is_number(text) or int(text) not in allowed:
+        raise invalid(
+            f"{name} must be a number of [{allowed.start}, {allowed.stop - 1}], got {text!r}"
+        )
+    return int(text)
+
+
+def is_number(text: str) -> bool:
+    """Whether it is digits alone, not too many to be read."""
+    # 20 digits hold every uint64; Python refuses to read texts of thousands of them
+    return text.isascii() and text.isdigit() and len(text) <= 20
+
+
 def describe(value: object) -> str:
     """`value` and its type, cut to a length that fits into a message."""
     return "None" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"

@@ -12,7 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core.link import SAME_HOST, Identity
-from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.core.messages import PROTOCOL_VERSION
+from llm_datadist.device_options import unequal
+from llm_datadist.directory.record import Record
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.following.follower import Follower, advertised
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
 from llm_datadist.links.groups import Groups
@@ -51,16 +55,20 @@ from llm_datadist.transport.shields import Shields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from llm_datadist.core.registry import Entry
-    from llm_datadist.core.stats import ClusterStats
+    from llm_datadist.core.stats import ClusterStats, FleetStats
+    from llm_datadist.directory.base import Directory
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.following.wants import Wants
+    from llm_datadist.links.filing import Siblings
     from llm_datadist.links.linker import Target
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.options import Options
     from llm_datadist.transport.base import Transport
-    from llm_datadist.types import Placement
+    from llm_datadist.types import LLMRole, Placement
 
 T = TypeVar("T")
 
@@ -89,16 +97,27 @@ class Cluster:
     have run out; nothing is left behind then.
     """
 
-    def __init__(self, cluster_id: int, options: Options) -> None:
+    def __init__(
+        self,
+        cluster_id: int,
+        options: Options,
+        siblings: Siblings | None = None,
+    ) -> None:
+        """`siblings` is told of the links where this is one of several devices (`places/`)."""
         self.cluster_id = cluster_id
+        self._siblings = siblings
         self.options = options
         self._ending = Ending()
         self._is_started = False
         #: who ends it
         self._stopping = Turns()
         self._stopped = Latch()
+        #: what drops links
+        self._cuts: set[asyncio.Task[None]] = set()
         #: what the catalog had, until no transport can reach it any more
         self._entries: list[Entry] = []
+        #: what follows a fleet for us; stopped ones are kept until the next
+        self._follower: Follower | None = None
         try:
             self._make()
         except BaseException:
@@ -112,10 +131,14 @@ class Cluster:
         recorder = None if self._observer is None else self._observer.recorder
         if options.verify_transfers:
             require_checksums()
-        self._loop = Loop()
-        self._ending.add("the loop", self._loop.close)
+        #: the thread in which connections wait
+        self.loop = Loop()
+        self._ending.add("the loop", self.loop.close)
         #: what runs here
         self.gate = Gate(recorder)
+        #: no link ends before all of these are drained: those of several devices, whose links are
+        #: cut together
+        self.gates: Sequence[Gate] = (self.gate,)
         self._errands = errands = Errands(f"{_OUR_THREADS}-errand")
         movers = Movers(options.transfer_threads, errands)
         process = ProcessMemory(movers)
@@ -138,6 +161,7 @@ class Cluster:
             errands=errands,
         )
         self._make_links(self._make_context(movers, transports, recorder))
+        self._ending.add("the place in the fleet", self._end_following)
         #: what moves bytes
         self.transfers = Transfers(
             self.catalog,
@@ -154,7 +178,7 @@ class Cluster:
         self, movers: Movers, transports: Mapping[str, Transport], recorder: Recorder | None
     ) -> Context:
         """What links share: who we are, threads, and how peers are answered."""
-        options, loop = self.options, self._loop.asyncio
+        options, loop = self.options, self.loop.asyncio
         workers = self._threads(_WORKERS, "worker")
         # apart from the workers, so that two peers that push to each other both have some to answer
         fetchers = self._threads(_FETCHERS, "fetcher")
@@ -174,6 +198,8 @@ class Cluster:
             {name: offer for name, offer in offers.items() if offer is not None},
             self.catalog.probe_target,
             options.path,
+            options.device_index,
+            options.num_devices,
         )
         return Context(
             me,
@@ -205,17 +231,22 @@ class Cluster:
 
     def _make_links(self, context: Context) -> None:
         cluster_id, instance, recorder = self.cluster_id, context.me.instance, context.recorder
+        self._incarnation = instance.hex()
         #: our live links
         self.links = LinkTable(cluster_id, instance, recorder)
         self._groups = Groups(cluster_id, self.links, is_secure=context.shields.is_secure)
         ids = Ids(self.links)
-        filing = Filing(cluster_id, instance, self.links, self._groups, ids)
-        self._linker = Linker(context, self.links, filing)
+        self._filing = filing = Filing(
+            cluster_id, instance, self.links, self._groups, ids, self._siblings
+        )
+        #: makes and ends links, in the loop's thread
+        self.linker = Linker(context, self.links, filing)
         strangers = Strangers()
         self._snapshots = Snapshots(cluster_id, self.links, self.catalog, strangers, recorder)
+        self._snapshots.take_fleet = self._fleet_stats
         #: where peers reach us
         self.listening = Listening(
-            self._loop,
+            self.loop,
             self._errands,
             context,
             self.links,
@@ -227,7 +258,7 @@ class Cluster:
         )
         #: links by rank table
         self.ranks = RankLinks(
-            cluster_id, self.options, self._loop, self.listening, self._groups, self._linker
+            cluster_id, self.options, self.loop, self.listening, self._groups, self.linker
         )
 
     def start(self) -> None:
@@ -236,7 +267,7 @@ class Cluster:
         Raises LLMException when the address, or a thread, cannot be had.
         """
         self._errands.begin()
-        self._errands.run(self._loop.start)
+        self._errands.run(self.loop.start)
         self.listening.move(self.options.listen)
         self._is_started = True
 
@@ -257,8 +288,13 @@ class Cluster:
         thread, it only begins: the end comes when that call has ended. Raises
         LLMException(LLM_FAILED) when there is no thread to be had for that.
         """
+        if self.begins_to_stop():
+            self.await_stop()
+
+    def begins_to_stop(self) -> bool:
+        """The first half of `stop`; whether the end can be waited for. Raises as that does."""
         if self._stopped.is_set:
-            return
+            return False
         cannot_wait = is_ours() or holds_lock() or self.transfers.is_in_this_thread()
         try:
             self._errands.run(partial(start_thread, self._stop_once, f"{_OUR_THREADS}-end"))
@@ -266,7 +302,11 @@ class Cluster:
             if cannot_wait:
                 raise
             self._stop_once()
-        if not cannot_wait and not self._stopped.wait(self._stop_s):
+        return not cannot_wait
+
+    def await_stop(self) -> None:
+        """The second half of `stop`."""
+        if not self._stopped.wait(self._stop_s):
             get_logger().error(
                 "cluster %d: its end waits for a thread that was interrupted, and goes on without "
                 "finalize", self.cluster_id,
@@ -292,13 +332,18 @@ class Cluster:
         """May be called again, when it was interrupted."""
         if self._stopped.is_set:
             return
-        self.gate.shut(self.gate.door, "the cluster is being finalized")
-        self.gate.drain(self.gate.door, self.options.sync_timeout_s)
+        if self._follower is not None:
+            self._follower.begin_end()
+        gates, deadline = self.gates, Deadline.after(self.options.sync_timeout_s)
+        for gate in gates:
+            gate.shut(gate.door, "the cluster is being finalized")
+        for gate in gates:
+            gate.drain(gate.door, max(0.0, deadline.remaining_s()))
         deadline = Deadline.after(_LAST_S)
         self._entries += self.catalog.close()
         self._movers.stop()
         try:
-            self._loop.finish(self._close_links, deadline)
+            self.loop.finish(self._close_links, deadline)
         except LLMException as error:
             get_logger().error("not all links ended in order: %s", error)
         self.gate.drain(self.gate.door, max(0.0, deadline.remaining_s()))
@@ -323,13 +368,43 @@ class Cluster:
         """
         return self._errands.run(make, lambda made: self.catalog.forget(id_of(made)))
 
+    def holds(self, bundle: bytes) -> bool:
+        """Whether there is a live link of that bundle."""
+        return any(session.bundle == bundle for session in self.links.all())
+
+    def cut_soon(self, bundle: bytes, because: str) -> None:
+        """Drops the links of that bundle. In any thread, and does not wait."""
+
+        def cut() -> None:
+            task = self.loop.asyncio.create_task(self.cut(bundle, because))
+            self._cuts.add(task)
+            task.add_done_callback(self._cuts.discard)
+
+        self.loop.call_soon(cut)
+
+    async def cut(self, bundle: bytes, because: str) -> None:
+        """Drops the links of that bundle. In the loop's thread."""
+        for session in self.links.all():
+            if session.bundle == bundle:
+                await session.cut(because)
+
+    def switching(self) -> AbstractContextManager[None]:
+        """The turn to change the role; see `Listening.switching`."""
+        return self.listening.switching(self.options)
+
+    def switch_listening(self, endpoints: Sequence[Endpoint]) -> None:
+        """Listens there, or no more. Raises LLMException. Spec 5.7."""
+        if len(endpoints) > 1:
+            raise unequal(1, len(endpoints))
+        self.listening.switch(endpoints[0] if endpoints else None, self.options)
+
     def link(self, targets: Sequence[Target], timeout_s: float) -> list[Outcome]:
         """Links to all targets at once; each has `timeout_s`. Spec 5.4."""
         if self.options.cannot_link:
             refused = Outcome(LLMStatusCode.LLM_PARAM_INVALID, self.options.cannot_link)
             return [refused for _ in targets]
         with self.transfers.watching("link") as watch:
-            link = partial(self._linker.link, timeout_s=timeout_s)
+            link = partial(self.linker.link, timeout_s=timeout_s)
             outcomes = self._for_each(targets, link, timeout_s)
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
@@ -338,11 +413,82 @@ class Cluster:
     def unlink(self, targets: Sequence[Target], timeout_s: float, *, force: bool) -> list[Outcome]:
         """Unlinks from all targets at once; `force` asks nobody. Spec 5.5."""
         with self.transfers.watching("unlink") as watch:
-            unlink = self._linker.cut if force else self._linker.leave
+            unlink = self.linker.cut if force else self.linker.leave
             outcomes = self._for_each(targets, partial(unlink, timeout_s=timeout_s), timeout_s)
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
+
+    @property
+    def follower(self) -> Follower | None:
+        """What follows a fleet for us now."""
+        follower = self._follower
+        return None if follower is None or follower.is_stopped else follower
+
+    def follow(
+        self,
+        directory: Directory,
+        wants: Wants | None,
+        ttl_s: float,
+        facts: Mapping[str, str],
+        make_record: Callable[[], Record],
+    ) -> Follower:
+        """Announces us in a directory, and links to whom we want of those who are there.
+
+        Raises LLMException: LLM_PARAM_INVALID while we follow one, LLM_FAILED for want of threads.
+        """
+        follower = Follower(
+            directory,
+            wants,
+            ttl_s,
+            facts,
+            self.loop,
+            self.linker,
+            self._filing,
+            self.links,
+            self.cluster_id,
+            self.options.sync_timeout_s,
+        )
+        return self._errands.run(lambda: self._begin(follower, make_record), Follower.stop)
+
+    def _begin(self, follower: Follower, make_record: Callable[[], Record]) -> Follower:
+        if self.follower is not None:
+            raise invalid("this cluster follows a fleet already: stop that first")
+        self._follower = follower
+        follower.begin(make_record)
+        return follower
+
+    def _end_following(self, deadline: Deadline) -> None:
+        if self._follower is not None:
+            self._follower.end(deadline)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the library itself needs to be equal at two ends of a link."""
+        return {
+            "protocol": str(PROTOCOL_VERSION),
+            "remote accessible": str(self.options.remote_accessible),
+        }
+
+    def record(
+        self, role: LLMRole, where: str, facts: Mapping[str, str], labels: Mapping[str, str]
+    ) -> Record:
+        """What we say of ourselves now. Raises LLMException(LLM_PARAM_INVALID), ValueError."""
+        listen = next(iter(self.listen_endpoints), None)
+        at, reached = "" if listen is None else str(listen), advertised(where, listen)
+        return Record(
+            cluster_id=self.cluster_id,
+            incarnation=self._incarnation,
+            role=role.name,
+            listen=at,
+            advertised="" if reached == at else reached,
+            facts=dict(facts),
+            labels=dict(labels),
+        )
+
+    def _fleet_stats(self) -> FleetStats | None:
+        follower = self.follower
+        return None if follower is None else follower.stats()
 
     def _for_each(
         self,
@@ -356,7 +502,7 @@ class Cluster:
         """
         deadline = Deadline.after(timeout_s + _GRACE_S)
         try:
-            return self._loop.run(lambda: _gather(map(do, targets)), deadline)
+            return self.loop.run(lambda: _gather(map(do, targets)), deadline)
         except LLMException as error:
             if not isinstance(error, CannotWait) and error.status_code is not _TIMEOUT:
                 raise  # the cluster was finalized
@@ -368,12 +514,16 @@ class Cluster:
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
-        self._loop.call_soon(call)
+        self.loop.call_soon(call)
 
     @property
-    def listen_endpoint(self) -> Endpoint | None:
-        """Where the cluster listens, the port that was taken for 0 included."""
-        return self.listening.endpoint
+    def listen_endpoints(self) -> tuple[Endpoint, ...]:
+        """Where the cluster listens, the port that was taken for 0 included; none if it does not.
+
+        One for each device, of which there is one.
+        """
+        endpoint = self.listening.endpoint
+        return () if endpoint is None else (endpoint,)
 
     async def _close_links(self) -> None:
         await self.listening.close()

@@ -11,6 +11,8 @@ from llm_datadist.types import LLMRole
 class LLMClusterInfo(NamedAttributes):
     """One peer of `link_clusters` or `unlink_clusters`. Spec 3.11.
 
+    Of several devices it has one address of ours and one of the peer's for each, in their order.
+
     IPv4 addresses are held as little-endian ints, as programs expect to read them back. IPv6
     addresses and host names, which the reference does not know, are held as text. Names that are
     no attributes are treated as by LLMConfig.

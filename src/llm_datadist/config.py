@@ -178,7 +178,8 @@ class LLMConfig(NamedAttributes):
     """
 
     device_id = Option[DeviceIds | None](
-        """The device, or a list of devices; `init` accepts one only. An int32 from 0. Spec 4.2.""",
+        """The device, or a list of several, for the v1 mode: the cache manager has one. Each is an
+        int32 from 0. Spec 4.2, 7.6.""",
         _device_ids,
         _device_entries,
         unset=None,
@@ -191,7 +192,8 @@ class LLMConfig(NamedAttributes):
         unset=None,
     )
     listen_ip_info = Option[str](
-        """Where to listen: `ip:port` or `[ipv6]:port`, checked by `init`. Spec 4.2, 5.1.""",
+        """Where to listen: `ip:port` or `[ipv6]:port`, for each of several devices one, with ";"
+        between them. Checked by `init`. Spec 4.2, 5.1, 7.6.""",
         _text,
         _unless_empty(key.LISTEN_IP_INFO),
         unset="",
@@ -287,8 +289,9 @@ class LLMConfig(NamedAttributes):
         unset=1,
     )
     cluster_info = Option[str](
-        """Of the v1 mode: JSON, in which each `ip` of `listen_ip_info` is stored as a little-endian
-        int. Spec 4.2.""",
+        """Of the v1 mode: JSON that says where to listen (`listen_ip_info`, in which each `ip` is
+        stored as a little-endian int) and how many devices there are (`logic_device_id`). `init`
+        checks that it contradicts nothing else. Spec 4.2, Appendix C.""",
         _cluster_info,
         _unless_empty(key.CLUSTER_INFO),
         unset="",

@@ -6,7 +6,7 @@ import atexit
 import sys
 from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, cast, final
 
 from llm_datadist.checks import (
     check_dict,
@@ -19,12 +19,12 @@ from llm_datadist.checks import (
 from llm_datadist.cluster_info import LLMClusterInfo
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
-from llm_datadist.options import Options, parse_listen
+from llm_datadist.options import Options, parse_listens
 from llm_datadist.running import forks
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Self
 
@@ -32,11 +32,16 @@ if TYPE_CHECKING:
     from llm_datadist.cluster import Cluster
     from llm_datadist.core.pages import PoolUsage
     from llm_datadist.core.stats import ClusterStats
+    from llm_datadist.directory.base import Directory
+    from llm_datadist.directory.record import Record
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.following.follower import Follower
+    from llm_datadist.following.wants import Wants
     from llm_datadist.kv_cache_manager import KvCacheManager
     from llm_datadist.links.linker import Outcome, Target
     from llm_datadist.links.ranks import RankLinks
     from llm_datadist.links.table import LinkInfo
+    from llm_datadist.places.places import AnyCluster
     from llm_datadist.types import Placement, RegisterMemStatus
 
 
@@ -60,7 +65,7 @@ class LLMDataDist:
     def __init__(self, role: LLMRole, cluster_id: int) -> None:
         self._role = check_optional("role", role, LLMRole)
         self._cluster_id = check_uint64("cluster_id", cluster_id)
-        self._cluster: Cluster | None = None
+        self._cluster: AnyCluster | None = None
         self._cache_manager: CacheManager | None = None
         self._kv_cache_manager: KvCacheManager | None = None
         #: why it is not initialised, for messages
@@ -95,17 +100,18 @@ class LLMDataDist:
         self.finalize()  # what was interrupted is ended first
         _make_room()
         parsed = Options.parse(self._role, options)  # type: ignore[arg-type]  # None is refused there
+        self._check_devices(parsed)
         # numpy, asyncio: not when the package is imported
         from llm_datadist.cache_manager import CacheManager
-        from llm_datadist.cluster import Cluster
         from llm_datadist.kv_cache_manager import KvCacheManager
+        from llm_datadist.places.places import open_cluster
 
         try:
             # first, so that whatever interrupts this leaves nothing that nobody ends
             forks.watch(self)
             _register_at_exit()
             LLMDataDist.llm_engine_instance = self
-            self._cluster = cluster = Cluster(self._cluster_id, parsed)
+            self._cluster = cluster = open_cluster(self._cluster_id, parsed)
             cluster.start()
             if parsed.cache_manager:
                 self._cache_manager = CacheManager(cluster)
@@ -187,7 +193,9 @@ class LLMDataDist:
 
         `switch_options` may have `llm.listenIpInfo`; the listener then moves there, and without it
         the cluster listens no more. Other entries are ignored. After a failure everything is as it
-        was.
+        was. A cluster that follows a fleet (`follow`) leaves it meanwhile, and all its links are
+        ended, in order where peers agree; that may take `sync_kv_timeout` and 2 s. Whoever wants
+        the new role links anew.
 
         Raises RuntimeError before `init`; KeyError, TypeError, ValueError for bad arguments;
         LLMException with LLM_EXIST_LINK while clusters are linked, LLM_PARAM_INVALID, LLM_FAILED
@@ -200,14 +208,80 @@ class LLMDataDist:
         options = check_dict(
             "switch_options", {} if switch_options is None else switch_options, str, str
         )
-        listen = parse_listen(options)
-        with cluster.listening.switching(cluster.options):
+        listens = parse_listens(options)
+        with cluster.switching():
             if not cluster.options.cache_manager:
-                self._check_v1_switch(cluster, role, listen)
-            cluster.listening.switch(listen, cluster.options)
-            self._role = role
-            if self._kv_cache_manager is not None:
-                self._kv_cache_manager._switch_role(role)
+                self._check_v1_switch(cluster, role, listens)
+            follower = self.follower
+            try:
+                if follower is not None:
+                    follower.stand_down(cluster.options.sync_timeout_s)
+                cluster.switch_listening(listens)
+                self._role = role
+                if self._kv_cache_manager is not None:
+                    self._kv_cache_manager._switch_role(role)
+            finally:
+                if follower is not None:
+                    follower.stand_up()
+
+    def follow(
+        self,
+        directory: Directory | str,
+        wants: Wants | None = None,
+        *,
+        advertised: str = "",
+        facts: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        ttl_s: float = 15.0,
+    ) -> Follower:
+        """Joins a fleet: announces this cluster in a directory, and links to whom it wants there.
+
+        `directory` is one of `llm_datadist.directory`, or a word as `open_directory` takes it.
+        Without `wants` nobody is linked to from here; others may link to this cluster. `advertised`
+        is where others reach it, `host` or `host:port`; needed where it listens on every address.
+        `facts` must be equal at two members that are linked; `labels` are what else there is to
+        say. Who does not renew its record for `ttl_s` (1 to 3600) is taken for gone.
+
+        Returns at once: all the rest happens in threads of the library's, and a directory that is
+        gone changes nothing for links that live. Members that left are unlinked, a new start of one
+        is linked in place of the old. Ends with `Follower.stop`, or `finalize`. An addition to the
+        reference, see the guide A fleet.
+
+        Raises RuntimeError before `init`, TypeError, ValueError for words that do not print or are
+        too long; LLMException with LLM_PARAM_INVALID while it follows a fleet already, for a
+        directory that nobody knows or where `advertised` is missing, LLM_FAILED without threads.
+        """
+        from llm_datadist.directory.record import check as check_record
+        from llm_datadist.following.wants import Wants
+
+        cluster = self._require_one_device()
+        check_optional("wants", wants, Wants)
+        if isinstance(directory, str):
+            from llm_datadist.directory.opening import open_directory
+
+            directory = open_directory(directory)
+        check_type("advertised", advertised, str)
+        said = check_dict("facts", {} if facts is None else facts, str, str)
+        words = check_dict("labels", {} if labels is None else labels, str, str)
+        known = {**cluster.facts, **said}
+
+        def record() -> Record:
+            assert self._role is not None  # it has been initialised
+            return cluster.record(self._role, advertised, known, words)
+
+        check_record(record(), ttl_s)
+        return cluster.follow(directory, wants, ttl_s, known, record)
+
+    @property
+    def follower(self) -> Follower | None:
+        """What `follow` returned, until it is stopped; None without. An addition to the reference.
+
+        Raises RuntimeError before `init`.
+        """
+        from llm_datadist.cluster import Cluster
+
+        cluster = self._require_cluster()
+        return cluster.follower if isinstance(cluster, Cluster) else None
 
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Of the v1 mode: returns when there is a live link to a cluster. Spec 5.3.
@@ -224,9 +298,14 @@ class LLMDataDist:
     def listen_endpoint(self) -> Endpoint | None:
         """Where this cluster listens, with the port that was taken for 0; None if it does not.
 
-        An addition to the reference.
+        That of the first device, where there are several. An addition to the reference.
         """
-        return self._require_cluster().listen_endpoint
+        return next(iter(self.listen_endpoints), None)
+
+    @property
+    def listen_endpoints(self) -> tuple[Endpoint, ...]:
+        """As `listen_endpoint`, one for each device; empty if the cluster does not listen."""
+        return self._require_cluster().listen_endpoints
 
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
@@ -257,11 +336,11 @@ class LLMDataDist:
 
         Returns the last status that is not LLM_SUCCESS, else LLM_SUCCESS, and one status per
         cluster: LLM_ALREADY_LINK, LLM_LINK_FAILED (nobody listens there, or no path to its memory
-        works), LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address; the two ends' options do not
-        fit), LLM_FAILED (what listens there is no cluster). What failed leaves nothing behind on
-        either end and is logged with its cause, which is also the log record's `reason`; what
-        succeeded stays. An unset `remote_cluster_id` is learned from the peer. An empty
-        list is (LLM_PARAM_INVALID, []).
+        works), LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address for each device; the options
+        or devices of the two ends do not fit), LLM_FAILED (what listens there is no cluster). What
+        failed leaves nothing behind on either end and is logged with its cause, which is also the
+        log record's `reason`; what succeeded stays. An unset `remote_cluster_id` is learned from
+        the peer. An empty list is (LLM_PARAM_INVALID, []).
 
         Raises RuntimeError before `init`, TypeError, ValueError, LLMException for bad arguments.
         """
@@ -293,7 +372,23 @@ class LLMDataDist:
         targets = [_target(info) for info in infos]
         return self._report("unlink", infos, cluster.unlink(targets, timeout / 1000, force=force))
 
-    def _check_v1_switch(self, cluster: Cluster, role: LLMRole, listen: Endpoint | None) -> None:
+    def _check_devices(self, options: Options) -> None:
+        """What options say of devices that this mode, or this cluster, cannot be."""
+        if options.cache_manager and options.devices:
+            raise invalid(
+                f"{options.num_devices} devices: the cache manager has one. Several are for the v1 "
+                "mode (leave enable_cache_manager out, and use kv_cache_manager) and for "
+                "llm_datadist.cpp.LlmDataDist; otherwise start a process for each"
+            )
+        if options.named_cluster_id not in (None, self._cluster_id):
+            raise invalid(
+                f"llm.ClusterInfo is of cluster {options.named_cluster_id}, this is cluster "
+                f"{self._cluster_id}"
+            )
+
+    def _check_v1_switch(
+        self, cluster: AnyCluster, role: LLMRole, listens: Sequence[Endpoint]
+    ) -> None:
         if not cluster.options.enable_switch_role:
             raise LLMException(
                 "switching roles is off: set LLMConfig.enable_switch_role",
@@ -301,10 +396,10 @@ class LLMDataDist:
             )
         if role == self._role:
             raise invalid(f"the role is {role} already")
-        if role == LLMRole.PROMPT and listen is None:
+        if role == LLMRole.PROMPT and not listens:
             raise invalid("switching to PROMPT needs llm.listenIpInfo in switch_options")
 
-    def _forget_parent(self) -> Cluster | None:
+    def _forget_parent(self) -> AnyCluster | None:
         """For running/forks.py."""
         cluster, manager = self._cluster, self._cache_manager or self._kv_cache_manager
         self._cluster = self._cache_manager = self._kv_cache_manager = None
@@ -319,7 +414,18 @@ class LLMDataDist:
         cluster = self._require_cluster()
         if self._cache_manager is None:
             raise invalid("the cache manager is off: set LLMConfig.enable_cache_manager")
-        return cluster, self._cache_manager
+        return cast("Cluster", cluster), self._cache_manager  # which has one device
+
+    def _require_one_device(self) -> Cluster:
+        from llm_datadist.cluster import Cluster
+
+        cluster = self._require_cluster()
+        if not isinstance(cluster, Cluster):
+            raise LLMException(
+                "a cluster of several devices follows no fleet: use link_clusters",
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+            )
+        return cluster
 
     def _require_ranks(self) -> RankLinks:
         cluster = self._require_manager()[0]
@@ -330,7 +436,7 @@ class LLMDataDist:
             )
         return cluster.ranks
 
-    def _require_cluster(self) -> Cluster:
+    def _require_cluster(self) -> AnyCluster:
         if self._cluster is None:
             raise RuntimeError(f"llm datadist is not initialized{self._why_not}")
         return self._cluster
@@ -361,7 +467,8 @@ def _check_clusters(clusters: object, timeout: object) -> Sequence[LLMClusterInf
 def _target(info: LLMClusterInfo) -> Target:
     from llm_datadist.links.linker import Target
 
-    return Target(info.remote_cluster_id, tuple(info.remote_endpoints))
+    ours = len(info.local_ip_info_list)
+    return Target(info.remote_cluster_id, tuple(info.remote_endpoints), ours)
 
 
 def _make_room() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Protocol, cast, final
 
 from llm_datadist.cache import Cache
 from llm_datadist.checks import check_type
@@ -36,6 +36,10 @@ class KvCache:
         self._manager = manager
         #: as it was allocated: `CacheDesc.update_dim` may change the description since
         self._shape = tuple(cache.cache_desc.shape)
+        #: on each device
+        self._num_tensors = cache.cache_desc.num_tensors
+        #: on how many it is; the addresses of the second follow those of the first
+        self._num_devices = len(cache.tensor_addrs) // self._num_tensors if self._num_tensors else 1
         # Not __del__: a transfer keeps the inner cache only, and must go on.
         self._finalizer: weakref.finalize[[int], Cache] | None = None
         if manager is not None:
@@ -46,13 +50,16 @@ class KvCache:
     def create_cpu_cache(cls, cache_desc: CacheDesc, addrs: list[int] | list[list[int]]) -> KvCache:
         """A blocks cache over host memory of the caller's, for `swap_blocks` only. Spec 3.8.
 
-        `addrs` has one address per tensor, or one list of them for the one device. The memory stays
-        the caller's.
+        `addrs` has one address per tensor, or for each device a list of them. The memory stays the
+        caller's.
 
         Raises TypeError when `addrs` is no list of int, AttributeError when `cache_desc` is None,
         LLMException when its placement is not HOST, or the number of addresses not `num_tensors`.
         """
-        return cls(Cache.create_cpu_cache(cache_desc, _only_device(addrs)), None)
+        each = [Cache.create_cpu_cache(cache_desc, listed) for listed in _of_each_device(addrs)]
+        joined = [addr for cache in each for addr in cache.tensor_addrs]
+        cache = Cache(-1, cache_desc, joined, None, is_registered=False, is_blocks_cache=True)
+        return cls(cache, None)
 
     def __repr__(self) -> str:
         return (
@@ -73,8 +80,11 @@ class KvCache:
 
     @property
     def per_device_tensor_addrs(self) -> list[list[int]]:
-        """For the one device, the address of each tensor; none after deallocation. Spec 3.8."""
-        return [self._cache.tensor_addrs]
+        """For each device, the address of each tensor; none after deallocation. Spec 3.8."""
+        if self._num_devices == 1:
+            return [self._cache.tensor_addrs]
+        addrs, count = self._cache.tensor_addrs, self._num_tensors
+        return [addrs[i * count : (i + 1) * count] for i in range(self._num_devices)]
 
     def _is_allocated(self) -> bool:
         """For the manager: the memory is this cache's, and neither a peer nor a key can end it."""
@@ -85,16 +95,12 @@ class KvCache:
         return self._finalizer is not None and self._finalizer.detach() is not None
 
 
-def _only_device(addrs: object) -> list[int]:
-    """The addresses of the one device that a process has."""
+def _of_each_device(addrs: object) -> list[list[int]]:
+    """The addresses on each device, of which there is one where they are in no list of lists."""
     given: list[object] = check_type("addrs", addrs, list)
-    if not given:
-        raise invalid("addrs is empty: give one address per tensor")
     nested = [each for each in given if isinstance(each, list)]
     if len(nested) not in (0, len(given)):
         raise invalid("the elements of addrs should be consistent: all of them int, or all list")
-    if len(nested) > 1:
-        raise invalid(f"addrs has lists for {len(nested)} devices, a process has one device")
-    if nested == [[]]:
+    if not given or [] in nested:
         raise invalid("addrs is empty: give one address per tensor")
-    return nested[0] if nested else given  # type: ignore[return-value]  # Cache looks inside
+    return cast("list[list[int]]", nested or [given])  # Cache looks inside

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from llm_datadist.cache import Cache
     from llm_datadist.cache_task import CacheTask
-    from llm_datadist.cluster import Cluster
     from llm_datadist.layerwise import LayerSynchronizer, TransferConfig
+    from llm_datadist.places.places import AnyCluster
 
 #: as a `tensor_index`
 _ALL_TENSORS: Final = -1
@@ -53,10 +53,14 @@ class KvCacheManager:
     (LLM_PARAM_INVALID), a cache of before a `finalize` one with LLM_KV_CACHE_NOT_EXIST, and a full
     pool one with LLM_DEVICE_OUT_OF_MEMORY, for which programs of this mode wait. Otherwise the
     methods are those of CacheManager in two-sided mode, for threads and failures too.
+
+    Where the cluster has several devices a cache is on all of them, under one id, with the same
+    keys; each operation is done on all, device i with device i of the peer, and succeeds when it
+    was done on every one. Block lists, rows and sizes are those of each device.
     """
 
-    def __init__(self, cluster: Cluster, role: LLMRole) -> None:
-        self._cluster: Cluster | None = cluster
+    def __init__(self, cluster: AnyCluster, role: LLMRole) -> None:
+        self._cluster: AnyCluster | None = cluster
         self._role = role
         self._caches = CacheManager(cluster)
         #: ids of caches that nobody holds any more and that are still to be freed
@@ -230,14 +234,19 @@ class KvCacheManager:
         self._require_cluster()
         source = self._inner(check_object("src_cache", src_cache, KvCache))
         target = self._inner(check_object("dst_cache", dst_cache, KvCache))
+        if src_cache._num_devices != dst_cache._num_devices:
+            raise invalid(
+                f"src_cache is on {src_cache._num_devices} device(s), dst_cache on "
+                f"{dst_cache._num_devices}: create_cpu_cache takes a list for each device"
+            )
         self._caches.swap_blocks(source, target, src_to_dst)
 
     def get_cache_tensors(self, cache: KvCache, tensor_index: int = 0) -> list[Tensor]:
         """Tensor `tensor_index` of a cache, or with -1 all of them, in order. Spec Appendix C.
 
-        A list, for that of each device: there is one. Nothing is copied: who writes to
-        `Tensor.numpy()` writes to the cache (BF16 excepted, see there). An array keeps the cache,
-        and its memory beyond `deallocate_cache` and `finalize`.
+        Of several devices that of each, those of the first device first. Nothing is copied: who
+        writes to `Tensor.numpy()` writes to the cache (BF16 excepted, see there). An array keeps
+        the cache, and its memory beyond `deallocate_cache` and `finalize`.
 
         Raises TypeError, ValueError, AttributeError; LLMException with LLM_PARAM_INVALID for an
         index out of range and for DT_STRING, LLM_KV_CACHE_NOT_EXIST for a deallocated cache and
@@ -253,10 +262,11 @@ class KvCacheManager:
         if index >= count:
             raise invalid(f"tensor_index {index} is out of range: there are {count}")
         desc = TensorDesc(inner.cache_desc.data_type, ours._shape)
-        return [
-            Tensor(_memory_of(cluster, inner, each).view(storage_type(desc.dtype)), desc)
-            for each in (range(count) if index == _ALL_TENSORS else [index])
-        ]
+        wanted = range(count) if index == _ALL_TENSORS else [index]
+        # the tensors of the second device follow those of the first
+        at = [each + device * count for device in range(ours._num_devices) for each in wanted]
+        kind = storage_type(desc.dtype)
+        return [Tensor(_memory_of(cluster, inner, each).view(kind), desc) for each in at]
 
     # -- parts of the above --
 
@@ -270,7 +280,7 @@ class KvCacheManager:
         self._role = role
 
     def _allocate(
-        self, cluster: Cluster, desc: CacheDesc, kind: CacheKind, names: Sequence[KeyName | None]
+        self, cluster: AnyCluster, desc: CacheDesc, kind: CacheKind, names: Sequence[KeyName | None]
     ) -> KvCache:
         """The rows of a MIX cache may be transferred as blocks, too; otherwise it is continuous."""
         self._free_collected()
@@ -314,7 +324,7 @@ class KvCacheManager:
             raise _missing(f"{cache} is of another KvCacheManager, which was finalized")
         return cache._cache
 
-    def _require_cluster(self) -> Cluster:
+    def _require_cluster(self) -> AnyCluster:
         """First in every method, as in CacheManager."""
         if self._cluster is None:
             raise finalized("KvCacheManager")
@@ -326,7 +336,7 @@ class KvCacheManager:
             raise invalid(f"{what} is for {needed}, the role of this cluster is {self._role}")
 
 
-def _memory_of(cluster: Cluster, cache: Cache, index: int) -> npt.NDArray[np.uint8]:
+def _memory_of(cluster: AnyCluster, cache: Cache, index: int) -> npt.NDArray[np.uint8]:
     memory = cluster.catalog.view(cache.cache_id, index)
     return held_bytes(memory.ctypes.data, memory.nbytes, memory, cache)
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, final
 
 from llm_datadist import option_keys as key
-from llm_datadist.checks import INT32_MAX, UINT32_MAX, check_dict, check_type
+from llm_datadist.checks import (
+    INT32_MAX,
+    UINT32_MAX,
+    check_dict,
+    check_type,
+    is_number,
+    parse_number,
+)
 from llm_datadist.comm_resource import check_resources
+from llm_datadist.device_options import Device, parse_cluster_id, parse_devices, parse_listens
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import invalid
 from llm_datadist.link_security import LinkSecurity
@@ -25,7 +33,7 @@ __all__ = [
     "Options",
     "PoolConfig",
     "check_transfer_path",
-    "parse_listen",
+    "parse_listens",
 ]
 
 #: paths that can be asked for by name; "auto" is the best that both ends have
@@ -79,6 +87,10 @@ class Options:
     metrics: bool = False  #: count what operations do
     tracing: bool = False  #: an OpenTelemetry span for each operation
     transfer_threads: int = 1  #: over how many threads, or streams, a large transfer is spread
+    named_cluster_id: int | None = None  #: of which cluster `llm.ClusterInfo` says that it is
+    devices: tuple[Device, ...] = ()  #: those of a process with several; each has its own place
+    device_index: int = 0  #: which of several devices these are for
+    num_devices: int = 1
     #: of the interface `hixl`, no option: peers send notices, and say how long their transfers may
     #: take; each end links and unlinks for itself
     is_engine: bool = False
@@ -99,10 +111,11 @@ class Options:
         _check_rdma(raw)
         cache_manager = _cache_manager(raw)
         remote_accessible = _remote_accessible(raw)
-        listen = parse_listen(raw)
+        devices = parse_devices(raw)
+        device_id, listen = devices[0]
         return cls(
             role=_role(role),
-            device_id=_device_id(raw),
+            device_id=device_id,
             listen=listen,
             cache_manager=cache_manager,
             remote_accessible=cache_manager and remote_accessible,
@@ -124,27 +137,17 @@ class Options:
             transfer_threads=_number(
                 raw, key.TRANSFER_THREADS, _usual_threads(), range(1, MAX_TRANSFER_THREADS + 1)
             ),
+            named_cluster_id=parse_cluster_id(raw),
+            devices=devices if len(devices) > 1 else (),
+            num_devices=len(devices),
         )
 
-
-def parse_listen(raw: Mapping[str, str]) -> Endpoint | None:
-    """Where the options say to listen, None when they do not; port 0 is any free one.
-
-    Raises LLMException unless it is one IP address with a port, ValueError when the port is no
-    number of [0, 65535]. Spec 5.1 step 5, 5.7.
-    """
-    text = _either(raw, key.LISTEN_IP_INFO, key.CPP_LISTEN_IP_INFO)
-    if text is None:
-        return None
-    if ";" in text:
-        raise invalid(
-            f"{key.LISTEN_IP_INFO} has an address for each of several devices, "
-            f"a process has one device: {text!r}"
-        )
-    listen = Endpoint.parse(text, key.LISTEN_IP_INFO, form="ip:port")
-    if not listen.is_literal:
-        raise invalid(f"{key.LISTEN_IP_INFO} must have an IPv4 or IPv6 address, got {text!r}")
-    return listen
+    def of_each_device(self) -> list[Options]:
+        """Those for the place of each of several devices."""
+        return [
+            replace(self, device_id=each.device_id, listen=each.listen, devices=(), device_index=i)
+            for i, each in enumerate(self.devices)
+        ]
 
 
 def check_transfer_path(name: str, value: object) -> str:
@@ -188,7 +191,7 @@ def _role(role: object) -> LLMRole:
 
 def _check_graph_memory(raw: Mapping[str, str]) -> None:
     text = raw.get(key.GRAPH_MEM_MAX_SIZE)
-    if text is not None and not _is_number(text):
+    if text is not None and not is_number(text):
         raise invalid(f"{key.GRAPH_MEM_MAX_SIZE} must be one number of bytes, got {text!r}")
 
 
@@ -235,15 +238,6 @@ def _transfer_backend(raw: Mapping[str, str], listen: Endpoint | None) -> str | 
     if backend not in ("hixl", "nixl"):
         raise invalid(f'{key.TRANSFER_BACKEND} must be "hixl", "nixl" or left out, got {backend!r}')
     return backend
-
-
-def _device_id(raw: Mapping[str, str]) -> int:
-    text = _either(raw, key.DEVICE_ID, key.CPP_DEVICE_ID)
-    if text is None:
-        return 0
-    if ";" in text:
-        raise invalid(f"{key.DEVICE_ID} must name one device for each process, got {text!r}")
-    return _parse_number(key.DEVICE_ID, text, range(INT32_MAX + 1))
 
 
 def _sync_timeout_ms(raw: Mapping[str, str]) -> int:
@@ -302,24 +296,5 @@ def _usual_threads() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
-def _either(raw: Mapping[str, str], name: str, cpp_name: str) -> str | None:
-    if name in raw and raw.get(cpp_name, raw[name]) != raw[name]:
-        raise invalid(f"{name} and {cpp_name} are one option and differ: leave one out")
-    return raw.get(name, raw.get(cpp_name))
-
-
 def _number(raw: Mapping[str, str], name: str, default: int, allowed: range) -> int:
-    return _parse_number(name, raw[name], allowed) if name in raw else default
-
-
-def _parse_number(name: str, text: str, allowed: range) -> int:
-    if not _is_number(text) or int(text) not in allowed:
-        raise invalid(
-            f"{name} must be a number of [{allowed.start}, {allowed.stop - 1}], got {text!r}"
-        )
-    return int(text)
-
-
-def _is_number(text: str) -> bool:
-    # 20 digits hold every uint64; Python refuses to read texts of thousands of them
-    return text.isascii() and text.isdigit() and len(text) <= 20
+    return parse_number(name, raw[name], allowed) if name in raw else default

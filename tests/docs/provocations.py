@@ -121,7 +121,11 @@ def _(scene: Scene) -> object:
     return scene.node.manager
 
 
-@provokes("… must name one device for each process, got …")
+@provokes(
+    "… devices: the cache manager has one. Several are for the v1 mode (leave "
+    "enable_cache_manager out, and use kv_cache_manager) and for llm_datadist.cpp.LlmDataDist; "
+    "otherwise start a process for each"
+)
 def _(scene: Scene) -> None:
     scene.start(device_id=[0, 1])
 

@@ -62,7 +62,8 @@ def test_options_are_named_as_documented() -> None:
     [
         {},
         {c.OPTION_DEVICE_ID: ""},
-        {c.OPTION_DEVICE_ID: "0;1"},
+        {c.OPTION_DEVICE_ID: "0;0"},
+        {c.OPTION_DEVICE_ID: "0;"},
         {c.OPTION_DEVICE_ID: "-1"},
         {c.OPTION_DEVICE_ID: "x"},
         {c.OPTION_DEVICE_ID: "1.5"},

@@ -75,6 +75,7 @@ def samples() -> Iterator[m.Message]:
     hello = m.Hello(m.PROTOCOL_VERSION, 1, _INSTANCE, True, False, 1000, _OFFERS, _PROBE)
     yield hello
     yield msgspec.structs.replace(hello, group="ranks", nonce=_NONCE)
+    yield msgspec.structs.replace(hello, device_index=2, num_devices=4, bundle=_TOKEN)
     yield m.Welcome(m.PROTOCOL_VERSION, 2, _INSTANCE, _TOKEN, _OFFERS, _PROBE)
     yield m.Ready("cma")
     yield m.Unusable("cma", "Operation not permitted", True)

@@ -235,7 +235,7 @@ def test_a_port_in_use_is_failed(datadist: LLMDataDist) -> None:
 
 
 @pytest.mark.shows("D30", "config.device_id")
-def test_several_devices_are_configured_but_not_initialised(datadist: LLMDataDist) -> None:
+def test_the_cache_manager_has_one_device(datadist: LLMDataDist) -> None:
     config = LLMConfig()
     config.enable_cache_manager = True
     config.device_id = [0, 1]

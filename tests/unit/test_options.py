@@ -9,7 +9,7 @@ import pytest
 
 from llm_datadist.config import LLMConfig
 from llm_datadist.errors import LLMException, LLMStatusCode
-from llm_datadist.options import BufPoolConfig, Endpoint, Options, PoolConfig, parse_listen
+from llm_datadist.options import BufPoolConfig, Endpoint, Options, PoolConfig, parse_listens
 from llm_datadist.types import LLMRole
 
 SECRET_OPTION = '{"secret": "0123456789abcdef"}'
@@ -314,18 +314,18 @@ def test_a_listening_port_that_is_none_is_a_value_error(port: str) -> None:
 
 
 def test_the_listening_address_can_be_read_alone() -> None:
-    assert parse_listen({**LISTEN, "llm.MemPoolConfig": "not looked at"}) == ("1.2.3.4", 5)
+    assert parse_listens({**LISTEN, "llm.MemPoolConfig": "not looked at"}) == (("1.2.3.4", 5),)
 
 
 def test_no_listening_address_is_none() -> None:
-    assert parse_listen({}) is None
+    assert parse_listens({}) == ()
 
 
 @pytest.mark.shows("datadist.init.options", "error.9", "flow_graph_mem")
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("ge.exec.deviceId", ["", "x", "-1", "1.0", "0;1", "2147483648", "9" * 5000]),
+        ("ge.exec.deviceId", ["", "x", "-1", "1.0", "0;", "0;x", "0;0", "2147483648", "9" * 5000]),
         ("llm.SyncKvCacheWaitTime", ["", "x", "-1", "1.5", "0", "2147483648", "²"]),
         ("llm.LinkTotalTime", ["", "x", "-1", "2147483648"]),
         ("llm.LinkRetryCount", ["", "x", "0", "101"]),

@@ -129,6 +129,8 @@ class Close:
 
     status: LLMStatusCode
     reason: str
+    #: both ends have drained it
+    is_agreed: bool = False
 
 
 Action: TypeAlias = (
@@ -147,6 +149,9 @@ class Identity:
     probe: m.ProbeTarget
     #: the only path allowed, or "auto"
     path: str = "auto"
+    #: which of the devices of its process it is, and of how many
+    device_index: int = 0
+    num_devices: int = 1
 
 
 def candidates(mine: Mapping[str, bytes], theirs: Mapping[str, bytes], path: str) -> list[str]:
@@ -205,7 +210,7 @@ class Link(abc.ABC):
         if self.state not in (State.LINKED, State.LEAVING):
             return []
         # retracted first: the peer may act on the answer before we close
-        ending = self._close(LLMStatusCode.LLM_NOT_YET_LINK, "the peer unlinked")
+        ending = self._close(LLMStatusCode.LLM_NOT_YET_LINK, "the peer unlinked", is_agreed=True)
         return [Retract(), Send(m.ByeDone()), *ending]
 
     def refuse(self, status: LLMStatusCode, reason: str) -> list[Action]:
@@ -234,7 +239,7 @@ class Link(abc.ABC):
         if isinstance(message, m.Bye):
             return [Drain()]
         if isinstance(message, m.ByeDone):  # one that comes after `stay` ends the link as well
-            return self._close(LLMStatusCode.LLM_NOT_YET_LINK, "it was unlinked")
+            return self._close(LLMStatusCode.LLM_NOT_YET_LINK, "it was unlinked", is_agreed=True)
         return self._unexpected(message)
 
     def _paths(self, theirs: Mapping[str, bytes]) -> list[str]:
@@ -260,11 +265,13 @@ class Link(abc.ABC):
     def _refuse(self, status: LLMStatusCode, reason: str) -> list[Action]:
         return [Send(m.Refused(status, m.as_text(reason))), *self._close(status, reason)]
 
-    def _close(self, status: LLMStatusCode, reason: str) -> list[Action]:
+    def _close(
+        self, status: LLMStatusCode, reason: str, *, is_agreed: bool = False
+    ) -> list[Action]:
         if self.state is State.CLOSED:
             return []
         self.state = State.CLOSED
-        return [Close(status, m.as_text(reason))]
+        return [Close(status, m.as_text(reason), is_agreed)]
 
     def _check_terms(self, version: int, is_remote_accessible: bool | None) -> str | None:
         """Why the two ends cannot link, or None."""
@@ -288,6 +295,7 @@ class CallerLink(Link):
 
     #: who must answer, where that is known
     expected: bytes = b""
+    only: int | None = None
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
     #: why the first connection ended while the ends met; empty while it lives
@@ -303,7 +311,13 @@ class CallerLink(Link):
         return [] if self.has_answered else self.timed_out(reason)
 
     def start(
-        self, nonce: bytes, *, is_fresh: bool, timeout_ms: int, group: str = ""
+        self,
+        nonce: bytes,
+        *,
+        is_fresh: bool,
+        timeout_ms: int,
+        group: str = "",
+        bundle: bytes = b"",
     ) -> list[Action]:
         self.state = State.GREETING
         me = self.me
@@ -320,6 +334,9 @@ class CallerLink(Link):
                     me.probe,
                     group,
                     nonce,
+                    me.device_index,
+                    me.num_devices,
+                    bundle,
                 )
             )
         ]
@@ -348,7 +365,8 @@ class CallerLink(Link):
         if refusal is not None:
             return self._refuse(LLMStatusCode.LLM_PARAM_INVALID, refusal)
         self.peer = Peer(message.cluster_id, message.instance, message.offers, message.probe)
-        if self.expected not in (b"", message.instance):
+        is_other = self.only not in (None, message.cluster_id)
+        if is_other or self.expected not in (b"", message.instance):
             return self._refuse(
                 LLMStatusCode.LLM_LINK_FAILED,
                 f"cluster {message.cluster_id} answers there, and not the process that was called",
@@ -414,7 +432,25 @@ class ListenerLink(Link):
 
     def objection_to(self, hello: m.Hello) -> str | None:
         """Why the two ends cannot link, whoever the caller is."""
-        return self._check_terms(hello.version, hello.is_remote_accessible)
+        return self._check_terms(hello.version, hello.is_remote_accessible) or self._check_devices(
+            hello
+        )
+
+    def _check_devices(self, hello: m.Hello) -> str | None:
+        """Device i of a process links to device i of another that has as many, or nobody does."""
+        me = self.me
+        if hello.num_devices != me.num_devices:
+            return (
+                f"cluster {hello.cluster_id} has {hello.num_devices} device(s), and cluster "
+                f"{me.cluster_id} has {me.num_devices}: both ends need as many"
+            )
+        if hello.device_index != me.device_index:
+            return (
+                f"device {hello.device_index} of cluster {hello.cluster_id} called device "
+                f"{me.device_index} of cluster {me.cluster_id}: give the remote addresses in the "
+                "order of the devices"
+            )
+        return None
 
     def admit(self, hello: m.Hello, *, is_known: bool) -> list[Action]:
         """Decides on a Hello; `is_known` says that a live link to this very peer exists."""

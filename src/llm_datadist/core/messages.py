@@ -103,6 +103,11 @@ class Hello(Message, tag=1, forbid_unknown_fields=False):
     group: Text = ""
     #: of this connection alone: part of its name, see Vouch; without one nobody vouches for it
     nonce: Nonce = b""
+    #: which of the caller's devices this is, counted from 0, and of how many
+    device_index: UInt = 0
+    num_devices: UInt = 1
+    #: names the links of several devices that are made together, and end together
+    bundle: Nonce = b""
 
 
 class Welcome(Message, tag=2, forbid_unknown_fields=False):

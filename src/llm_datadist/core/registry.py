@@ -118,15 +118,17 @@ class Registry:
         held: Sequence[object | None] = (),
         kv_layout: KVLayout | None = None,
         num_readers: int = 0,
+        cache_id: int | None = None,
     ) -> Entry:
-        """Files a cache. `keys[i]` names batch row i or a whole blocks cache; None names none.
+        """Files a cache, under the next id unless one is given.
 
-        A blocks key moves to the newest cache; a bound key of a continuous cache stays where it is.
-        `held` is kept as long as the entry is. Raises LLMException(LLM_PARAM_INVALID) for what
-        peers could not be told.
+        `keys[i]` names batch row i or a whole blocks cache; None names none. A blocks key moves
+        to the newest cache; a bound key of a continuous cache stays where it is. `held` is kept as
+        long as the entry is. Raises LLMException(LLM_PARAM_INVALID) for what peers could not be
+        told.
         """
         _check_can_be_told(keys, kv_layout)
-        entry = self._add(layout, placement, is_remote_accessible=is_remote_accessible)
+        entry = self._add(layout, placement, cache_id, is_remote_accessible=is_remote_accessible)
         entry.held, entry.kv_layout, entry.num_readers = held, kv_layout, num_readers
         for row, key in enumerate(keys):
             if key is not None:
@@ -139,11 +141,13 @@ class Registry:
         placement: Placement,
         keys: Sequence[KeyName | None],
         kv_layout: KVLayout | None = None,
+        cache_id: int | None = None,
     ) -> Entry:
         """Files a cache in the library's memory; the id and each key hold a reference. Spec 6.2.
 
-        Of a key given twice the last counts (D2). Raises LLMException(LLM_PARAM_INVALID) for more
-        keys than rows, for a key that is bound already, and for what peers could not be told.
+        `cache_id` as in `register`. Of a key given twice the last counts (D2). Raises
+        LLMException(LLM_PARAM_INVALID) for more keys than rows, for a key that is bound already,
+        and for what peers could not be told.
         """
         _check_can_be_told(keys, kv_layout)
         rows = {key: row for row, key in enumerate(keys) if key is not None}
@@ -154,7 +158,7 @@ class Registry:
                 raise invalid(
                     f"{key} names cache {self._by_key[key].cache_id} already; remove that key first"
                 )
-        entry = self._add(layout, placement, is_remote_accessible=True)
+        entry = self._add(layout, placement, cache_id, is_remote_accessible=True)
         entry.is_owned, entry.kv_layout = True, kv_layout
         for key, row in rows.items():
             self._bind(entry, key, row)
@@ -236,8 +240,15 @@ class Registry:
         found = [(key, self._by_key.get(key)) for key in keys if key is not None]
         return [(key, entry) for key, entry in found if entry is not None]
 
-    def _add(self, layout: Layout, placement: Placement, *, is_remote_accessible: bool) -> Entry:
-        self._last_id += 1
+    def _add(
+        self,
+        layout: Layout,
+        placement: Placement,
+        cache_id: int | None,
+        *,
+        is_remote_accessible: bool,
+    ) -> Entry:
+        self._last_id = self._last_id + 1 if cache_id is None else cache_id
         word_addr, generation = self._generations.open()
         entry = Entry(self._last_id, layout, placement, is_remote_accessible, word_addr, generation)
         self._entries[entry.cache_id] = entry

@@ -308,6 +308,23 @@ class PushRowIntoBlocks(Push):
         return Layout.at(Geometry(CacheKind.BLOCKS, len(addrs), num_rows, self.block_nbytes), addrs)
 
 
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a peer is still to be told: that a row of its cache was pulled. Spec 6.7.
+
+    A pull on several devices tells it when all have everything: one that failed can be called
+    again then, since no key was used up.
+    """
+
+    cluster_id: int
+    remote: RemoteCache
+    row: int
+    tensors: range | None
+
+    def __str__(self) -> str:
+        return f"receipt for row {self.row} of cache {self.remote.guard.cache_id}"
+
+
 class Place(NamedTuple):
     """Where memory lies that no catalog knows, and in which space (memory/device.py)."""
 

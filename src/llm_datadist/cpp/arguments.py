@@ -43,14 +43,14 @@ def parse_targets(clusters: object) -> list[Target]:
     infos = check_sequence("clusters", clusters, ClusterInfo)
     if not infos:
         raise invalid("clusters is empty")
-    for info in infos:
-        _endpoints("local_ip_infos", info.local_ip_infos)
+    local = [_endpoints("local_ip_infos", info.local_ip_infos) for info in infos]
     return [
         Target(
             check_uint64("remote_cluster_id", info.remote_cluster_id),
             _endpoints("remote_ip_infos", info.remote_ip_infos),
+            len(ours),
         )
-        for info in infos
+        for info, ours in zip(infos, local, strict=True)
     ]
 
 

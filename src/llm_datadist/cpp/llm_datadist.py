@@ -22,21 +22,21 @@ from llm_datadist.cpp.arguments import (
 from llm_datadist.cpp.options import open_cluster, parse_options, parse_role
 from llm_datadist.cpp.transfers import LlmTransfers
 from llm_datadist.cpp.types import Cache, LlmRole, RegisterCfg
+from llm_datadist.device_options import parse_listens
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.options import parse_listen
 from llm_datadist.running import forks
 from llm_datadist.types import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llm_datadist.cluster import Cluster
     from llm_datadist.cpp.call import Call
     from llm_datadist.cpp.status import Status
     from llm_datadist.cpp.types import CacheDesc, ClusterInfo
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.linker import Outcome, Target
     from llm_datadist.links.table import LinkInfo
+    from llm_datadist.places.places import AnyCluster
 
 T = TypeVar("T")
 
@@ -55,6 +55,9 @@ class LlmDataDist(LlmTransfers):
     Caches are both continuous and blocks caches: dim 0 of the shape counts the batch rows that
     PullKvCache, PushKvCache and CopyKvCache move, and the blocks that the other three move. Peers
     may use them. Clusters of Python's LLMDataDist can be linked if they have remote access enabled.
+
+    With several devices (OPTION_DEVICE_ID, spec 7.6) each cache is on all of them, and each call is
+    done on all, device i with device i of the peer, or fails.
 
     Methods but Initialize and Finalize may be called from any thread, at the same time. An object
     that is dropped, or left over when the program ends, is finalized. A forked child has to call
@@ -122,14 +125,14 @@ class LlmDataDist(LlmTransfers):
         with self._call("SetRole") as call:
             cluster = self._require_cluster()
             parse_role(role)
-            listen = parse_listen(check_dict("options", options or {}, str, str))
+            listens = parse_listens(check_dict("options", options or {}, str, str))
             if not cluster.options.enable_switch_role:
                 raise LLMException(
                     "setting the role is off: initialise with OPTION_ENABLE_SET_ROLE 1",
                     LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
                 )
-            with cluster.listening.switching(cluster.options):
-                cluster.listening.switch(listen, cluster.options)
+            with cluster.switching():
+                cluster.switch_listening(listens)
                 self._role = role
         return call.status
 
@@ -137,9 +140,14 @@ class LlmDataDist(LlmTransfers):
     def listen_endpoint(self) -> Endpoint | None:
         """Where this cluster listens, with the port that was taken for 0; None if it does not.
 
-        An addition to the reference.
+        That of the first device, where there are several. An addition to the reference.
         """
-        return None if self._cluster is None else self._cluster.listen_endpoint
+        return next(iter(self.listen_endpoints), None)
+
+    @property
+    def listen_endpoints(self) -> tuple[Endpoint, ...]:
+        """As `listen_endpoint`, one for each device; empty if the cluster does not listen."""
+        return () if self._cluster is None else self._cluster.listen_endpoints
 
     def links(self) -> list[LinkInfo]:
         """The live links, each with the path of its bytes. An addition to the reference."""
@@ -154,10 +162,10 @@ class LlmDataDist(LlmTransfers):
 
         Returns the last status that is not LLM_SUCCESS, and one status per cluster:
         LLM_ALREADY_LINK, LLM_LINK_FAILED (nobody listens there, or no path to its memory works),
-        LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address; the peer's options do not fit),
-        LLM_FAILED (what listens there is no cluster). What succeeded stays linked. For an address
-        that is no literal, a timeout of 0 or less, and no clusters at all it returns
-        (LLM_PARAM_INVALID, []), and nobody is called.
+        LLM_TIMEOUT, LLM_PARAM_INVALID (not one remote address for each device; options or devices
+        of the two do not fit), LLM_FAILED (what listens there is no cluster). What succeeded stays
+        linked. For an address that is no literal, a timeout of 0 or less, and no clusters at all it
+        returns (LLM_PARAM_INVALID, []), and nobody is called.
         """
         rets: list[Status] = []
         with self._call("LinkLlmClusters") as call:
@@ -191,7 +199,8 @@ class LlmDataDist(LlmTransfers):
     def RegisterKvCache(
         self, cache_desc: CacheDesc, addrs: list[int], cfg: RegisterCfg | None = None
     ) -> tuple[Status, int]:
-        """Makes memory of the caller's a cache: one address per tensor. Spec 6.4, 7.4.
+        """Makes memory of the caller's a cache: one address per tensor, and of several devices
+        those of the first one first. Spec 6.4, 7.4, 7.6.
 
         The memory stays the caller's, who keeps it until UnregisterKvCache. Returns the cache id,
         -1 with LLM_PARAM_INVALID for addresses or a description that cannot be.
@@ -230,7 +239,8 @@ class LlmDataDist(LlmTransfers):
         """A cache in the library's memory, until DeallocateCache. Spec 6.3, 7.4, 8.2; seed 002.
 
         The memory is what OPTION_BUF_POOL_CFG configures, else as much as the machine has; it holds
-        anything at first. Returns the cache with its id and the address of each tensor; an empty
+        anything at first. Returns the cache with its id and the address of each tensor, those of
+        the first device first; an empty
         one with LLM_OUT_OF_MEMORY, and with LLM_PARAM_INVALID for a description that cannot be or a
         placement (kHost) that has no pool.
         """
@@ -262,7 +272,7 @@ class LlmDataDist(LlmTransfers):
         cluster = self._cluster
         return make() if cluster is None else cluster.make(make, id_of)
 
-    def _forget_parent(self) -> Cluster | None:
+    def _forget_parent(self) -> AnyCluster | None:
         """For running/forks.py."""
         cluster, self._cluster = self._cluster, None
         if self._end is not None:
@@ -282,7 +292,7 @@ def _report(call: Call, targets: Sequence[Target], outcomes: Sequence[Outcome]) 
     return [int(outcome.status) for outcome in outcomes]
 
 
-def _require_pool(cluster: Cluster, placement: Placement) -> None:
+def _require_pool(cluster: AnyCluster, placement: Placement) -> None:
     if placement in cluster.catalog.pools:
         return
     if placement is Placement.HOST:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llm_datadist import option_keys as key
 from llm_datadist.checks import check_dict, check_type
@@ -13,13 +13,19 @@ from llm_datadist.cpp.types import LlmRole
 from llm_datadist.errors import LLMException, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.options import Options
+from llm_datadist.places import places
 from llm_datadist.pool_config import BufPoolConfig, PoolConfig
 from llm_datadist.types import LLMRole
 
-#: "ip:port" or "[ipv6]:port" to listen on; without it nobody can link to this cluster. Seed 002
-#: wants it of every Prompt, later documents of none: a Prompt may push over links of its own making
+if TYPE_CHECKING:
+    from llm_datadist.links.filing import Siblings
+    from llm_datadist.places.places import AnyCluster
+
+#: "ip:port" or "[ipv6]:port" to listen on, one for each device, with ";" between them; without it
+#: nobody can link to this cluster. Seed 002 wants it of every Prompt, later documents of none: a
+#: Prompt may push over links of its own making
 OPTION_LISTEN_IP_INFO: Final = key.CPP_LISTEN_IP_INFO
-#: required; one number
+#: required: a number; for a process with several devices several, with ";" between them
 OPTION_DEVICE_ID: Final = key.CPP_DEVICE_ID
 #: milliseconds that bound each pull and push; 1000 unless given
 OPTION_SYNC_CACHE_WAIT_TIME: Final = key.SYNC_KV_TIMEOUT
@@ -62,18 +68,26 @@ def parse_options(role: object, options: object) -> Options:
     return Options.parse(parse_role(role), {**given, **_FORCED})
 
 
-def open_cluster(cluster_id: int, options: Options) -> Cluster:
-    """A cluster with memory to allocate from. Raises LLMException(LLM_OUT_OF_MEMORY).
+def open_cluster(cluster_id: int, options: Options) -> AnyCluster:
+    """A cluster with memory to allocate from, for each of its devices.
+
+    Raises LLMException(LLM_OUT_OF_MEMORY).
+    """
+    return places.open_cluster(cluster_id, options, _open_one)
+
+
+def _open_one(cluster_id: int, options: Options, siblings: Siblings | None) -> Cluster:
+    """A cluster of one device. Raises LLMException(LLM_OUT_OF_MEMORY).
 
     Programs need not configure a pool to allocate (seed 002). What they get then is as large as the
     machine's memory: address space, of which pages are taken as they are touched.
     """
     if options.device_pool is not None or options.buf_pool not in (None, BufPoolConfig()):
-        return Cluster(cluster_id, options)
+        return Cluster(cluster_id, options, siblings)
     pages, page_nbytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     everything = PoolConfig(pages * page_nbytes)
     try:
-        return Cluster(cluster_id, replace(options, device_pool=everything))
+        return Cluster(cluster_id, replace(options, device_pool=everything), siblings)
     except LLMException as error:  # many programs never allocate; AllocateCache tells the others
         get_logger().info("cluster %d has no memory to allocate from: %s", cluster_id, error)
-        return Cluster(cluster_id, options)
+        return Cluster(cluster_id, options, siblings)

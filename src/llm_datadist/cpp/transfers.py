@@ -33,9 +33,9 @@ from llm_datadist.transfers.arguments import check_whole_row
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llm_datadist.cluster import Cluster
     from llm_datadist.cpp.status import Status
     from llm_datadist.cpp.types import Cache, CacheIndex, KvCacheExtParam
+    from llm_datadist.places.places import AnyCluster
 
 
 class LlmTransfers:
@@ -43,7 +43,7 @@ class LlmTransfers:
 
     def __init__(self, cluster_id: int) -> None:
         self._cluster_id = cluster_id
-        self._cluster: Cluster | None = None
+        self._cluster: AnyCluster | None = None
 
     # -- transfers --
 
@@ -196,11 +196,11 @@ class LlmTransfers:
     def _call(self, name: str) -> Call:
         return Call(name, self._cluster_id)
 
-    def _require_cluster(self) -> Cluster:
+    def _require_cluster(self) -> AnyCluster:
         if self._cluster is None:
             raise LLMException("not initialised: call Initialize first", LLMStatusCode.LLM_FAILED)
         return self._cluster
 
 
-def _num_tensors(cluster: Cluster, cache_id: int) -> int:
+def _num_tensors(cluster: AnyCluster, cache_id: int) -> int:
     return cluster.catalog.num_tensors(cache_id)

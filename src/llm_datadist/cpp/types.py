@@ -59,8 +59,10 @@ class ClusterInfo(NamedMembers):
     #: found out in the hand-shake: linking with 0 to a cluster of another id works
     remote_cluster_id: int = 0
     remote_role_type: int = 0  #: nothing reads it
-    local_ip_infos: list[IpInfo] = field(default_factory=list)  #: checked, but not needed
-    remote_ip_infos: list[IpInfo] = field(default_factory=list)  #: one: where the peer listens
+    #: checked, but not needed; of several devices, none or one for each
+    local_ip_infos: list[IpInfo] = field(default_factory=list)
+    #: where the peer listens: one for each of its devices, in their order
+    remote_ip_infos: list[IpInfo] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -90,7 +92,8 @@ class Cache(NamedMembers):
     """A cache of this cluster. Spec 7.3.
 
     `AllocateCache` returns one that is filled in. For a registered cache the program makes its own,
-    of the id that it got; the description is looked at where it is pushed from.
+    of the id that it got; the description is looked at where it is pushed from. On several devices
+    it has `num_tensors` on each, and one id; the addresses of the first device come first.
     """
 
     cache_id: int = -1

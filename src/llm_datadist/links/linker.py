@@ -37,6 +37,8 @@ class Target(NamedTuple):
 
     cluster_id: int | None
     endpoints: tuple[Endpoint, ...]
+    #: addresses of ours that came with it
+    num_local: int = 0
 
 
 class Call(NamedTuple):
@@ -47,6 +49,10 @@ class Call(NamedTuple):
     named: int | None
     is_fresh: bool
     group: str
+    #: names the links of several devices that are made together
+    bundle: bytes = b""
+    #: nobody else is linked to; None: whoever answers
+    only: int | None = None
 
 
 class Outcome(NamedTuple):
@@ -77,7 +83,15 @@ class Linker:
         #: whose turn it is to link to an address
         self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
 
-    async def link(self, target: Target, timeout_s: float) -> Outcome:
+    async def link(
+        self,
+        target: Target,
+        timeout_s: float,
+        bundle: bytes = b"",
+        *,
+        expected: bytes = b"",
+    ) -> Outcome:
+        """Links to the target; to that instance of it alone, where one is `expected`."""
         if len(target.endpoints) != 1:
             return Outcome(
                 LLMStatusCode.LLM_PARAM_INVALID,
@@ -94,7 +108,12 @@ class Linker:
             left_s = max(0.001, deadline.remaining_s())
             is_fresh = not self._known(target)
             return await self.call(
-                target.endpoints[0], left_s, is_fresh=is_fresh, named=target.cluster_id
+                target.endpoints[0],
+                left_s,
+                is_fresh=is_fresh,
+                named=target.cluster_id,
+                bundle=bundle,
+                expected=expected,
             )
         finally:
             turn.release()
@@ -107,12 +126,15 @@ class Linker:
         is_fresh: bool,
         named: int | None = None,
         group: str = "",
+        bundle: bytes = b"",
         claim: Callable[[Process | None], str] | None = None,
+        expected: bytes = b"",
     ) -> Outcome:
         """Links to whoever listens there; `is_fresh` when no link to it is known here.
 
-        `named` is the id that the program expects there; another one is linked, too, and said. Once
-        it is reached `claim` may say why the call is to end there, as LLM_PROCESSING_LINK.
+        `named` is the id that the program expects there; another one is linked, too, and said,
+        unless an instance is `expected`, which has just that id. Once it is reached `claim` may say
+        why the call is to end there, as LLM_PROCESSING_LINK.
         """
         deadline = Deadline.after(timeout_s)
         control, outcome = await self._connect(at, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
@@ -121,7 +143,8 @@ class Linker:
         if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        session, first, left_s = self._begin(control, Call(at, named, is_fresh, group), deadline)
+        call = Call(at, named, is_fresh, group, bundle, named if expected else None)
+        session, first, left_s = self._begin(control, call, deadline, expected)
         await session.greet(first, left_s)
         if session.is_closed and session.status is not LLMStatusCode.LLM_SUCCESS:
             return Outcome(session.status, session.reason)
@@ -136,11 +159,14 @@ class Linker:
         self, control: Control, call: Call, deadline: Deadline, expected: bytes = b""
     ) -> tuple[Session, Sequence[lk.Action], float]:
         """A session, with what its hand-shake begins with, and how long that may take."""
-        link = lk.CallerLink(self._context.me, control.is_same_host, expected=expected)
+        link = lk.CallerLink(
+            self._context.me, control.is_same_host, expected=expected, only=call.only
+        )
         endpoint = None if isinstance(call.at, SameHost) else call.at
         session = Session(
-            self._context, self._registrar, control, link, endpoint, call.group, call.named
-        )
+            self._context, self._registrar, control, link, endpoint, call.group, call.named,
+            call.bundle,
+        )  # fmt: skip
         session.meeting = partial(self._meet, session, call)
         left_s = max(0.001, deadline.remaining_s())
         first = link.start(
@@ -148,6 +174,7 @@ class Linker:
             is_fresh=call.is_fresh,
             timeout_ms=max(1, int(left_s * 1000)),
             group=call.group,
+            bundle=call.bundle,
         )
         return session, first, left_s
 
@@ -233,7 +260,7 @@ class Linker:
         links, endpoint = self._links, target.endpoints[0] if target.endpoints else None
         if target.cluster_id is None:
             return [] if endpoint is None else links.at(endpoint)
-        return self._ours(links.of(target.cluster_id, endpoint))
+        return self.ours(links.of(target.cluster_id, endpoint))
 
     def _known(self, target: Target) -> bool:
         """Whether the target is linked; not, if that was called at another address.
@@ -243,14 +270,18 @@ class Linker:
         links, endpoint = self._links, target.endpoints[0]
         if target.cluster_id is None:
             return bool(links.at(endpoint))
-        ours = self._ours(links.of(target.cluster_id))
+        ours = self.ours(links.of(target.cluster_id))
         return any(not _differ(session.endpoint, endpoint) for session in ours)
 
-    def _ours(self, sessions: list[Session]) -> list[Session]:
+    def ours(self, sessions: list[Session]) -> list[Session]:
         """Without those that a peer called for, where such a link is the peer's alone."""
         return [
             session for session in sessions if session.is_caller or not self._context.is_one_way
         ]
+
+    async def end(self, session: Session, timeout_s: float) -> bool:
+        """Unlinks one session, once its calls have ended; whether it has ended, else it is kept."""
+        return await self._leave_session(session, Deadline.after(timeout_s))
 
     async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
         """Whether the link has ended; else it is kept, also when this is cancelled."""

@@ -237,7 +237,9 @@ class Listener:
     async def _open_session(self, control: Control, hello: m.Hello) -> Session:
         control.begun(hello)
         link = ListenerLink(self._context.me, control.is_same_host, token=secrets.token_bytes(16))
-        session = Session(self._context, self._registrar, control, link, None, hello.group)
+        session = Session(
+            self._context, self._registrar, control, link, None, hello.group, bundle=hello.bundle
+        )
         self._sessions[session.token] = session
         session.when_closed(lambda: self._sessions.pop(session.token, None))
         timeout_s = min(hello.timeout_ms / 1000, HAND_SHAKE_S)

@@ -62,7 +62,8 @@ class Listening:
         self._take_snapshot = take_snapshot
         self._switches = Turns()
         self._listener: Listener | None = None
-        self._asked: Endpoint | None = None
+        #: where it was asked to listen
+        self.asked: Endpoint | None = None
         #: where the listener really is, the port that was taken for 0 included
         self.endpoint: Endpoint | None = None
         #: where peers of this host are met, while there is any other listener
@@ -83,9 +84,9 @@ class Listening:
     def _move(self, endpoint: Endpoint | None) -> None:
         if self._links.all():
             raise LLMException("unlink all clusters first", LLMStatusCode.LLM_EXIST_LINK)
-        if endpoint == self._asked:
+        if endpoint == self.asked:
             return
-        before, self._asked = self._asked, None
+        before, self.asked = self.asked, None
         taken = self.endpoint
         try:
             self._loop.run(self._close_main, Deadline.after(_LISTENER_S))
@@ -93,9 +94,9 @@ class Listening:
         except LLMException:
             if self._listener is None:  # else its end has not even begun
                 self._open(taken)
-            self._asked = before
+            self.asked = before
             raise
-        self._asked = endpoint
+        self.asked = endpoint
 
     @contextmanager
     def switching(self, options: Options) -> Iterator[None]:
@@ -126,6 +127,16 @@ class Listening:
                 f"with a transfer backend the address stays {options.listen}",
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             )
+
+    def put_back(self, asked: Endpoint | None, taken: Endpoint | None) -> None:
+        """As it was before a `move`, where it was asked to listen and did. Raises LLMException."""
+        self._errands.run(partial(self._put_back, asked, taken))
+
+    def _put_back(self, asked: Endpoint | None, taken: Endpoint | None) -> None:
+        self.asked = None
+        self._loop.run(self._close_main, Deadline.after(_LISTENER_S))
+        self._open(taken)
+        self.asked = asked
 
     def open_for_ranks(self, endpoint: Endpoint) -> None:
         """Listens there, too, as long as the cluster lives. Raises LLMException(LLM_FAILED)."""

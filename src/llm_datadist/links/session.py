@@ -75,6 +75,7 @@ class Session:
         endpoint: Endpoint | None,
         group: str = "",
         named: int | None = None,
+        bundle: bytes = b"",
     ) -> None:
         self._context = context
         self._registrar = registrar
@@ -86,6 +87,8 @@ class Session:
         self.endpoint = endpoint
         #: the rank-table link that this one belongs to, if any
         self.group = group
+        #: names the links of several devices that were made together, and end together
+        self.bundle = bundle
         #: how the caller links over the peer's same-host socket; raises PathUnavailable
         self.meeting: Callable[[bytes, Deadline], Awaitable[Session]] | None = None
         self._meeting_task: asyncio.Task[None] | None = None
@@ -120,6 +123,8 @@ class Session:
         self._deadline = Deadline.after(0)
         self.status = LLMStatusCode.LLM_SUCCESS
         self.reason = ""
+        #: whether both ends had drained it when it ended
+        self.was_agreed = False
         self.closed = asyncio.Event()
         #: the hand-shake is over, one way or the other
         self._settled = asyncio.Event()
@@ -149,6 +154,11 @@ class Session:
     def path_reason(self) -> str:
         """Why better paths are not used; empty when there is no better one."""
         return "; ".join(f"{path}: {reason}" for path, reason, _ in self.rejected)
+
+    @property
+    def greeting_s(self) -> float:
+        """How long its hand-shake may still take, by the caller's time-out."""
+        return max(0.0, self._deadline.remaining_s())
 
     @property
     def state(self) -> str:
@@ -451,7 +461,7 @@ class Session:
         loop.call_soon_threadsafe(lambda: self._spawn(self.perform([lk.Send(m.DialBack(1))])))
 
     def _close(self, action: lk.Close) -> None:
-        self.status, self.reason = action.status, action.reason
+        self.status, self.reason, self.was_agreed = action.status, action.reason, action.is_agreed
         ending = f"the link ended because {action.reason}"
         self._context.gate.shut(self.door, ending)
         if self.peer is not None:

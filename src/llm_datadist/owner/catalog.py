@@ -96,7 +96,7 @@ class Catalog:
         self._lock = make_lock()
         #: being unregistered, by which call: no use may begin, or waiting for the last one might
         #: never end
-        self._leaving: dict[object, Entry] = {}
+        self.leaving: dict[object, Entry] = {}
         #: unregistered by finalizers that could not wait for their last use
         self._left: dict[Entry, None] = {}
         self._allocations = Allocations(pools, gate, self._exposure)
@@ -127,12 +127,13 @@ class Catalog:
         held: Sequence[object | None] = (),
         kv_layout: KVLayout | None = None,
         num_readers: int = 0,
+        cache_id: int | None = None,
     ) -> Entry:
         """Files a cache over memory that stays the caller's. Spec 6.4.
 
         The memory is not touched: what is not mapped is warned about, and fails when it is moved.
-        `held` keeps it until the cache is unregistered, one object per tensor or none. Raises
-        LLMException(LLM_PARAM_INVALID).
+        `held` keeps it until the cache is unregistered, one object per tensor or none; its id is
+        the next one, or the one given. Raises LLMException(LLM_PARAM_INVALID).
         """
         layout = Layout.at(geometry, addrs)
         warn_of_strays(addrs, geometry.tensor_nbytes, held)
@@ -145,6 +146,7 @@ class Catalog:
                 held,
                 kv_layout,
                 num_readers,
+                cache_id,
                 is_remote_accessible=is_remote_accessible,
             ),
             lambda entry: self.forget(entry.cache_id),
@@ -161,31 +163,36 @@ class Catalog:
         """
         leave = object()
         try:
-            entry = self._begin_to_leave(cache_id, leave)
+            entry = self.begin_to_leave(cache_id, leave)
             if entry is None:
                 return None
-            for permit in self._gate.uses_beside(entry):
-                if isinstance(permit, Permit):
-                    permit.revoke()
-            cannot_wait = is_finalizer()
-            if not self._gate.drain(entry, min(timeout_s, _MOMENT_S) if cannot_wait else timeout_s):
-                if not cannot_wait:
-                    raise LLMException(
-                        f"cache {cache_id} is still used by a transfer after {timeout_s:.3f} s",
-                        LLMStatusCode.LLM_TIMEOUT,
-                    )
-                self._left[entry] = None
+            self.await_uses(entry, timeout_s)
             self._errands.run(lambda: self.forget(cache_id))
             return entry
         finally:
-            self._leaving.pop(leave, None)
+            self.leaving.pop(leave, None)
 
-    def _begin_to_leave(self, cache_id: int, leave: object) -> Entry | None:
+    def await_uses(self, entry: Entry, timeout_s: float) -> None:
+        """Waits for the calls that use a cache which is leaving. Raises as `unregister` does."""
+        for permit in self._gate.uses_beside(entry):
+            if isinstance(permit, Permit):
+                permit.revoke()
+        cannot_wait = is_finalizer()
+        if not self._gate.drain(entry, min(timeout_s, _MOMENT_S) if cannot_wait else timeout_s):
+            if not cannot_wait:
+                raise LLMException(
+                    f"cache {entry.cache_id} is still used by a transfer after {timeout_s:.3f} s",
+                    LLMStatusCode.LLM_TIMEOUT,
+                )
+            self._left[entry] = None
+
+    def begin_to_leave(self, cache_id: int, leave: object) -> Entry | None:
+        """A cache that is unregistered next; until `leaving` loses the call, nobody may use it."""
         with self._lock:
             entry = self._registry.get(cache_id)
             if entry is None or entry.is_owned or entry is self.probe:
                 return None
-            self._leaving[leave] = entry
+            self.leaving[leave] = entry
             return entry
 
     def allocate(
@@ -194,9 +201,10 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None],
         kv_layout: KVLayout | None = None,
+        cache_id: int | None = None,
     ) -> Entry:
         """A cache in pool memory. Raises LLMException: LLM_OUT_OF_MEMORY, LLM_PARAM_INVALID."""
-        work = partial(self._allocate, geometry, placement, keys, kv_layout)
+        work = partial(self._allocate, geometry, placement, keys, kv_layout, cache_id)
         return self._errands.run(work, lambda entry: self.forget(entry.cache_id))
 
     def forget(self, cache_id: int) -> None:
@@ -230,13 +238,14 @@ class Catalog:
         placement: Placement,
         keys: Sequence[KeyName | None],
         kv_layout: KVLayout | None,
+        cache_id: int | None,
     ) -> Entry:
         layout = self._take_memory(geometry, placement)
         region, space = None, self.pools[placement].space
         try:
             region = self._exposure.expose(layout, space, is_remote_accessible=True)
             with self._lock:
-                entry = self._registry.allocate(layout, placement, keys, kv_layout)
+                entry = self._registry.allocate(layout, placement, keys, kv_layout, cache_id)
                 entry.allocated_at, entry.space = time.monotonic(), space
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
@@ -442,6 +451,7 @@ class Catalog:
         held: Sequence[object | None],
         kv_layout: KVLayout | None = None,
         num_readers: int = 0,
+        cache_id: int | None = None,
         *,
         is_remote_accessible: bool,
     ) -> Entry:
@@ -452,7 +462,7 @@ class Catalog:
                 bound = self._registry.bound(keys)
                 entry = self._registry.register(
                     layout, placement, keys, is_remote_accessible=is_remote_accessible, held=held,
-                    kv_layout=kv_layout, num_readers=num_readers,
+                    kv_layout=kv_layout, num_readers=num_readers, cache_id=cache_id,
                 )  # fmt: skip
                 self._exposure.file(entry.cache_id, region)
         except BaseException:
@@ -479,7 +489,7 @@ class Catalog:
             self._allocations.reclaim()
 
     def _refuse_leaving(self, entry: Entry) -> None:
-        if self._leaving and entry in tuple(self._leaving.values()):
+        if self.leaving and entry in tuple(self.leaving.values()):
             raise LLMException(
                 f"cache {entry.cache_id} is being unregistered",
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,

@@ -17,7 +17,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.fetches import names_of
 from llm_datadist.core.pattern import Windows
 from llm_datadist.core.segments import Segments
-from llm_datadist.core.transfer import Pull
+from llm_datadist.core.transfer import Pull, Receipt
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.checksum import digest_of
 from llm_datadist.observe.log import get_logger
@@ -94,17 +94,19 @@ class Peer:
         ticket: Guard | None,
         deadline: Deadline,
         watch: Watch | None = None,
+        receipts: list[Receipt] | None = None,
     ) -> None:
         """Carries out what is asked between the peer's cache and ours.
 
-        A push is under a `ticket`: the peer fetches as long as it holds. Returns only when all
-        bytes have been moved, of a cache that existed throughout. Raises LLMException; nothing
-        arrives after it was raised. The caller has entered the door.
+        A push is under a `ticket`: the peer fetches as long as it holds. With `receipts` a peer is
+        not told yet what was pulled of it: see `confirm`. Returns only when all bytes have been
+        moved, of a cache that existed throughout. Raises LLMException; nothing arrives after it was
+        raised. The caller has entered the door.
         """
         for attempts_left in range(_ATTEMPTS - 1, -1, -1):
             found = self._lookup.find(asked.place.name, deadline)
             try:
-                self._move(asked, ours, ticket, found, deadline, watch)
+                self._move(asked, ours, ticket, found, deadline, watch, receipts)
             except LLMException as error:
                 if not attempts_left or not _is_stale(error, found):
                     raise
@@ -139,6 +141,7 @@ class Peer:
         found: Found,
         deadline: Deadline,
         watch: Watch | None,
+        receipts: list[Receipt] | None,
     ) -> None:
         remote, row = found.cache, found.row if asked.place.row is None else asked.place.row
         if watch is not None:
@@ -156,7 +159,14 @@ class Peer:
             if remote.is_counted and asked.is_all:
                 self.tell_read(remote, deadline)
             elif not self._is_one_sided and remote.has_key_at(row):
-                self._use_up(remote, row, asked.tensors, deadline)
+                if receipts is None:
+                    self._use_up(remote, row, asked.tensors, deadline)
+                else:
+                    receipts.append(Receipt(self.cluster_id, remote, row, asked.tensors))
+
+    def confirm(self, receipt: Receipt, deadline: Deadline) -> None:
+        """Tells the owner what `move` left for later."""
+        self._use_up(receipt.remote, receipt.row, receipt.tensors, deadline)
 
     def tell_read(self, remote: RemoteCache, deadline: Deadline) -> None:
         """Tells an owner who counts readers that we have what we need of its cache."""

@@ -15,7 +15,7 @@ from llm_datadist.running.threads import start_thread
 from llm_datadist.system_errors import refusals_ignored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from llm_datadist.running.deadline import Deadline
 
@@ -66,22 +66,16 @@ class Loop:
         LLMException with LLM_FAILED when the loop ends meanwhile, LLM_TIMEOUT at the deadline;
         CannotWait.
         """
+        return run_in_each([(self, work)], deadline)[0]
+
+    def _take(self, job: _Job[Any]) -> None:
+        """Raises LLMException when the loop has ended; CannotWait."""
         thread = self._thread
         if (thread is not None and thread.ident == threading.get_ident()) or holds_lock():
             raise CannotWait
-        job = _Job(work)
-        try:
-            self._jobs[job] = None
-            if self._is_ending or not self._has_taken(job):
-                raise _finalized()
-            if not job.over.wait(max(0.0, deadline.remaining_s())):
-                raise deadline.expired("work of the cluster's thread")
-            return job.result()
-        except BaseException:
-            self.call_soon(job.cancel)
-            raise
-        finally:
-            self._jobs.pop(job, None)
+        self._jobs[job] = None
+        if self._is_ending or not self._has_taken(job):
+            raise _finalized()
 
     def finish(
         self, work: Callable[[], Coroutine[object, object, None]], deadline: Deadline
@@ -144,6 +138,30 @@ class Loop:
         for task in asyncio.all_tasks(self.asyncio):
             task.cancel()
         self.asyncio.call_soon(self.asyncio.stop)
+
+
+def run_in_each(
+    works: Sequence[tuple[Loop, Callable[[], Coroutine[object, object, T]]]], deadline: Deadline
+) -> list[T]:
+    """Runs a coroutine in each of several loops, all at once, as `Loop.run` does in one.
+
+    When one raises, the others are cancelled.
+    """
+    jobs = [(loop, _Job(work)) for loop, work in works]
+    try:
+        for loop, job in jobs:
+            loop._take(job)
+        for _, job in jobs:
+            if not job.over.wait(max(0.0, deadline.remaining_s())):
+                raise deadline.expired("work of the cluster's thread")
+        return [job.result() for _, job in jobs]
+    except BaseException:
+        for loop, job in jobs:
+            loop.call_soon(job.cancel)
+        raise
+    finally:
+        for loop, job in jobs:
+            loop._jobs.pop(job, None)
 
 
 class _Job(Generic[T]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from llm_datadist.core.layers import PER_LAYER, OneLayer, count_layers, pairs_of
 from llm_datadist.core.remote import RemoteRow
@@ -16,13 +16,38 @@ from llm_datadist.observe.log import get_logger
 from llm_datadist.running.threads import start_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
     from llm_datadist.cache_task import CacheTask
     from llm_datadist.core.transfer import Push
     from llm_datadist.layerwise import LayerKey, LayerSynchronizer
-    from llm_datadist.transfers.transfers import Transfers
+    from llm_datadist.observe.watch import Watch
+    from llm_datadist.running.threads import Errands
 
 Config: TypeAlias = TransferConfig | TransferWithCacheKeyConfig
 _OK = LLMStatusCode.LLM_SUCCESS
+
+
+class Sender(Protocol):
+    """Who carries pushes out: the Transfers of a cluster, or those of several devices."""
+
+    @property
+    def errands(self) -> Errands:
+        """Starts threads where no signal strikes."""
+        ...
+
+    def watching(self, operation: str) -> AbstractContextManager[Watch | None]:
+        """Watches an operation while `with` lasts."""
+        ...
+
+    def run(self, asked: Push) -> None:
+        """To the cache of a key. Raises LLMException."""
+        ...
+
+    def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
+        """These tensors, to addresses. Raises LLMException."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +59,7 @@ class Destination:
     src_row: int
     key: LayerKey | None  #: None: by address
     dst_start: int  #: the layer of the key's cache that the first one goes to
-    addrs: tuple[int, ...]  #: two a layer
+    addrs: tuple[int, ...]  #: two a layer, of each device
 
     @classmethod
     def of(cls, config: Config, layers: range) -> Destination:
@@ -60,6 +85,13 @@ class LayerwiseTransfer:
     src_blocks: tuple[int, ...]
     dst_blocks: tuple[int, ...]
     block_nbytes: int
+    num_devices: int = 1
+
+    def addrs_of(self, to: Destination, layer: int, tensors: range) -> Sequence[int]:
+        """Where the tensors of a layer go: for each device as many, one device behind another."""
+        first, each = PER_LAYER * (layer - to.layers.start), len(to.addrs) // self.num_devices
+        starts = range(first, len(to.addrs), each) if each else ()
+        return [addr for at in starts for addr in to.addrs[at : at + len(tensors)]]
 
     def push_of(self, to: Destination, layer: int) -> Push:
         """The push of one layer to one destination. Raises LLMException for a key of nothing."""
@@ -74,7 +106,12 @@ class LayerwiseTransfer:
 
 
 def check_config(
-    config: Config, num_tensors: int, batch_size: int | None, *, has_blocks: bool
+    config: Config,
+    num_tensors: int,
+    batch_size: int | None,
+    *,
+    has_blocks: bool,
+    num_devices: int = 1,
 ) -> range:
     """The layers that a config sends; fills in all where it names none. Spec 6.12, step 8.
 
@@ -96,9 +133,10 @@ def check_config(
         )
     if isinstance(config, TransferConfig):
         tensors = len(pairs_of(layers, num_tensors))
-        if len(config.dst_addrs) != tensors:
+        if len(config.dst_addrs) != tensors * num_devices:
+            each = "" if num_devices == 1 else f" on each of {num_devices} devices"
             raise invalid(
-                f"{len(config.dst_addrs)} dst_addrs for the {tensors} tensors of {layers}"
+                f"{len(config.dst_addrs)} dst_addrs for the {tensors} tensors of {layers}{each}"
             )
     elif config.cache_key is None or config.dst_layer_range is None:
         raise invalid("cache_key and dst_layer_range must be set")
@@ -108,7 +146,7 @@ def check_config(
 
 
 def begin(
-    transfers: Transfers,
+    transfers: Sender,
     asked: LayerwiseTransfer,
     synchronizer: LayerSynchronizer,
     task: CacheTask,
@@ -125,7 +163,7 @@ def begin(
 
 
 def _run(
-    transfers: Transfers,
+    transfers: Sender,
     asked: LayerwiseTransfer,
     synchronizer: LayerSynchronizer,
     task: CacheTask,
@@ -144,7 +182,7 @@ def _run(
 
 
 def _send_layers(
-    transfers: Transfers,
+    transfers: Sender,
     asked: LayerwiseTransfer,
     synchronizer: LayerSynchronizer,
     results: list[LLMStatusCode | None],
@@ -166,7 +204,7 @@ def _send_layers(
 
 
 def _send_layer(
-    transfers: Transfers, asked: LayerwiseTransfer, to: Destination, layer: int
+    transfers: Sender, asked: LayerwiseTransfer, to: Destination, layer: int
 ) -> LLMStatusCode:
     try:
         push = asked.push_of(to, layer)
@@ -174,9 +212,7 @@ def _send_layer(
             transfers.run(push)
         else:
             tensors = pairs_of(range(layer, layer + 1), asked.num_tensors)
-            first = PER_LAYER * (layer - to.layers.start)
-            addrs = to.addrs[first : first + len(tensors)]
-            transfers.push_to_addresses(push, tensors, addrs)
+            transfers.push_to_addresses(push, tensors, asked.addrs_of(to, layer, tensors))
     except LLMException as error:
         get_logger().error(
             "layer %d of cache %d could not be sent to cluster %s: %s",

@@ -10,11 +10,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from llm_datadist.core.generations import STALE
 from llm_datadist.core.shards import PullShards
-from llm_datadist.core.transfer import Copy, Place, Pull, Push
+from llm_datadist.core.transfer import Copy, Place, Pull, Push, Receipt
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
@@ -38,11 +38,30 @@ if TYPE_CHECKING:
     from llm_datadist.running.movers import Call, Movers
     from llm_datadist.running.threads import Errands
 
+    Asked: TypeAlias = Pull | Push | Copy | PullShards | OnLink | Receipt
+
 
 class _Token(Token):
     """That of a call in a thread of the program's: it ends in single steps."""
 
     __slots__ = ()
+
+
+class Part(NamedTuple):
+    """What the place of one device is told of a call on several."""
+
+    #: of the whole call, with the token that cuts it
+    deadline: Deadline
+    #: for what peers are to be told when every part has arrived
+    receipts: list[Receipt]
+
+    def begin(self, token: Token) -> Deadline:
+        """The part's own call may be cut with the whole; its deadline. Raises LLMException."""
+        whole = self.deadline.token
+        if whole is not None:
+            whole.waits[token] = None
+            whole.require()
+        return self.deadline._replace(token=token)
 
 
 class Transfers:
@@ -71,15 +90,16 @@ class Transfers:
         self.errands = errands
         self._movers = movers
 
-    def run(self, asked: Pull | Push | Copy | PullShards | OnLink) -> None:
-        """Moves what is asked, within the cluster's time-out or, over a given link, its own.
+    def run(self, asked: Asked, part: Part | None = None) -> None:
+        """Moves what is asked, within the cluster's time-out; over a given link within its own,
+        and as a part within the whole's.
 
         Raises LLMException; nothing arrives after it was raised.
         """
         gate = self._gate
         token, ringing = _Token(gate.running), map(WAKE, gate.bell.waiting)
         try:
-            self._run(token, asked)
+            self._run(token, asked, part)
         except LLMException as error:
             kind = NotBegun if isinstance(error, NotBegun) else LLMException
             raise kind(f"{asked}: {error}", error.status_code) from error
@@ -92,7 +112,9 @@ class Transfers:
                 finally:
                     any(ringing)
 
-    def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
+    def push_to_addresses(
+        self, asked: Push, tensors: range, addrs: Sequence[int], part: Part | None = None
+    ) -> None:
         """Pushes these tensors of ours to addresses that must lie in one cache of the peer's.
 
         Raises as `run` does. In a thread of the library's. Spec 6.12.
@@ -108,7 +130,10 @@ class Transfers:
                 peer = self._enter(token, asked.place.cluster_id)
                 ticket = self._catalog.issue(token, ours)
                 try:
-                    deadline = Deadline.after(self._timeout_s, token)
+                    deadline = (
+                        Deadline.after(self._timeout_s, token) if part is None
+                        else part.begin(token)
+                    )  # fmt: skip
                     peer.send(segments, ticket.guard, None, deadline)
                 finally:
                     ticket.cell[0] = STALE
@@ -128,7 +153,7 @@ class Transfers:
         path = "" if cluster_id is None else self._links.paths.get(cluster_id, "")
         return self._observer.watch(operation, cluster_id, path)
 
-    def _run(self, token: _Token, asked: Pull | Push | Copy | PullShards | OnLink) -> None:
+    def _run(self, token: _Token, asked: Asked, part: Part | None) -> None:
         if isinstance(asked, Pull):
             cluster_id = asked.place.cluster_id
             if self._links.is_self(cluster_id):
@@ -136,14 +161,16 @@ class Transfers:
             ours = self._catalog.use(token, asked.cache_id)
             asked.check(ours)
             if self._observer is None:
-                self._move(token, asked, ours, None)
+                self._move(token, asked, ours, None, None, part)
             else:
                 with self.watching("pull", cluster_id) as watch:
-                    self._move(token, asked, ours, None, watch)
+                    self._move(token, asked, ours, None, watch, part)
         elif isinstance(asked, Push):
-            self._push(token, asked)
+            self._push(token, asked, part)
         elif isinstance(asked, PullShards):
             self._pull_shards(token, asked)
+        elif isinstance(asked, Receipt):
+            self._confirm(token, asked, part)
         elif isinstance(asked, OnLink):
             self._do_on_link(token, asked)
         else:
@@ -199,7 +226,7 @@ class Transfers:
         with self.watching(asked.operation, asked.peer.cluster_id) as watch:
             asked.carry_out(token, self._catalog, deadline, watch)
 
-    def _push(self, token: _Token, asked: Push) -> None:
+    def _push(self, token: _Token, asked: Push, part: Part | None) -> None:
         ours = self._catalog.use(token, asked.cache_id)
         asked.check(ours)
         if ours.kv_layout is None and asked.layers.moves_nothing(ours.layout.geometry):
@@ -207,7 +234,11 @@ class Transfers:
         ticket = self._catalog.issue(token, ours)
         token.cell = ticket.cell
         with self.watching("push", asked.place.cluster_id) as watch:
-            self._move(token, asked, ours, ticket.guard, watch)
+            self._move(token, asked, ours, ticket.guard, watch, part)
+
+    def _confirm(self, token: _Token, asked: Receipt, part: Part | None) -> None:
+        assert part is not None
+        self._enter(token, asked.cluster_id).confirm(asked, part.begin(token))
 
     def _move(
         self,
@@ -215,10 +246,14 @@ class Transfers:
         asked: Pull | Push,
         ours: Entry,
         ticket: Guard | None,
-        watch: Watch | None = None,
+        watch: Watch | None,
+        part: Part | None,
     ) -> None:
         peer = self._enter(token, asked.place.cluster_id)
-        peer.move(asked, ours, ticket, Deadline.after(self._timeout_s, token), watch)
+        if part is None:
+            peer.move(asked, ours, ticket, Deadline.after(self._timeout_s, token), watch)
+        else:
+            peer.move(asked, ours, ticket, part.begin(token), watch, part.receipts)
 
     def _warn_of_nothing(self, asked: Push, ours: Entry) -> None:
         """It is a success, as in the reference (O14); the log says once what that means."""

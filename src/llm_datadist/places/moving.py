@@ -1,0 +1,130 @@
+"""Transfers on several devices: every part at once, under one deadline, with one outcome."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llm_datadist.core.transfer import Copy, Place, Pull, Push
+from llm_datadist.errors import LLMException, invalid
+from llm_datadist.observe.log import get_logger
+from llm_datadist.places.catalogs import named
+from llm_datadist.running.deadline import Deadline, Token
+from llm_datadist.transfers.transfers import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    from llm_datadist.cluster import Cluster
+    from llm_datadist.core.shards import PullShards
+    from llm_datadist.observe.watch import Watch
+    from llm_datadist.running.movers import Call, Movers
+    from llm_datadist.running.threads import Errands
+
+
+class Moving:
+    """The Transfers of several devices, as one. Thread-safe.
+
+    A call is carried to all devices side by side (`Movers`: nothing of it is running when it has
+    returned or raised), and succeeds when each part has. A part that fails keeps those that have
+    not begun from beginning; what the others moved meanwhile is worth nothing. The owner of a key
+    is told of a pull only when all parts have arrived.
+    """
+
+    def __init__(self, places: Sequence[Cluster], timeout_s: float, movers: Movers) -> None:
+        self._places = places
+        self._timeout_s = timeout_s
+        self._movers = movers
+
+    @property
+    def errands(self) -> Errands:
+        """Starts threads where no signal strikes."""
+        return self._places[0].transfers.errands
+
+    def watching(self, operation: str) -> AbstractContextManager[Watch | None]:
+        """Watches an operation on all devices; each part is watched by its own place."""
+        return self._places[0].transfers.watching(operation)
+
+    def run(self, asked: Pull | Push | Copy | PullShards) -> None:
+        """Moves what is asked on every device, within the cluster's time-out.
+
+        Raises LLMException, which names the first device that failed; nothing arrives after it was
+        raised.
+        """
+        if isinstance(asked, Pull | Push):
+            self._require_links(asked.place.cluster_id)
+        each = [self._of_device(asked, device) for device in range(len(self._places))]
+
+        def run(device: int, part: Part) -> None:
+            self._places[device].transfers.run(each[device], part)
+
+        parts = self._run(run)
+        if any(part.receipts for part in parts):
+            self._confirm(parts)
+
+    def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
+        """As `Transfers.push_to_addresses`; `addrs` has as many of each device, in their order."""
+        count = len(addrs) // len(self._places)
+        self._require_links(asked.place.cluster_id)
+
+        def push(device: int, part: Part) -> None:
+            ours = addrs[device * count : (device + 1) * count]
+            self._places[device].transfers.push_to_addresses(asked, tensors, ours, part)
+
+        self._run(push)
+
+    def _run(self, do: Callable[[int, Part], None]) -> list[Part]:
+        token = Token(())
+        deadline = Deadline.after(self._timeout_s, token)
+        parts = [Part(deadline, []) for _ in self._places]
+
+        def task(device: int, call: Call) -> None:
+            call.require()  # another may have failed meanwhile
+            with named(device):
+                do(device, parts[device])
+
+        self._movers.run([partial(task, device) for device in range(len(parts))], token)
+        return parts
+
+    def _confirm(self, parts: Sequence[Part]) -> None:
+        """The bytes have been moved, which is what was asked for; their keys have done their duty.
+
+        An owner that cannot be told keeps the key, and the log says so.
+        """
+
+        def confirm(device: int, part: Part) -> None:
+            for receipt in parts[device].receipts:
+                self._places[device].transfers.run(receipt, part)
+
+        try:
+            self._run(confirm)
+        except LLMException as error:
+            get_logger().warning("an owner does not know what was pulled of it: %s", error)
+
+    def _require_links(self, cluster_id: int) -> None:
+        """Before anything moves. Raises LLMException(LLM_NOT_YET_LINK)."""
+        for device, place in enumerate(self._places):
+            with named(device):
+                place.links.find(cluster_id)
+
+    def _of_device(
+        self, asked: Pull | Push | Copy | PullShards, device: int
+    ) -> Pull | Push | Copy | PullShards:
+        """The part of one device. All are alike but for memory that is known by address alone."""
+        if not isinstance(asked, Copy):
+            return asked
+        if isinstance(asked.src, int) and isinstance(asked.dst, int):
+            return asked
+        src, dst = (self._place_of(each, device) for each in (asked.src, asked.dst))
+        return replace(asked, src=src, dst=dst)
+
+    def _place_of(self, cache: int | Place, device: int) -> int | Place:
+        if isinstance(cache, int):
+            return cache
+        total, devices = cache.layout.geometry.num_tensors, len(self._places)
+        if total % devices:
+            raise invalid(f"a CPU cache of {total} tensors cannot be shared by {devices} devices")
+        count = total // devices
+        return Place(cache.layout.tensors(range(device * count, (device + 1) * count)), cache.space)
