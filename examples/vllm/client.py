@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: beyond all timeouts of the connectors, so that what is seen is their behaviour
 _TIMEOUT_S = 240.0
 _LOADED = "vllm:prompt_tokens_by_source_total{"
+_PULLED = "vllm:llm_datadist_pull_bytes_sum{"
 _FROM_PREFILL = 'source="external_kv_transfer"'
 
 
@@ -90,11 +91,20 @@ def first_token_s(server: Process, request: dict[str, Any]) -> float:
 
 def num_loaded_tokens(decode: Process) -> int:
     """How many prompt tokens `decode` has not computed but had from a prefill server."""
-    response = httpx.get(f"{decode.base_url}/metrics", timeout=_TIMEOUT_S).raise_for_status()
+    return _counted(decode, _LOADED, _FROM_PREFILL)
+
+
+def num_pulled_bytes(decode: Process) -> int:
+    """How many bytes `decode` has read by llm-datadist."""
+    return _counted(decode, _PULLED, "")
+
+
+def _counted(server: Process, name: str, label: str) -> int:
+    response = httpx.get(f"{server.base_url}/metrics", timeout=_TIMEOUT_S).raise_for_status()
     return sum(
         int(float(line.rpartition(" ")[2]))
         for line in response.text.splitlines()
-        if line.startswith(_LOADED) and _FROM_PREFILL in line
+        if line.startswith(name) and label in line
     )
 
 

@@ -26,13 +26,17 @@ class Connector(str, Enum):
         """vLLM's name of it."""
         return "NixlConnector" if self is Connector.NIXL else "LLMDataDistConnector"
 
-    def transfer_config(self, kv_role: str, policy: str, kv_port: int) -> dict[str, object]:
+    def transfer_config(
+        self, kv_role: str, policy: str, kv_port: int, lease_s: int | None = None
+    ) -> dict[str, object]:
         """vLLM's `--kv-transfer-config`."""
         config: dict[str, object] = {
             "kv_connector": self.vllm_name,
             "kv_role": kv_role,
             "kv_load_failure_policy": policy,
         }
+        if lease_s is not None:
+            config["kv_connector_extra_config"] = {"kv_lease_duration": lease_s}
         if self is Connector.LLM_DATADIST:
             config |= {
                 "kv_connector_module_path": "llm_datadist.integrations.vllm",

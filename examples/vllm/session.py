@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from connector import POLICIES, Connector
 from failures import Failures, provoke
+from hybrid import Rows, compare
+from model import huggingface_directory
 from parity import check, plain_answers
 from prompts import Prompts
-from servers import plain_server, server_pair
+from random_models import HYBRID, LLAMA
+from servers import Settings, plain_server, server_pair
+from stale import DECODE_OPTIONS, LEASE_S, PREFILL_OPTIONS, Harness, Stale
 from ttft import TimeToFirstToken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from parity import Parity
-    from servers import Settings
+    from random_models import RandomModel
 
     Tokens = tuple[int, ...]
 
 #: of the prompts with shared beginnings: a middling one to warm up with, and two long pairs
 _FOR_FAILURES = (3, 4, 8, 9, 13)
 
+_RANKS, _BLOCKS = "--tensor-parallel-size", "--block-size"
+#: vLLM's options of prefill and of decode; 128 is the size of blocks without
+SHAPES = {
+    "TP 2 to 1": ((_RANKS, "2"), ()),
+    "TP 1 to 2": ((), (_RANKS, "2")),
+    "blocks of 32 to 128": ((_BLOCKS, "32"), (_BLOCKS, "128")),
+    "blocks of 128 to 32": ((_BLOCKS, "128"), (_BLOCKS, "32")),
+    "TP 2 to 1, blocks of 128 to 32": ((_RANKS, "2"), (_BLOCKS, "32")),
+}
+
 
 class Session:
     """One run. Plain answers are computed once."""
 
     def __init__(
-        self, settings: Settings, connector: Connector, report: Callable[[str], None]
+        self, build: Path, logs: Path, connector: Connector, report: Callable[[str], None]
     ) -> None:
-        self._settings = settings
+        self._build, self._logs = build, logs
         self._connector = connector
         self._report = report
-        self._texts = Prompts(settings.model)
-        self._prompts = self._texts.with_shared_beginnings()
         #: by the prompt's index
         self._expected: dict[int, Tokens] = {}
+
+    @cached_property
+    def _settings(self) -> Settings:
+        self._report("the model is looked for, and made if there is none")
+        return Settings(huggingface_directory(self._build), self._logs)
+
+    @cached_property
+    def _texts(self) -> Prompts:
+        return Prompts(self._settings.model)
+
+    @cached_property
+    def _prompts(self) -> list[list[int]]:
+        return self._texts.with_shared_beginnings()
 
     def parity(self) -> Parity:
         """All prompts by way of prefill and decode."""
@@ -54,6 +81,51 @@ class Session:
             with server_pair(self._settings, self._connector, policy) as pair:
                 cases += provoke(pair, policy, prompts, answers, self._report)
         return Failures(cases)
+
+    def hybrid(self) -> Rows:
+        """Models of every kind of KV cache, each beside itself as one server."""
+        rows = []
+        for model in HYBRID:
+            settings = self._of_random_model(model)
+            self._report(f"{model.name} starts, alone and with {self._connector.vllm_name}")
+            with (
+                plain_server(settings) as plain,
+                server_pair(settings, self._connector, "fail") as pair,
+            ):
+                row = compare(
+                    model.name, model.groups, plain, pair, self._report,
+                    needs_same_batch=model.needs_same_batch,
+                )  # fmt: skip
+                rows.append(row)
+        return Rows("hybrid", rows)
+
+    def shapes(self) -> Rows:
+        """One model, by prefill and decode of other sizes, beside itself as one server."""
+        rows = []
+        settings = self._of_random_model(LLAMA)
+        self._report(f"{LLAMA.name} starts alone")
+        with plain_server(settings) as plain:
+            for name, options in SHAPES.items():
+                self._report(f"{name} starts with {self._connector.vllm_name}")
+                with server_pair(settings, self._connector, "fail", *options) as pair:
+                    rows.append(compare(name, LLAMA.groups, plain, pair, self._report))
+        return Rows("shapes", rows)
+
+    def stale(self) -> Stale:
+        """Blocks that hold something else by the time they are read."""
+        settings = self._of_random_model(LLAMA)
+        self._report(f"{LLAMA.name} starts, alone and with {self._connector.vllm_name}")
+        options = PREFILL_OPTIONS, DECODE_OPTIONS, LEASE_S
+        with (
+            plain_server(settings) as plain,
+            server_pair(settings, self._connector, "fail", *options) as pair,
+        ):
+            return Harness(plain, pair, self._report).run()
+
+    def _of_random_model(self, model: RandomModel) -> Settings:
+        logs = self._logs / model.name
+        logs.mkdir(exist_ok=True)
+        return Settings(model.directory(self._build), logs, model.dtype)
 
     def ttft(self, num_rounds: int, num_samples: int) -> TimeToFirstToken:
         """Both connectors in turn, or NixlConnector alone where the run is about that.

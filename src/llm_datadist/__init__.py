@@ -31,6 +31,8 @@ from llm_datadist.types import (
 
 if _TYPE_CHECKING:
     from llm_datadist.core.reshard import reshard as reshard
+    from llm_datadist.following.follower import Follower as Follower
+    from llm_datadist.following.wants import Wants as Wants
     from llm_datadist.kv_cache_manager import KvCacheManager
     from llm_datadist.tensor import Tensor, TensorDesc
 
@@ -98,6 +100,8 @@ __all__ = [  # noqa: RUF022  (the reference's order)
 
 #: what needs numpy comes when it is asked for
 _LATE = {
+    "Follower": "llm_datadist.following.follower",
+    "Wants": "llm_datadist.following.wants",
     "KvCacheManager": "llm_datadist.kv_cache_manager",
     "Tensor": "llm_datadist.tensor",
     "TensorDesc": "llm_datadist.tensor",

@@ -24,7 +24,7 @@ from llm_datadist.running import forks
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Self
 
@@ -32,7 +32,11 @@ if TYPE_CHECKING:
     from llm_datadist.cluster import Cluster
     from llm_datadist.core.pages import PoolUsage
     from llm_datadist.core.stats import ClusterStats
+    from llm_datadist.directory.base import Directory
+    from llm_datadist.directory.record import Record
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.following.follower import Follower
+    from llm_datadist.following.wants import Wants
     from llm_datadist.kv_cache_manager import KvCacheManager
     from llm_datadist.links.linker import Outcome, Target
     from llm_datadist.links.ranks import RankLinks
@@ -189,7 +193,9 @@ class LLMDataDist:
 
         `switch_options` may have `llm.listenIpInfo`; the listener then moves there, and without it
         the cluster listens no more. Other entries are ignored. After a failure everything is as it
-        was.
+        was. A cluster that follows a fleet (`follow`) leaves it meanwhile, and all its links are
+        ended, in order where peers agree; that may take `sync_kv_timeout` and 2 s. Whoever wants
+        the new role links anew.
 
         Raises RuntimeError before `init`; KeyError, TypeError, ValueError for bad arguments;
         LLMException with LLM_EXIST_LINK while clusters are linked, LLM_PARAM_INVALID, LLM_FAILED
@@ -206,10 +212,76 @@ class LLMDataDist:
         with cluster.switching():
             if not cluster.options.cache_manager:
                 self._check_v1_switch(cluster, role, listens)
-            cluster.switch_listening(listens)
-            self._role = role
-            if self._kv_cache_manager is not None:
-                self._kv_cache_manager._switch_role(role)
+            follower = self.follower
+            try:
+                if follower is not None:
+                    follower.stand_down(cluster.options.sync_timeout_s)
+                cluster.switch_listening(listens)
+                self._role = role
+                if self._kv_cache_manager is not None:
+                    self._kv_cache_manager._switch_role(role)
+            finally:
+                if follower is not None:
+                    follower.stand_up()
+
+    def follow(
+        self,
+        directory: Directory | str,
+        wants: Wants | None = None,
+        *,
+        advertised: str = "",
+        facts: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        ttl_s: float = 15.0,
+    ) -> Follower:
+        """Joins a fleet: announces this cluster in a directory, and links to whom it wants there.
+
+        `directory` is one of `llm_datadist.directory`, or a word as `open_directory` takes it.
+        Without `wants` nobody is linked to from here; others may link to this cluster. `advertised`
+        is where others reach it, `host` or `host:port`; needed where it listens on every address.
+        `facts` must be equal at two members that are linked; `labels` are what else there is to
+        say. Who does not renew its record for `ttl_s` (1 to 3600) is taken for gone.
+
+        Returns at once: all the rest happens in threads of the library's, and a directory that is
+        gone changes nothing for links that live. Members that left are unlinked, a new start of one
+        is linked in place of the old. Ends with `Follower.stop`, or `finalize`. An addition to the
+        reference, see the guide A fleet.
+
+        Raises RuntimeError before `init`, TypeError, ValueError for words that do not print or are
+        too long; LLMException with LLM_PARAM_INVALID while it follows a fleet already, for a
+        directory that nobody knows or where `advertised` is missing, LLM_FAILED without threads.
+        """
+        from llm_datadist.directory.record import check as check_record
+        from llm_datadist.following.wants import Wants
+
+        cluster = self._require_one_device()
+        check_optional("wants", wants, Wants)
+        if isinstance(directory, str):
+            from llm_datadist.directory.opening import open_directory
+
+            directory = open_directory(directory)
+        check_type("advertised", advertised, str)
+        said = check_dict("facts", {} if facts is None else facts, str, str)
+        words = check_dict("labels", {} if labels is None else labels, str, str)
+        known = {**cluster.facts, **said}
+
+        def record() -> Record:
+            assert self._role is not None  # it has been initialised
+            return cluster.record(self._role, advertised, known, words)
+
+        check_record(record(), ttl_s)
+        return cluster.follow(directory, wants, ttl_s, known, record)
+
+    @property
+    def follower(self) -> Follower | None:
+        """What `follow` returned, until it is stopped; None without. An addition to the reference.
+
+        Raises RuntimeError before `init`.
+        """
+        from llm_datadist.cluster import Cluster
+
+        cluster = self._require_cluster()
+        return cluster.follower if isinstance(cluster, Cluster) else None
 
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Of the v1 mode: returns when there is a live link to a cluster. Spec 5.3.
@@ -343,6 +415,17 @@ class LLMDataDist:
         if self._cache_manager is None:
             raise invalid("the cache manager is off: set LLMConfig.enable_cache_manager")
         return cast("Cluster", cluster), self._cache_manager  # which has one device
+
+    def _require_one_device(self) -> Cluster:
+        from llm_datadist.cluster import Cluster
+
+        cluster = self._require_cluster()
+        if not isinstance(cluster, Cluster):
+            raise LLMException(
+                "a cluster of several devices follows no fleet: use link_clusters",
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+            )
+        return cluster
 
     def _require_ranks(self) -> RankLinks:
         cluster = self._require_manager()[0]

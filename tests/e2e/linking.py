@@ -111,7 +111,7 @@ def linked_ids(node: Node) -> list[int]:
 
 
 def link_list(node: Node) -> list[tuple[int, str, str, tuple[str, int] | None]]:
-    return [tuple(link) for link in node.datadist.links()]  # type: ignore[misc]
+    return [tuple(link)[:4] for link in node.datadist.links()]  # type: ignore[misc]
 
 
 def publish_large(node: Node) -> None:

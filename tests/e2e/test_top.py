@@ -26,7 +26,7 @@ from llm_datadist.cli.top.order import Order
 from llm_datadist.cli.top.samples import Sample, activities
 from llm_datadist.cli.top.screen import Screen
 from llm_datadist.cli.top.view import view
-from llm_datadist.core.stats import ClusterStats, Histogram, LinkStats, OperationStats
+from llm_datadist.core.stats import ClusterStats, FleetStats, Histogram, LinkStats, OperationStats
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.testing.cluster import Node
 
@@ -197,6 +197,23 @@ def test_words_of_a_cluster_are_neither_markup_nor_escape_sequences() -> None:
     assert "\x1b" not in text
     assert "[/red]" in text
     assert "[bold" in text
+
+
+@pytest.mark.parametrize(
+    ("problem", "is_announced", "said"),
+    [
+        ("", True, "its fleet has 9 others; 3 of 4 members that fit are linked"),
+        ("etcd is \x1b[31mgone", True, "linked; its directory: etcd is"),
+        ("", False, "it is not announced itself"),
+    ],
+)
+def test_a_fleet_is_a_remark(problem: str, is_announced: bool, said: str) -> None:
+    fleet = FleetStats("a folder", problem, is_announced, 9, 4, 3, 1, 2, 3, 4, 5)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(view([Sample(Endpoint("127.0.0.1", 1), cluster(1.0, fleet=fleet))], {}))
+    text = console.export_text()
+    assert said in text
+    assert "\x1b" not in text
 
 
 def test_rates_are_those_of_the_time_between_two_answers() -> None:

@@ -13,6 +13,8 @@ _PR_SET_DUMPABLE = 4
 #: what a cluster may import when it is first needed
 _PARTS = (
     "core",
+    "directory",
+    "following",
     "links",
     "memory",
     "observe",

@@ -150,7 +150,7 @@ def value_of(kind: Any) -> Any:
     if name == "UnionType":
         return value_of(kind.types[0])
     if name == "ListType":
-        return [value_of(kind.item_type)]
+        return [value_of(kind.item_type)] * (kind.min_length or 1)
     if name == "VarTupleType":
         return (value_of(kind.item_type),) * (kind.min_length or 1)
     if name == "TupleType":

@@ -1,6 +1,7 @@
 """An engine with vLLM's part of the connector's calls, and without its model.
 
-The KV of a token is a number made of the token and the layer, so that every block can be checked.
+The KV of a token is a number made of the token and the layer, so that every block can be checked;
+that of a state is one made of all tokens.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from llm_datadist.integrations.vllm.consumer import ConsumerScheduler
+from llm_datadist.integrations.vllm.groups import NULL_BLOCK, Group
 from llm_datadist.integrations.vllm.producer import ProducerScheduler
 from llm_datadist.integrations.vllm.settings import Extra, Settings
 from llm_datadist.integrations.vllm.step import Step
@@ -22,12 +25,16 @@ from llm_datadist.integrations.vllm.worker import Worker
 from llm_datadist.testing.timing import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
+
+    #: of a request, by group; of the only group without more ado
+    Blocks: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 32
 NUM_LAYERS = 3
 UNTOUCHED = -1.0
+ONE_GROUP = (Group(tuple(f"layers.{layer}" for layer in range(NUM_LAYERS)), BLOCK_SIZE),)
 
 
 class Status(Enum):
@@ -45,10 +52,12 @@ class Request:
     status: Status = Status.RUNNING
     lora_request: None = None
     mm_features: tuple[()] = ()
+    max_tokens: int = 16
+    skip_reading_prefix_cache: bool = False
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids or [])
+    def __post_init__(self) -> None:
+        self._all_token_ids = list(self.prompt_token_ids or [])
+        self.num_prompt_tokens = len(self._all_token_ids)
 
 
 class Log(logging.Handler):
@@ -79,24 +88,36 @@ class Engine:
         facts: dict[str, Any] | None = None,
         rank: int = 0,
         num_workers: int = 1,
+        groups: Sequence[Group] = ONE_GROUP,
+        share: bool = False,
         **extra: Any,
     ) -> None:
-        """Starts anew, with empty memory. Of several workers this process has the one of `rank`."""
+        """Starts anew, with empty memory. Of several workers this process has the one of `rank`.
+
+        `share`: all layers lie in the same memory.
+        """
+        self.groups = groups
         settings = Settings(engine_id=engine_id, role=role, port=port, extra=Extra(**extra))
         self.kv = {
-            f"layers.{layer}": torch.full((NUM_BLOCKS, 2, BLOCK_SIZE, 8), UNTOUCHED)
-            for layer in range(NUM_LAYERS)
+            layer: torch.full((NUM_BLOCKS, 2, group.block_tokens, 8), UNTOUCHED)
+            for group in groups
+            for layer in group.layers
         }
-        self.worker = Worker(settings, rank, facts or {"model": "numbers"}, self.kv, NUM_BLOCKS)
+        if share:
+            self.kv = dict.fromkeys(self.kv, next(iter(self.kv.values())))
+        facts = facts or {"model": "numbers"}
+        self.worker = Worker(
+            settings, rank, facts, self.kv, NUM_BLOCKS, groups, num_ranks=num_workers
+        )
         self.producer = None
         if self.worker.advertised_host:
-            self.producer = ProducerScheduler(settings, num_workers)
+            self.producer = ProducerScheduler(settings, groups, num_workers)
             self.producer.told_of_workers({rank: self.worker.advertised_host})
-        self.consumer = ConsumerScheduler(BLOCK_SIZE)
+        self.consumer = ConsumerScheduler()
         self.requests: dict[str, Request] = {}
         self.sent: set[str] = set()
         self.received: set[str] = set()
-        self.failed_blocks: set[int] = set()
+        self.failed: set[str] = set()
         self.log = Log()
         logging.getLogger("llm_datadist.integrations").addHandler(self.log)
         logging.getLogger("llm_datadist.integrations").setLevel(logging.INFO)
@@ -116,7 +137,8 @@ class Engine:
         self.worker.apply(step)
         sent, received = self.worker.take_sent(), self.worker.take_received()
         assert not received & self.received, "a request has ended twice"
-        self.failed_blocks |= self.worker.take_failed_blocks()
+        self.failed |= self.worker.take_failed()
+        assert self.failed <= self.received | received
         self.consumer.received(received)
         if self.producer:
             self.producer.sent(sent)
@@ -152,22 +174,22 @@ class Engine:
         self,
         request_id: str,
         tokens: list[int],
-        blocks: list[int],
+        blocks: Blocks,
         status: Status = Status.FINISHED_LENGTH_CAPPED,
+        **more: Any,
     ) -> dict[str, Any] | None:
         """Computes a prompt in these blocks; what the decode request carries."""
         assert self.producer
-        request = Request(request_id, tokens, {"do_remote_decode": True})
+        request = Request(request_id, tokens, {"do_remote_decode": True}, **more)
         self.requests[request_id] = request
         self.consumer.arrived(request)
+        self.producer.arrived(request)
         self.producer.scheduled(request)
         self.step()
-        for position, token in enumerate(tokens):
-            for layer, memory in enumerate(self.kv.values()):
-                block = blocks[position // BLOCK_SIZE]
-                memory[block, :, position % BLOCK_SIZE] = number_of(token, layer)
-        request.num_computed_tokens, request.status = len(tokens), status
-        return self.producer.finished(request, blocks)
+        for place, number in self.numbers(tokens[: request.num_prompt_tokens], blocks):
+            place.fill_(number)
+        request.num_computed_tokens, request.status = request.num_prompt_tokens, status
+        return self.producer.finished(request, by_group(blocks))
 
     # -- decode ------------------------------------------------------------------------------------
 
@@ -175,11 +197,11 @@ class Engine:
         self.requests[request_id] = Request(request_id, tokens, params)
         self.consumer.arrived(self.requests[request_id])
 
-    def schedule(self, request_id: str, blocks: list[int], num_computed_tokens: int = 0) -> int:
+    def schedule(self, request_id: str, blocks: Blocks, num_computed_tokens: int = 0) -> int:
         """Gives the request its blocks; how many tokens are to be read."""
         request = self.requests[request_id]
         count = self.consumer.num_matched_tokens(request, num_computed_tokens)
-        self.consumer.allocated(request, blocks, count)
+        self.consumer.allocated(request, by_group(blocks), count)
         return count
 
     def abort(self, request_id: str) -> None:
@@ -188,19 +210,20 @@ class Engine:
         self.consumer.finished(request)
 
     def read(
-        self, request_id: str, tokens: list[int], params: dict[str, Any], blocks: list[int]
+        self, request_id: str, tokens: list[int], params: dict[str, Any], blocks: Blocks
     ) -> str:
         """From arrival to the end of the load: "right", "wrong" bytes, or "failed"."""
         self.arrive(request_id, tokens, params)
-        assert self.schedule(request_id, blocks) == len(tokens)
+        count = len(tokens) - (not all(group.keeps_all for group in self.groups))
+        assert self.schedule(request_id, blocks) == count
         assert self.step_until_received(request_id)
-        if self.failed_blocks:
+        if request_id in self.failed:
             return "failed"
-        return "right" if self.has(tokens, blocks) else "wrong"
+        return "right" if self.has(tokens[:count], blocks) else "wrong"
 
-    def has_failed(self, blocks: Sequence[int]) -> bool:
-        """Whether all of these blocks were said to hold nothing of use."""
-        return self.failed_blocks.issuperset(blocks)
+    def has_failed(self, *request_ids: str) -> bool:
+        """Whether all of these were said to have nothing of use in their blocks."""
+        return self.failed.issuperset(request_ids)
 
     def load(
         self, request_id: str, tokens: list[int], params: dict[str, Any] | None, blocks: list[int]
@@ -219,20 +242,29 @@ class Engine:
         """From now on this process cannot start a thread, as at a limit on processes."""
         threading.stack_size(1 << 47 if is_so else 0)
 
-    def failed_blocks_forgotten(self) -> None:
-        self.failed_blocks.clear()
-
     def received_requests(self) -> set[str]:
         return self.received
 
-    def has(self, tokens: Sequence[int], blocks: Sequence[int]) -> bool:
+    def has(self, tokens: Sequence[int], blocks: Blocks) -> bool:
         """Whether these blocks hold the KV of these tokens, in all layers."""
-        return all(
-            bool((memory[blocks[position // BLOCK_SIZE], :, position % BLOCK_SIZE] == number).all())
-            for position, token in enumerate(tokens)
-            for layer, memory in enumerate(self.kv.values())
-            for number in [number_of(token, layer)]
-        )
+        return all(bool((place == number).all()) for place, number in self.numbers(tokens, blocks))
+
+    def numbers(
+        self, tokens: Sequence[int], blocks: Blocks
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        """Where in memory which number belongs, as far as the group keeps it."""
+        layers = iter(range(len(self.kv)))
+        for group, ids in zip(self.groups, by_group(blocks), strict=True):
+            first = group.first_block(len(tokens))
+            for name in group.layers:
+                memory, layer = self.kv[name], next(layers)
+                if group.kept == "state":
+                    yield memory[ids[first]], number_of(sum(tokens), layer)
+                    continue
+                for position in range(first * group.block_tokens, len(tokens)):
+                    block, inside = divmod(position, group.block_tokens)
+                    assert ids[block] != NULL_BLOCK
+                    yield memory[ids[block], :, inside], number_of(tokens[position], layer)
 
     def touched_blocks(self) -> set[int]:
         """Blocks into which anything was written."""
@@ -247,6 +279,11 @@ class Engine:
 
     def counts(self) -> dict[str, Any]:
         return self.worker.take_counts()
+
+
+def by_group(blocks: Blocks) -> list[list[int]]:
+    groups = [ids for ids in blocks if isinstance(ids, Sequence)]
+    return [list(ids) for ids in groups] or [[ids for ids in blocks if isinstance(ids, int)]]
 
 
 def number_of(token: int, layer: int) -> float:

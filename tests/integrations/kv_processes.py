@@ -12,8 +12,10 @@ from llm_datadist.testing.process import ObjectProcess
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kv_engine import Blocks
+
 PROMPT = list(range(100, 118))  # five blocks, the last half full
-THEIRS, OURS, MORE = [9, 3, 20, 4, 17], [1, 2, 30, 5, 0], [11, 12, 13, 14, 15]
+THEIRS, OURS, MORE = [9, 3, 20, 4, 17], [1, 2, 30, 5, 8], [11, 12, 13, 14, 15]
 
 EngineProcess: TypeAlias = "ObjectProcess[Engine]"
 Processes: TypeAlias = "tuple[EngineProcess, EngineProcess]"
@@ -39,7 +41,7 @@ def hand_over(
     prefill: EngineProcess,
     request_id: str = "r",
     tokens: list[int] = PROMPT,
-    blocks: list[int] = THEIRS,
+    blocks: Blocks = THEIRS,
 ) -> dict[str, Any]:
     """What the decode request of a prompt carries that prefill has computed."""
     params = prefill.call(Engine.prefill, request_id, tokens, blocks)

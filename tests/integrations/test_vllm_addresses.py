@@ -162,7 +162,7 @@ def test_workers_of_one_engine_may_be_on_several_nodes(hosts: Processes) -> None
     workers = {"rank": 1, "num_workers": 2, "host": "0.0.0.0"}
     with (
         opened(hosts[0], "prefill", "kv_producer", PORT, **workers) as prefill,
-        opened(hosts[1], "decode", "kv_consumer", rank=1, **SHORT) as decode,
+        opened(hosts[1], "decode", "kv_consumer", rank=1, num_workers=2, **SHORT) as decode,
     ):
         prefill.call(Engine.told_of_workers, {0: HOSTS[1]})
         assert read(prefill, decode) == (HOSTS[1], "right")
@@ -172,7 +172,7 @@ def test_each_worker_may_be_told_its_host(hosts: Processes) -> None:
     workers = {"rank": 1, "num_workers": 2, "host": [HOSTS[1], HOSTS[0]]}
     with (
         opened(hosts[0], "prefill", "kv_producer", PORT, **workers) as prefill,
-        opened(hosts[1], "decode", "kv_consumer", rank=1, **SHORT) as decode,
+        opened(hosts[1], "decode", "kv_consumer", rank=1, num_workers=2, **SHORT) as decode,
     ):
         assert read(prefill, decode) == (HOSTS[1], "right")
 
@@ -181,13 +181,12 @@ def test_a_hand_over_without_our_worker_is_a_failed_load(hosts: Processes) -> No
     workers = {"rank": 1, "num_workers": 2, "host": "0.0.0.0"}
     with (
         opened(hosts[0], "prefill", "kv_producer", PORT, **workers) as prefill,
-        opened(hosts[1], "decode", "kv_consumer", rank=1, **SHORT) as decode,
+        opened(hosts[1], "decode", "kv_consumer", rank=1, num_workers=2, **SHORT) as decode,
     ):
         params = hand_over(prefill)
         prefill.call(Engine.step)
         short = {**params, "remote_hosts": [HOSTS[0]]}
         assert decode.call(Engine.read, "forged", PROMPT, short, OURS) == "failed"
-        decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "d", PROMPT, params, OURS) == "right"
 
 

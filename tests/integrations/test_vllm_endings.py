@@ -122,7 +122,7 @@ def test_requests_that_keep_coming_all_end_when_their_producer_cannot_be_linked(
     with producer_out_of_reach(how) as place:
         params = {**hand_over(prefill), **place}
         assert decode.call(ask_on, params, 2.5 * LINK_S) == 0
-        assert decode.call(Engine.has_failed, OURS)
+        assert decode.call(Engine.has_failed, "r0")
 
 
 def test_requests_that_keep_coming_all_end_when_their_producer_is_killed(
@@ -157,7 +157,6 @@ def test_all_that_wait_for_a_producer_that_hangs_end_within_the_pulls_time_out(
                 decode.call(Engine.load, request, PROMPT, dict(params), OURS)
             assert decode.call(Engine.step_until_received, *requests)
         hanging.resume()
-        decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "e", PROMPT, params, MORE) == "right"
 
 
@@ -173,7 +172,6 @@ def test_requests_end_at_once_when_no_thread_can_be_started_and_later_ones_are_r
         assert decode.call(Engine.read, "e", PROMPT, params, OURS) == "failed"
     decode.call(Engine.start_no_threads, is_so=False)
     assert not decode.call(Engine.touched_blocks) & set(OURS)
-    decode.call(Engine.failed_blocks_forgotten)
     params = hand_over(prefill, "t")
     assert decode.call(Engine.read, "f", PROMPT, params, OURS) == "right"
 
@@ -219,7 +217,6 @@ def test_a_forked_child_fails_its_loads_and_ends_while_its_parent_reads_on(
         decode.call(Engine.load, "d", PROMPT, silent, MORE)  # threads of the parent's wait
         assert decode.call(in_a_child, what, params) == 0
         assert decode.call(Engine.step_until_received, "d", within_s=LINK_S + SLACK_S)
-    decode.call(Engine.failed_blocks_forgotten)
     assert decode.call(Engine.read, "e", PROMPT, params, OURS) == "right"
 
 

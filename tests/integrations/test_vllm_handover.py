@@ -178,7 +178,6 @@ def test_prefill_that_dies_is_a_failed_load_and_its_successor_is_read_from(
     with opened(processes[0], "second", "kv_producer", port) as second:
         assert decode.call(Engine.read, "f", PROMPT, params, OURS) == "failed"
         params = hand_over(second)
-        decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "g", PROMPT, params, OURS) == "right"
 
 
@@ -212,7 +211,6 @@ def test_engines_that_do_not_fit_are_refused_by_the_field(
         prefill.call(Engine.close)
         prefill.call(Engine.open, "prefill", "kv_producer", port, ours)  # upgraded meanwhile
         assert eventually(lambda: decode.call(Engine.paths) == [])
-        decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "e", PROMPT, hand_over(prefill), OURS) == "right"
 
 

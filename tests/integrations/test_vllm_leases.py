@@ -130,8 +130,7 @@ def test_a_producer_under_another_engine_id_at_the_address_ends_the_old_ones_req
             )
         decode.call(Engine.schedule, "stale", MORE)
         assert decode.call(Engine.step_until_received, "stale")
-        assert decode.call(Engine.has_failed, MORE)
-        decode.call(Engine.failed_blocks_forgotten)
+        assert decode.call(Engine.has_failed, "stale")
         decode.call(Engine.step_for, SHORT_S)
         assert decode.call(Engine.read, "d", PROMPT, hand_over(new, "d"), OURS) == "right"
         assert decode.call(Engine.log_text).count("linked to 127.0.0.1") == 2  # old, new
@@ -174,7 +173,6 @@ def test_an_engine_that_is_silent_keeps_its_link_when_another_is_said_to_be_ther
         assert decode.call(Engine.read, "e", PROMPT, successors, OURS) == "failed"
         assert decode.call(Engine.paths) == ["tcp"]
         silent.resume()
-        decode.call(Engine.failed_blocks_forgotten)
         assert decode.call(Engine.read, "f", PROMPT, params, MORE) == "right"
         assert decode.call(Engine.log_text).count("linked to 127.0.0.1") == 1
 
@@ -239,7 +237,7 @@ def hand_over_many(engine: Engine, count: int) -> list[dict[str, Any]]:
         request.num_computed_tokens = len(PROMPT)
         request.status = Status.FINISHED_LENGTH_CAPPED
     engine.step()
-    params = [engine.producer.finished(request, THEIRS) for request in requests]
+    params = [engine.producer.finished(request, [THEIRS]) for request in requests]
     engine.step()
     return [each for each in params if each]
 

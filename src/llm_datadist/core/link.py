@@ -295,6 +295,7 @@ class CallerLink(Link):
 
     #: who must answer, where that is known
     expected: bytes = b""
+    only: int | None = None
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
     #: why the first connection ended while the ends met; empty while it lives
@@ -364,7 +365,8 @@ class CallerLink(Link):
         if refusal is not None:
             return self._refuse(LLMStatusCode.LLM_PARAM_INVALID, refusal)
         self.peer = Peer(message.cluster_id, message.instance, message.offers, message.probe)
-        if self.expected not in (b"", message.instance):
+        is_other = self.only not in (None, message.cluster_id)
+        if is_other or self.expected not in (b"", message.instance):
             return self._refuse(
                 LLMStatusCode.LLM_LINK_FAILED,
                 f"cluster {message.cluster_id} answers there, and not the process that was called",

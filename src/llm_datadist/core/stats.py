@@ -128,6 +128,34 @@ class LinkEvents(msgspec.Struct, frozen=True):
     ended: Count
 
 
+class MemberStats(msgspec.Struct, frozen=True):
+    """A member of the fleet that a cluster follows, as that cluster sees it."""
+
+    cluster_id: Id
+    role: Word
+    incarnation: Word  #: which start of it that is
+    endpoint: Word  #: where it is announced; empty when it does not listen
+    state: Word  #: "linked", "linking", "retries", "known", or "unfit"
+    reason: Word = ""  #: why it is not linked
+
+
+class FleetStats(msgspec.Struct, frozen=True):
+    """The fleet that a cluster follows; what is counted is counted since `follow`."""
+
+    directory: Word
+    problem: Word  #: why the directory cannot be asked or told now
+    is_announced: bool
+    num_members: Count  #: without the cluster itself
+    num_fitting: Count  #: that would be linked to
+    num_linked: Count
+    joined: Count
+    left: Count
+    changed: Count  #: roles, addresses, new starts
+    links_made: Count  #: by following
+    links_failed: Count
+    members: Annotated[tuple[MemberStats, ...], _AT_MOST] = ()
+
+
 class ClusterStats(msgspec.Struct, frozen=True):
     """A cluster at a moment. Immutable; what is counted is counted since `init`."""
 
@@ -146,6 +174,7 @@ class ClusterStats(msgspec.Struct, frozen=True):
     num_silent: Count = 0  #: connections to us that have said nothing of use yet
     num_half_open: Count = 0  #: hand-shakes with callers that are not linked yet
     num_turned_away: Count = 0  #: connections that were neither a link's nor became one
+    fleet: FleetStats | None = None  #: None while it follows none
 
     def told(self, *, to_stranger: bool) -> ClusterStats:
         """What others get to know: the first MAX_TOLD links, pools, and the busiest operations.
@@ -163,6 +192,11 @@ class ClusterStats(msgspec.Struct, frozen=True):
         key = self.oldest_key
         if key is not None and to_stranger:
             key = HeldKey(key.cache_id, key.age_s)
+        fleet = self.fleet
+        if fleet is not None:
+            members = () if to_stranger else fleet.members[:MAX_TOLD]
+            names = {"directory": "", "problem": ""} if to_stranger else {}
+            fleet = msgspec.structs.replace(fleet, members=members, **names)
         busiest = sorted(self.operations, key=lambda each: each.nbytes, reverse=True)
         return msgspec.structs.replace(
             self,
@@ -170,4 +204,5 @@ class ClusterStats(msgspec.Struct, frozen=True):
             pools=self.pools[:MAX_TOLD],
             operations=tuple(busiest[:MAX_TOLD]),
             oldest_key=key,
+            fleet=fleet,
         )

@@ -44,6 +44,8 @@ class Filing:
         self._links = links
         self._groups = groups
         self._ids = ids
+        #: why no link is made now; empty when links are
+        self.shut_because = ""
         self._siblings = siblings
 
     async def linked(self, session: Session) -> None:
@@ -57,8 +59,9 @@ class Filing:
             verdict = Verdict("the peer says that it is this very cluster, and is another")
         else:
             verdict = await self._ids.of_caller(session, session.cluster_id)
-        if verdict.objection:
-            await session.refuse(LLMStatusCode.LLM_LINK_FAILED, verdict.objection)
+        objection = verdict.objection or self.shut_because
+        if objection:
+            await session.refuse(LLMStatusCode.LLM_LINK_FAILED, objection)
             return
         if session.is_closed:
             return

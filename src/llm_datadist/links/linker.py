@@ -51,6 +51,8 @@ class Call(NamedTuple):
     group: str
     #: names the links of several devices that are made together
     bundle: bytes = b""
+    #: nobody else is linked to; None: whoever answers
+    only: int | None = None
 
 
 class Outcome(NamedTuple):
@@ -81,7 +83,15 @@ class Linker:
         #: whose turn it is to link to an address
         self._turns: WeakValueDictionary[Endpoint, asyncio.Lock] = WeakValueDictionary()
 
-    async def link(self, target: Target, timeout_s: float, bundle: bytes = b"") -> Outcome:
+    async def link(
+        self,
+        target: Target,
+        timeout_s: float,
+        bundle: bytes = b"",
+        *,
+        expected: bytes = b"",
+    ) -> Outcome:
+        """Links to the target; to that instance of it alone, where one is `expected`."""
         if len(target.endpoints) != 1:
             return Outcome(
                 LLMStatusCode.LLM_PARAM_INVALID,
@@ -103,6 +113,7 @@ class Linker:
                 is_fresh=is_fresh,
                 named=target.cluster_id,
                 bundle=bundle,
+                expected=expected,
             )
         finally:
             turn.release()
@@ -117,11 +128,13 @@ class Linker:
         group: str = "",
         bundle: bytes = b"",
         claim: Callable[[Process | None], str] | None = None,
+        expected: bytes = b"",
     ) -> Outcome:
         """Links to whoever listens there; `is_fresh` when no link to it is known here.
 
-        `named` is the id that the program expects there; another one is linked, too, and said. Once
-        it is reached `claim` may say why the call is to end there, as LLM_PROCESSING_LINK.
+        `named` is the id that the program expects there; another one is linked, too, and said,
+        unless an instance is `expected`, which has just that id. Once it is reached `claim` may say
+        why the call is to end there, as LLM_PROCESSING_LINK.
         """
         deadline = Deadline.after(timeout_s)
         control, outcome = await self._connect(at, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
@@ -130,8 +143,8 @@ class Linker:
         if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        call = Call(at, named, is_fresh, group, bundle)
-        session, first, left_s = self._begin(control, call, deadline)
+        call = Call(at, named, is_fresh, group, bundle, named if expected else None)
+        session, first, left_s = self._begin(control, call, deadline, expected)
         await session.greet(first, left_s)
         if session.is_closed and session.status is not LLMStatusCode.LLM_SUCCESS:
             return Outcome(session.status, session.reason)
@@ -146,7 +159,9 @@ class Linker:
         self, control: Control, call: Call, deadline: Deadline, expected: bytes = b""
     ) -> tuple[Session, Sequence[lk.Action], float]:
         """A session, with what its hand-shake begins with, and how long that may take."""
-        link = lk.CallerLink(self._context.me, control.is_same_host, expected=expected)
+        link = lk.CallerLink(
+            self._context.me, control.is_same_host, expected=expected, only=call.only
+        )
         endpoint = None if isinstance(call.at, SameHost) else call.at
         session = Session(
             self._context, self._registrar, control, link, endpoint, call.group, call.named,
@@ -245,7 +260,7 @@ class Linker:
         links, endpoint = self._links, target.endpoints[0] if target.endpoints else None
         if target.cluster_id is None:
             return [] if endpoint is None else links.at(endpoint)
-        return self._ours(links.of(target.cluster_id, endpoint))
+        return self.ours(links.of(target.cluster_id, endpoint))
 
     def _known(self, target: Target) -> bool:
         """Whether the target is linked; not, if that was called at another address.
@@ -255,14 +270,18 @@ class Linker:
         links, endpoint = self._links, target.endpoints[0]
         if target.cluster_id is None:
             return bool(links.at(endpoint))
-        ours = self._ours(links.of(target.cluster_id))
+        ours = self.ours(links.of(target.cluster_id))
         return any(not _differ(session.endpoint, endpoint) for session in ours)
 
-    def _ours(self, sessions: list[Session]) -> list[Session]:
+    def ours(self, sessions: list[Session]) -> list[Session]:
         """Without those that a peer called for, where such a link is the peer's alone."""
         return [
             session for session in sessions if session.is_caller or not self._context.is_one_way
         ]
+
+    async def end(self, session: Session, timeout_s: float) -> bool:
+        """Unlinks one session, once its calls have ended; whether it has ended, else it is kept."""
+        return await self._leave_session(session, Deadline.after(timeout_s))
 
     async def _leave_session(self, session: Session, deadline: Deadline) -> bool:
         """Whether the link has ended; else it is kept, also when this is cancelled."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from llm_datadist.core.stats import ClusterStats, LinkStats, PoolStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from llm_datadist.core.stats import FleetStats
     from llm_datadist.links.session import Session
     from llm_datadist.links.strangers import Strangers
     from llm_datadist.links.table import LinkTable
@@ -34,6 +35,8 @@ class Snapshots:
         self._strangers = strangers
         self._recorder = recorder
         self._started_at = time.monotonic()
+        #: what is followed, if anything is
+        self.take_fleet: Callable[[], FleetStats | None] = lambda: None
 
     def take(self) -> ClusterStats:
         """What there is, and what was counted so far."""
@@ -55,6 +58,7 @@ class Snapshots:
             num_silent=self._strangers.num_silent,
             num_half_open=self._strangers.num_half_open,
             num_turned_away=self._strangers.num_turned_away,
+            fleet=self.take_fleet(),
         )
 
 

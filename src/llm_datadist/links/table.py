@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.locks import make_lock
@@ -26,6 +26,24 @@ class LinkInfo(NamedTuple):
     path_reason: str  #: why no better path is used; empty when there is none
     #: where we called the peer; None when it called us, or when a rank table led to it on this host
     endpoint: Endpoint | None
+    #: which start of the peer's cluster it is: 32 hexadecimal digits
+    incarnation: str = ""
+
+
+class TableWatcher(Protocol):
+    """Who is told of links. In the loop's thread, but for `missing`."""
+
+    def link_made(self, session: Session) -> None:
+        """Operations find it."""
+        ...
+
+    def link_ended(self, session: Session) -> None:
+        """They do not find it any more."""
+        ...
+
+    def missing(self, cluster_id: int) -> str:
+        """In any thread: somebody needs a link to it, and there is none; what is known of it."""
+        ...
 
 
 class LinkTable:
@@ -45,6 +63,7 @@ class LinkTable:
         self.paths: dict[int, str] = {}
         #: why the last link to a cluster ended, for the error of whoever still uses it
         self._endings: dict[int, str] = {}
+        self.watcher: TableWatcher | None = None
 
     def add(self, session: Session) -> None:
         """Files a live session, as the newest to its cluster."""
@@ -54,6 +73,8 @@ class LinkTable:
             self._endings.pop(session.cluster_id, None)
         if self._recorder is not None:
             self._recorder.link_made(session.path)
+        if self.watcher is not None:
+            self.watcher.link_made(session)
 
     def remove(self, session: Session, ending: str) -> None:
         with self._lock:
@@ -70,6 +91,8 @@ class LinkTable:
                     del self._endings[next(iter(self._endings))]
         if was_filed and self._recorder is not None:
             self._recorder.link_ended(session.path)
+        if was_filed and self.watcher is not None:
+            self.watcher.link_ended(session)
 
     def find(self, cluster_id: int) -> Peer:
         """The peer that an operation means. Raises LLMException(LLM_NOT_YET_LINK)."""
@@ -79,6 +102,13 @@ class LinkTable:
                 return sessions[0].peer
             ending = self._endings.get(cluster_id)
         because = f": the last link ended because {ending}" if ending else ""
+        watcher = self.watcher
+        if watcher is not None:
+            raise LLMException(
+                f"cluster {self._cluster_id} is not linked to cluster {cluster_id}{because}; of "
+                f"its fleet it knows: {watcher.missing(cluster_id)}",
+                LLMStatusCode.LLM_NOT_YET_LINK,
+            )
         raise LLMException(
             f"cluster {self._cluster_id} is not linked to cluster {cluster_id}{because}; "
             "call link_clusters first",
@@ -118,6 +148,12 @@ class LinkTable:
     def infos(self) -> list[LinkInfo]:
         """Each link as users see it."""
         return [
-            LinkInfo(session.cluster_id, session.path, session.path_reason, session.endpoint)
+            LinkInfo(
+                session.cluster_id,
+                session.path,
+                session.path_reason,
+                session.endpoint,
+                session.instance.hex(),
+            )
             for session in self.all()
         ]

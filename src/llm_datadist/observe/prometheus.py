@@ -116,7 +116,22 @@ def _state(stats: ClusterStats) -> Iterator[Metric]:
     )
     oldest.add_metric((cluster,), stats.oldest_key.age_s if stats.oldest_key else 0)
     yield oldest
+    yield from _fleet(stats, cluster)
     yield from _pools(stats, cluster)
+
+
+def _fleet(stats: ClusterStats, cluster: str) -> Iterator[Metric]:
+    members = _gauge("fleet_members", "Members of the followed fleet.", "cluster", "which")
+    events = _counter("fleet_events", "What happened in it.", "cluster", "event")
+    silent = _gauge("fleet_silent", "Whether its directory does not answer.", "cluster")
+    fleet = stats.fleet
+    if fleet is not None:
+        for which in ("members", "fitting", "linked"):
+            members.add_metric((cluster, which), getattr(fleet, f"num_{which}"))
+        for event in ("joined", "left", "changed", "links_made", "links_failed"):
+            events.add_metric((cluster, event), getattr(fleet, event))
+        silent.add_metric((cluster,), bool(fleet.problem))
+    yield from (members, events, silent)
 
 
 def _pools(stats: ClusterStats, cluster: str) -> Iterator[Metric]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from llm_datadist.cli.top.samples import Sample
-    from llm_datadist.core.stats import ClusterStats, LinkStats, PoolStats
+    from llm_datadist.core.stats import ClusterStats, FleetStats, LinkStats, PoolStats
     from llm_datadist.endpoint import Endpoint
 
 _NONE = "-"
@@ -120,8 +120,20 @@ def _remarks(samples: Iterable[Sample]) -> Iterable[Text]:
             silent.append(str(sample.endpoint))
         if strangers := sample.stats.num_silent + sample.stats.num_half_open:
             yield Text(f"{sample.endpoint}: {strangers} connections that are no link's", _IDLE)
+        if (fleet := sample.stats.fleet) is not None:
+            yield _fleet(sample.endpoint, fleet)
     if silent:
         yield Text(f"metrics are off (LLM_DATADIST_METRICS=1): {', '.join(silent)}", _IDLE)
+
+
+def _fleet(endpoint: Endpoint, fleet: FleetStats) -> Text:
+    seen = f"{fleet.num_linked} of {fleet.num_fitting} members that fit are linked"
+    text = f"{endpoint}: its fleet has {fleet.num_members} others; {seen}"
+    if fleet.problem:
+        return Text(f"{text}; its directory: ", _FAILED).append_text(plain(fleet.problem))
+    if not fleet.is_announced:
+        return Text(f"{text}; it is not announced itself", _FAILED)
+    return Text(text, _IDLE)
 
 
 def _traffic(

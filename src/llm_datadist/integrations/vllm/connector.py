@@ -5,28 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm import __version__ as vllm_version
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from llm_datadist.integrations.vllm.consumer import ConsumerScheduler
 from llm_datadist.integrations.vllm.facts import facts_of
 from llm_datadist.integrations.vllm.producer import ProducerScheduler
 from llm_datadist.integrations.vllm.settings import settings_of
+from llm_datadist.integrations.vllm.specs import forms_of, groups_of
 from llm_datadist.integrations.vllm.stats import TransferMetrics, TransferStats
 from llm_datadist.integrations.vllm.step import Step
+from llm_datadist.integrations.vllm.versions import check_version
 from llm_datadist.integrations.vllm.worker import Worker
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -36,9 +40,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-
-#: blocks of others may be freed before their request ends
-_KEEP_ALL = {FullAttentionSpec, MLAAttentionSpec}
+    from llm_datadist.integrations.vllm.settings import Settings
 
 
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not there to be checked
@@ -55,12 +57,12 @@ class WorkerHost(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # as abov
     host: str
 
 
-class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Hands KV blocks of finished prefill requests to decode engines. See the guide With vLLM.
 
     vLLM makes two: one in its scheduler, one in each worker. Raises ValueError at the start for
-    what it does not do: several KV cache groups, pipeline and context parallelism, memory that is
-    not the CPU's.
+    what it does not do: context parallelism, layers that it does not know, memory that is not the
+    CPU's.
     """
 
     _cache_hit_source = CacheHitSource.P2P
@@ -69,26 +71,29 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _refuse_unsupported(vllm_config, kv_cache_config)
+        _refuse_unsupported(vllm_config)
+        self._groups = groups_of(kv_cache_config)
         parallel = vllm_config.parallel_config
-        tp_size = parallel.tensor_parallel_size
-        self._settings = settings_of(
-            self._kv_transfer_config, parallel.data_parallel_index * tp_size
-        )
+        tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+        check_version(vllm_version)
+        first_rank = parallel.data_parallel_index * tp_size * pp_size
+        self._settings = self._read_settings(self._kv_transfer_config, first_rank)
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
         self._registered: Worker | None = None
         if role is KVConnectorRole.SCHEDULER:
             if self._settings.is_producer:
-                self._producer = ProducerScheduler(self._settings, tp_size)
+                self._producer = ProducerScheduler(self._settings, self._groups, tp_size, pp_size)
             if self._settings.is_consumer:
-                self._consumer = ConsumerScheduler(vllm_config.cache_config.block_size)
+                self._consumer = ConsumerScheduler()
 
     # -- the scheduler's -------------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
         if self._consumer:
             self._consumer.arrived(request)
+        if self._producer:
+            self._producer.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -105,8 +110,8 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        (block_ids,) = blocks.get_block_ids()
         if self._consumer:
+            block_ids = blocks.get_block_ids(group_ids=self._kv_cache_config.transfer_group_ids)
             self._consumer.allocated(request, block_ids, num_external_tokens)
         if self._producer:
             self._producer.scheduled(request)
@@ -125,8 +130,16 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._producer:
             said = metadata.items()  # behind vLLM's MultiConnector also what other connectors say
             self._producer.told_of_workers(
-                {rank: each.host for rank, each in said if isinstance(each, WorkerHost)}
+                {number: each.host for number, each in said if isinstance(each, WorkerHost)}
             )
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        tp_size = self._vllm_config.parallel_config.tensor_parallel_size
+        self.set_xfer_handshake_metadata(
+            {stage * tp_size + rank: said for (stage, rank), said in metadata.items()}
+        )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self._consumer:
@@ -134,25 +147,40 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._producer:
             self._producer.sent(connector_output.finished_sending or ())
 
-    def request_finished(
-        self, request: Request, block_ids: list[int]
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self._consumer:
             self._consumer.finished(request)
-        params = self._producer.finished(request, block_ids) if self._producer else None
+        params = None
+        if self._producer:
+            moved = self._kv_cache_config.select_transfer_block_ids(block_ids)
+            params = self._producer.finished(request, moved)
         return params is not None, params
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
 
     # -- the workers' ----------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         config = self._vllm_config
         backends = sorted(each.get_name() for each in get_current_attn_backends(config))
+        rank, num_ranks = (
+            get_tensor_model_parallel_rank(),
+            config.parallel_config.tensor_parallel_size,
+        )
         self._registered = Worker(
             self._settings,
-            get_tensor_model_parallel_rank(),
+            get_pp_group().rank_in_group * num_ranks + rank,
             facts_of(config, backends),
             kv_caches,
             self._kv_cache_config.num_blocks,
+            self._groups,
+            forms_of(config, self._kv_cache_config, rank),
+            num_ranks,
         )
 
     def get_handshake_metadata(self) -> WorkerHost | None:
@@ -179,11 +207,10 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         """Nothing, as above."""
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
-        return self._worker.take_sent(), self._worker.take_received()
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._worker.take_failed_blocks()
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        # in this order: those that failed are told of with what was received
+        sent, received = self._worker.take_sent(), self._worker.take_received()
+        return KVConnectorTransferResults(sent, received, self._worker.take_failed())
 
     def get_kv_connector_stats(self) -> TransferStats | None:
         if self._registered is None:
@@ -213,21 +240,19 @@ class LLMDataDistConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # --------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _read_settings(cls, config: KVTransferConfig, first_rank: int) -> Settings:
+        return settings_of(config, first_rank)
+
     @property
     def _worker(self) -> Worker:
         assert self._registered is not None, "called before register_kv_caches"
         return self._registered
 
 
-def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    specs = [each for spec in specs for each in getattr(spec, "kv_cache_specs", {0: spec}).values()]
     reasons = {
-        "several KV cache groups, or none": len(kv_cache_config.kv_cache_groups) != 1,
-        "layers that do not keep all tokens": not {type(spec) for spec in specs} <= _KEEP_ALL,
-        "state of Mamba layers": kv_cache_config.has_mamba_layers,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
     }

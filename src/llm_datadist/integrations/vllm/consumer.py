@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llm_datadist import BlocksCacheKey, LLMException, LLMStatusCode
+from llm_datadist import LLMException, LLMStatusCode
 from llm_datadist.integrations.vllm.handover import Handover, handover_of
 from llm_datadist.integrations.vllm.leases import Leases
 from llm_datadist.integrations.vllm.orders import Orders
@@ -18,12 +18,12 @@ from llm_datadist.integrations.vllm.request import digest_of, wants_remote_prefi
 from llm_datadist.integrations.vllm.step import Pull
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Sequence
 
-    from llm_datadist.cache import Cache
-    from llm_datadist.cache_manager import CacheManager
     from llm_datadist.integrations.vllm.board import Board
+    from llm_datadist.integrations.vllm.memory import Memory, Peer
     from llm_datadist.integrations.vllm.producers import Producer, Producers
+    from llm_datadist.integrations.vllm.ranks import Origin
     from llm_datadist.integrations.vllm.request import Request
     from llm_datadist.integrations.vllm.step import Step
 
@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 class ConsumerScheduler:
     """In the scheduler: turns the blocks that a request has got into pulls."""
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self) -> None:
         #: what is kept for requests that have got no blocks yet, and for those that read it now.
         #: Not kept in their parameters, which several requests may share
         self._waiting: dict[str, Handover] = {}
@@ -72,8 +71,11 @@ class ConsumerScheduler:
             return 0
         return max(0, source.remote_num_tokens - num_computed_tokens)
 
-    def allocated(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
-        """The request has got its blocks, of which the last before its end are to be read.
+    def allocated(
+        self, request: Request, block_ids: Sequence[Sequence[int]], num_external_tokens: int
+    ) -> None:
+        """The request has got its blocks, by group; so many of the tokens handed over are to be
+        read into them, the last ones.
 
         Once: what cannot be read is computed.
         """
@@ -84,11 +86,8 @@ class ConsumerScheduler:
         if source is None:
             return
         self._reading[request.request_id] = source
-        end = source.remote_num_tokens
-        blocks = slice((end - num_external_tokens) // self._block_size, -(-end // self._block_size))
-        self._pulls.append(
-            Pull(request.request_id, source, source.block_ids[blocks], block_ids[blocks])
-        )
+        num_computed = source.remote_num_tokens - num_external_tokens
+        self._pulls.append(Pull(request.request_id, source, block_ids, num_computed))
 
     def finished(self, request: Request) -> None:
         """A request that ends before it got blocks lets go of those that are kept for it."""
@@ -124,13 +123,12 @@ class ConsumerWorker:
 
     def __init__(
         self,
-        manager: CacheManager,
-        caches: Mapping[int, Cache],
+        memory: Memory,
         board: Board,
         producers: Producers,
         pull_timeout_s: float = PULL_TIMEOUT_S,
     ) -> None:
-        self._manager, self._caches, self._board = manager, caches, board
+        self._memory, self._board = memory, board
         self._producers, self._pull_timeout_s = producers, pull_timeout_s
         self._leases = Leases(board, producers)
         self.outcomes = Outcomes()
@@ -161,72 +159,87 @@ class ConsumerWorker:
     def _begin_all(self, step: Step) -> None:
         pulled = [pull.source for pull in step.pulls]
         for source in step.expected:
-            with suppress(Exception):  # its pull will say so
-                self._producers.reach(source)
-            self._leases.expect(source, is_read_now=source in pulled)
+            for origin in self._workers(source):
+                with suppress(Exception):  # its pull will say so
+                    self._producers.reach(origin)
+                self._leases.expect(origin, is_read_now=source in pulled)
         for pull in step.pulls:
             self._begin(pull)
         for source in step.releases:
-            self._leases.release(source)
+            for origin in self._workers(source):
+                self._leases.release(origin)
+
+    def _workers(self, source: Handover) -> list[Origin]:
+        """None of a hand-over that cannot be read: its pull will say so."""
+        with suppress(LookupError):
+            return self._producers.workers(source)
+        return []
 
     def _begin(self, pull: Pull) -> None:
         try:
-            producer = self._producers.reach(pull.source)
-            producer.pulls.put(partial(self._pull, producer, pull, time.monotonic()))
+            # now: those who wait for their turn behind a link that fails need not try another
+            producers = self._reached(pull)
+            # a pull is done by the threads of one of the workers that it reads from
+            producers[0].pulls.put(partial(self._pull, producers, pull, time.monotonic()))
         except Exception as error:  # whatever it is, the request must not wait
             self.outcomes.failed(pull, error)
 
-    def _pull(self, producer: Producer, pull: Pull, asked: float) -> None:
+    def _pull(self, producers: Sequence[Producer], pull: Pull, asked: float) -> None:
         try:
-            producer.check_patience(asked)
+            for producer in producers:
+                producer.check_patience(asked)
             until = time.monotonic() + self._pull_timeout_s
-            while not self._has_read(producer, pull, until):
-                producer = self._producers.reach_again(pull.source)
+            while (nbytes := self._read_unless_lost(producers, pull, until)) is None:
+                self._producers.pause()
+                producers = self._reached(pull)
         except BaseException as error:  # as above
             self.outcomes.failed(pull, error)
         else:
-            self.outcomes.received(pull, time.monotonic() - asked)
+            self.outcomes.received(pull, time.monotonic() - asked, nbytes)
 
-    def _has_read(self, producer: Producer, pull: Pull, until: float) -> bool:
-        """Whether its blocks were read; False if the link was lost, and there is time left."""
-        self._producers.await_link(producer)
+    def _reached(self, pull: Pull) -> list[Producer]:
+        return [self._producers.reach(each) for each in self._producers.workers(pull.source)]
+
+    def _read_unless_lost(
+        self, producers: Sequence[Producer], pull: Pull, until: float
+    ) -> int | None:
+        """The bytes that were read; None if a link was lost, and there is time left."""
+        for producer in producers:
+            self._producers.await_link(producer)
         try:
-            self._read(producer, pull)
+            return self._read(producers, pull)
         except (LLMException, LookupError) as error:
             is_lost = getattr(error, "status_code", None) is LLMStatusCode.LLM_NOT_YET_LINK
-            if time.monotonic() > until or not (is_lost or self._producers.is_lost(producer)):
+            is_lost = is_lost or any(map(self._producers.is_lost, producers))
+            if time.monotonic() > until or not is_lost:
                 raise
-            return False
-        return True
+            return None
 
-    def _read(self, producer: Producer, pull: Pull) -> None:
+    def _read(self, producers: Sequence[Producer], pull: Pull) -> int:
         begun = time.monotonic()
         try:
-            self._read_from(producer.cluster_id, pull)
+            nbytes = self._read_from([producer.peer for producer in producers], pull)
         except LLMException as error:
             if error.status_code is LLMStatusCode.LLM_TIMEOUT:
-                producer.timed_out(begun)
+                for producer in producers:
+                    producer.timed_out(begun)
             raise
-        producer.heard()
+        for producer in producers:
+            producer.heard()
+        return nbytes
 
-    def _read_from(self, cluster_id: int, pull: Pull) -> None:
+    def _read_from(self, peers: Sequence[Peer], pull: Pull) -> int:
         """Reads the blocks, if the lease and the hand-over are what the producer gave."""
         lease = pull.source.remote_lease
-        key = self._board.key_of(cluster_id, lease)
-        if key is None:
+        keys = [self._board.key_of(peer.cluster_id, lease) for peer in peers]
+        if None in keys:
             raise _ended_lease()
-        if not pull.source.is_proved(key):
+        if not all(key and pull.source.is_proved(key) for key in keys):
             raise LookupError("the hand-over is not what the producer said")
-        for model_id, cache in self._caches.items():
-            self._manager.pull_blocks(
-                BlocksCacheKey(cluster_id, model_id),
-                cache,
-                pull.src_blocks,
-                pull.dst_blocks,
-                tensor_num_per_layer=1,
-            )
-        if self._board.key_of(cluster_id, lease) != key:
+        nbytes = self._memory.read(peers, pull)
+        if keys != [self._board.key_of(peer.cluster_id, lease) for peer in peers]:
             raise _ended_lease()
+        return nbytes
 
 
 def _ended_lease() -> LookupError:

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 #: rises with every change of what the two ends say to each other
-CONNECTOR_VERSION = 2
+CONNECTOR_VERSION = 3
 
 
 def facts_of(vllm_config: VllmConfig, attention_backends: list[str]) -> dict[str, Any]:
-    """What the configuration of an engine says. The worker adds the layout of its memory.
+    """What the configuration of an engine says. The worker adds what its memory is like.
 
     vLLM's version is among it, since the layout of a block may change with it.
     """
@@ -29,12 +29,10 @@ def facts_of(vllm_config: VllmConfig, attention_backends: list[str]) -> dict[str
         "model": model.model,
         "model dtype": str(model.dtype),
         "KV cache dtype": str(cache.cache_dtype),
-        "block size": cache.block_size,
         "number of layers": model.get_total_num_hidden_layers(),
         "number of KV heads": model.get_total_num_kv_heads(),
         "head size": model.get_head_size(),
         "attention backends": attention_backends,
-        "tensor parallel size": vllm_config.parallel_config.tensor_parallel_size,
         "speculative method": speculative and speculative.method,
     }
 

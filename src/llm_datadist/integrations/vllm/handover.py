@@ -18,6 +18,7 @@ _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
 _MOST_WORKERS = 4096
+_Workers = Annotated[int, msgspec.Meta(ge=1, le=_MOST_WORKERS)]
 #: of the key of a lease
 KEY_NBYTES = 16
 
@@ -38,7 +39,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     #: where the first worker is dialled
     remote_host: _Text
     remote_port: _Port
-    #: by KV cache group, of which there is one
+    #: by KV cache group: what who goes on needs, in the order of the prompt (`Group.needed`)
     remote_block_ids: list[list[_Count]]
     remote_num_tokens: _Count
     #: of these tokens, and what else their KV depends on
@@ -46,21 +47,17 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     remote_lease: Lease
     #: how long the lease lasts without a word
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
-    tp_size: _Count = 1
-    #: where each worker is dialled, by rank, unless all are where the first is
+    tp_size: _Workers = 1
+    pp_size: _Workers = 1
+    #: where each worker is dialled, by its number, unless all are where the first is
     remote_hosts: Annotated[list[_Text], msgspec.Meta(max_length=_MOST_WORKERS)] = []
     #: `proof_of` this, by the lease's key
     remote_proof: _Text = ""
 
-    @property
-    def block_ids(self) -> list[int]:
-        """The producer's blocks in the order of the prompt."""
-        return self.remote_block_ids[0] if self.remote_block_ids else []
-
-    def address(self, rank: int) -> tuple[str, int]:
+    def address(self, worker: int) -> tuple[str, int]:
         """Where that worker is dialled. Raises LookupError if the hand-over has no such worker."""
-        host = self.remote_hosts[rank] if self.remote_hosts else self.remote_host
-        return host, self.remote_port + rank
+        host = self.remote_hosts[worker] if self.remote_hosts else self.remote_host
+        return host, self.remote_port + worker
 
     def to_params(self) -> dict[str, Any]:
         """What the decode request is to carry."""

@@ -24,8 +24,9 @@ from llm_datadist.integrations.vllm.printable import printable
 
 if TYPE_CHECKING:
     from llm_datadist.integrations.vllm.board import Board
-    from llm_datadist.integrations.vllm.handover import Handover
+    from llm_datadist.integrations.vllm.handover import Lease
     from llm_datadist.integrations.vllm.producers import Producer, Producers
+    from llm_datadist.integrations.vllm.ranks import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ _Key: TypeAlias = tuple[object, ...]
 
 @dataclass(eq=False)
 class _Wait:
-    source: Handover
+    origin: Origin
     due: float
     #: when it was last known to stand, or to be said to
     stood_at: float
@@ -49,8 +50,16 @@ class _Wait:
     is_asked: bool = False
 
     @property
+    def lease(self) -> Lease:
+        return self.origin.source.remote_lease
+
+    @property
+    def lease_s(self) -> float:
+        return self.origin.source.remote_lease_s
+
+    @property
     def interval_s(self) -> float:
-        return min(max(self.source.remote_lease_s / _BEATS_PER_LEASE, _SHORTEST_S), _LONGEST_S)
+        return min(max(self.lease_s / _BEATS_PER_LEASE, _SHORTEST_S), _LONGEST_S)
 
 
 class Leases:
@@ -69,26 +78,26 @@ class Leases:
         self._waits: dict[_Key, _Wait] = {}
         threading.Thread(target=self._run, name="kv-leases", daemon=True).start()
 
-    def expect(self, source: Handover, *, is_read_now: bool) -> None:
+    def expect(self, origin: Origin, *, is_read_now: bool) -> None:
         """Somebody waits for it from now on. One that is read now has some time."""
         now = time.monotonic()
-        wait = _Wait(source, now, now)
+        wait = _Wait(origin, now, now)
         if is_read_now:
             wait.due += wait.interval_s
         with self._lock:
-            self._waits.setdefault(_key_of(source), wait)
+            self._waits.setdefault(_key_of(origin), wait)
             self._changed.notify_all()
 
-    def release(self, source: Handover) -> None:
+    def release(self, origin: Origin) -> None:
         """Nobody does any more. Its producer is told, if it is linked: else the lease will end."""
-        self._forget(source)
-        producer = self._producers.reached(source)
+        self._forget(origin)
+        producer = self._producers.reached(origin)
         if producer is None:
             return
         try:
-            producer.words.put(partial(self._release, producer, source))
+            producer.words.put(partial(self._release, producer, origin))
         except Exception as error:
-            _could_not_tell(source, error)
+            _could_not_tell(origin, error)
 
     def close(self) -> None:
         """Renews nothing any more."""
@@ -98,10 +107,10 @@ class Leases:
 
     def _run(self) -> None:
         while waits := self._next_due():
-            by_engine = defaultdict(list)
+            by_worker = defaultdict(list)
             for wait in waits:
-                by_engine[_engine_of(wait.source)].append(wait)
-            for some in by_engine.values():
+                by_worker[wait.origin.key].append(wait)
+            for some in by_worker.values():
                 self._begin_renewal(some)
 
     def _next_due(self) -> list[_Wait]:
@@ -122,7 +131,7 @@ class Leases:
 
     def _begin_renewal(self, waits: list[_Wait]) -> None:
         try:
-            producer = self._producers.reach(waits[0].source)
+            producer = self._producers.reach(waits[0].origin)
             producer.words.put(partial(self._renew, producer, waits))
         except Exception as error:  # the pull will say so, if it matters
             self._not_renewed(waits, error)
@@ -133,9 +142,7 @@ class Leases:
             self._producers.await_link(producer)
             standing = self._standing(producer, waits)
             if standing:
-                self._board.renew(
-                    producer.cluster_id, [wait.source.remote_lease for wait in standing]
-                )
+                self._board.renew(producer.cluster_id, [wait.lease for wait in standing])
         except Exception as error:  # as above
             self._not_renewed(waits, error)
         else:
@@ -146,7 +153,7 @@ class Leases:
     def _standing(self, producer: Producer, waits: list[_Wait]) -> list[_Wait]:
         """Those whose leases are on the board; others are forgotten. Raises as `Board.keys_of`."""
         try:
-            leases = [wait.source.remote_lease for wait in waits]
+            leases = [wait.lease for wait in waits]
             keys = self._board.keys_of(producer.cluster_id, leases)
         except LLMException as error:
             if error.status_code is not LLMStatusCode.LLM_PARAM_INVALID:
@@ -160,27 +167,28 @@ class Leases:
             keys = [None]
         for wait, key in zip(waits, keys, strict=True):
             if key is None:
-                self._forget(wait.source)
+                self._forget(wait.origin)
         return [wait for wait, key in zip(waits, keys, strict=True) if key is not None]
 
     def _not_renewed(self, waits: list[_Wait], error: Exception) -> None:
         """They are tried again, as long as there is hope."""
-        _could_not_tell(waits[0].source, error)
+        _could_not_tell(waits[0].origin, error)
         now = time.monotonic()
         for wait in waits:
             wait.due = now + max(wait.interval_s / _TRIES_PER_BEAT, _SHORTEST_S)
-            is_over = now > wait.stood_at + wait.source.remote_lease_s
+            is_over = now > wait.stood_at + wait.lease_s
             if is_over or isinstance(error, AnotherEngine | Misfit):
-                self._forget(wait.source)
+                self._forget(wait.origin)
         self._asked(waits)
 
-    def _release(self, producer: Producer, source: Handover) -> None:
+    def _release(self, producer: Producer, origin: Origin) -> None:
+        lease = origin.source.remote_lease
         try:
             self._producers.await_link(producer)
-            if self._board.key_of(producer.cluster_id, source.remote_lease) is not None:
-                self._board.release(producer.cluster_id, [source.remote_lease])
+            if self._board.key_of(producer.cluster_id, lease) is not None:
+                self._board.release(producer.cluster_id, [lease])
         except Exception as error:
-            _could_not_tell(source, error)
+            _could_not_tell(origin, error)
 
     def _asked(self, waits: list[_Wait]) -> None:
         with self._lock:
@@ -188,19 +196,14 @@ class Leases:
                 wait.is_asked = False
             self._changed.notify_all()
 
-    def _forget(self, source: Handover) -> None:
+    def _forget(self, origin: Origin) -> None:
         with self._lock:
-            self._waits.pop(_key_of(source), None)
+            self._waits.pop(_key_of(origin), None)
 
 
-def _key_of(source: Handover) -> _Key:
-    return (*_engine_of(source), source.remote_lease)
+def _key_of(origin: Origin) -> _Key:
+    return (*origin.key, origin.source.remote_lease)
 
 
-def _engine_of(source: Handover) -> _Key:
-    where = (source.remote_host, *source.remote_hosts, source.remote_port)
-    return (*where, source.remote_engine_id)
-
-
-def _could_not_tell(source: Handover, error: Exception) -> None:
-    logger.info("%s could not be told: %s", source.remote_engine_id, printable(error))
+def _could_not_tell(origin: Origin, error: Exception) -> None:
+    logger.info("%s could not be told: %s", origin.source.remote_engine_id, printable(error))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from llm_datadist import (
@@ -22,11 +23,14 @@ from llm_datadist import (
     LLMStatusCode,
 )
 from llm_datadist.integrations.vllm.facts import differences
+from llm_datadist.integrations.vllm.printable import printable
+from llm_datadist.integrations.vllm.shapes import misfits, shape_of
 from llm_datadist.peer.asking import ask_stats
 
 if TYPE_CHECKING:
     from llm_datadist import LLMDataDist
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.integrations.vllm.shapes import Shape
     from llm_datadist.link_security import LinkSecurity
 
 _FACTS_NBYTES = 256 * 1024
@@ -47,10 +51,18 @@ class AnotherEngine(Exception):
     """Who is at the address is not who made the hand-over."""
 
 
+class Linked(NamedTuple):
+    """A link to a worker that fits."""
+
+    endpoint: Endpoint
+    shape: Shape
+
+
 class Linking:
     """Makes links, and says which there are. Thread-safe.
 
-    `facts` must be equal at both ends. They lie in memory that the other end pulls after linking.
+    `facts` must be equal at both ends, and the KV memories, whose shape is ours, must fit. Both lie
+    in memory that the other end pulls after linking.
     """
 
     def __init__(
@@ -58,13 +70,17 @@ class Linking:
         datadist: LLMDataDist,
         model_id: int,
         facts: dict[str, Any],
+        shape: Shape,
         security: LinkSecurity | None,
         timeout_s: float,
     ) -> None:
         self._datadist, self._model_id = datadist, model_id
         self._security, self._timeout_s = security, timeout_s
-        text = json.dumps(facts).encode()
-        self._facts: dict[str, Any] = json.loads(text)
+        text = json.dumps([facts, msgspec.to_builtins(shape)]).encode()
+        if len(text) > _FACTS_NBYTES:
+            raise ValueError(f"the names of the model's layers take {len(text)} bytes: too many")
+        self._facts: dict[str, Any] = json.loads(text)[0]
+        self._shape = shape
         self._memory = np.zeros(_FACTS_NBYTES, np.uint8)
         self._memory[: len(text)] = np.frombuffer(text, np.uint8)
         datadist.cache_manager.register_blocks_cache(
@@ -74,7 +90,7 @@ class Linking:
         )
         self._closed = threading.Event()
 
-    def link(self, cluster_id: int, host: str, port: int) -> Endpoint:
+    def link(self, cluster_id: int, host: str, port: int) -> Linked:
         """Links to the cluster at its address, which is returned as `in_use` says it.
 
         Raises AnotherEngine, Misfit; ConnectionError when it cannot be linked; RuntimeError,
@@ -82,9 +98,9 @@ class Linking:
         """
         until = time.monotonic() + self._timeout_s
         info = _info(cluster_id, host, port)
-        while not self._has_linked(cluster_id, info, until):
+        while (shape := self._link_once(cluster_id, info, until)) is None:
             self.pause()
-        return info.remote_endpoints[0]
+        return Linked(info.remote_endpoints[0], shape)
 
     def in_use(self, cluster_id: int) -> tuple[bool, Endpoint | None]:
         """Whether the cluster is linked, and where the one was called that is read from then.
@@ -110,8 +126,8 @@ class Linking:
         """What follows ends with an error."""
         self._closed.set()
 
-    def _has_linked(self, cluster_id: int, info: LLMClusterInfo, until: float) -> bool:
-        """Whether it is linked, and is what we are; False if the link was lost at once."""
+    def _link_once(self, cluster_id: int, info: LLMClusterInfo, until: float) -> Shape | None:
+        """What its memory is like; it is linked, and fits. None if the link was lost at once."""
         (endpoint,) = info.remote_endpoints
         self._ask_who_is_there(cluster_id, endpoint, until)
         status, _ = self._datadist.link_clusters([info], max(1, int(_left_s(until) * 1000)))
@@ -124,10 +140,20 @@ class Linking:
             is_lost = error.status_code is LLMStatusCode.LLM_NOT_YET_LINK
             if not is_lost or time.monotonic() > until:
                 raise ConnectionError(f"it does not say what it is: {error}") from error
-            return False
-        if different := differences(self._facts, theirs):
+            return None
+        return self._fitting(theirs)
+
+    def _fitting(self, said: object) -> Shape:
+        facts, shape = said if isinstance(said, list) and len(said) == 2 else (said, None)
+        if different := differences(self._facts, facts):
             raise Misfit(f"it does not fit: {'; '.join(different)}")
-        return True
+        try:
+            theirs = shape_of(shape)
+        except ValueError as error:
+            raise Misfit(f"it does not fit: {error}") from None
+        if different := misfits(self._shape, theirs):
+            raise Misfit(f"it does not fit: {printable('; '.join(different))}")
+        return theirs
 
     def _ask_who_is_there(self, cluster_id: int, endpoint: Endpoint, until: float) -> None:
         if cluster_id == self._datadist.cluster_id:

@@ -21,16 +21,16 @@ class Outcomes:
     """
 
     def __init__(self) -> None:
-        #: with the seconds that it took, or None if it failed
-        self._ends: deque[tuple[Pull, float | None]] = deque()
+        #: with the seconds that it took and its bytes, or None if it failed
+        self._ends: deque[tuple[Pull, tuple[float, int] | None]] = deque()
         #: of what `take_received` has told of
-        self._failed_blocks: set[int] = set()
+        self._failed: set[str] = set()
         self._pulls: list[tuple[float, int]] = []
         self._num_failed = 0
 
-    def received(self, pull: Pull, seconds: float) -> None:
+    def received(self, pull: Pull, seconds: float, nbytes: int) -> None:
         """Its blocks are here."""
-        self._ends.append((pull, seconds))
+        self._ends.append((pull, (seconds, nbytes)))
 
     def failed(self, pull: Pull, error: BaseException) -> None:
         """Its blocks could not be had, and it is said why."""
@@ -49,22 +49,22 @@ class Outcomes:
         """Requests whose pull is over since the last call; failed ones are among them."""
         ended = set()
         while self._ends:
-            pull, seconds = self._ends.popleft()
+            pull, figures = self._ends.popleft()
             ended.add(pull.request_id)
-            if seconds is None:
-                self._failed_blocks.update(pull.dst_blocks)
+            if figures is None:
+                self._failed.add(pull.request_id)
                 self._num_failed += 1
             else:
-                self._pulls.append((seconds, len(pull.dst_blocks)))
+                self._pulls.append(figures)
         return ended
 
-    def take_failed_blocks(self) -> set[int]:
-        """Blocks that hold nothing of use, of the requests that `take_received` has told of."""
-        failed, self._failed_blocks = self._failed_blocks, set()
+    def take_failed(self) -> set[str]:
+        """Of the requests that `take_received` has told of, those whose blocks are of no use."""
+        failed, self._failed = self._failed, set()
         return failed
 
     def take_counts(self) -> tuple[list[tuple[float, int]], int]:
-        """Of the pulls that were told of since the last call: seconds and blocks, failures."""
+        """Of the pulls that were told of since the last call: seconds and bytes, failures."""
         pulls, self._pulls = self._pulls, []
         num_failed, self._num_failed = self._num_failed, 0
         return pulls, num_failed

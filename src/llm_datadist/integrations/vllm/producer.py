@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING, Any
 from llm_datadist.integrations.vllm.addresses import advertised_host
 from llm_datadist.integrations.vllm.handover import KEY_NBYTES, Handover, Lease
 from llm_datadist.integrations.vllm.printable import shown_id
-from llm_datadist.integrations.vllm.request import digest_of, wants_remote_decode
+from llm_datadist.integrations.vllm.request import (
+    digest_of,
+    leave_last_token,
+    wants_remote_decode,
+)
 from llm_datadist.integrations.vllm.step import Grant
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from llm_datadist.integrations.vllm.board import Board
+    from llm_datadist.integrations.vllm.groups import Group
     from llm_datadist.integrations.vllm.request import Request
     from llm_datadist.integrations.vllm.settings import Settings
     from llm_datadist.integrations.vllm.step import Step
@@ -36,9 +41,16 @@ class ProducerScheduler:
     the answer tells of it. Raises ValueError as `advertised_host`, when it is made.
     """
 
-    def __init__(self, settings: Settings, tp_size: int) -> None:
-        self._settings, self._tp_size = settings, tp_size
-        self._hosts = [advertised_host(settings, rank) for rank in range(tp_size)]
+    def __init__(
+        self, settings: Settings, groups: Sequence[Group], tp_size: int = 1, pp_size: int = 1
+    ) -> None:
+        """Of an engine with `pp_size` stages of `tp_size` workers each."""
+        self._settings, self._groups = settings, groups
+        self._tp_size, self._pp_size = tp_size, pp_size
+        #: requests without their last token, where that matters
+        self._shortened: set[str] = set()
+        self._leaves_last = not all(group.keeps_all for group in groups)
+        self._hosts = [advertised_host(settings, rank) for rank in range(pp_size * tp_size)]
         # the one that was given back first is used first: its last reader may still be writing
         self._free_slots = deque(range(settings.extra.max_leases))
         #: to requests that are being computed, and to finished ones whose blocks are kept
@@ -49,9 +61,14 @@ class ProducerScheduler:
         self._holds: dict[str, Lease] = {}
 
     def told_of_workers(self, hosts: Mapping[int, str]) -> None:
-        """What each worker, by its rank, says where it is dialled: it may be on another node."""
+        """What each worker, by its number, says where it is dialled: it may be on another node."""
         for rank, host in hosts.items():
             self._hosts[rank] = host
+
+    def arrived(self, request: Request) -> None:
+        """A new request."""
+        if self._leaves_last and wants_remote_decode(request) and leave_last_token(request):
+            self._shortened.add(request.request_id)
 
     def scheduled(self, request: Request) -> None:
         """A request has got blocks. May be called again for the same one.
@@ -68,6 +85,9 @@ class ProducerScheduler:
         if request.prompt_token_ids is None:
             logger.warning("%s will not be handed over: it has no tokens", shown)
             return
+        if self._leaves_last and request.request_id not in self._shortened:
+            logger.warning("%s will not be handed over: its last token is needed here", shown)
+            return
         if not self._free_slots:
             logger.warning("%s will not be handed over: too many are waiting", shown)
             return
@@ -76,30 +96,45 @@ class ProducerScheduler:
         self._granted[request.request_id] = grant
         self._grants.append(grant)
 
-    def finished(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
-        """What the decode request is to carry; the blocks are to be kept then. None: free them."""
+    def finished(
+        self, request: Request, block_ids: Sequence[Sequence[int]]
+    ) -> dict[str, Any] | None:
+        """What the decode request is to carry; the blocks are to be kept then. None: free them.
+
+        `block_ids` are the request's, by group.
+        """
+        self._shortened.discard(request.request_id)
         grant = self._granted.pop(request.request_id, None)
         if grant is None:
             return None
-        if request.status.name not in _COMPUTED or not block_ids:
+        num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        try:
+            if request.status.name not in _COMPUTED or not num_tokens:
+                raise LookupError("it was not computed to its end")
+            needed = [
+                group.needed(ids, num_tokens)
+                for group, ids in zip(self._groups, block_ids, strict=True)
+            ]
+        except LookupError as error:
+            logger.info("%s is not handed over: %s", shown_id(request.request_id), error)
             self._drops.append(grant.lease)
             self._free_slots.append(grant.lease.slot)
             return None
         self._kept[request.request_id] = grant
         self._holds[request.request_id] = grant.lease
-        num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         handover = Handover(
             remote_engine_id=self._settings.engine_id,
             remote_request_id=request.request_id,
             remote_host=self._hosts[0],
             remote_hosts=self._hosts if len(set(self._hosts)) > 1 else [],
             remote_port=self._settings.port,
-            remote_block_ids=[block_ids],
+            remote_block_ids=needed,
             remote_num_tokens=num_tokens,
             remote_digest=digest_of(request, num_tokens),
             remote_lease=grant.lease,
             remote_lease_s=self._settings.extra.kv_lease_duration,
             tp_size=self._tp_size,
+            pp_size=self._pp_size,
         )
         return handover.proved(grant.key).to_params()
 

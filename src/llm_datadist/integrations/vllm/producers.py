@@ -16,14 +16,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.integrations.vllm.crew import Crew
-from llm_datadist.integrations.vllm.handover import cluster_id_of
 from llm_datadist.integrations.vllm.linking import Linking, Misfit
+from llm_datadist.integrations.vllm.memory import Peer
 from llm_datadist.integrations.vllm.printable import printable
+from llm_datadist.integrations.vllm.ranks import MOST_PARTNERS, Origin, partners
 
 if TYPE_CHECKING:
     from llm_datadist import LLMDataDist
-    from llm_datadist.endpoint import Endpoint
     from llm_datadist.integrations.vllm.handover import Handover
+    from llm_datadist.integrations.vllm.linking import Linked
+    from llm_datadist.integrations.vllm.shapes import Shape
     from llm_datadist.link_security import LinkSecurity
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class Producer:
         self.words = Crew("kv-words", 1)
         self.pulls = Crew("kv-pull", _NUM_PULLS)
         #: where it was called, or why it is not linked
-        self.link: futures.Future[Endpoint] = futures.Future()
+        self.link: futures.Future[Linked] = futures.Future()
         self._until = time.monotonic() + patience_s
         self._heard_at = self._silent_at = 0.0
 
@@ -56,6 +58,11 @@ class Producer:
                 raise
             # a name server has no time-out of ours
             raise TimeoutError("it could not be linked in time") from None
+
+    @property
+    def peer(self) -> Peer:
+        """Whom its memory is read of, once it is linked. Raises as `await_link`."""
+        return Peer(self.cluster_id, self.link.result(0).shape)
 
     def heard(self) -> None:
         """It has answered."""
@@ -76,7 +83,7 @@ class Producer:
 
 
 class Producers:
-    """The workers of our own rank of all engines that are read from. Thread-safe."""
+    """The workers that are read from, of all engines. Thread-safe."""
 
     def __init__(
         self,
@@ -84,24 +91,38 @@ class Producers:
         model_id: int,
         rank: int,
         facts: dict[str, Any],
+        shape: Shape,
         link_timeout_s: float,
         patience_s: float | None = None,
         security: LinkSecurity | None = None,
     ) -> None:
         """`patience_s`: how long is waited for a link, and for all who ask about it before."""
-        self._linking = Linking(datadist, model_id, facts, security, link_timeout_s)
-        self._rank = rank
+        self._linking = Linking(datadist, model_id, facts, shape, security, link_timeout_s)
+        self._rank, self._tp_size = rank, shape.tp_size
         self._patience_s = link_timeout_s if patience_s is None else patience_s
         self._lock = threading.Lock()
         self._producers: dict[int, Producer] = {}
 
-    def reach(self, source: Handover) -> Producer:
-        """The producer of that hand-over. Begins to link to it if it is not linked.
+    def workers(self, source: Handover) -> list[Origin]:
+        """Of the engine that made a hand-over, the workers that a worker like us reads from.
+
+        Raises LookupError if these are more than can be.
+        """
+        stages = range(0, source.pp_size * source.tp_size, source.tp_size)
+        ranks = partners(self._rank, self._tp_size, source.tp_size)
+        if len(stages) * len(ranks) > MOST_PARTNERS:
+            raise LookupError(
+                f"the hand-over has {len(stages) * len(ranks)} workers for one of ours"
+            )
+        return [Origin(source, stage + rank) for stage in stages for rank in ranks]
+
+    def reach(self, origin: Origin) -> Producer:
+        """That worker. Begins to link to it if it is not linked.
 
         Raises ConnectionError when we are closed, or wait for too many already; LookupError as
         `Handover.address`.
         """
-        cluster_id = self._cluster_id(source)
+        cluster_id = origin.cluster_id
         with self._lock:
             self._linking.check_open()
             producer = self._producers.get(cluster_id)
@@ -110,18 +131,17 @@ class Producers:
                 if sum(not each.link.done() for each in self._producers.values()) >= _MOST_UNLINKED:
                     raise ConnectionError("too many producers are being linked to")
                 producer = self._producers[cluster_id] = Producer(cluster_id, self._patience_s)
-                self._begin_link(producer, source)
+                self._begin_link(producer, origin)
             return producer
 
-    def reach_again(self, source: Handover) -> Producer:
-        """As `reach`, in a moment: what was read from was lost."""
+    def pause(self) -> None:
+        """A moment, before what was lost is reached anew. Raises ConnectionError as `reach`."""
         self._linking.pause()
-        return self.reach(source)
 
-    def reached(self, source: Handover) -> Producer | None:
+    def reached(self, origin: Origin) -> Producer | None:
         """As `reach`, but none is linked for it. Raises nothing."""
         with self._lock, suppress(LookupError):
-            return self._producers.get(self._cluster_id(source))
+            return self._producers.get(origin.cluster_id)
         return None
 
     def await_link(self, producer: Producer) -> None:
@@ -141,11 +161,11 @@ class Producers:
         if not isinstance(error, Misfit | None):
             return True
         is_linked, endpoint = self._linking.in_use(producer.cluster_id)
-        if not is_linked or error or endpoint in (None, producer.link.result()):
+        if not is_linked or error or endpoint in (None, producer.link.result().endpoint):
             return not is_linked
         logger.warning(
             "%s is linked anew: who is at %s said that it is the same engine",
-            producer.link.result(), endpoint,
+            producer.link.result().endpoint, endpoint,
         )  # fmt: skip
         return True
 
@@ -161,30 +181,27 @@ class Producers:
             producer.pulls.wait()
             producer.words.wait(max(0.0, until - time.monotonic()))
 
-    def _cluster_id(self, source: Handover) -> int:
-        return cluster_id_of(source.remote_engine_id, *source.address(self._rank))
-
     def _forget_lost(self) -> None:
         for cluster_id, producer in list(self._producers.items()):
             if self.is_lost(producer):
                 del self._producers[cluster_id]
 
-    def _begin_link(self, producer: Producer, source: Handover) -> None:
+    def _begin_link(self, producer: Producer, origin: Origin) -> None:
         try:
-            producer.words.put(partial(self._link, producer, source))
+            producer.words.put(partial(self._link, producer, origin))
         except Exception as error:  # whatever it is, nobody must wait for the link
             producer.link.set_exception(error)
 
-    def _link(self, producer: Producer, source: Handover) -> None:
-        host, port = source.address(self._rank)
+    def _link(self, producer: Producer, origin: Origin) -> None:
+        host, port = origin.address
         try:
-            endpoint = self._linking.link(producer.cluster_id, host, port)
+            linked = self._linking.link(producer.cluster_id, host, port)
         except BaseException as error:  # as above
             producer.link.set_exception(error)
-            engine_id = source.remote_engine_id
+            engine_id = origin.source.remote_engine_id
             logger.error(
                 "cannot read from %s at %s:%d: %s", engine_id, host, port, printable(error)
             )
         else:
-            producer.link.set_result(endpoint)
+            producer.link.set_result(linked)
             logger.info("linked to %s:%d", host, port)

@@ -32,11 +32,16 @@ class Request(Protocol):
     #: a client may have put anything there
     kv_transfer_params: Any
     num_computed_tokens: int
+    #: of the answer
+    max_tokens: int
 
     prompt_token_ids: list[int] | None
+    #: with what was answered
+    _all_token_ids: list[int]
+    num_prompt_tokens: int
+    #: it wants something said of each token of its prompt
+    skip_reading_prefix_cache: bool
 
-    @property
-    def num_prompt_tokens(self) -> int: ...
     @property
     def lora_request(self) -> _Lora | None: ...
     @property
@@ -53,6 +58,22 @@ def wants_remote_decode(request: Request) -> bool:
 def wants_remote_prefill(request: Request) -> bool:
     """Whether another engine has computed the prompt."""
     return bool(_params_of(request).get("do_remote_prefill"))
+
+
+def leave_last_token(request: Request) -> bool:
+    """Has the prompt computed without its last token, which who goes on computes anyway.
+
+    Then what is kept at the end is what that token needs: a state before it, or all of its window.
+    The answer to what is left of the prompt is nobody's. False if the request must stay as it is.
+    """
+    tokens = request.prompt_token_ids
+    if tokens is None or len(tokens) < 2 or request.skip_reading_prefix_cache:
+        return False
+    request.prompt_token_ids = tokens[:-1]  # the list may be the client's, too
+    del request._all_token_ids[-1:]
+    request.num_prompt_tokens -= 1
+    request.max_tokens = 1
+    return True
 
 
 def digest_of(request: Request, num_tokens: int) -> str:

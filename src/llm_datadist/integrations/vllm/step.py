@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llm_datadist.integrations.vllm.handover import Handover, Lease
 
 
@@ -19,12 +21,14 @@ class Grant:
 
 @dataclass(frozen=True)
 class Pull:
-    """Blocks of one request to be read, block by block."""
+    """Blocks of one request to be read."""
 
     request_id: str
     source: Handover
-    src_blocks: list[int]
-    dst_blocks: list[int]
+    #: by KV cache group, of all tokens of the request
+    dst_blocks: Sequence[Sequence[int]]
+    #: the first tokens, which are here already
+    num_computed_tokens: int
 
 
 @dataclass

@@ -5,22 +5,24 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from llm_datadist import BlocksCacheKey, LLMConfig, LLMDataDist, LLMRole
+from llm_datadist import LLMConfig, LLMDataDist, LLMRole
 from llm_datadist.integrations.vllm.addresses import place_of
 from llm_datadist.integrations.vllm.board import Board
 from llm_datadist.integrations.vllm.consumer import ConsumerWorker
 from llm_datadist.integrations.vllm.handover import cluster_id_of
+from llm_datadist.integrations.vllm.memory import Memory
 from llm_datadist.integrations.vllm.producer import ProducerWorker
 from llm_datadist.integrations.vllm.producers import Producers
-from llm_datadist.integrations.vllm.regions import regions_of
 from llm_datadist.options import read_link_security
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from llm_datadist.integrations.vllm.addresses import Place
+    from llm_datadist.integrations.vllm.forms import Form
+    from llm_datadist.integrations.vllm.groups import Group
     from llm_datadist.integrations.vllm.settings import Settings
     from llm_datadist.integrations.vllm.step import Step
 
@@ -37,8 +39,8 @@ _ROLES = {
 class Worker:
     """Owns a cluster from construction to `close`.
 
-    `Worker` raises as `LLMDataDist.init` does, ValueError as `place_of`, and ConnectionError when a
-    producer cannot be reached where its readers are told to dial it.
+    `Worker` raises as `LLMDataDist.init` does, ValueError as `place_of` and `Memory`, and
+    ConnectionError when a producer cannot be reached where its readers are told to dial it.
     """
 
     def __init__(
@@ -48,14 +50,16 @@ class Worker:
         facts: dict[str, Any],
         kv_caches: Mapping[str, torch.Tensor],
         num_blocks: int,
+        groups: Sequence[Group],
+        forms: Mapping[str, Form] | None = None,
+        num_ranks: int = 1,
     ) -> None:
+        """Worker number `rank`; each stage of the model has `num_ranks` of them."""
         extra = settings.extra
-        regions = regions_of(kv_caches, num_blocks)
         place = place_of(settings, rank) if settings.is_producer else None
         cluster_id = _cluster_id(settings, place)
         #: what readers are told to dial; a mere reader has none
         self.advertised_host = place and place.advertised.host
-        self._kv_caches = kv_caches  # the memory must outlive the cluster
         self._datadist = LLMDataDist(_ROLES[settings.role], cluster_id)
         config = LLMConfig()
         config.enable_cache_manager = True
@@ -72,27 +76,26 @@ class Worker:
             if place:
                 place.check_dialled(cluster_id, security, extra.link_timeout_s)
             manager = self._datadist.cache_manager
-            caches = {
-                model_id: region.register(manager, BlocksCacheKey(cluster_id, model_id))
-                for model_id, region in enumerate(regions, _FIRST_REGION)
-            }
-            layout = [(region.block_nbytes, region.layers) for region in regions]
+            memory = Memory(
+                manager, cluster_id, _FIRST_REGION, kv_caches, num_blocks, groups, forms or {},
+                num_ranks,
+            )  # fmt: skip
             board = Board(manager, cluster_id, _BOARD, extra.max_leases)
             producers = Producers(
                 self._datadist,
                 _FACTS,
-                rank,
-                {**facts, "layout of KV blocks": layout},
+                rank % num_ranks,
+                facts,
+                memory.shape,
                 extra.link_timeout_s,
                 extra.link_timeout_s + extra.pull_timeout_s,
                 security,
             )
-            self._consumer = ConsumerWorker(manager, caches, board, producers, extra.pull_timeout_s)
+            self._consumer = ConsumerWorker(memory, board, producers, extra.pull_timeout_s)
         except BaseException:
             self._datadist.finalize()
             raise
         self._producer = ProducerWorker(board, extra.kv_lease_duration)
-        self._block_nbytes = sum(region.block_nbytes * len(region.addrs) for region in regions)
 
     def apply(self, step: Step) -> None:
         """Does what the scheduler says; nothing of it blocks."""
@@ -107,16 +110,16 @@ class Worker:
         """Requests whose blocks are here, or could not be had."""
         return self._consumer.take_received()
 
-    def take_failed_blocks(self) -> set[int]:
-        """Blocks that were to be received and hold nothing of use."""
-        return self._consumer.outcomes.take_failed_blocks()
+    def take_failed(self) -> set[str]:
+        """Of the requests that `take_received` has told of, those whose blocks are of no use."""
+        return self._consumer.outcomes.take_failed()
 
     def take_counts(self) -> dict[str, Any]:
         """What happened since the last call."""
         pulls, num_failed = self._consumer.outcomes.take_counts()
         return {
             "pull_s": [seconds for seconds, _ in pulls],
-            "pull_nbytes": [num_blocks * self._block_nbytes for _, num_blocks in pulls],
+            "pull_nbytes": [nbytes for _, nbytes in pulls],
             "failed_pulls": num_failed,
             "expired_leases": self._producer.take_num_expired(),
         }

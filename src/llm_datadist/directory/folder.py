@@ -1,0 +1,129 @@
+"""A folder as a directory: local, on a network file system, or in a volume that pods share."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Final
+
+from llm_datadist.directory import files
+from llm_datadist.directory.base import DirectoryError, Superseded
+from llm_datadist.directory.folder_watch import FolderWatch
+from llm_datadist.directory.record import Entry, Record
+
+if TYPE_CHECKING:
+    from llm_datadist.directory.base import Announcement, Watch
+
+#: how often a folder is looked through where the kernel does not tell of others' changes
+LOOK_S: Final = 2.0
+
+
+class FolderDirectory:
+    """A folder that all members see, each by its own path.
+
+    It must be there: a missing one is a directory that is gone, and is never made, since a mount
+    may be missing. `look_s` is for file systems where changes must be looked for.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, look_s: float = LOOK_S) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._look_s = look_s
+
+    def __str__(self) -> str:
+        return f"the folder {self.path}"
+
+    def announce(self, record: Record, ttl_s: float) -> Announcement:
+        """Writes the record's file. As `Directory.announce`."""
+        return _File(self.path, Entry(record=record, ttl_s=ttl_s))
+
+    def watch(self) -> Watch:
+        """As `Directory.watch`."""
+        return FolderWatch(self.path, self._look_s)
+
+
+class _File:
+    """The file of one member. An `Announcement`."""
+
+    def __init__(self, folder: str, entry: Entry) -> None:
+        self._folder = folder
+        self._entry = entry
+        #: kept open: its number is no other file's then
+        self._fd = -1
+        self._renewed_at = 0.0
+        self._write(entry)
+
+    def renew(self) -> None:
+        """Sets the time of our file, or writes it again where it is missing.
+
+        Also when we were late, as a process that was stopped is: others have forgotten us, and do
+        not look at the times of files that they know nothing of.
+        """
+        try:
+            if self._is_in_place() and _now() < self._renewed_at + self._entry.ttl_s:
+                os.utime(self._fd)
+                self._renewed_at = _now()
+                return
+        except OSError as error:
+            raise self._failed("renew", error) from error
+        self._require_place()
+        self._write(self._entry)
+
+    def change(self, record: Record) -> None:
+        """As `Announcement.change`."""
+        self._require_place()
+        self._entry = Entry(record=record, ttl_s=self._entry.ttl_s)
+        self._write(self._entry)
+
+    def withdraw(self) -> None:
+        """Leaves a last word there, which those who watch remove in time."""
+        self._require_place()
+        record, ttl_s = self._entry.record, self._entry.ttl_s
+        self._write(Entry(record=record, ttl_s=ttl_s, has_left=True))
+
+    def close(self) -> None:
+        """As `Announcement.close`."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    @property
+    def _path(self) -> str:
+        return os.path.join(self._folder, files.name_of(self._entry.record.cluster_id))
+
+    def _is_in_place(self) -> bool:
+        if self._fd < 0:
+            return False
+        try:
+            return os.path.samestat(os.stat(self._path, follow_symlinks=False), os.fstat(self._fd))
+        except FileNotFoundError:
+            os.stat(self._folder)  # raises when it is the folder that is gone
+            return False
+
+    def _require_place(self) -> None:
+        """Raises Superseded when another start of our id is in the file's place."""
+        mine = self._entry.record
+        try:
+            _, entry = files.read(self._path, mine.cluster_id)
+        except OSError:  # nobody is, or to write will say why not
+            return
+        if isinstance(entry, ValueError) or entry.has_left:
+            return
+        if entry.record.incarnation != mine.incarnation:
+            raise Superseded(f"{entry.record} has announced itself in {self._folder}")
+
+    def _write(self, entry: Entry) -> None:
+        try:
+            fd = files.write(self._folder, entry)
+        except OSError as error:
+            raise self._failed("write", error) from error
+        self.close()
+        self._fd = fd
+        self._renewed_at = _now()
+
+    def _failed(self, verb: str, error: OSError) -> DirectoryError:
+        return DirectoryError(f"cannot {verb} the record in {self._folder}: {error.strerror}")
+
+
+def _now() -> float:
+    """Goes on while this host sleeps: others may not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

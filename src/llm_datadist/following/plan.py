@@ -1,0 +1,267 @@
+"""The plan of a follower: pure, its clock and its dice are handed in.
+
+It knows who is announced, and who is linked, and decides what to do next. What it decides is done
+by somebody else (`driver.py`), who says what came of it. A member is known by its cluster id *and*
+incarnation: what comes late about another start of it is not taken for news of this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from llm_datadist.directory.base import Changes
+    from llm_datadist.directory.record import Record
+    from llm_datadist.following.wants import Wants
+
+FIRST_PAUSE_S: Final = 0.1
+LONGEST_PAUSE_S: Final = 30.0
+#: a link that ends sooner is as good as none
+STEADY_S: Final = 2.0
+#: links that are being made at a time
+MOST_AT_ONCE: Final = 16
+
+
+class Link(NamedTuple):
+    """Link to that member; `Plan.made` or `Plan.failed` follows."""
+
+    record: Record
+
+
+class Leave(NamedTuple):
+    """Unlink that incarnation with its consent, or without when it says nothing."""
+
+    record: Record
+    because: str
+
+
+class Cut(NamedTuple):
+    """Drop the links to all other incarnations of that id: they are of the past."""
+
+    record: Record
+
+
+Action: TypeAlias = "Link | Leave | Cut"
+
+
+@dataclass(slots=True)
+class Member:
+    """Somebody who is announced, and how far it is linked. Read in any thread."""
+
+    record: Record
+    objection: str  #: why it is not wanted
+    is_wanted: bool  #: at once, or since somebody asked for it
+    is_linked: bool = False
+    is_linking: bool = False
+    is_asked: bool = False  #: somebody waits for the link
+    linked_at: float = 0.0
+    attempts: int = 0
+    problem: str = ""  #: why the last attempt failed
+    retry_at: float = 0.0
+    asked_at: float = 0.0
+
+    @property
+    def state(self) -> str:
+        """In a word."""
+        if self.is_linked:
+            return "linked"
+        if self.objection:
+            return "unfit"
+        if self.is_linking:
+            return "linking"
+        return "retries" if self.attempts else "known"
+
+
+class Plan:
+    """Who is to be linked. `wants` None: nobody, and the fleet is only looked at."""
+
+    def __init__(
+        self,
+        cluster_id: int,
+        wants: Wants | None,
+        facts: Mapping[str, str],
+        dice: Callable[[], float],
+    ) -> None:
+        """`dice` gives numbers of [0, 1)."""
+        self._cluster_id = cluster_id
+        self._wants = wants
+        self._facts = facts
+        self._dice = dice
+        #: by cluster id; may be read in any thread
+        self.members: dict[int, Member] = {}
+        self.is_paused = False
+        #: who waits for its pause to end, and who for a place, the heaviest first
+        self._pausing: list[tuple[float, int]] = []
+        self._ready: list[tuple[int, int]] = []
+        self._actions: list[Action] = []
+        self._num_linking = self._num_linked = 0
+
+    # -- what happened --
+
+    def told(self, changes: Changes, now: float) -> None:
+        """What the directory says."""
+        for record in changes.left:
+            self._left(record)
+        for change in changes.changed:
+            self._changed(change.before, change.now, now)
+        for record in changes.joined:
+            self._joined(record, now)
+
+    def asked(self, cluster_id: int, now: float) -> None:
+        """Somebody would use a link to it now."""
+        member = self.members.get(cluster_id)
+        if member is None or member.objection:
+            return
+        member.asked_at = now
+        if member.is_linked or member.is_asked:
+            return
+        member.is_wanted = member.is_asked = True
+        self._wait(member, max(now, member.retry_at))
+        if self._is_full:
+            self._make_room(member)
+
+    def made(self, cluster_id: int, incarnation: str, now: float) -> None:
+        """There is a link to it, whoever made it."""
+        member = self.find(cluster_id, incarnation)
+        if member is not None and not member.is_linked:
+            member.is_linked, member.is_asked = True, False
+            member.linked_at, member.problem = now, ""
+            self._num_linked += 1
+
+    def ended(self, cluster_id: int, incarnation: str, now: float) -> None:
+        """There is no link to it any more."""
+        member = self.find(cluster_id, incarnation)
+        if member is None or not member.is_linked:
+            return
+        member.is_linked = False
+        self._num_linked -= 1
+        if now >= member.linked_at + STEADY_S:
+            member.attempts = 0
+        if self._wants is not None and not self._wants.at_once:
+            member.is_wanted = False  # until somebody asks again
+        self._pause(member, now)
+
+    def tried(self, record: Record, problem: str, now: float) -> None:
+        """What came of a `Link`: nothing to complain of, or why it failed."""
+        self._num_linking -= 1
+        member = self.find(record.cluster_id, record.incarnation)
+        if member is None:
+            return
+        member.is_linking = False
+        member.problem = problem
+        if problem:
+            self._pause(member, now)
+
+    # -- what to do --
+
+    def decide(self, now: float) -> Iterator[Action]:
+        """What is to be done now."""
+        while self._pausing and self._pausing[0][0] <= now:
+            _, cluster_id = heappop(self._pausing)
+            member = self.members.get(cluster_id)
+            if member is not None and self._may_link(member, now):
+                weight = -1 if member.is_asked else self._weight(cluster_id)
+                heappush(self._ready, (weight, cluster_id))
+        while self._ready and not self.is_paused and not self._is_full:
+            if self._num_linking >= MOST_AT_ONCE:
+                break
+            member = self.members.get(heappop(self._ready)[1])
+            if member is not None and self._may_link(member, now):
+                member.is_linking = True
+                self._num_linking += 1
+                self._actions.append(Link(member.record))
+        actions, self._actions = self._actions, []
+        return iter(actions)
+
+    @property
+    def next_at(self) -> float | None:
+        """When `decide` has something to do, unless something happens before."""
+        return self._pausing[0][0] if self._pausing and not self.is_paused else None
+
+    def find(self, cluster_id: int, incarnation: str) -> Member | None:
+        """Who is announced just so."""
+        member = self.members.get(cluster_id)
+        return member if member and member.record.incarnation == incarnation else None
+
+    # -- parts of the above --
+
+    @property
+    def _is_full(self) -> bool:
+        return self._wants is not None and (
+            self._num_linked + self._num_linking >= self._wants.max_links
+        )
+
+    def _joined(self, record: Record, now: float) -> None:
+        objection = self._objection(record)
+        at_once = self._wants is not None and self._wants.at_once
+        member = self.members[record.cluster_id] = Member(record, objection, at_once)
+        if at_once and not objection:
+            self._wait(member, now)
+
+    def _left(self, record: Record) -> None:
+        member = self.find(record.cluster_id, record.incarnation)
+        if member is not None:
+            del self.members[record.cluster_id]
+            if member.is_linked:
+                self._num_linked -= 1
+                self._actions.append(Leave(record, "it has left the fleet"))
+
+    def _changed(self, before: Record, now_is: Record, now: float) -> None:
+        member = self.find(before.cluster_id, before.incarnation)
+        if member is None or before.incarnation != now_is.incarnation:
+            was_wanted = member is not None and member.is_wanted
+            if member is not None and member.is_linked:
+                self._num_linked -= 1
+            self.members.pop(before.cluster_id, None)
+            self._actions.append(Cut(now_is))
+            self._joined(now_is, now)
+            if was_wanted:
+                self.asked(now_is.cluster_id, now)
+            return
+        member.record, member.objection = now_is, self._objection(now_is)
+        if member.objection and member.is_linked:
+            self._actions.append(Leave(now_is, member.objection))
+        elif not member.is_linked:
+            member.attempts = 0
+            self._wait(member, now)
+
+    def _objection(self, record: Record) -> str:
+        if self._wants is None:
+            return "nobody is linked to from here"
+        return self._wants.objection(self._facts, record)
+
+    def _may_link(self, member: Member, now: float) -> bool:
+        return (
+            member.is_wanted
+            and not member.objection
+            and not member.is_linked
+            and not member.is_linking
+            and member.retry_at <= now
+        )
+
+    def _wait(self, member: Member, until: float) -> None:
+        member.retry_at = until
+        heappush(self._pausing, (until, member.record.cluster_id))
+
+    def _pause(self, member: Member, now: float) -> None:
+        """Longer each time, and never for all members of a fleet alike."""
+        longest_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(member.attempts, 20))
+        member.attempts += 1
+        self._wait(member, now + longest_s * (0.5 + 0.5 * self._dice()))
+
+    def _make_room(self, member: Member) -> None:
+        """Who was asked for the longest time ago goes; the driver keeps one that is in use."""
+        others = [other for other in self.members.values() if other.is_linked]
+        if others:
+            oldest = min(others, key=lambda other: other.asked_at)
+            self._actions.append(Leave(oldest.record, f"{member.record} needs its place"))
+
+    def _weight(self, cluster_id: int) -> int:
+        """In another order at each cluster, so that not all link to the same few."""
+        both = f"{self._cluster_id}/{cluster_id}".encode()
+        return int.from_bytes(blake2b(both, digest_size=8).digest(), "big")

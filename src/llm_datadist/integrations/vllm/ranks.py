@@ -1,0 +1,49 @@
+"""Which workers of one engine a worker of another reads from, and tells that it is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from llm_datadist.integrations.vllm.handover import cluster_id_of
+
+if TYPE_CHECKING:
+    from llm_datadist.integrations.vllm.handover import Handover
+
+#: of one worker, and one hand-over: a client may name any number
+MOST_PARTNERS = 64
+
+
+class Origin(NamedTuple):
+    """One worker of the engine that made a hand-over, by its number: by stage, and then by rank."""
+
+    source: Handover
+    worker: int
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it is dialled. Raises LookupError as `Handover.address`."""
+        return self.source.address(self.worker)
+
+    @property
+    def cluster_id(self) -> int:
+        """As who it is linked. Raises LookupError as `address`."""
+        return cluster_id_of(self.source.remote_engine_id, *self.address)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What is equal of hand-overs that mean the same worker, whatever else they say."""
+        source = self.source
+        where = (source.remote_host, *source.remote_hosts, source.remote_port, self.worker)
+        return (*where, source.remote_engine_id)
+
+
+def partners(rank: int, size: int, their_size: int) -> list[int]:
+    """Of `their_size` tensor-parallel ranks, those that share a part of the model with ours.
+
+    A rank's part is an interval of all heads; where there are fewer heads than ranks, those beside
+    it have the same head, and it is an interval of that. Whatever the sizes: what we have is among
+    theirs, and each of them is somebody's partner.
+    """
+    first = rank * their_size // size
+    stop = -(-(rank + 1) * their_size // size)
+    return list(range(first, stop))
