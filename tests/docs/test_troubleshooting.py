@@ -45,6 +45,9 @@ NOT_PROVOKED = [
     "the peer is in another network namespace: let the containers share one (--network)",
     "run both processes as the same user (here …, the peer …)",
     "lower kernel.yama.ptrace_scope to 1, or grant CAP_SYS_PTRACE",
+    "kernel.yama.ptrace_scope is 3, which stays so until the next boot",
+    "kernel.yama.ptrace_scope is 1, and the peer's process has not said, or says no more, that "
+    "others may read it",
     "in a container, allow it (--cap-add SYS_PTRACE, or a seccomp profile that does)",
     "the peer is on another host",
     "the peer's cache … was freed or changed during the transfer: it must keep it until the "

@@ -295,6 +295,17 @@ def _not_mapped(side: str, addr: int, nbytes: int) -> LLMException:
 
 
 def _why_denied() -> str:
-    if (ptrace_scope() or 0) >= 2:
+    scope = ptrace_scope() or 0
+    if scope >= 3:
+        return (
+            "kernel.yama.ptrace_scope is 3, which stays so until the next boot: set it to 1 in "
+            "/etc/sysctl.d, and boot"
+        )
+    if scope == 2:
         return "lower kernel.yama.ptrace_scope to 1, or grant CAP_SYS_PTRACE"
+    if scope == 1:
+        return (
+            "kernel.yama.ptrace_scope is 1, and the peer's process has not said, or says no more, "
+            "that others may read it: was the scope 0 when it started? Start it again"
+        )
     return "in a container, allow it (--cap-add SYS_PTRACE, or a seccomp profile that does)"

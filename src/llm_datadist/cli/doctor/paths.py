@@ -84,12 +84,16 @@ def foreign_memory(_: Case) -> Iterator[Finding]:
 def yama(_: Case) -> Iterator[Finding]:
     """Who may read whom, beyond the rule of the same user."""
     scope, has_capability = ptrace_scope() or 0, _has_capability()
-    denied = scope >= _NEVER or (scope > 1 and not has_capability)
+    remedy = ""
+    if scope >= _NEVER:
+        remedy = "kernel.yama.ptrace_scope=1 in /etc/sysctl.d, and boot: until then links use tcp"
+    elif scope > 1 and not has_capability:
+        remedy = "sysctl kernel.yama.ptrace_scope=1, or --cap-add SYS_PTRACE"
     yield Finding(
         "ptrace scope",
-        State.PROBLEM if denied else State.OK,
+        State.PROBLEM if remedy else State.OK,
         _SCOPES.get(scope, str(scope)),
-        "sysctl kernel.yama.ptrace_scope=1, or --cap-add SYS_PTRACE" if denied else "",
+        remedy,
         {"scope": scope},
     )
 

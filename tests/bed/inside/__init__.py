@@ -1,0 +1,1 @@
+"""What runs in the machine: tests by part, which nothing else collects."""

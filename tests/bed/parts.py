@@ -1,0 +1,33 @@
+"""What the bed runs: each part in machines of its own, so that one can be run alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tests, `inside/NAME.py`, and the machine that they need."""
+
+    name: str
+    #: for the table
+    about: str
+    modules: tuple[str, ...] = ()
+    #: a second machine on the same network answers as the first one's peer
+    is_pair: bool = False
+    memory_mib: int = 2560
+    #: emulated, on two busy cores
+    limit_s: float = 1200.0
+
+
+PARTS: Final = (
+    Part("yama", "who may read whom, under each ptrace_scope"),
+    Part(
+        "rdma",
+        "NIXL over RDMA, which the kernel does without a card",
+        ("rdma_rxe", "ib_uverbs", "rdma_ucm", "veth"),
+        memory_mib=6144,
+        limit_s=3600.0,
+    ),
+)
