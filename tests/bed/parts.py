@@ -21,13 +21,15 @@ class Part:
     limit_s: float = 1200.0
 
 
+_RDMA: Final = ("rdma_rxe", "ib_uverbs", "rdma_ucm")
 PARTS: Final = (
     Part("yama", "who may read whom, under each ptrace_scope"),
     Part(
         "rdma",
         "NIXL over RDMA, which the kernel does without a card",
-        ("rdma_rxe", "ib_uverbs", "rdma_ucm", "veth"),
+        (*_RDMA, "veth"),
         memory_mib=6144,
         limit_s=3600.0,
     ),
+    Part("doctor", "what doctor says of RDMA devices", (*_RDMA, "veth")),
 )

@@ -21,8 +21,10 @@ from llm_datadist.core.segments import Segments
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.locks import make_lock
 from llm_datadist.memory.device import HOST
+from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import WAKE, Turns
 from llm_datadist.system_errors import pass_on_handlers
+from llm_datadist.transport import ucx
 from llm_datadist.transport.base import Channel, Region, StaleCache, Streams
 from llm_datadist.transport.nixl_agent import Agent, package
 
@@ -43,8 +45,20 @@ _MOST_KNOWN = 65536
 
 
 def is_worthwhile() -> bool:
-    """Whether NIXL is installed and has a network here that our own TCP cannot use."""
-    return package() is not None and any(map(_is_active, _RDMA_DEVICES.glob("*/ports/*/state")))
+    """Whether NIXL is installed and has a network here that our own TCP cannot use.
+
+    UCX is asked only where a port is up, which takes a third of a second.
+    """
+    name = package()
+    if name is None or not any(map(_is_active, _RDMA_DEVICES.glob("*/ports/*/state"))):
+        return False
+    found = ucx.ask(name)
+    if not found.rdma:
+        get_logger().warning(
+            "links do without nixl: a port of an RDMA device is up, and UCX sees no device; "
+            "llm-datadist doctor says why"
+        )
+    return bool(found.rdma) and not found.failure
 
 
 def _is_active(state: Path) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from bed.inside.soft_roce import COUNTERS, NETDEV, UCX, make_device, remedy
+from bed.inside.soft_roce import COUNTERS, UCX, make_device, remedy, set_netdev
 from llm_datadist.testing.cluster import Node, NodeProcess
 from llm_datadist.testing.contract import TransportContract
 from llm_datadist.testing.contract_steps import (
@@ -93,10 +92,6 @@ class TestRdma(TransportContract):
             successor.call(own, SHAPE)
             assert own_pair.reader.call(link_anew, port, OWNER) is SUCCESS
             assert own_pair.reader.call(pull_status, OWNER, SHAPE) is SUCCESS
-
-
-def set_netdev(state: str) -> None:
-    subprocess.run(["ip", "link", "set", NETDEV, state], check=True)
 
 
 def test_64_links() -> None:

@@ -28,6 +28,11 @@ def make_device() -> None:
     add_device(NETDEV)
 
 
+def set_netdev(state: str) -> None:
+    """Its interface goes up or down, and the device's port with it."""
+    subprocess.run(["ip", "link", "set", NETDEV, state], check=True)
+
+
 def add_device(netdev: str) -> None:
     command = ["rdma", "link", "add", DEVICE, "type", "rxe", "netdev", netdev]
     subprocess.run(command, check=True)

@@ -92,7 +92,7 @@ def _listen(text: str | None) -> Endpoint | None:
 
 def _checks(case: "Case", *, measures: bool) -> "dict[str, tuple[Check, ...]]":
     """All of them, by section, in the order of the screen."""
-    from llm_datadist.cli.doctor import host, links, network, paths, peer
+    from llm_datadist.cli.doctor import host, links, network, paths, peer, rdma
 
     return {
         **({"peer": (peer.running_cluster,)} if case.peer else {}),
@@ -104,7 +104,7 @@ def _checks(case: "Case", *, measures: bool) -> "dict[str, tuple[Check, ...]]":
             network.loopback, paths.listening, network.rank_tables, paths.link_security,
             paths.allowed_path,
         ),
-        "other paths": (paths.nixl, paths.rdma, paths.gpus),
+        "other paths": (paths.nixl, rdma.devices, rdma.ucx_ways, paths.gpus),
         "limits": (
             host.descriptors, host.memory, host.shared_memory, host.locked_memory, host.huge_pages,
         ),

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_datadist import __version__
+from llm_datadist.cli.doctor import rdma
 from llm_datadist.cli.doctor.findings import Case, Finding, State
 from llm_datadist.cli.kernel_files import free_nbytes, text_of
 from llm_datadist.core.messages import PROTOCOL_VERSION
 from llm_datadist.peer.streams import MAX_STREAMS
+from llm_datadist.transport.nixl_agent import package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +36,7 @@ _REQUIRED = ("numpy", "msgspec")
 #: what each is for
 _OPTIONAL = {
     "xxhash": "verify_transfers",
+    "cryptography": "fast TLS",
     "torch": "tensors",
     "nixl": "RDMA",
     "prometheus-client": "metrics",
@@ -88,7 +91,9 @@ def locked_memory(_: Case) -> Iterator[Finding]:
         return
     found = f"{_gib(soft)}: no matter for cma and tcp; RDMA needs more"
     remedy = "for RDMA: ulimit -l unlimited (--ulimit memlock=-1)"
-    yield Finding("memlock", State.NOTE, found, remedy, {"soft": soft})
+    is_needed = rdma.is_up() and package() is not None
+    state = State.PROBLEM if is_needed else State.NOTE
+    yield Finding("memlock", state, found, remedy, {"soft": soft})
 
 
 def huge_pages(_: Case) -> Iterator[Finding]:

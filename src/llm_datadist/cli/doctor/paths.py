@@ -16,7 +16,7 @@ import numpy as np
 
 from llm_datadist.cli.doctor.findings import Case, Finding, State
 from llm_datadist.cli.doctor.host import STATUS, version_of
-from llm_datadist.cli.kernel_files import field_of, text_of
+from llm_datadist.cli.kernel_files import field_of
 from llm_datadist.credential_file import is_public
 from llm_datadist.errors import LLMException
 from llm_datadist.link_security import LinkSecurity
@@ -49,7 +49,6 @@ _SOON_DAYS = 14
 _SECURITY = "link security"
 _EXAMPLE = '{"secret_file": "/etc/kv/secret"}'
 
-_RDMA = Path("/sys/class/infiniband")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _WAIT_S = 10.0
 
@@ -224,7 +223,7 @@ def _kept(file: str) -> Finding | None:
     return Finding(_SECURITY, State.PROBLEM, found, f"chmod o-r {file}")
 
 
-# -- other paths: NIXL, RDMA, GPUs --
+# -- other paths: NIXL, GPUs; for RDMA see rdma.py --
 
 
 def nixl(_: Case) -> Iterator[Finding]:
@@ -243,17 +242,6 @@ def nixl(_: Case) -> Iterator[Finding]:
         yield Finding("NIXL", State.NOTE, found, f"python -c 'import {module}' shows it all", data)
     else:
         yield Finding("NIXL", State.OK, f"{package} can be imported", data=data)
-
-
-def rdma(_: Case) -> Iterator[Finding]:
-    """The RDMA devices that the kernel knows."""
-    devices = sorted(_RDMA.iterdir()) if _RDMA.is_dir() else []
-    if not devices:
-        yield Finding("RDMA", State.UNAVAILABLE, "no device: links to other hosts use tcp")
-        return
-    names = [f"{device.name} ({_port_state(device)})" for device in devices]
-    found = f"{', '.join(names)}: only NIXL makes use of it"
-    yield Finding("RDMA", State.NOTE, found, data={"devices": len(names)})
 
 
 def gpus(_: Case) -> Iterator[Finding]:
@@ -278,11 +266,6 @@ def _import_failure(module: str) -> str:
     if done.returncode < 0:
         return f"it ends the process by signal {-done.returncode}"
     return (done.stderr.splitlines() or ["?"])[-1] if done.returncode else ""
-
-
-def _port_state(device: Path) -> str:
-    states = [text_of(port / "state") for port in sorted((device / "ports").glob("*"))]
-    return ", ".join((state or "?").partition(": ")[2].lower() or "?" for state in states)
 
 
 def _gpu_models() -> list[str]:
