@@ -118,7 +118,9 @@ def test_a_writer_that_dies_in_the_middle_leaves_the_old_record(tmp_path: Path) 
     )
     for _ in range(3):
         writer = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert writer.stdout is not None
         writer.stdout.readline()
