@@ -251,12 +251,23 @@ def test_the_same_memory_again_is_the_same_handle() -> None:
 @pytest.mark.shows("engine.register_mem")
 @pytest.mark.parametrize(
     ("addr", "nbytes"),
-    [(0, 8), (-1, 8), (4096, 0), (4096, -1), (2**64 - 8, 9), (2**64, 1), (4096, 2**64)],
+    [(0, 8), (-1, 8), (4096, 0), (4096, -1), (2**64 - 8, 9), (2**64, 1), (4096, 2**63), (4096, 2**64)],
 )
 def test_memory_that_cannot_be_is_refused(addr: int, nbytes: int) -> None:
     with engine() as one:
         ret = one.hixl.register_mem(MemDesc(addr, nbytes), MemType.MEM_HOST)
         assert ret == (h.PARAM_INVALID, 0)
+
+
+@pytest.mark.shows("engine.register_mem")
+def test_the_largest_memory_shuts_no_peer_out(path: str) -> None:
+    """What is registered can be told: a peer believes the whole table, or nothing of it."""
+    with engines(2, path) as (server, client):
+        ours, theirs = client.add(), server.add(seed=1)
+        largest = MemDesc(4096, 2**63 - 1)
+        assert server.hixl.register_mem(largest, MemType.MEM_HOST)[0] == h.SUCCESS
+        client.connect(server.name)
+        assert client.read(server.name, ours, theirs) == h.SUCCESS
 
 
 @pytest.mark.shows("engine.deregister_mem")

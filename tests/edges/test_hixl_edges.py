@@ -6,13 +6,14 @@ import os
 import random
 import socket
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from edges.forking import in_child
-from edges.interrupting import LONGEST_S, interrupts, is_interrupted
+from edges.interrupting import LONGEST_S, Strikes, interrupts, is_interrupted
 from edges.scarce import become_nobody, lift_limit, limit_threads
 from llm_datadist import hixl as h
 from llm_datadist.testing.process import ObjectProcess
@@ -181,6 +182,61 @@ def interrupt(pair: Pair, name: str) -> tuple[int, list[str]]:
     if not pair.is_right():
         wrong.append("it does not work any more")
     return interrupted, wrong
+
+
+@pytest.mark.shows("engine.deregister_mem")
+def test_memory_whose_deregistration_was_interrupted_can_be_used_again(
+    apart: ObjectProcess[Pair],
+) -> None:
+    interrupted, failed = apart.call(interrupt_deregistrations)
+    assert interrupted > 10
+    assert failed == []
+
+
+def interrupt_deregistrations(pair: Pair) -> tuple[int, list[int]]:
+    """How many were interrupted, and the statuses of transfers behind them that failed."""
+    rng, strikes, client = random.Random(20261129), Strikes(), pair.client
+    spare = np.zeros(64, dtype=np.uint8)
+    addr, interrupted, failed = spare.ctypes.data, 0, []
+    pieces = [h.TransferOpDesc(addr, pair.theirs.ctypes.data, 32)]
+    for _ in range(300):
+        handle = client.register_mem(h.MemDesc(addr, 64), h.MemType.MEM_HOST)[1]
+        came = strikes.within(lambda h=handle: client.deregister_mem(h), rng.uniform(0, 4e-4))
+        interrupted += came is not None
+        for nbytes in (32, 64):  # the range itself, and one that it would hide
+            ret, again = client.register_mem(h.MemDesc(addr, nbytes), h.MemType.MEM_HOST)
+            rets = ret, client.transfer_sync(pair.name, READ, pieces, LONG_MS)
+            failed += [ret for ret in rets if ret != h.SUCCESS]
+            client.deregister_mem(again)
+        client.deregister_mem(handle)
+    return interrupted, failed
+
+
+@pytest.mark.shows("engine.deregister_mem")
+def test_memory_whose_deregistration_was_interrupted_can_be_used_again(
+    apart: ObjectProcess[Pair],
+) -> None:
+    interrupted, failed = apart.call(interrupt_deregistrations)
+    assert interrupted > 10
+    assert failed == []
+
+
+def interrupt_deregistrations(pair: Pair) -> tuple[int, list[int]]:
+    """How many were interrupted, and the statuses behind them that are failures."""
+    rng, strikes, client = random.Random(20261129), Strikes(), pair.client
+    spare = np.zeros(64, dtype=np.uint8)
+    addr, interrupted, failed = spare.ctypes.data, 0, list[int]()
+    pieces = [h.TransferOpDesc(addr, pair.theirs.ctypes.data, 32)]
+    for _ in range(300):
+        _, handle = client.register_mem(h.MemDesc(addr, 64), h.MemType.MEM_HOST)
+        came = strikes.within(partial(client.deregister_mem, handle), rng.uniform(0, 4e-4))
+        interrupted += came is not None
+        for nbytes in (64, 32):  # the range itself, and one that it would hide
+            ret, again = client.register_mem(h.MemDesc(addr, nbytes), h.MemType.MEM_HOST)
+            rets = ret, client.transfer_sync(pair.name, READ, pieces, LONG_MS)
+            failed += [ret for ret in rets if ret != h.SUCCESS]
+            client.deregister_mem(again)
+    return interrupted, failed
 
 
 # -- scarcity --

@@ -72,8 +72,10 @@ class Layout:
         """Raises LLMException(LLM_PARAM_INVALID) unless each tensor has a usable address."""
         if len(addrs) != geometry.num_tensors:
             raise invalid(f"{len(addrs)} addresses for {geometry.num_tensors} tensors")
+        # no peer would believe what it is told of a larger one (`core/remote.py`)
+        is_too_large = geometry.tensor_nbytes >= 2**63
         for addr in addrs:
-            if not 0 <= addr <= 2**64 - max(geometry.tensor_nbytes, 1):
+            if is_too_large or not 0 <= addr <= 2**64 - max(geometry.tensor_nbytes, 1):
                 raise invalid(
                     f"no tensor of {geometry.tensor_nbytes} bytes can lie at address {addr:#x}"
                 )

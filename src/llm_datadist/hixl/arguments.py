@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from llm_datadist.checks import INT32_MAX, UINT64_MAX, check_list, check_type
+from llm_datadist.checks import INT32_MAX, INT64_MAX, UINT64_MAX, check_list, check_type
 from llm_datadist.core.by_address import ByAddress
 from llm_datadist.core.messages import MAX_NOTICE
 from llm_datadist.errors import invalid
@@ -54,7 +54,7 @@ def parse_range(mem_desc: object, mem_type: object) -> Range:
     )
     addr, nbytes = as_int("addr", desc.addr), as_int("len", desc.len)
     is_local_only = check_type("local_only", desc.local_only, bool)
-    if addr <= 0 or nbytes <= 0 or addr + nbytes > UINT64_MAX:
+    if addr <= 0 or not 0 < nbytes <= INT64_MAX or addr + nbytes > UINT64_MAX:
         raise invalid(f"no memory of {nbytes} bytes can lie at address {addr:#x}")
     return Range(addr, nbytes, _PLACEMENTS[kind], is_local_only)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from llm_datadist.core.geometry import CacheKind, Geometry
 from llm_datadist.core.messages import MAX_CACHES
 from llm_datadist.core.ranges import Ranges
-from llm_datadist.errors import LLMException, invalid
+from llm_datadist.errors import invalid
 from llm_datadist.hixl.call import Exhausted
 from llm_datadist.locks import make_lock
 
@@ -54,7 +54,7 @@ class Memory:
         with self._lock:
             place = wanted.addr, wanted.nbytes
             handle = self._handles.get(place)
-            if handle is not None and self._is_there(handle):
+            if handle is not None:
                 if self._registered[handle] != wanted:
                     raise invalid(
                         f"{wanted.nbytes} bytes at {wanted.addr:#x} are registered already, with "
@@ -82,17 +82,27 @@ class Memory:
 
         An unknown handle is no error. Raises LLMException(LLM_TIMEOUT); it stays registered then.
         """
-        self._catalog.unregister(handle, timeout_s)
-        self._errands.run(partial(self._forget, handle))
+        leave = object()
+        try:
+            entry = self._catalog.begin_to_leave(handle, leave)
+            if entry is not None:
+                self._catalog.await_uses(entry, timeout_s)
+                self._errands.run(partial(self._forget, handle, leave))
+        finally:
+            self._catalog.leaving.pop(leave, None)
 
-    def _forget(self, handle: int) -> None:
+    def _forget(self, handle: int, leave: object) -> None:
+        """Here and in the catalog, in one step."""
         with self._lock:
+            if leave not in self._catalog.leaving:
+                return  # the call was interrupted: it is registered still, maybe anew by now
             known = self._registered.pop(handle, None)
             if known is not None:
                 self._ranges = None
                 place = known.addr, known.nbytes
                 if self._handles.get(place) == handle:
                     del self._handles[place]
+            self._catalog.forget(handle)
 
     @property
     def ranges(self) -> Ranges:
@@ -103,11 +113,3 @@ class Memory:
                     (each.addr, each.nbytes, handle) for handle, each in self._registered.items()
                 )
             return self._ranges
-
-    def _is_there(self, handle: int) -> bool:
-        """Not after an interrupted `deregister`."""
-        try:
-            self._catalog.num_tensors(handle)
-        except LLMException:
-            return False
-        return True
