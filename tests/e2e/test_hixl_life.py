@@ -251,7 +251,16 @@ def test_the_same_memory_again_is_the_same_handle() -> None:
 @pytest.mark.shows("engine.register_mem")
 @pytest.mark.parametrize(
     ("addr", "nbytes"),
-    [(0, 8), (-1, 8), (4096, 0), (4096, -1), (2**64 - 8, 9), (2**64, 1), (4096, 2**63), (4096, 2**64)],
+    [
+        (0, 8),
+        (-1, 8),
+        (4096, 0),
+        (4096, -1),
+        (2**64 - 8, 9),
+        (2**64, 1),
+        (4096, 2**63),
+        (4096, 2**64),
+    ],
 )
 def test_memory_that_cannot_be_is_refused(addr: int, nbytes: int) -> None:
     with engine() as one:

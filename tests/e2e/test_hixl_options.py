@@ -29,6 +29,9 @@ WRONG = {
         resources(channel_pool__high_waterline=1.1, channel_pool__low_waterline=0.5),
         resources(channel_pool__high_waterline=0.5, channel_pool__low_waterline=-0.1),
         resources(channel_pool__high_waterline="x", channel_pool__low_waterline=0.1),
+        resources(channel_pool__high_waterline=0.5, channel_pool__low_waterline=None),
+        resources(channel_pool__high_waterline=True, channel_pool__low_waterline=0.1),
+        resources(connect_pool__thread_num=None), '{"connect_pool": 5}', '{"channel_pool": null}',
     ],
     "llm_datadist.Path": ["by foot"],
     "llm_datadist.LinkSecurity": ["open sesame"],
@@ -60,6 +63,11 @@ def test_options_that_cannot_be_are_refused(option: str, text: str) -> None:
                 channel_pool__max_channel=512,
                 channel_pool__high_waterline="0.3",
                 channel_pool__low_waterline="0.1",
+            )
+        },
+        {
+            "GlobalResourceConfig": resources(
+                channel_pool__high_waterline="1e-3", channel_pool__low_waterline=1e-7
             )
         },
     ],

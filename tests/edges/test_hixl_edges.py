@@ -194,34 +194,6 @@ def test_memory_whose_deregistration_was_interrupted_can_be_used_again(
 
 
 def interrupt_deregistrations(pair: Pair) -> tuple[int, list[int]]:
-    """How many were interrupted, and the statuses of transfers behind them that failed."""
-    rng, strikes, client = random.Random(20261129), Strikes(), pair.client
-    spare = np.zeros(64, dtype=np.uint8)
-    addr, interrupted, failed = spare.ctypes.data, 0, []
-    pieces = [h.TransferOpDesc(addr, pair.theirs.ctypes.data, 32)]
-    for _ in range(300):
-        handle = client.register_mem(h.MemDesc(addr, 64), h.MemType.MEM_HOST)[1]
-        came = strikes.within(lambda h=handle: client.deregister_mem(h), rng.uniform(0, 4e-4))
-        interrupted += came is not None
-        for nbytes in (32, 64):  # the range itself, and one that it would hide
-            ret, again = client.register_mem(h.MemDesc(addr, nbytes), h.MemType.MEM_HOST)
-            rets = ret, client.transfer_sync(pair.name, READ, pieces, LONG_MS)
-            failed += [ret for ret in rets if ret != h.SUCCESS]
-            client.deregister_mem(again)
-        client.deregister_mem(handle)
-    return interrupted, failed
-
-
-@pytest.mark.shows("engine.deregister_mem")
-def test_memory_whose_deregistration_was_interrupted_can_be_used_again(
-    apart: ObjectProcess[Pair],
-) -> None:
-    interrupted, failed = apart.call(interrupt_deregistrations)
-    assert interrupted > 10
-    assert failed == []
-
-
-def interrupt_deregistrations(pair: Pair) -> tuple[int, list[int]]:
     """How many were interrupted, and the statuses behind them that are failures."""
     rng, strikes, client = random.Random(20261129), Strikes(), pair.client
     spare = np.zeros(64, dtype=np.uint8)
@@ -305,6 +277,32 @@ def test_finalize_beside_calls_of_all_kinds(pair: Pair) -> None:
         thread.join(20)
     assert failed == []
     assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.shows("engine.finalize")
+def test_an_engine_that_is_being_finalized_has_not_run_out_of_anything(pair: Pair) -> None:
+    """RESOURCE_EXHAUSTED would be: try again later."""
+    rets: set[int] = set()
+    array = np.zeros(64, dtype=np.uint8)
+    pieces = [h.TransferOpDesc(array.ctypes.data, pair.theirs.ctypes.data, 8)]
+    for _ in range(20):
+        client = h.Hixl()
+        assert client.initialize("127.0.0.1", {h.OPTION_AUTO_CONNECT: "1"}) == h.SUCCESS
+        client.register_mem(h.MemDesc(array.ctypes.data, 64), h.MemType.MEM_HOST)
+        has_begun = threading.Event()
+
+        def keep_on(client: h.Hixl = client, has_begun: threading.Event = has_begun) -> None:
+            while (ret := client.transfer_async(pair.name, READ, pieces)[0]) == h.SUCCESS:
+                has_begun.set()
+                client.get_all_transfer_status()
+            rets.add(ret)
+
+        thread = threading.Thread(target=keep_on)
+        thread.start()
+        assert has_begun.wait(20)
+        client.finalize()
+        thread.join(20)
+    assert rets == {h.FAILED}
 
 
 @pytest.mark.shows("engine.finalize")

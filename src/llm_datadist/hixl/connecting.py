@@ -104,6 +104,8 @@ class Connecting:
                     del self._newest[task.name]
                 else:
                     self._newest[task.name] = before
+                if self._is_ended:
+                    raise
                 raise Exhausted(str(error)) from error
 
     def _do(self, task: _Task) -> None:

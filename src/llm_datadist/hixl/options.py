@@ -45,6 +45,8 @@ _KNOWN: Final = (
 )  # fmt: skip
 _OURS: Final = "llm_datadist."
 _BUFFERS: Final = re.compile(r"[0-9]{1,10}:[0-9]{1,10}")
+_SHARE: Final = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?")
+_POOLS: Final = ("connect_pool", "channel_pool")
 _VERSIONS: Final = ("1.0", "1.2", "1.3")
 _DEFAULT_THREADS: Final = 2
 _DEFAULT_QUEUE: Final = 128
@@ -105,6 +107,11 @@ class _Resources:
         """Raises LLMException(LLM_PARAM_INVALID)."""
         self._said: dict[str, object] = {}
         for name, value in check_json_object(OPTION_GLOBAL_RESOURCE_CONFIG, text).items():
+            if name in _POOLS and not isinstance(value, dict):
+                raise invalid(
+                    f"{OPTION_GLOBAL_RESOURCE_CONFIG}: {name} must be an object, got "
+                    f"{describe(value)}"
+                )
             if isinstance(value, dict):
                 self._said.update({f"{name}.{each}": inner for each, inner in value.items()})
             else:
@@ -112,9 +119,9 @@ class _Resources:
 
     def number(self, name: str, allowed: range) -> int | None:
         """None where nothing is said."""
-        value = self._said.get(name)
-        if value is None:
+        if name not in self._said:
             return None
+        value = self._said[name]
         text = str(value)
         if isinstance(value, bool) or not re.fullmatch("[0-9]{1,10}", text):
             raise _no_number(name, value)
@@ -127,15 +134,16 @@ class _Resources:
 
     def share(self, name: str) -> float | None:
         """A number of [0, 1]."""
-        value = self._said.get(name)
-        if value is None:
+        if name not in self._said:
             return None
-        text = str(value)
-        if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,20})?", text):
+        value = self._said[name]
+        if isinstance(value, str) and _SHARE.fullmatch(value):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise _no_number(name, value)
-        if float(text) > 1:
-            raise invalid(f"{OPTION_GLOBAL_RESOURCE_CONFIG}: {name} must be in [0, 1], got {text}")
-        return float(text)
+        if not 0 <= value <= 1:
+            raise invalid(f"{OPTION_GLOBAL_RESOURCE_CONFIG}: {name} must be in [0, 1], got {value}")
+        return float(value)
 
     def channels(self) -> ChannelPool | None:
         most = self.number("channel_pool.max_channel", range(1, 513))

@@ -83,9 +83,13 @@ class Requests:
         self._requests: dict[int, Request] = {}
         #: rung when one has ended
         self._bell = Bell()
+        self._is_ended = False
 
     def begin(self, name: EngineName, pieces: ByAddress, user_data: int) -> int:
-        """A thread does it when it is its turn. Raises Exhausted; nothing is moved then."""
+        """A thread does it when it is its turn.
+
+        Raises Exhausted, and LLMException(LLM_FAILED) behind `end`; nothing is moved then.
+        """
         if len(self._requests) >= MAX_REQUESTS:
             raise Exhausted(
                 f"{MAX_REQUESTS} transfers have been begun and not asked for: get_transfer_status "
@@ -100,6 +104,8 @@ class Requests:
             self._shares.start(request.name, partial(self._do, request))
         except LLMException as error:
             self._drop(request)
+            if self._is_ended:
+                raise
             raise Exhausted(str(error)) from error
         return request.number
 
@@ -149,7 +155,8 @@ class Requests:
         self._bell.wait_until(is_over, _SETTLING_S)
 
     def end(self, deadline: Deadline) -> None:
-        """Ends the threads. Raises LLMException(LLM_TIMEOUT)."""
+        """Begins none any more, and ends the threads. Raises LLMException(LLM_TIMEOUT)."""
+        self._is_ended = True
         self._threads.end(deadline)
 
     def _give_up(self, request: Request) -> None:
