@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import hixl_engine
 import pytest
@@ -16,7 +19,7 @@ from llm_datadist import hixl as h
 from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from hixl_engine import EngineProcess
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 READ, WRITE = h.TransferOp.READ, h.TransferOp.WRITE
 S = h.AsyncConnectStatus
+A = TypeVar("A")
+T = TypeVar("T")
 server, servers, victim = hixl_engine.server, hixl_engine.servers, hixl_engine.victim
 
 
@@ -332,6 +337,55 @@ def test_a_connection_in_use_is_not_ended(server: EngineProcess) -> None:
         assert client.end_of(req) is h.TransferStatus.COMPLETED
         until(lambda: client.read(other.name, ours, other.add()) == h.SUCCESS)
         assert len(client.hixl.links()) == 1
+
+
+@pytest.mark.shows("engine.channel_pool")
+def test_threads_that_go_to_one_engine_need_one_connection() -> None:
+    config = resources(channel_pool__max_channel=1)
+    with engine() as server:
+        theirs = server.add(seed=1)
+        for _ in range(5):
+            with engine(AUTO_CONNECT="1", GLOBAL_RESOURCE_CONFIG=config) as client:
+                read = partial(client.read, server.name, client.add())
+                assert in_threads(4, read, theirs) == [h.SUCCESS] * 4
+                assert len(client.hixl.links()) == 1
+
+
+@pytest.mark.shows("engine.channel_pool")
+def test_a_pool_serves_as_many_threads_as_it_has_connections() -> None:
+    """None is told that there is no connection, or no room; and there are never more of them."""
+    config = resources(
+        channel_pool__max_channel=3,
+        channel_pool__high_waterline=1.0,
+        channel_pool__low_waterline=0.5,
+    )
+    with engines(5) as servers, engine(GLOBAL_RESOURCE_CONFIG=config) as client:
+        ours = client.add()
+        theirs = [server.add(seed=index) for index, server in enumerate(servers)]
+        counts: set[int] = set()
+
+        def read(thread: int) -> set[int]:
+            rng, rets = random.Random(thread), set[int]()
+            for _ in range(100):
+                index = rng.randrange(len(servers))
+                rets.add(client.read(servers[index].name, ours, theirs[index]))
+                counts.add(len(client.hixl.links()))
+            return rets
+
+        assert in_threads(3, read, *range(3)) == [{h.SUCCESS}] * 3
+        assert max(counts) <= 3
+
+
+def in_threads(count: int, call: Callable[[A], T], *args: A) -> list[T]:
+    """What the calls return, all at the same time: one for each argument, or all with the same."""
+    with ThreadPoolExecutor(count) as threads:
+        barrier = threading.Barrier(count)
+
+        def begin(arg: A) -> T:
+            barrier.wait(20)
+            return call(arg)
+
+        return list(threads.map(begin, args * (count // len(args))))
 
 
 # -- a peer of the other kind --

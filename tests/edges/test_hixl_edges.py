@@ -211,6 +211,29 @@ def interrupt_deregistrations(pair: Pair) -> tuple[int, list[int]]:
     return interrupted, failed
 
 
+@pytest.mark.shows("engine.disconnect")
+def test_a_disconnect_that_was_interrupted_does_not_contradict_itself(
+    apart: ObjectProcess[Pair],
+) -> None:
+    """Who is told ALREADY_CONNECTED behind it can move something."""
+    interrupted, wrong = apart.call(interrupt_disconnects)
+    assert interrupted > 10
+    assert wrong == []
+
+
+def interrupt_disconnects(pair: Pair) -> tuple[int, list[tuple[int, int]]]:
+    """How many were interrupted; what `connect` and a transfer said behind one, if it is wrong."""
+    rng, strikes, wrong = random.Random(20261129), Strikes(), list[tuple[int, int]]()
+    interrupted = 0
+    for _ in range(200):
+        disconnect = partial(pair.client.disconnect, pair.name, LONG_MS)
+        interrupted += strikes.within(disconnect, rng.uniform(0, 2e-3)) is not None
+        rets = pair.client.connect(pair.name, LONG_MS), pair.move(READ)
+        if rets[0] not in (h.SUCCESS, h.ALREADY_CONNECTED) or rets[1] != h.SUCCESS:
+            wrong.append(rets)
+    return interrupted, wrong
+
+
 # -- scarcity --
 
 

@@ -115,17 +115,23 @@ class Engine:
         connect_s: float,
         ask: Callable[[Peer, EngineName, float], OnLink],
     ) -> None:
-        deadline = Deadline.after(timeout_s)
-        for attempts_left in range(_ATTEMPTS - 1, -1, -1):
-            peer = self.connections.require(name, Deadline.after(connect_s))
-            asked = ask(peer, name, deadline.require(f"what was asked of {name}"))
-            try:
-                self.cluster.transfers.run(asked)
-            except NotBegun:
-                if not (attempts_left and self.connections.connect_themselves):
-                    raise
-            else:
-                return
+        deadline, wanted, call = Deadline.after(timeout_s), self.connections.pool.wanted, object()
+        try:
+            if name.port is not None:
+                wanted[call] = name.endpoint
+            for attempts_left in range(_ATTEMPTS - 1, -1, -1):
+                left_s = min(connect_s, deadline.require(f"what was asked of {name}"))
+                try:
+                    peer = self.connections.require(name, Deadline.after(left_s))
+                    left_s = deadline.require(f"what was asked of {name}")
+                    self.cluster.transfers.run(ask(peer, name, left_s))
+                except NotBegun:
+                    if not (attempts_left and self.connections.connect_themselves):
+                        raise
+                else:
+                    return
+        finally:
+            wanted.pop(call, None)
 
 
 def _move(pieces: ByAddress, peer: Peer, name: EngineName, timeout_s: float) -> OnLink:
