@@ -70,7 +70,7 @@ class Connections:
             raise LLMException(f"{name}: {outcome.reason}{hint}", outcome.status)
 
     def disconnect(self, name: EngineName, timeout_s: float) -> None:
-        """Ends the connection, and what is moved over it. Nothing is moved any more then.
+        """Ends the connection, and what is moved over it by calls of ours.
 
         Raises LLMException: LLM_NOT_YET_LINK when there is none of our own, LLM_TIMEOUT when the
         peer did not agree in time; the connection has ended all the same.

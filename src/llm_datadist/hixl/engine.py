@@ -69,7 +69,7 @@ class Engine:
         return self.cluster.is_up
 
     def stop(self) -> None:
-        """Ends everything; nothing is moved any more then. Bounded, and may be called again."""
+        """Ends everything, and waits for the calls here. Bounded, and may be called again."""
         self.requests.give_up()
         try:
             self.cluster.stop()
@@ -92,7 +92,7 @@ class Engine:
                 self.requests.settle(name)
 
     def transfer(self, name: EngineName, pieces: ByAddress, timeout_s: float) -> None:
-        """Returns when all has been moved. Raises LLMException; nothing moves afterwards."""
+        """Returns when all has been moved. Raises LLMException."""
         self._do(name, timeout_s, timeout_s, partial(_move, pieces))
 
     def notify(self, name: EngineName, notice: tuple[str, str], timeout_s: float) -> None:

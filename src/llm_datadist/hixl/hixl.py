@@ -87,7 +87,8 @@ class Hixl:
     def finalize(self) -> None:
         """Ends all connections and transfers, and forgets what was registered.
 
-        What runs has a second to end, then it is cut; nothing is moved any more when this returns.
+        What runs has a second to end, then it is cut. Nothing is moved any more when this returns,
+        but for a WRITE's that was cut, as transfer_sync says.
         Does nothing when not initialised. `initialize` may be called again.
         """
         engine, end = self._engine, self._end
@@ -146,8 +147,8 @@ class Hixl:
     def disconnect(self, remote_engine: str, timeout_in_millis: int = 1000) -> Status:
         """Ends a connection that this engine made, and all transfers over it.
 
-        They fail, and nothing of them is moved any more when this returns. Returns PARAM_INVALID,
-        NOT_CONNECTED, and TIMEOUT when the peer did not agree in time: the connection was cut then.
+        They fail, and nothing of them is moved any more when this returns, but for a WRITE's, as
+        transfer_sync says. Returns PARAM_INVALID, NOT_CONNECTED, and TIMEOUT when the peer did not agree in time: the connection was cut then.
         """
         with self._call("disconnect") as call:
             engine, name = self._require(), parse_server(remote_engine)
@@ -202,7 +203,8 @@ class Hixl:
 
         Each piece lies within memory that is registered here, and in memory that is registered
         there and not `local_only`. Pieces have no defined order. After a failure what was to be
-        filled may hold anything, and nothing is moved any more.
+        filled may hold anything. Nothing of a READ is moved any more then; of a WRITE the receiver
+        may end the one system call that it is in (docs/hixl.md, Known gaps).
 
         Returns PARAM_INVALID (with the address in the log), NOT_CONNECTED, TIMEOUT,
         RESOURCE_EXHAUSTED, and FAILED when the peer died or the connection was ended.
