@@ -95,6 +95,28 @@ def all_bytes(engine: Engine) -> bytes:
 
 
 @pytest.mark.shows("engine.transfer_sync")
+def test_pieces_may_name_the_same_bytes_more_than_once(server: EngineProcess, path: str) -> None:
+    """Together more than the memory has; whichever comes last, it is the same bytes here."""
+    name, theirs = server.start(), server.call(Engine.add, seed=1)
+    with engine(path, listens=False) as client:
+        ours = client.add(seed=2)
+        client.connect(name)
+        bytes_each = [h.TransferOpDesc(ours.addr + at, theirs.addr + at, 1) for at in range(99)]
+        for descs in (
+            [whole(ours, theirs)] * 3,
+            [whole(ours, theirs), h.TransferOpDesc(ours.addr, theirs.addr, 16)],
+            [*bytes_each, whole(ours, theirs), *bytes_each],
+        ):
+            server.call(Engine.fill, theirs, 0)
+            assert client.hixl.transfer_sync(name, WRITE, descs, LONG_MS) == h.SUCCESS
+            assert server.call(Engine.bytes_of, theirs) == client.bytes_of(ours)
+            before = client.bytes_of(ours)
+            client.fill(ours, 0)
+            assert client.hixl.transfer_sync(name, READ, descs, LONG_MS) == h.SUCCESS
+            assert client.bytes_of(ours) == before
+
+
+@pytest.mark.shows("engine.transfer_sync")
 def test_memory_that_is_not_registered_is_refused_at_both_ends(
     server: EngineProcess, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -148,7 +148,8 @@ class Hixl:
         """Ends a connection that this engine made, and all transfers over it.
 
         They fail, and nothing of them is moved any more when this returns, but for a WRITE's, as
-        transfer_sync says. Returns PARAM_INVALID, NOT_CONNECTED, and TIMEOUT when the peer did not agree in time: the connection was cut then.
+        transfer_sync says. Returns PARAM_INVALID, NOT_CONNECTED, and TIMEOUT when the peer did not
+        agree in time: the connection was cut then.
         """
         with self._call("disconnect") as call:
             engine, name = self._require(), parse_server(remote_engine)

@@ -12,8 +12,11 @@ from llm_datadist.errors import LLMException
 from llm_datadist.transport.base import StaleCache
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from llm_datadist.core.by_address import ByAddress, Part
     from llm_datadist.core.remote import RemoteTable
+    from llm_datadist.core.segments import Segments
     from llm_datadist.observe.watch import Watch
     from llm_datadist.owner.catalog import Catalog
     from llm_datadist.peer.peer import Peer
@@ -127,6 +130,14 @@ class Move(OnLink):
         ticket = catalog.issue(token, ours, pushed)
         token.cell = ticket.cell
         try:
-            self.peer.send(segments, ticket.guard, remote.guard, deadline)
+            for window in _windows(segments, remote.layout.geometry.tensor_nbytes):
+                self.peer.send(window, ticket.guard, remote.guard, deadline)
         finally:
             ticket.cell[0] = STALE
+
+
+def _windows(segments: Segments, holds: int) -> Iterable[Segments]:
+    """The receiver takes no more bytes at a time than its memory has; pieces may overlap there."""
+    if segments.total_nbytes <= holds:
+        return (segments,)
+    return segments.windows(len(segments), holds)
