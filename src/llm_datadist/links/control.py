@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import ipaddress
 import secrets
 import socket
+import termios
+from array import array
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -88,6 +91,14 @@ class Control:
     def is_same_host(self) -> bool:
         """It is one to a same-host socket, and so for links of that path alone."""
         return isinstance(self.at, SameHost) and not self.at.is_meeting_point
+
+    @property
+    def is_unheard(self) -> bool:
+        """Over TCP: whether the peer's host has not acknowledged all that was said so far."""
+        unsent = array("i", (0,))
+        with suppress(OSError):  # it is closed
+            fcntl.ioctl(self.socket, termios.TIOCOUTQ, unsent)
+        return unsent[0] > 0
 
     def begun(self, first: m.Hello | m.Forget) -> None:
         """The caller said this first; without a nonce the connection is not told apart."""

@@ -97,7 +97,7 @@ class Session:
         #: links of others that end when this one is made
         self.displaced: Sequence[Session] = ()
         self._vouching = Vouching(
-            lambda which: self.perform([lk.Send(m.Vouch(which))]), self._stands_still
+            lambda which: self.perform([lk.Send(m.Vouch(which))]), self._is_known_gone
         )
         #: what this end answers to when it is asked whether the connection is its own
         self._names: set[bytes] = set()
@@ -188,8 +188,11 @@ class Session:
         """The peer's, where the kernel says which one that is."""
         return self.control.process
 
-    def _stands_still(self) -> bool:
-        return self.process is not None and self.process.is_stopped
+    def _is_known_gone(self) -> bool:
+        """Whether a kernel says that the peer does not run, or is not reached."""
+        if self.process is not None:
+            return self.process.is_stopped
+        return self.control.is_unheard
 
     @property
     def token(self) -> bytes:

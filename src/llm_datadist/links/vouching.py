@@ -1,12 +1,11 @@
 """Asking a linked peer whether a connection is its own, and how long it may be silent.
 
 Whoever makes us ask waits a second for the answer, however little time it has itself: a peer that
-is busy is not gone. Then it is not taken for gone, either, unless the kernel says that its process
-is stopped, as it does on one host. The question stays open, and whoever comes next makes us ask
-again; a peer that has answered nothing for ten seconds is gone. (An interpreter that is kept by one
-long call answers late; a host that has vanished never does, and TCP gives it up after 25 s. Of
-another host the kernel can tell whether it takes what it is told, but not whether the process
-does.) Each answer begins the time anew.
+is busy is not gone. Then it is not taken for gone, either, unless the kernel says so: on one host
+that its process is stopped, and of another host that it has not even taken the question (its TCP
+acknowledges, however busy its processes are). The question stays open, and whoever comes next makes
+us ask again; a peer that has answered nothing for ten seconds is gone: an interpreter that is kept
+by one long call answers late. Each answer begins the time anew.
 
 Only so many are asked at a time: strangers decide how many there are.
 """
@@ -40,11 +39,11 @@ class Vouching:
     """What one peer was asked, and has not answered. Belongs to the loop's thread."""
 
     def __init__(
-        self, ask: Callable[[bytes], Awaitable[object]], stands_still: Callable[[], bool]
+        self, ask: Callable[[bytes], Awaitable[object]], is_known_gone: Callable[[], bool]
     ) -> None:
-        """`ask` sends the question, and does not wait. `stands_still`: the peer is known to."""
+        """`ask` sends the question, and does not wait. `is_known_gone`: a kernel says that it is."""
         self._ask = ask
-        self._stands_still = stands_still
+        self._is_known_gone = is_known_gone
         self._asked: dict[bytes, asyncio.Future[Answer]] = {}
         #: since when nothing was answered, of what is open
         self._silent_since: float | None = None
@@ -59,7 +58,7 @@ class Vouching:
         """Whether the peer says that it is its own."""
         if self._silent_since is None:
             self._silent_since = asyncio.get_running_loop().time()
-        elif self.silence_s >= (ANSWER_S if self._stands_still() else SILENCE_S):
+        elif self.silence_s >= (ANSWER_S if self._is_known_gone() else SILENCE_S):
             return Answer.GONE
         answer = self._asked.get(connection)
         if answer is None:
@@ -70,7 +69,7 @@ class Vouching:
         await asyncio.wait([answer], timeout=ANSWER_S)
         if answer.done():
             return answer.result()
-        is_gone = self.silence_s >= SILENCE_S or self._stands_still()
+        is_gone = self.silence_s >= SILENCE_S or self._is_known_gone()
         return Answer.GONE if is_gone else Answer.BUSY
 
     def learn(self, connection: bytes, is_theirs: bool) -> None:

@@ -77,6 +77,10 @@ def start_thread(
     thread.runs_program = runs_program
     try:
         thread.start()
+    except KeyError as error:
+        # Python's own, when it takes back what the thread itself has taken back meanwhile
+        struck = error.__context__ if error.args == (thread,) else None
+        raise struck or error from None
     except RuntimeError as error:
         if "start new thread" not in str(error):
             # in place of what struck its wait for the thread's first step, maybe
