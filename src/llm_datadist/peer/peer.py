@@ -95,15 +95,17 @@ class Peer:
         deadline: Deadline,
         watch: Watch | None = None,
         receipts: list[Receipt] | None = None,
-    ) -> None:
-        """Carries out what is asked between the peer's cache and ours.
+    ) -> int:
+        """Carries out what is asked between the peer's cache and ours; the id of the peer's.
 
         A push is under a `ticket`: the peer fetches as long as it holds. With `receipts` a peer is
         not told yet what was pulled of it: see `confirm`. Returns only when all bytes have been
         moved, of a cache that existed throughout. Raises LLMException; nothing arrives after it was
         raised. The caller has entered the door.
         """
-        for attempts_left in range(_ATTEMPTS - 1, -1, -1):
+        attempts_left = _ATTEMPTS
+        while True:
+            attempts_left -= 1
             found = self._lookup.find(asked.place.name, deadline)
             try:
                 self._move(asked, ours, ticket, found, deadline, watch, receipts)
@@ -112,7 +114,7 @@ class Peer:
                     raise
                 self._lookup.forget()
             else:
-                return
+                return found.cache.guard.cache_id
 
     def find(self, name: int | KeyName, deadline: Deadline) -> RemoteCache:
         """A cache of the peer's. Raises LLMException. The caller has entered the door."""

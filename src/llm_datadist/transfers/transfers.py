@@ -54,6 +54,8 @@ class Part(NamedTuple):
     deadline: Deadline
     #: for what peers are to be told when every part has arrived
     receipts: list[Receipt]
+    #: the peer's cache between which and ours it has moved all, by its id
+    moved: list[int]
 
     def begin(self, token: Token) -> Deadline:
         """The part's own call may be cut with the whole; its deadline. Raises LLMException."""
@@ -253,7 +255,8 @@ class Transfers:
         if part is None:
             peer.move(asked, ours, ticket, Deadline.after(self._timeout_s, token), watch)
         else:
-            peer.move(asked, ours, ticket, part.begin(token), watch, part.receipts)
+            deadline = part.begin(token)
+            part.moved.append(peer.move(asked, ours, ticket, deadline, watch, part.receipts))
 
     def _warn_of_nothing(self, asked: Push, ours: Entry) -> None:
         """It is a success, as in the reference (O14); the log says once what that means."""
