@@ -11,7 +11,7 @@ import v1_devices
 from v1_cluster import DECODER, NOT_EXIST, PROMPT, assert_refused
 from v1_devices import SUCCESS, Several, rows_there, several, start_there
 
-from llm_datadist import CacheKey, LLMException, LLMStatusCode
+from llm_datadist import CacheKey, LLMException, LLMStatusCode, Placement
 from llm_datadist.keys import NO_ID
 from llm_datadist.testing.cluster import Node, make_array
 from llm_datadist.testing.faults import FaultProxy
@@ -29,6 +29,20 @@ KEY = CacheKey(1, 10)
 
 def has(ours: Several, cache: KvCache, device: int, seed: int) -> bool:
     return np.array_equal(ours.read(cache)[device], make_array((2, *SHAPE), seed)[device])
+
+
+def hand_over_there(node: Node, key: CacheKey) -> int:
+    """A cache that only its key holds."""
+    cache_id = rows_there(node, *SHAPE, seed=1, keys=[key])
+    owner = v1_devices.there[0]
+    owner.manager.deallocate_cache(owner.caches.pop(cache_id))
+    return cache_id
+
+
+def used_there(node: Node) -> list[int]:
+    """So many bytes of the pool of each device."""
+    usages = v1_devices.there[0].datadist.pools()[Placement.DEVICE]
+    return [usage.used_nbytes for usage in usages]
 
 
 def move_key_there(node: Node, key: CacheKey, seed: int) -> int:
@@ -87,3 +101,40 @@ def has_pulled(ours: Several, key: CacheKey, cache: KvCache) -> bool:
             raise
         return False
     return True
+
+
+@pytest.mark.shows("v1.devices")
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_key_is_used_up_on_all_devices_or_on_none_when_a_link_is_lost_behind_the_pull(
+    remote: NodeProcess, lost: int
+) -> None:
+    ports = remote.call(start_there, PROMPT, 2, "tcp")
+    with several(DECODER, 2) as ours, FaultProxy(ports[0]) as first, FaultProxy(ports[1]) as second:
+        ours.start(transfer_path="tcp")
+        through = [first.port, second.port]
+        assert ours.link(through) == SUCCESS
+        cache = ours.rows(*SHAPE)
+        said = []
+        for req_id in range(4):  # the first ones open connections
+            remote.call(hand_over_there, CacheKey(1, req_id))
+            ours.manager.pull_cache(CacheKey(1, req_id), cache)
+            said.append(first.nbytes_passed(to_caller=False))
+        each = min(np.diff(said).tolist())
+        assert remote.call(used_there) == [0, 0]
+
+        remote.call(hand_over_there, KEY)
+        proxy = (first, second)[lost]
+        # the owner lacks the end of what it is told last, which is that all has arrived
+        proxy.cut(after_nbytes=each - 4, to_caller=False)
+        ours.manager.pull_cache(KEY, cache)
+        assert proxy.wait(2.0 if lost == 0 else 0.0) == (lost == 0)
+        first.restore()
+        second.restore()
+        used = remote.call(used_there)
+        assert used[0] == used[1]
+        assert (used[0] > 0) == (lost == 0)
+        if lost == 0:  # the call can be made again, and nothing is held on any device then
+            assert eventually(lambda: ours.link(through) == SUCCESS)
+            ours.manager.pull_cache(KEY, cache)
+            assert remote.call(used_there) == [0, 0]
+        remote.call(hand_over_there, KEY)

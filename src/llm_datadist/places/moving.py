@@ -34,7 +34,7 @@ class Moving:
     returned or raised), and succeeds when each part has. A part that fails keeps those that have
     not begun from beginning; what the others moved meanwhile is worth nothing. Each part finds the
     peer's cache by itself, and they have found the same one, or all is moved anew. The owner of a
-    key is told of a pull only when all parts have arrived.
+    key is told of a pull only when all parts have arrived, once for all devices.
     """
 
     def __init__(self, places: Sequence[Cluster], timeout_s: float, movers: Movers) -> None:
@@ -76,8 +76,7 @@ class Moving:
                 f"{_ATTEMPTS} times: its owner moves it from one to the next meanwhile",
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
             )
-        if any(part.receipts for part in parts):
-            self._confirm(parts)
+        self._confirm(parts, deadline)
 
     def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
         """As `Transfers.push_to_addresses`; `addrs` has as many of each device, in their order."""
@@ -105,20 +104,20 @@ class Moving:
         self._movers.run([partial(task, device) for device in range(len(parts))], deadline.token)
         return parts
 
-    def _confirm(self, parts: Sequence[Part]) -> None:
-        """The bytes have been moved, which is what was asked for; their keys have done their duty.
+    def _confirm(self, parts: Sequence[Part], deadline: Deadline) -> None:
+        """The bytes have been moved, which is what was asked for; their key has done its duty.
 
-        An owner that cannot be told keeps the key, and the log says so.
+        The owner is told on one device, and lets go of the key on all (`Catalog.use_up`): a receipt
+        for each could come on some alone. One that cannot be told keeps the key on all, and the log
+        says so.
         """
-
-        def confirm(device: int, part: Part) -> None:
-            for receipt in parts[device].receipts:
-                self._places[device].transfers.run(receipt, part)
-
-        try:
-            self._run(confirm, self._deadline())
-        except LLMException as error:
-            get_logger().warning("an owner does not know what was pulled of it: %s", error)
+        for device, part in enumerate(parts):
+            for receipt in part.receipts:
+                try:
+                    self._places[device].transfers.run(receipt, Part(deadline, [], []))
+                except LLMException as error:
+                    get_logger().warning("an owner does not know what was pulled of it: %s", error)
+                return
 
     def _require_links(self, cluster_id: int) -> None:
         """Before anything moves. Raises LLMException(LLM_NOT_YET_LINK)."""
