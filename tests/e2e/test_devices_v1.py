@@ -265,6 +265,26 @@ def test_a_cluster_listens_where_its_cluster_info_says(count: int) -> None:
             {"llm.ClusterInfo": cluster_info(1, listen_ip_info=[{"ip": "here", "port": 1}])},
             "must have an IPv4 or IPv6 address, got 'here:1'",
         ),
+        (
+            {"llm.ClusterInfo": cluster_info(2, logic_device_id=["0:0:0:0", "0:0:0:0"])},
+            "logic_device_id of llm.ClusterInfo names a device twice",
+        ),
+        (
+            {"llm.ClusterInfo": cluster_info(2, logic_device_id=["x", ""])},
+            "logic_device_id of llm.ClusterInfo must be numbers with \":\" .* got 'x'",
+        ),
+        (
+            {"llm.ClusterInfo": cluster_info(1, logic_device_id=["0:0::0"])},
+            "logic_device_id of llm.ClusterInfo must be numbers with \":\" .* got '0:0::0'",
+        ),
+        (
+            {"llm.ClusterInfo": json.dumps({"listen_ip": [{"ip": "127.0.0.1", "port": 0}]})},
+            "llm.ClusterInfo has no field 'listen_ip': it has cluster_id, listen_ip_info",
+        ),
+        (
+            {"llm.ClusterInfo": cluster_info(1, listen_ip_info=[{"ip": "::1", "prot": 0}])},
+            "listen_ip_info of llm.ClusterInfo has no field 'prot': it has ip, port",
+        ),
     ],
 )
 def test_a_cluster_info_that_cannot_be_is_refused(options: dict[str, str], text: str) -> None:
