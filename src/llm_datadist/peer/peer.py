@@ -59,6 +59,7 @@ class Peer:
         channel: Channel,
         streams: StreamPool,
         door: Door,
+        bundle: bytes,
         *,
         is_one_sided: bool,
         checking: Movers | None,
@@ -67,6 +68,8 @@ class Peer:
         self.cluster_id = cluster_id
         #: what calls that use this peer go through
         self.door = door
+        #: names the links of several devices that were made together, to one process
+        self.bundle = bundle
         self._transport = transport
         self._channel = channel
         self._streams = streams
@@ -164,7 +167,9 @@ class Peer:
                 if receipts is None:
                     self._use_up(remote, row, asked.tensors, deadline)
                 else:
-                    receipts.append(Receipt(self.cluster_id, remote, row, asked.tensors))
+                    receipts.append(
+                        Receipt(self.cluster_id, self.bundle, remote, row, asked.tensors)
+                    )
 
     def confirm(self, receipt: Receipt, deadline: Deadline) -> None:
         """Tells the owner what `move` left for later."""

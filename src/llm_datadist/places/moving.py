@@ -153,5 +153,5 @@ class Moving:
 
 
 def _are_of_one_cache(parts: Sequence[Part]) -> bool:
-    """A cache has one id on all devices, which no other cache ever has."""
-    return len({cache_id for part in parts for cache_id in part.moved}) == 1
+    """A cache has one id on all devices, which no other cache of that process ever has."""
+    return len({cache for part in parts for cache in part.moved}) == 1
