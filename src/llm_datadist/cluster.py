@@ -112,8 +112,6 @@ class Cluster:
         #: who ends it
         self._stopping = Turns()
         self._stopped = Latch()
-        #: what drops links
-        self._cuts: set[asyncio.Task[None]] = set()
         #: what the catalog had, until no transport can reach it any more
         self._entries: list[Entry] = []
         #: what follows a fleet for us; stopped ones are kept until the next
@@ -376,13 +374,7 @@ class Cluster:
 
     def cut_soon(self, bundle: bytes, because: str) -> None:
         """Drops the links of that bundle. In any thread, and does not wait."""
-
-        def cut() -> None:
-            task = self.loop.asyncio.create_task(self.cut(bundle, because))
-            self._cuts.add(task)
-            task.add_done_callback(self._cuts.discard)
-
-        self.loop.call_soon(cut)
+        self.loop.spawn(partial(self.cut, bundle, because))
 
     async def cut(self, bundle: bytes, because: str) -> None:
         """Drops the links of that bundle. In the loop's thread."""

@@ -6,7 +6,7 @@ of them listens. Programs of the v1 mode may give both in `llm.ClusterInfo`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from llm_datadist import option_keys as key
 from llm_datadist.checks import (
@@ -16,13 +16,19 @@ from llm_datadist.checks import (
     check_type,
     check_uint16,
     check_uint64,
+    describe,
+    is_number,
     parse_number,
 )
 from llm_datadist.endpoint import Endpoint, host_of
 from llm_datadist.errors import LLMException, invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+#: of `llm.ClusterInfo`, and of each of its `listen_ip_info`
+_CLUSTER_FIELDS: Final = ("cluster_id", "listen_ip_info", "logic_device_id")
+_LISTEN_FIELDS: Final = ("ip", "port")
 
 
 class Device(NamedTuple):
@@ -76,7 +82,7 @@ def unequal(num_devices: int, num_listens: int) -> LLMException:
 
 def _device_ids(raw: Mapping[str, str]) -> tuple[int, ...]:
     text = _either(raw, key.DEVICE_ID, key.CPP_DEVICE_ID)
-    logical = check_list("logic_device_id", _cluster_info(raw).get("logic_device_id", []), str)
+    logical = _logical_ids(raw)
     if text is None:
         return tuple(range(len(logical) or 1))
     ids = tuple(parse_number(key.DEVICE_ID, each, range(INT32_MAX + 1)) for each in text.split(";"))
@@ -90,6 +96,18 @@ def _device_ids(raw: Mapping[str, str]) -> tuple[int, ...]:
     return ids
 
 
+def _logical_ids(raw: Mapping[str, str]) -> list[str]:
+    """The devices as `llm.ClusterInfo` names them, by their places in the reference's clusters."""
+    name = f"logic_device_id of {key.CLUSTER_INFO}"
+    ids = check_list(name, _cluster_info(raw).get("logic_device_id", []), str)
+    for each in ids:
+        if not all(map(is_number, each.split(":"))):
+            raise invalid(f'{name} must be numbers with ":" between them, got {describe(each)}')
+    if len(set(ids)) < len(ids):
+        raise invalid(f"{name} names a device twice: {describe(ids)}")
+    return ids
+
+
 def _listed(raw: Mapping[str, str]) -> tuple[Endpoint, ...]:
     """Where `llm.ClusterInfo` says to listen."""
     given: list[dict[str, Any]] = check_list(
@@ -100,6 +118,7 @@ def _listed(raw: Mapping[str, str]) -> tuple[Endpoint, ...]:
 
 def _listed_one(entry: dict[str, Any]) -> Endpoint:
     name = f"listen_ip_info of {key.CLUSTER_INFO}"
+    _check_fields(name, entry, _LISTEN_FIELDS)
     ip = check_type(f"ip of {name}", entry.get("ip"), int, str)
     port = check_uint16(f"port of {name}", entry.get("port"))
     return _literal(Endpoint(host_of(ip), port), name)
@@ -107,7 +126,18 @@ def _listed_one(entry: dict[str, Any]) -> Endpoint:
 
 def _cluster_info(raw: Mapping[str, str]) -> dict[str, object]:
     text = raw.get(key.CLUSTER_INFO)
-    return {} if text is None else check_json_object(key.CLUSTER_INFO, text)
+    if text is None:
+        return {}
+    info = check_json_object(key.CLUSTER_INFO, text)
+    _check_fields(key.CLUSTER_INFO, info, _CLUSTER_FIELDS)
+    return info
+
+
+def _check_fields(name: str, given: Mapping[str, object], known: Sequence[str]) -> None:
+    """A misspelt field would be passed over: a cluster would listen nowhere, without a word."""
+    for field in given:
+        if field not in known:
+            raise invalid(f"{name} has no field {field[:64]!r}: it has {', '.join(known)}")
 
 
 def _listen(text: str) -> Endpoint:

@@ -3,156 +3,47 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import v1_devices
 from v1_cluster import DECODER, INVALID, NOT_EXIST, PROMPT, Gate, assert_refused, desc_of
+from v1_devices import (
+    PAGE,
+    SUCCESS,
+    Several,
+    addrs_there,
+    blocks_there,
+    info_of,
+    read_there,
+    rows_there,
+    several,
+    start_there,
+    there,
+)
 
 from llm_datadist import (
     BlocksCacheKey,
     CacheDesc,
     CacheKey,
     DataType,
-    LLMClusterInfo,
     LLMConfig,
     LLMDataDist,
     LLMException,
-    LLMRole,
     LLMStatusCode,
     Placement,
     TransferConfig,
 )
 from llm_datadist.kv_cache import KvCache
-from llm_datadist.testing.cluster import Bytes, Node, addrs_of, make_array
-from llm_datadist.testing.faults import FaultProxy
-from llm_datadist.testing.timing import eventually
+from llm_datadist.testing.cluster import Node, addrs_of, make_array
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from llm_datadist.kv_cache_manager import KvCacheManager
     from llm_datadist.testing.cluster import NodeProcess
 
-SUCCESS = LLMStatusCode.LLM_SUCCESS
+remote = v1_devices.remote
+
 BOTH = pytest.mark.parametrize("devices", [2, 4])
-PAGE = 65536
-
-
-class Several:
-    """A cluster of the v1 mode with so many devices, and its caches, so that nobody frees them."""
-
-    def __init__(self, role: LLMRole, cluster_id: int, devices: int) -> None:
-        self.devices = devices
-        self.datadist = LLMDataDist(role, cluster_id)
-        self.caches: dict[int, KvCache] = {}
-
-    def start(self, pages: int = 256, listens: bool = False, **settings: object) -> Several:
-        config = LLMConfig()
-        config.device_id = list(range(self.devices))
-        config.sync_kv_timeout = 20000
-        config.ge_options = {"ge.flowGraphMemMaxSize": str(pages * PAGE)}
-        if listens:
-            config.listen_ip_info = ";".join(["127.0.0.1:0"] * self.devices)
-        for name, value in settings.items():
-            setattr(config, name, value)
-        self.datadist.init(config.generate_options())
-        return self
-
-    @property
-    def manager(self) -> KvCacheManager:
-        return self.datadist.kv_cache_manager
-
-    @property
-    def ports(self) -> list[int]:
-        return [endpoint.port for endpoint in self.datadist.listen_endpoints]
-
-    def rows(self, *shape: int, seed: int | None = None, keys: Sequence[CacheKey] = ()) -> KvCache:
-        return self._keep(self.manager.allocate_cache(desc_of(*shape), keys), seed)
-
-    def blocks(
-        self, *shape: int, seed: int | None = None, key: BlocksCacheKey | None = None
-    ) -> KvCache:
-        return self._keep(self.manager.allocate_blocks_cache(desc_of(*shape), key), seed)
-
-    def _keep(self, cache: KvCache, seed: int | None) -> KvCache:
-        self.caches[cache.cache_id] = cache
-        desc = cache.cache_desc
-        values = make_array((self.devices, desc.num_tensors, *desc.shape), seed)
-        for index in range(desc.num_tensors):
-            tensors = self.manager.get_cache_tensors(cache, index)
-            assert len(tensors) == self.devices
-            for tensor, part in zip(tensors, values[:, index], strict=True):
-                tensor.numpy()[:] = part
-        return cache
-
-    def read(self, cache: KvCache) -> Bytes:
-        """[device, tensor, row or block, byte]"""
-        get, count = self.manager.get_cache_tensors, cache.cache_desc.num_tensors
-        each = [[tensor.numpy() for tensor in get(cache, index)] for index in range(count)]
-        return np.stack([np.stack(tensors) for tensors in each], axis=1)
-
-    def link(self, ports: Sequence[int], cluster_id: int = 1) -> LLMStatusCode:
-        return self.datadist.link_clusters([info_of(ports, cluster_id)], 5000)[1][0]
-
-
-def info_of(ports: Sequence[int], cluster_id: int = 1) -> LLMClusterInfo:
-    info = LLMClusterInfo()
-    info.remote_cluster_id = cluster_id
-    for port in ports:
-        info.append_local_ip_info("127.0.0.1", 0)
-        info.append_remote_ip_info("127.0.0.1", port)
-    return info
-
-
-@contextmanager
-def several(role: LLMRole, devices: int, cluster_id: int = 2) -> Iterator[Several]:
-    """Not initialised yet; finalized in the end."""
-    cluster = Several(role, cluster_id, devices)
-    try:
-        yield cluster
-    finally:
-        cluster.datadist.finalize()
-
-
-# -- in the other process --
-
-_there: list[Several] = []
-
-
-def start_there(node: Node, role: LLMRole, devices: int, path: str = "auto") -> list[int]:
-    _there.append(Several(role, 1, devices).start(listens=True, transfer_path=path))
-    return _there[0].ports
-
-
-def stop_there(node: Node) -> None:
-    while _there:
-        _there.pop().datadist.finalize()
-
-
-def rows_there(node: Node, *shape: int, seed: int, keys: Sequence[CacheKey]) -> int:
-    return _there[0].rows(*shape, seed=seed, keys=keys).cache_id
-
-
-def blocks_there(node: Node, *shape: int, seed: int | None, key: BlocksCacheKey | None) -> int:
-    return _there[0].blocks(*shape, seed=seed, key=key).cache_id
-
-
-def addrs_there(node: Node, cache_id: int) -> list[list[int]]:
-    return _there[0].caches[cache_id].per_device_tensor_addrs
-
-
-def read_there(node: Node, cache_id: int) -> Bytes:
-    return _there[0].read(_there[0].caches[cache_id])
-
-
-@pytest.fixture
-def remote(peer: NodeProcess) -> Iterator[NodeProcess]:
-    """Another process with cluster 1, finalized after the test."""
-    yield peer
-    peer.call(stop_there)
-
 
 # -- the sample of the v1 mode, written anew: prompt and decoder with four devices each --
 
@@ -163,7 +54,7 @@ DESC = CacheDesc(num_tensors=4, shape=[4, 4, 8], data_type=DataType.DT_FLOAT16)
 def run_prompt(node: Node) -> list[int]:
     """Listens, allocates a cache under four keys and computes it; the ports of its devices."""
     prompt = Several(PROMPT, 1, 4).start(listens=True)
-    _there.append(prompt)
+    there.append(prompt)
     cache = prompt.manager.allocate_cache(DESC, KEYS)
     assert [len(addrs) for addrs in cache.per_device_tensor_addrs] == [4, 4, 4, 4]
     for index in range(4):
@@ -297,36 +188,7 @@ def test_what_one_device_has_no_memory_for_is_allocated_on_none() -> None:
         free = [usage.free_nbytes for usage in ours.datadist.pools()[Placement.DEVICE]]
         assert free == [2 * PAGE, 0]
         del array
-        assert manager.allocate_cache(desc_of(2, 1, PAGE), [key]).cache_id == 2
-
-
-@pytest.mark.shows("v1.devices")
-def test_a_key_is_not_used_up_by_a_pull_that_failed_on_one_device(remote: NodeProcess) -> None:
-    ports = remote.call(start_there, PROMPT, 2, "tcp")
-    key = CacheKey(1, 10)
-    remote.call(rows_there, 2, 1, 1 << 16, seed=1, keys=[key])
-    with several(DECODER, 2) as ours, FaultProxy(ports[1]) as proxy:
-        ours.start(transfer_path="tcp", sync_kv_timeout=1500)
-        assert ours.link([ports[0], proxy.port]) == SUCCESS
-        cache = ours.rows(2, 1, 1 << 16)
-        proxy.stall()
-        with pytest.raises(LLMException, match="device 1: ") as error:
-            ours.manager.pull_cache(key, cache)
-        assert error.value.status_code is LLMStatusCode.LLM_TIMEOUT
-        proxy.restore()
-        assert eventually(lambda: has_pulled(ours, key, cache))
-        assert np.array_equal(ours.read(cache), make_array((2, 2, 1, 1 << 16), 1))
-        assert_refused(NOT_EXIST, "req_id=10", ours.manager.pull_cache, key, cache)
-
-
-def has_pulled(ours: Several, key: CacheKey, cache: KvCache) -> bool:
-    try:
-        ours.manager.pull_cache(key, cache)
-    except LLMException as error:
-        if error.status_code is not LLMStatusCode.LLM_TIMEOUT:
-            raise
-        return False
-    return True
+        assert manager.allocate_cache(desc_of(2, 1, PAGE), [key]).cache_id > first.cache_id
 
 
 @pytest.mark.shows("v1.devices")
@@ -402,6 +264,26 @@ def test_a_cluster_listens_where_its_cluster_info_says(count: int) -> None:
         (
             {"llm.ClusterInfo": cluster_info(1, listen_ip_info=[{"ip": "here", "port": 1}])},
             "must have an IPv4 or IPv6 address, got 'here:1'",
+        ),
+        (
+            {"llm.ClusterInfo": cluster_info(2, logic_device_id=["0:0:0:0", "0:0:0:0"])},
+            "logic_device_id of llm.ClusterInfo names a device twice",
+        ),
+        (
+            {"llm.ClusterInfo": cluster_info(2, logic_device_id=["x", ""])},
+            "logic_device_id of llm.ClusterInfo must be numbers with \":\" .* got 'x'",
+        ),
+        (
+            {"llm.ClusterInfo": cluster_info(1, logic_device_id=["0:0::0"])},
+            "logic_device_id of llm.ClusterInfo must be numbers with \":\" .* got '0:0::0'",
+        ),
+        (
+            {"llm.ClusterInfo": json.dumps({"listen_ip": [{"ip": "127.0.0.1", "port": 0}]})},
+            "llm.ClusterInfo has no field 'listen_ip': it has cluster_id, listen_ip_info",
+        ),
+        (
+            {"llm.ClusterInfo": cluster_info(1, listen_ip_info=[{"ip": "::1", "prot": 0}])},
+            "listen_ip_info of llm.ClusterInfo has no field 'prot': it has ip, port",
         ),
     ],
 )

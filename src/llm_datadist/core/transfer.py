@@ -317,6 +317,7 @@ class Receipt:
     """
 
     cluster_id: int
+    bundle: bytes  #: of the link by which it was pulled: behind another one is another peer
     remote: RemoteCache
     row: int
     tensors: range | None

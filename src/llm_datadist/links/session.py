@@ -423,6 +423,7 @@ class Session:
             self._paths.keep(self.path),
             self._streams,
             self.door,
+            self.bundle,
             is_one_sided=context.me.is_remote_accessible,
             checking=context.checking,
         )

@@ -94,6 +94,8 @@ class Catalog:
         self._errands = errands
         #: rung when a peer has pulled of a cache, and when one has gone
         self._was_read = Bell()
+        #: of all devices, this one among them, where a cache has a part and an id on each
+        self.siblings: Sequence[Catalog] = (self,)
         self._lock = make_lock()
         #: being unregistered, by which call: no use may begin, or waiting for the last one might
         #: never end
@@ -395,9 +397,14 @@ class Catalog:
             return entry is None or entry.is_remote_accessible
 
     def use_up(self, cache_id: int, row: int, tensors: range | None) -> None:
-        """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7."""
-        self._drop(partial(self._registry.use_up, cache_id, row, tensors))
-        self._was_read.ring()
+        """A peer has pulled these tensors of a row; its key goes with the last ones. Spec 6.7.
+
+        On all devices, whichever of them was told: a key is one key. On the first one last, so that
+        whoever allocates a cache finds the key gone from all when it is gone from that.
+        """
+        for catalog in reversed(self.siblings):
+            catalog._drop(partial(catalog._registry.use_up, cache_id, row, tensors))
+            catalog._was_read.ring()
 
     def await_readers(self, cache_id: int, timeout_s: float) -> bool:
         """Waits until as many peers have pulled of a cache as are expected; False if they are late.

@@ -59,6 +59,7 @@ class Peer:
         channel: Channel,
         streams: StreamPool,
         door: Door,
+        bundle: bytes,
         *,
         is_one_sided: bool,
         checking: Movers | None,
@@ -67,6 +68,8 @@ class Peer:
         self.cluster_id = cluster_id
         #: what calls that use this peer go through
         self.door = door
+        #: names the links of several devices that were made together, to one process
+        self.bundle = bundle
         self._transport = transport
         self._channel = channel
         self._streams = streams
@@ -95,15 +98,17 @@ class Peer:
         deadline: Deadline,
         watch: Watch | None = None,
         receipts: list[Receipt] | None = None,
-    ) -> None:
-        """Carries out what is asked between the peer's cache and ours.
+    ) -> int:
+        """Carries out what is asked between the peer's cache and ours; the id of the peer's.
 
         A push is under a `ticket`: the peer fetches as long as it holds. With `receipts` a peer is
         not told yet what was pulled of it: see `confirm`. Returns only when all bytes have been
         moved, of a cache that existed throughout. Raises LLMException; nothing arrives after it was
         raised. The caller has entered the door.
         """
-        for attempts_left in range(_ATTEMPTS - 1, -1, -1):
+        attempts_left = _ATTEMPTS
+        while True:
+            attempts_left -= 1
             found = self._lookup.find(asked.place.name, deadline)
             try:
                 self._move(asked, ours, ticket, found, deadline, watch, receipts)
@@ -112,7 +117,7 @@ class Peer:
                     raise
                 self._lookup.forget()
             else:
-                return
+                return found.cache.guard.cache_id
 
     def find(self, name: int | KeyName, deadline: Deadline) -> RemoteCache:
         """A cache of the peer's. Raises LLMException. The caller has entered the door."""
@@ -162,7 +167,9 @@ class Peer:
                 if receipts is None:
                     self._use_up(remote, row, asked.tensors, deadline)
                 else:
-                    receipts.append(Receipt(self.cluster_id, remote, row, asked.tensors))
+                    receipts.append(
+                        Receipt(self.cluster_id, self.bundle, remote, row, asked.tensors)
+                    )
 
     def confirm(self, receipt: Receipt, deadline: Deadline) -> None:
         """Tells the owner what `move` left for later."""

@@ -105,8 +105,8 @@ class Catalogs:
                         layouts.append(make(catalog, device, cache_id).layout)
             except BaseException:
                 self.forget(cache_id)
-                with self._lock:
-                    self._last_id -= self._last_id == cache_id  # a failure uses up no id
+                with self._lock:  # a failure uses up no id, unless a peer may have seen it
+                    self._last_id -= self._last_id == cache_id and not layouts
                 raise
             return Filed(cache_id, _joined(layouts))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from llm_datadist.core.transfer import Copy, Place, Pull, Push
-from llm_datadist.errors import LLMException, invalid
+from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.places.catalogs import named
 from llm_datadist.running.deadline import Deadline, Token
@@ -23,14 +23,18 @@ if TYPE_CHECKING:
     from llm_datadist.running.movers import Call, Movers
     from llm_datadist.running.threads import Errands
 
+#: a key that leads from one cache to another in the middle of a call is followed so many times
+_ATTEMPTS: Final = 10
+
 
 class Moving:
     """The Transfers of several devices, as one. Thread-safe.
 
     A call is carried to all devices side by side (`Movers`: nothing of it is running when it has
     returned or raised), and succeeds when each part has. A part that fails keeps those that have
-    not begun from beginning; what the others moved meanwhile is worth nothing. The owner of a key
-    is told of a pull only when all parts have arrived.
+    not begun from beginning; what the others moved meanwhile is worth nothing. Each part finds the
+    peer's cache by itself, and they have found the same one, or all is moved anew. The owner of a
+    key is told of a pull only when all parts have arrived, once for all devices.
     """
 
     def __init__(self, places: Sequence[Cluster], timeout_s: float, movers: Movers) -> None:
@@ -60,9 +64,19 @@ class Moving:
         def run(device: int, part: Part) -> None:
             self._places[device].transfers.run(each[device], part)
 
-        parts = self._run(run)
-        if any(part.receipts for part in parts):
-            self._confirm(parts)
+        deadline = self._deadline()
+        for _ in range(_ATTEMPTS):
+            parts = self._run(run, deadline)
+            if not isinstance(asked, Pull | Push) or _are_of_one_cache(parts):
+                break
+            self._forget(asked.place.cluster_id)
+        else:
+            raise LLMException(
+                f"{asked}: on some devices the key led to another cache than on others, "
+                f"{_ATTEMPTS} times: its owner moves it from one to the next meanwhile",
+                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+            )
+        self._confirm(parts, deadline)
 
     def push_to_addresses(self, asked: Push, tensors: range, addrs: Sequence[int]) -> None:
         """As `Transfers.push_to_addresses`; `addrs` has as many of each device, in their order."""
@@ -73,41 +87,49 @@ class Moving:
             ours = addrs[device * count : (device + 1) * count]
             self._places[device].transfers.push_to_addresses(asked, tensors, ours, part)
 
-        self._run(push)
+        self._run(push, self._deadline())
 
-    def _run(self, do: Callable[[int, Part], None]) -> list[Part]:
-        token = Token(())
-        deadline = Deadline.after(self._timeout_s, token)
-        parts = [Part(deadline, []) for _ in self._places]
+    def _deadline(self) -> Deadline:
+        """Of a call that begins now, with a token that cuts all of its parts."""
+        return Deadline.after(self._timeout_s, Token(()))
+
+    def _run(self, do: Callable[[int, Part], None], deadline: Deadline) -> list[Part]:
+        parts = [Part(deadline, [], []) for _ in self._places]
 
         def task(device: int, call: Call) -> None:
             call.require()  # another may have failed meanwhile
             with named(device):
                 do(device, parts[device])
 
-        self._movers.run([partial(task, device) for device in range(len(parts))], token)
+        self._movers.run([partial(task, device) for device in range(len(parts))], deadline.token)
         return parts
 
-    def _confirm(self, parts: Sequence[Part]) -> None:
-        """The bytes have been moved, which is what was asked for; their keys have done their duty.
+    def _confirm(self, parts: Sequence[Part], deadline: Deadline) -> None:
+        """The bytes have been moved, which is what was asked for; their key has done its duty.
 
-        An owner that cannot be told keeps the key, and the log says so.
+        The owner is told on one device, and lets go of the key on all (`Catalog.use_up`): a receipt
+        for each could come on some alone. One that cannot be told keeps the key on all, and the log
+        says so.
         """
-
-        def confirm(device: int, part: Part) -> None:
-            for receipt in parts[device].receipts:
-                self._places[device].transfers.run(receipt, part)
-
-        try:
-            self._run(confirm)
-        except LLMException as error:
-            get_logger().warning("an owner does not know what was pulled of it: %s", error)
+        for device, part in enumerate(parts):
+            for receipt in part.receipts:
+                try:
+                    self._places[device].transfers.run(receipt, Part(deadline, [], []))
+                except LLMException as error:
+                    get_logger().warning("an owner does not know what was pulled of it: %s", error)
+                return
 
     def _require_links(self, cluster_id: int) -> None:
         """Before anything moves. Raises LLMException(LLM_NOT_YET_LINK)."""
         for device, place in enumerate(self._places):
             with named(device):
                 place.links.find(cluster_id)
+
+    def _forget(self, cluster_id: int) -> None:
+        """What was known of the peer's caches; each device asks anew. Raises as `Links.find`."""
+        for device, place in enumerate(self._places):
+            with named(device):
+                place.links.find(cluster_id).forget()
 
     def _of_device(
         self, asked: Pull | Push | Copy | PullShards, device: int
@@ -128,3 +150,8 @@ class Moving:
             raise invalid(f"a CPU cache of {total} tensors cannot be shared by {devices} devices")
         count = total // devices
         return Place(cache.layout.tensors(range(device * count, (device + 1) * count)), cache.space)
+
+
+def _are_of_one_cache(parts: Sequence[Part]) -> bool:
+    """A cache has one id on all devices, which no other cache of that process ever has."""
+    return len({cache for part in parts for cache in part.moved}) == 1

@@ -66,6 +66,7 @@ class Places:
         places = self._places
         for place in places:
             place.gates = [each.gate for each in places]
+            place.catalog.siblings = [each.catalog for each in places]
         self._errands = errands = places[0].transfers.errands
         self._movers = Movers(_CALLS * len(places), errands)
         #: our caches

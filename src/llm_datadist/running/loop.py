@@ -47,7 +47,10 @@ class Loop:
         #: what other threads wait for
         self._jobs: dict[_Job[Any], None] = {}
         self._last: _Job[None] | None = None
+        #: what nobody waits for
+        self._spawned: set[asyncio.Task[None]] = set()
         self._is_ending = False
+        self._is_stopped = False
 
     def start(self) -> None:
         """Raises LLMException(LLM_FAILED) when the system has no thread to give."""
@@ -101,12 +104,17 @@ class Loop:
 
     def _has_taken(self, job: _Job[Any]) -> bool:
         try:
-            self.asyncio.call_soon_threadsafe(job.start, self.asyncio)
+            self.asyncio.call_soon_threadsafe(self._begin, job)
         except RuntimeError:
             if not self.asyncio.is_closed():
                 raise  # a signal's handler did
             return False
         return True
+
+    def _begin(self, job: _Job[Any]) -> None:
+        """In the loop's thread: no task that it has no time left for, which would stay pending."""
+        if not self._is_stopped:
+            job.start(self.asyncio)
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Has the loop's thread call what is quick. Takes no lock: finalizers of objects may."""
@@ -115,6 +123,20 @@ class Loop:
         except RuntimeError:
             if not self.asyncio.is_closed():  # else nothing is left to be done
                 raise
+
+    def spawn(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
+        """Has the loop's thread run a coroutine, for which nobody waits. In any thread.
+
+        When the loop ends it is cancelled, or not even made: there is no time left for it then.
+        """
+
+        def begin() -> None:
+            if not self._is_stopped:
+                task = self.asyncio.create_task(work())
+                self._spawned.add(task)
+                task.add_done_callback(self._spawned.discard)
+
+        self.call_soon(begin)
 
     def close(self, deadline: Deadline) -> None:
         """Ends the thread; whoever waits for work in it waits no more.
@@ -135,6 +157,7 @@ class Loop:
 
     def _stop(self) -> None:
         """In the loop's thread: what is left is cancelled, and then it ends."""
+        self._is_stopped = True
         for task in asyncio.all_tasks(self.asyncio):
             task.cancel()
         self.asyncio.call_soon(self.asyncio.stop)

@@ -54,6 +54,8 @@ class Part(NamedTuple):
     deadline: Deadline
     #: for what peers are to be told when every part has arrived
     receipts: list[Receipt]
+    #: the peer's cache that it was, by the name of the bundle of links and its id
+    moved: list[tuple[bytes, int]]
 
     def begin(self, token: Token) -> Deadline:
         """The part's own call may be cut with the whole; its deadline. Raises LLMException."""
@@ -238,7 +240,10 @@ class Transfers:
 
     def _confirm(self, token: _Token, asked: Receipt, part: Part | None) -> None:
         assert part is not None
-        self._enter(token, asked.cluster_id).confirm(asked, part.begin(token))
+        peer = self._enter(token, asked.cluster_id)
+        if peer.bundle != asked.bundle:
+            raise LLMException("the link was cut", LLMStatusCode.LLM_NOT_YET_LINK)
+        peer.confirm(asked, part.begin(token))
 
     def _move(
         self,
@@ -253,7 +258,9 @@ class Transfers:
         if part is None:
             peer.move(asked, ours, ticket, Deadline.after(self._timeout_s, token), watch)
         else:
-            peer.move(asked, ours, ticket, part.begin(token), watch, part.receipts)
+            deadline = part.begin(token)
+            cache_id = peer.move(asked, ours, ticket, deadline, watch, part.receipts)
+            part.moved.append((peer.bundle, cache_id))
 
     def _warn_of_nothing(self, asked: Push, ours: Entry) -> None:
         """It is a success, as in the reference (O14); the log says once what that means."""
