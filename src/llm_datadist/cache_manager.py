@@ -116,8 +116,9 @@ class CacheManager(CacheTransfers):
         names = [] if key is None else [KeyName.of(key)]
         _check_layout(layout, desc)
         count = check_uint32("readers", readers)
-        described = desc, memory, CacheKind.BLOCKS, names
-        return self._register(cluster, *described, remote_accessible, layout, count)
+        kind = CacheKind.BLOCKS
+        # no `*`: a call by way of C code, behind which a strike would lose the cache
+        return self._register(cluster, desc, memory, kind, names, remote_accessible, layout, count)
 
     def wait_for_readers(self, cache: Cache, timeout: float) -> bool:
         """Waits until `readers` pulls of a registered blocks cache have succeeded, so that its

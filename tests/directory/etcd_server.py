@@ -72,6 +72,7 @@ class EtcdServer:
     def pause(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # all its threads stand still
 
     def resume(self) -> None:
         assert self._process is not None

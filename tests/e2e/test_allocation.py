@@ -263,7 +263,7 @@ def test_finalize_frees_everything_and_ids_begin_anew(lone: Node) -> None:
     manager = lone.manager
     cache = manager.allocate_cache(desc_of((4, 1, PAGE)), [key(1)])
     lone.stop()
-    assert status_of(manager.deallocate_cache, cache) is INVALID
+    assert status_of(manager.deallocate_cache, cache) is LLMStatusCode.LLM_ENGINE_FINALIZED
     starts(lone, mem_pool_cfg=pool(WHOLE_POOL))
     assert allocate(lone, [key(1)], shape=(4, 1, PAGE)) == 1
 

@@ -42,7 +42,7 @@ def test_a_peer_that_attaches_streams_without_end_is_bounded(
         refused = 0
         for count in range(TRIED):
             with suppress(EOFError):
-                wire = greedy._dial()
+                wire = greedy.dial()
                 wire.send(m.Attach(greedy.welcome.token, count % 2 == 1))
                 refused += not isinstance(wire.receive(), m.Attached)
                 continue

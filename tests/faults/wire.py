@@ -170,9 +170,13 @@ class LinkedCaller:
         self.reverse.serve_probe()
         self.control.expect(m.Linked)
 
+    def dial(self) -> Wire:
+        """A further connection, which lasts as long as the link."""
+        return self._stack.enter_context(self._dial())
+
     def attach(self, *, is_reverse: bool = False) -> Wire:
         """A stream that has joined the link; unless `is_reverse`, the engine answers on it."""
-        wire = self._stack.enter_context(self._dial())
+        wire = self.dial()
         wire.send(m.Attach(self.welcome.token, is_reverse, wire.proof(self.control)))
         wire.expect(m.Attached)
         return wire

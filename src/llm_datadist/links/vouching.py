@@ -41,7 +41,7 @@ class Vouching:
     def __init__(
         self, ask: Callable[[bytes], Awaitable[object]], is_known_gone: Callable[[], bool]
     ) -> None:
-        """`ask` sends the question, and does not wait. `is_known_gone`: a kernel says that it is."""
+        """`ask` sends the question, and does not wait. `is_known_gone`: a kernel says so."""
         self._ask = ask
         self._is_known_gone = is_known_gone
         self._asked: dict[bytes, asyncio.Future[Answer]] = {}
