@@ -118,6 +118,8 @@ class Engine:
         self.sent: set[str] = set()
         self.received: set[str] = set()
         self.failed: set[str] = set()
+        #: the blocks of those that were read; programs outside of this repository empty it
+        self.failed_blocks: set[object] = set()
         self.log = Log()
         logging.getLogger("llm_datadist.integrations").addHandler(self.log)
         logging.getLogger("llm_datadist.integrations").setLevel(logging.INFO)
@@ -218,6 +220,7 @@ class Engine:
         assert self.schedule(request_id, blocks) == count
         assert self.step_until_received(request_id)
         if request_id in self.failed:
+            self.failed_blocks.update(map(str, blocks))
             return "failed"
         return "right" if self.has(tokens[:count], blocks) else "wrong"
 
@@ -263,7 +266,7 @@ class Engine:
                     continue
                 for position in range(first * group.block_tokens, len(tokens)):
                     block, inside = divmod(position, group.block_tokens)
-                    assert ids[block] != NULL_BLOCK
+                    assert group.keeps_all or ids[block] != NULL_BLOCK
                     yield memory[ids[block], :, inside], number_of(tokens[position], layer)
 
     def touched_blocks(self) -> set[int]:

@@ -70,10 +70,16 @@ def test_what_is_needed_is_what_the_next_token_sees(group: Group, num_tokens: in
     assert places.stop == -(-num_tokens // group.block_tokens)
 
 
-@pytest.mark.parametrize("blocks", [[1, 2, 3, 4], [1, 2, 0, 4, 5], []])
-def test_blocks_that_are_kept_no_more_are_not_handed_over(blocks: list[int]) -> None:
-    with pytest.raises(LookupError, match="blocks of full are not all there"):
-        FULL.needed(blocks, 18)
+@pytest.mark.parametrize(
+    ("group", "blocks"), [(FULL, [1, 2, 3, 4]), (FULL, []), (WINDOW, [1, 2, 3, 0, 5])]
+)
+def test_blocks_that_are_kept_no_more_are_not_handed_over(group: Group, blocks: list[int]) -> None:
+    with pytest.raises(LookupError, match="are not all there"):
+        group.needed(blocks, 18)
+
+
+def test_where_all_blocks_are_kept_the_first_one_is_a_block_like_others() -> None:
+    assert FULL.needed([1, 2, 0, 4, 5], 18) == [1, 2, 0, 4, 5]
 
 
 def test_of_what_is_here_already_nothing_is_read_but_the_state() -> None:

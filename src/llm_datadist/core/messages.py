@@ -423,8 +423,9 @@ def as_text(reason: str) -> str:
     return printable(reason)
 
 
-#: nothing of these comes from others, or is without a bound where it comes from
-_BOUNDED: Final = (Caches, Done, Fetch, Read, Resolve, Sending)
+#: nothing of these comes from others, or is without a bound where it comes from; no link is lost
+#: by a Stats
+_BOUNDED: Final = (Caches, Done, Fetch, Read, Resolve, Sending, Stats)
 
 
 def encode(message: Message) -> bytes:

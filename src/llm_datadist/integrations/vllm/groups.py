@@ -58,7 +58,8 @@ class Group:
         """
         place = slice(self.first_block(num_tokens), self.num_blocks(num_tokens))
         blocks = list(block_ids[place])
-        if len(blocks) != place.stop - place.start or NULL_BLOCK in blocks:
+        is_gone = not self.keeps_all and NULL_BLOCK in blocks  # else it is a block like others
+        if len(blocks) != place.stop - place.start or is_gone:
             raise LookupError(f"the blocks of {self.layers[0]} are not all there")
         return blocks
 
