@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_MS = 500
 #: two busy cores may keep a thread waiting for some of it; decoding is one step of the interpreter
-MOST_S = 0.4
+MOST_S = 1.0
 
 
 def cache(number: int, keys: bytes = b"", layout: m.LayoutInfo | None = None) -> m.CacheInfo:
