@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,6 @@ from llm_datadist.locks import make_lock
 from llm_datadist.memory.device import HOST
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import WAKE, Turns
-from llm_datadist.system_errors import pass_on_handlers
 from llm_datadist.transport import ucx
 from llm_datadist.transport.base import Channel, Region, StaleCache, Streams
 from llm_datadist.transport.nixl_agent import Agent, package
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 
 #: one request to NIXL moves at most this much, so that a deadline is looked at in time
 _CALL_NBYTES = 64 * 1024 * 1024
-_RDMA_DEVICES = Path("/sys/class/infiniband")
 #: a reader that has learned of so many caches forgets which, and asks again
 _MOST_KNOWN = 65536
 
@@ -50,7 +47,7 @@ def is_worthwhile() -> bool:
     UCX is asked only where a port is up, which takes a third of a second.
     """
     name = package()
-    if name is None or not any(map(_is_active, _RDMA_DEVICES.glob("*/ports/*/state"))):
+    if name is None or not ucx.has_active_port():
         return False
     found = ucx.ask(name)
     if not found.rdma:
@@ -59,15 +56,6 @@ def is_worthwhile() -> bool:
             "llm-datadist doctor says why"
         )
     return bool(found.rdma) and not found.failure
-
-
-def _is_active(state: Path) -> bool:
-    """Whether a port of an RDMA device is up: "4: ACTIVE"."""
-    try:
-        return "ACTIVE" in state.read_text()
-    except OSError as error:  # it was unplugged
-        pass_on_handlers(error)
-        return False
 
 
 class NixlTransport:

@@ -19,6 +19,8 @@ from llm_datadist.system_errors import pass_on_handlers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+#: the RDMA devices that the kernel knows
+DEVICES: Final = Path("/sys/class/infiniband")
 _PROBE: Final = Path(__file__).with_name("ucx_probe.py")
 _WAIT_S: Final = 30.0
 _RESOURCE: Final = re.compile(r" -- ([\w.]+)/(\S+)$", re.MULTILINE)
@@ -52,6 +54,20 @@ class Ucx(NamedTuple):
     @property
     def rdma(self) -> tuple[Way, ...]:
         return tuple(way for way in self.ways if way.is_rdma)
+
+
+def has_active_port() -> bool:
+    """Whether a port of an RDMA device is up."""
+    return any(map(_is_active, DEVICES.glob("*/ports/*/state")))
+
+
+def _is_active(state: Path) -> bool:
+    """ "4: ACTIVE"."""
+    try:
+        return "ACTIVE" in state.read_text()
+    except OSError as error:  # it was unplugged
+        pass_on_handlers(error)
+        return False
 
 
 def ask(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_datadist import __version__
-from llm_datadist.cli.doctor import rdma
 from llm_datadist.cli.doctor.findings import Case, Finding, State
 from llm_datadist.cli.kernel_files import free_nbytes, text_of
 from llm_datadist.core.messages import PROTOCOL_VERSION
 from llm_datadist.peer.streams import MAX_STREAMS
+from llm_datadist.transport import ucx
 from llm_datadist.transport.nixl_agent import package
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def locked_memory(_: Case) -> Iterator[Finding]:
         return
     found = f"{_gib(soft)}: no matter for cma and tcp; RDMA needs more"
     remedy = "for RDMA: ulimit -l unlimited (--ulimit memlock=-1)"
-    is_needed = rdma.is_up() and package() is not None
+    is_needed = ucx.has_active_port() and package() is not None
     state = State.PROBLEM if is_needed else State.NOTE
     yield Finding("memlock", state, found, remedy, {"soft": soft})
 

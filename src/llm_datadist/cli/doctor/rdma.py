@@ -17,7 +17,6 @@ from llm_datadist.transport.nixl_agent import package
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DEVICES = Path("/sys/class/infiniband")
 _VERBS = Path("/dev/infiniband")
 #: what says which devices and transports UCX may use
 _CHOICES = ("UCX_TLS", "UCX_NET_DEVICES")
@@ -56,7 +55,7 @@ def ucx_ways(_: Case) -> Iterator[Finding]:
     said = ucx.ask(name, timeout_s=_PATIENCE_S)
     ways = ", ".join(map(str, said.rdma or said.ways)) or "nothing"
     data = {"rdma": ", ".join(map(str, said.rdma)), "ways": ", ".join(map(str, said.ways))}
-    if not is_up():
+    if not ucx.has_active_port():
         state = State.NOTE if said.failure else State.OK
         found = said.failure or f"no RDMA port is up; it would use {ways}"
         yield Finding(_NAME, state, found, data=data)
@@ -65,11 +64,6 @@ def ucx_ways(_: Case) -> Iterator[Finding]:
     else:
         found = f"an RDMA port is up, and UCX sees no device: {said.failure or f'only {ways}'}"
         yield Finding(_NAME, State.PROBLEM, found, _remedy(name, said), data)
-
-
-def is_up() -> bool:
-    """Whether there is a port that could be used."""
-    return any(_state(port) == "active" for port in _ports())
 
 
 def _remedy(name: str, said: ucx.Ucx) -> str:
@@ -108,7 +102,7 @@ def _without(names: list[str]) -> dict[str, str]:
 
 
 def _ports() -> list[Path]:
-    return sorted(DEVICES.glob("*/ports/*"))
+    return sorted(ucx.DEVICES.glob("*/ports/*"))
 
 
 def _name(port: Path) -> str:
