@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+import effort
 from edges.interrupting import Strikes
 from edges.user import SMALL, SUCCESS, User, start_owner
 from llm_datadist import LLMException, LLMStatusCode
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from llm_datadist.testing.cluster import Node, NodeProcess
 
-STRIKES = 400
+STRIKES = effort.rounds(400)
 #: each has a meaning to some code that waits
 KINDS = (RuntimeError, TimeoutError, BlockingIOError, IndexError, queue.Empty, ValueError, KeyError)
 LONGEST_S = 4e-4

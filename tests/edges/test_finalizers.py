@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+import effort
 from edges.user import KEY, OWNED, SHAPE, SMALL, SUCCESS, User, settings, start_owner, status_of
 from llm_datadist import (
     CacheDesc,
@@ -115,7 +116,7 @@ def test_finalizers_that_unregister_and_deallocate_strike_anywhere(
     peer: NodeProcess, victim: NodeProcess, path: str, threshold: int, rounds: int
 ) -> None:
     port = peer.call(start_owner, path, shape=SMALL)
-    victim.begin(work, path, port, threshold, rounds)
+    victim.begin(work, path, port, threshold, effort.rounds(rounds))
     assert victim.result(60) == []
 
 

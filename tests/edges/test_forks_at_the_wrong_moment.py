@@ -12,6 +12,7 @@ import textwrap
 import threading
 from typing import TYPE_CHECKING
 
+import effort
 from edges.forking import in_child
 from edges.interrupting import Held
 from edges.test_forks import errors_of
@@ -64,7 +65,7 @@ def strike_children(node: Node, count: int) -> list[str]:
 
 
 def test_a_child_that_is_struck_at_its_birth_lets_go_all_the_same(victim: NodeProcess) -> None:
-    assert victim.call(strike_children, 200) == []
+    assert victim.call(strike_children, effort.rounds(200)) == []
 
 
 def blocked() -> set[int]:
@@ -116,7 +117,7 @@ def test_a_child_of_a_fork_while_other_threads_initialise_can_initialise(
     victim: NodeProcess,
 ) -> None:
     """None of the library's locks is found taken by a thread that the child does not have."""
-    victim.begin(fork_while_threads_initialise, 60)
+    victim.begin(fork_while_threads_initialise, effort.rounds(60))
     assert victim.result(120) == []
 
 

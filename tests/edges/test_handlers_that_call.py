@@ -11,6 +11,7 @@ import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import effort
 from edges.user import EVERY, KEY, SHAPE, SUCCESS, settings, status_of
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import cluster_info
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from llm_datadist.cache_manager import CacheManager
     from llm_datadist.testing.cluster import Node, NodeProcess
 
-ROUNDS = 60
+ROUNDS = effort.rounds(60)
 #: a strike comes at random within what the calls below take, so often each round
 LONGEST_S = 2e-3
 POOL = json.dumps({"memory_size": 4 << 20})

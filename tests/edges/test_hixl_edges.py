@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+import effort
 from edges.forking import in_child
 from edges.interrupting import LONGEST_S, Strikes, interrupts, is_interrupted
 from edges.scarce import become_nobody, lift_limit, limit_threads
@@ -199,7 +200,7 @@ def interrupt_deregistrations(pair: Pair) -> tuple[int, list[int]]:
     spare = np.zeros(64, dtype=np.uint8)
     addr, interrupted, failed = spare.ctypes.data, 0, list[int]()
     pieces = [h.TransferOpDesc(addr, pair.theirs.ctypes.data, 32)]
-    for _ in range(300):
+    for _ in range(effort.rounds(300)):
         _, handle = client.register_mem(h.MemDesc(addr, 64), h.MemType.MEM_HOST)
         came = strikes.within(partial(client.deregister_mem, handle), rng.uniform(0, 4e-4))
         interrupted += came is not None
@@ -225,7 +226,7 @@ def interrupt_disconnects(pair: Pair) -> tuple[int, list[tuple[int, int]]]:
     """How many were interrupted; what `connect` and a transfer said behind one, if it is wrong."""
     rng, strikes, wrong = random.Random(20261129), Strikes(), list[tuple[int, int]]()
     interrupted = 0
-    for _ in range(200):
+    for _ in range(effort.rounds(200)):
         disconnect = partial(pair.client.disconnect, pair.name, LONG_MS)
         interrupted += strikes.within(disconnect, rng.uniform(0, 2e-3)) is not None
         rets = pair.client.connect(pair.name, LONG_MS), pair.move(READ)

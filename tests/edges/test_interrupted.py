@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import effort
 from edges.interrupting import interrupts, run
 from edges.user import LATER, User, has, never_holds, refill, start_owner, status_of
 from llm_datadist import LLMException, LLMStatusCode
@@ -18,7 +19,7 @@ from llm_datadist.testing.timing import takes_at_most
 if TYPE_CHECKING:
     from llm_datadist.testing.cluster import Node, NodeProcess
 
-COUNT = 600
+COUNT = effort.rounds(600)
 #: a call that is cut short ends soon, on a busy machine
 SOON_S = 2.0
 
@@ -36,7 +37,7 @@ def test_after_hundreds_of_interruptions_all_is_as_before(
     peer: NodeProcess, victim: NodeProcess, path: str, names: list[str]
 ) -> None:
     port = peer.call(start_owner, path)
-    count = 100 if "link" in names else COUNT
+    count = effort.rounds(100) if "link" in names else COUNT
     victim.begin(run, path, port, names, count)
     found = victim.result(60)
     assert found == (count, [], [])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import effort
 from edges.interrupting import Strikes, run
 from edges.user import start_owner
 from llm_datadist.running.threads import start_thread
@@ -27,8 +28,9 @@ def test_after_hundreds_of_interruptions_no_thread_is_left(
     peer: NodeProcess, victim: NodeProcess, path: str, names: list[str]
 ) -> None:
     port = peer.call(start_owner, path)
-    victim.begin(run, path, port, names, 600, is_warm=False)
-    assert victim.result(60) == (600, [], [])
+    count = effort.rounds(600)
+    victim.begin(run, path, port, names, count, is_warm=False)
+    assert victim.result(60) == (count, [], [])
 
 
 def start_threads() -> None:
@@ -39,7 +41,7 @@ def start_threads() -> None:
 def struck_starts(_node: Node) -> set[str]:
     """What comes out where an exception strikes in `threading`."""
     strikes, draw, came = Strikes(files=["threading.py"]), random.Random(1), set()
-    for _ in range(3000):
+    for _ in range(effort.rounds(3000)):
         error = strikes.within(start_threads, draw.uniform(1e-5, 1e-3), 2e-5)
         if strikes.count:
             came.add(repr(error))

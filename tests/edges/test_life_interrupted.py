@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+import effort
 from edges.interrupting import interrupts, is_interrupted
 from edges.scarce import become_nobody, lift_limit, limit_threads
 from edges.test_life import listening_ports
@@ -131,7 +132,7 @@ def strike_init(node: Node, count: int) -> list[str]:
 
 
 def test_an_init_that_was_interrupted_leaves_nothing(victim: NodeProcess) -> None:
-    assert victim.call(strike_init, 300) == []
+    assert victim.call(strike_init, effort.rounds(300)) == []
 
 
 def strike_caches(node: Node, count: int) -> dict[str, tuple[int, int]]:
@@ -165,9 +166,9 @@ def strike_caches(node: Node, count: int) -> dict[str, tuple[int, int]]:
 
 
 def test_a_cache_whose_making_was_interrupted_is_nobodys(victim: NodeProcess) -> None:
-    found = victim.call(strike_caches, 1500)
+    found = victim.call(strike_caches, effort.rounds(1500))
     assert {name: left for name, (_, left) in found.items()} == {"register": 0, "allocate": 0}
-    assert all(interrupted > 100 for interrupted, _ in found.values())
+    assert all(interrupted > effort.rounds(100) for interrupted, _ in found.values())
 
 
 @pytest.mark.parametrize("end", ["unregister", "finalize"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+import effort
 from edges.interrupting import Interrupted, Strikes, interrupts
 from edges.user import (
     LATER,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 #: large enough for several threads to be at it for milliseconds
 LARGE = (1, 16, 1 << 21)
 #: pulls that are struck
-PULLS = 80
+PULLS = effort.rounds(80)
 #: more exceptions than a link may have streams
 KEPT = 200
 #: a call that is cut short ends soon, on a busy machine
