@@ -9,6 +9,9 @@ PIP    := $(BIN)/python -m pip install -c $(LOCK)
 FAST_TESTS := tests/unit tests/property tests/protocol tests/affected tests/docs \
               tests/e2e/test_pull.py tests/e2e/test_push.py
 
+# Tests start thousands of processes, and none is to compile the library again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Two at a time: most tests wait more than they compute.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 PYTHON_FILES := src tests docs/tooling tooling examples
