@@ -65,7 +65,9 @@ class Request:
     def require(self) -> None:
         """Raises LLMException when it is not to begin, or go on elsewhere."""
         if self.is_given_up:
-            raise LLMException("the transfer was given up", LLMStatusCode.LLM_NOT_YET_LINK)
+            raise LLMException(
+                "the connection was ended by disconnect", LLMStatusCode.LLM_NOT_YET_LINK
+            )
 
     def take(self) -> bool:
         """Whether the caller is the first."""
