@@ -254,7 +254,7 @@ class Cluster:
             ids,
             filing,
             strangers,
-            self._snapshots.take,
+            self._snapshots.take_for_others,
         )
         #: links by rank table
         self.ranks = RankLinks(
@@ -480,9 +480,9 @@ class Cluster:
             labels=dict(labels),
         )
 
-    def _fleet_stats(self) -> FleetStats | None:
+    def _fleet_stats(self, most: int | None) -> FleetStats | None:
         follower = self.follower
-        return None if follower is None else follower.stats()
+        return None if follower is None else follower.stats(most)
 
     def _for_each(
         self,
