@@ -141,6 +141,24 @@ def test_what_is_written_to_one_peer_is_not_read_by_another() -> None:
         assert rets == [h.SUCCESS]
 
 
+@pytest.mark.shows("engine.transfer_sync")
+def test_who_stands_still_in_a_read_has_the_time_that_it_asked_for() -> None:
+    """Longer than a cluster of LLM-DataDist waits for it, whose calls last a second by default."""
+    nbytes = 32 << 20
+    with owned() as (engine, peer):
+        shown = np.full(nbytes, 3, dtype=np.uint8)
+        desc = h.MemDesc(shown.ctypes.data, nbytes)
+        assert engine.hixl.register_mem(desc, h.MemType.MEM_HOST)[0] == h.SUCCESS
+        wire = peer.attach()
+        wire.send(m.ListCaches())
+        info = wire.expect(m.Caches).infos[-1]
+        what = columns([(shown.ctypes.data, nbytes)])
+        wire.send(m.Read(info.cache_id, info.generation, 20_000, what))
+        assert wire.expect(m.Sending).nbytes == nbytes
+        threading.Event().wait(1.5)  # it takes no more than lies in sockets
+        assert wire.receive_bytes(nbytes) == shown.tobytes()
+
+
 def write(engine: Owner, pieces: list[h.TransferOpDesc]) -> int:
     return engine.hixl.transfer_sync(PEER, h.TransferOp.WRITE, pieces, 10_000)
 
