@@ -181,8 +181,9 @@ class Cluster:
         # apart from the workers, so that two peers that push to each other both have some to answer
         fetchers = self._threads(_FETCHERS, "fetcher")
         answers = Answers(self.cluster_id, self.catalog, transports)
-        fetch_s = MAX_ANSWER_S if options.is_engine else options.sync_timeout_s
-        fetching = Fetching(answers, self.gate, recorder, fetch_s)
+        # each transfer of an engine's has a time of its own, which the peer says
+        peers_s = MAX_ANSWER_S if options.is_engine else options.sync_timeout_s
+        fetching = Fetching(answers, self.gate, recorder, peers_s)
         offers = {name: transport.offer() for name, transport in transports.items()}
         meets = options.path in ("auto", SAME_HOST) and offers[SAME_HOST] is not None
         same_host = SameHost.new() if meets else None
@@ -214,7 +215,7 @@ class Cluster:
                 Shares(workers, _CHECKERS_OF_ONE),
                 Shares(fetchers, MAX_STREAMS),
                 LoopShares(loop),
-                options.sync_timeout_s,
+                peers_s,
                 recorder,
             ),
             # apart from both: strangers and name servers can make these wait as long as they like
@@ -254,7 +255,7 @@ class Cluster:
             ids,
             filing,
             strangers,
-            self._snapshots.take,
+            self._snapshots.take_for_others,
         )
         #: links by rank table
         self.ranks = RankLinks(
@@ -480,9 +481,9 @@ class Cluster:
             labels=dict(labels),
         )
 
-    def _fleet_stats(self) -> FleetStats | None:
+    def _fleet_stats(self, most: int | None) -> FleetStats | None:
         follower = self.follower
-        return None if follower is None else follower.stats()
+        return None if follower is None else follower.stats(most)
 
     def _for_each(
         self,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
@@ -116,6 +119,32 @@ def test_nobody_at_the_address() -> None:
     with pytest.raises(DirectoryError, match="does not answer"):
         watch.wait(1)
     watch.close()
+
+
+@pytest.mark.parametrize("answer", [{}, {"header": []}, {"header": {"revision": "1"}, "kvs": 5}])
+def test_an_answer_of_another_shape_is_none(answer: dict[str, object]) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Tests are quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        watch = EtcdDirectory(f"http://127.0.0.1:{server.server_port}").watch()
+        try:
+            with pytest.raises(DirectoryError, match="etcd at"):
+                watch.wait(1)
+        finally:
+            watch.close()
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:2379", "ftp://h", "http://", "http://u:p@h"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import hixl_engine
@@ -11,10 +13,11 @@ from hixl_engine import LONG_MS, NOBODY, Engine, engine, engines, until
 
 from llm_datadist import hixl as h
 from llm_datadist.hixl import NotifyDesc, TransferStatus
+from llm_datadist.running.movers import _Part
 from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:
-    from hixl_engine import EngineProcess
+    from hixl_engine import EngineProcess, Range
 
 READ, WRITE = h.TransferOp.READ, h.TransferOp.WRITE
 ALL_OF_THEM = 65536
@@ -138,6 +141,30 @@ def test_a_peer_that_stands_still_holds_up_no_other(server: EngineProcess) -> No
         assert {client.end_of(req) for req in stuck} == {TransferStatus.COMPLETED}
 
 
+@pytest.mark.shows("engine.transfer_async")
+@pytest.mark.parametrize("path", ["tcp"])
+def test_what_peers_that_stand_still_keep_is_no_others(server: EngineProcess) -> None:
+    """All helpers wait for one; who reads from another does without them, and leaves nothing."""
+    name, nbytes = server.start(), 4 << 20
+    theirs = server.call(Engine.add, nbytes)
+    with engine("tcp") as other, engine("tcp", listens=False) as client:
+        ours, others = client.add(nbytes), other.add(nbytes, seed=1)
+        client.connect(name)
+        client.connect(other.name)
+        assert client.read(name, ours, theirs) == h.SUCCESS
+        server.pause()
+        stuck = client.begin(name, READ, ours, theirs)
+        until(lambda: any(link.num_running for link in client.hixl.stats().links))
+        landing = client.add(nbytes)
+        for _ in range(200):
+            assert client.read(other.name, landing, others) == h.SUCCESS
+        assert client.bytes_of(landing) == other.bytes_of(others)
+        gc.collect()
+        assert sum(isinstance(each, _Part) for each in gc.get_objects()) < 100
+        server.resume()
+        assert client.end_of(stuck) is TransferStatus.COMPLETED
+
+
 @pytest.mark.slow
 @pytest.mark.shows("engine.transfer_async")
 def test_requests_that_nobody_asks_for_are_bounded() -> None:
@@ -231,6 +258,41 @@ def test_notices_outlast_their_connection() -> None:
         other.stop()
         until(lambda: one.hixl.links() == [])
         assert notices_of(one) == [NotifyDesc("a", "b")]
+
+
+@pytest.mark.shows("engine.register_mem", "engine.deregister_mem")
+def test_memory_that_is_registered_while_it_is_deregistered_stays(
+    server: EngineProcess, path: str
+) -> None:
+    name, theirs = server.start(), server.call(Engine.add, seed=1)
+    with engine(path, listens=False) as client:
+        ours = client.add(seed=2)
+        client.connect(name)
+        assert client.write(name, ours, theirs) == h.SUCCESS
+        server.pause()
+        req = client.begin(name, WRITE, ours, theirs)
+        until(lambda: client.hixl.stats().links[0].num_running == 1)
+        with ThreadPoolExecutor() as pool:
+            leaving, first = pool.submit(client.deregister, ours), client.handle_of(ours)
+            with pytest.raises(TimeoutError):
+                leaving.result(0.3)
+            desc = h.MemDesc(ours.addr, ours.nbytes)
+            ret, again = client.hixl.register_mem(desc, h.MemType.MEM_HOST)
+            server.resume()
+            assert leaving.result(30) == h.SUCCESS
+        client.end_of(req)
+        assert ret == h.SUCCESS
+        assert again != first
+        assert client.hixl.register_mem(desc, h.MemType.MEM_HOST) == (h.SUCCESS, again)
+        client.fill(ours, 0)
+        assert client.read(name, ours, theirs) == h.SUCCESS
+        assert client.bytes_of(ours) == server.call(Engine.bytes_of, theirs)
+        assert server.call(read_back, client.name, theirs.nbytes, ours) == h.SUCCESS
+
+
+def read_back(server: Engine, name: str, nbytes: int, theirs: Range) -> int:
+    """Over the connection that the other end has made."""
+    return server.read(name, server.add(nbytes), theirs)
 
 
 @pytest.mark.shows("engine.send_notify")

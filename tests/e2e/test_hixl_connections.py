@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import socket
 import threading
@@ -16,6 +17,7 @@ from hixl_engine import LONG_MS, NOBODY, Engine, engine, engines, resources, unt
 
 from llm_datadist import LLMRole
 from llm_datadist import hixl as h
+from llm_datadist.peer.peer import Peer
 from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:
@@ -242,6 +244,45 @@ def test_what_cannot_be_is_refused_at_once() -> None:
         assert client.hixl.get_all_async_connect_status() == (h.SUCCESS, {})
 
 
+@pytest.mark.shows("engine.disconnect", "engine.send_notify")
+def test_engines_that_are_gone_are_forgotten(path: str) -> None:
+    """Not by who read from them, nor by who has not read their notices."""
+    before = num_peers()
+    with engine(path) as reader, engine(path) as told:
+        ours = reader.add()
+        for seed in range(12):
+            with engine(path) as server:
+                reader.connect(server.name)
+                assert reader.read(server.name, ours, server.add(seed=seed)) == h.SUCCESS
+                server.connect(told.name)
+                assert server.send(told.name, h.NotifyDesc("a", "b")) == h.SUCCESS
+        until(lambda: reader.hixl.links() == told.hixl.links() == [])
+        until(lambda: num_peers() < before + 4)
+        assert len(told.hixl.get_notifies()[1]) == 12
+
+
+def num_peers() -> int:
+    gc.collect()
+    return sum(isinstance(each, Peer) for each in gc.get_objects())
+
+
+@pytest.mark.shows("engine.get_async_connect_status")
+def test_so_many_engines_that_are_not_connected_are_told_of() -> None:
+    config = resources(connect_pool__task_queue_capacity=65535)
+    names = [f"127.1.{number // 250}.{number % 250 + 1}:9" for number in range(3000)]
+    with engine() as server, engine(GLOBAL_RESOURCE_CONFIG=config) as client:
+        hixl = client.hixl
+        assert hixl.connect_async(server.name, LONG_MS) == h.SUCCESS
+        until(lambda: client.async_status(server.name) is S.CONNECTED)
+        for name in names:
+            assert hixl.disconnect_async(name, LONG_MS) == h.SUCCESS
+            if int(name.split(".")[3].split(":")[0]) == 250:
+                until(lambda: client.async_status(name) is S.NOT_CONNECT)  # noqa: B023  # now
+        _, statuses = hixl.get_all_async_connect_status()
+        assert len(statuses) < 1500
+        assert statuses[server.name] is S.CONNECTED
+
+
 # -- connections that transfers make --
 
 
@@ -260,6 +301,24 @@ def test_transfers_connect_by_themselves(path: str) -> None:
         assert client.hixl.transfer_sync(NOBODY, READ, [whole(ours, ours)]) == h.FAILED
         assert client.end_of(client.begin(NOBODY, READ, ours, ours)) is h.TransferStatus.FAILED
         assert client.hixl.transfer_sync("127.0.0.9", READ, []) == h.NOT_CONNECTED
+
+
+@pytest.mark.shows("engine.auto_connect", "engine.disconnect")
+def test_a_request_that_is_connecting_by_itself_is_ended_by_a_disconnect(
+    server: EngineProcess, path: str
+) -> None:
+    name, theirs = server.start(), server.call(Engine.add, seed=1)
+    before = server.call(Engine.bytes_of, theirs)
+    with engine(path, AUTO_CONNECT="1") as client:
+        ours = client.add(seed=2)
+        server.pause()
+        reqs = [client.begin(name, op, ours, theirs) for op in (READ, WRITE)]
+        kept = client.bytes_of(ours)
+        assert client.hixl.disconnect(name, LONG_MS) == h.NOT_CONNECTED
+        server.resume()
+        assert {client.end_of(req) for req in reqs} == {h.TransferStatus.FAILED}
+        assert client.bytes_of(ours) == kept
+        assert server.call(Engine.bytes_of, theirs) == before
 
 
 @pytest.mark.shows("engine.auto_connect")

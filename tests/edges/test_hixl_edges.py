@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import socket
@@ -131,6 +132,7 @@ def is_connected_anew(pair: Pair) -> bool:
 
 
 def interrupt(pair: Pair, name: str) -> tuple[int, list[str]]:
+    logging.disable()  # what a handler raises there is lost, and hundreds of calls would be made
     rng, interrupted, wrong = random.Random(20261129), 0, []
     spare = np.zeros(64, dtype=np.uint8)
 
@@ -235,6 +237,48 @@ def interrupt_disconnects(pair: Pair) -> tuple[int, list[tuple[int, int]]]:
     return interrupted, wrong
 
 
+@pytest.mark.shows("engine.get_all_transfer_status", "engine.get_transfer_status")
+@pytest.mark.parametrize("are_all_asked_for", [True, False])
+def test_an_end_that_an_interrupted_call_did_not_tell_is_told_later(
+    apart: ObjectProcess[Pair], are_all_asked_for: bool
+) -> None:
+    interrupted, lost = apart.call(interrupt_questions, are_all_asked_for)
+    assert interrupted > 10
+    assert lost == 0
+
+
+def interrupt_questions(pair: Pair, are_all_asked_for: bool) -> tuple[int, int]:
+    """How many were interrupted, and of how many requests nobody ever tells the end."""
+    files = "hixl/requests.py", "running/threads.py", "running/bell.py"
+    rng, strikes, client = random.Random(20261129), Strikes(files=files), pair.client
+    interrupted = lost = 0
+    for _ in range(40):
+        left = {client.transfer_async(pair.name, READ, [])[1] for _ in range(50)}
+        ask = partial(ask_for_all if are_all_asked_for else ask_for_each, client, left)
+        for _ in range(5):
+            interrupted += strikes.within(ask, rng.uniform(0, 4e-4)) is not None
+        eventually(ask, 2)
+        lost += len(left)
+    return interrupted, lost
+
+
+def ask_for_all(client: h.Hixl, left: set[int]) -> bool:
+    """Whether all are over; those whose end was told are not left."""
+    for each in client.get_all_transfer_status()[1]:
+        if each.status is not h.TransferStatus.WAITING:
+            left.discard(each.req)
+    return not left
+
+
+def ask_for_each(client: h.Hixl, left: set[int]) -> bool:
+    """The same, by number."""
+    for req in tuple(left):
+        ret, status = client.get_transfer_status(req)
+        if ret == h.SUCCESS and status is not h.TransferStatus.WAITING:
+            left.discard(req)
+    return not left
+
+
 # -- scarcity --
 
 
@@ -331,12 +375,17 @@ def test_an_engine_that_is_being_finalized_has_not_run_out_of_anything(pair: Pai
 
 @pytest.mark.shows("engine.finalize")
 def test_an_engine_begins_and_ends_again_and_again(pair: Pair) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before, last = len(os.listdir("/proc/self/fd")), 1
     for _ in range(10):
         pair.client.finalize()
         options = {"llm_datadist.Path": "tcp"}
         assert pair.client.initialize("127.0.0.1", options) == h.SUCCESS
         desc = h.MemDesc(pair.ours.ctypes.data, NBYTES)
-        assert pair.client.register_mem(desc, h.MemType.MEM_HOST) == (h.SUCCESS, 1)
+        assert pair.client.deregister_mem(last) == h.SUCCESS  # that of the life before
+        ret, handle = pair.client.register_mem(desc, h.MemType.MEM_HOST)
+        assert (ret, handle > last) == (h.SUCCESS, True)
+        assert pair.client.deregister_mem(last) == h.SUCCESS
+        assert pair.client.register_mem(desc, h.MemType.MEM_HOST) == (h.SUCCESS, handle)
+        last = handle
         assert pair.client.connect(pair.name, LONG_MS) in (h.SUCCESS, h.FAILED)
     assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 10, 20)

@@ -43,6 +43,7 @@ class Owner:
     """An engine with 64 bytes that peers reach, and 64 that are its own."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.hixl = h.Hixl()
         options = {"llm_datadist.Path": "tcp"}
         assert self.hixl.initialize(f"127.0.0.1:{port}", options) == h.SUCCESS
@@ -97,12 +98,9 @@ def test_of_a_write_from_local_only_memory_its_receiver_reads_that_and_no_more()
         addr = engine.own.ctypes.data
         rets: list[int] = []
         pieces = [h.TransferOpDesc(addr + 8, 0x10000, 8), h.TransferOpDesc(addr + 32, 0x10020, 16)]
-        args = (PEER, h.TransferOp.WRITE, pieces, 10_000)
-        thread = threading.Thread(target=lambda: rets.append(engine.hixl.transfer_sync(*args)))
+        thread = threading.Thread(target=lambda: rets.append(write(engine, pieces)))
         thread.start()
-        peer.reverse.expect(m.ListCaches)
-        peer.reverse.send(m.Caches([THEIRS]))
-        fetch = peer.reverse.expect(m.Fetch)
+        fetch = is_asked_to_fetch(peer)
         wire = peer.attach()
 
         def read(*pairs: tuple[int, int]) -> m.Read:
@@ -118,6 +116,57 @@ def test_of_a_write_from_local_only_memory_its_receiver_reads_that_and_no_more()
         thread.join(10)
         assert rets == [h.SUCCESS]
         assert refusal(wire, read((addr + 8, 8))) == NOT_EXIST
+
+
+@pytest.mark.shows("engine.local_only")
+def test_what_is_written_to_one_peer_is_not_read_by_another() -> None:
+    """A ticket's number, and its generation, follow from those that a peer was told of before."""
+    with owned() as (engine, peer), linked_caller(engine.port, is_remote_accessible=True) as other:
+        addr, rets = engine.own.ctypes.data, list[int]()
+        pieces = [h.TransferOpDesc(addr, 0x10000, 16)]
+        thread = threading.Thread(target=lambda: rets.append(write(engine, pieces)))
+        thread.start()
+        fetch = is_asked_to_fetch(peer)
+        theirs, its = other.attach(), peer.attach()
+        what = fetch.src_cache_id, fetch.src_generation, 1000, columns([(addr, 16)])
+        assert refusal(theirs, m.Read(*what)) == NOT_EXIST
+        assert refusal(theirs, m.Digest(*what)) == NOT_EXIST
+        its.send(m.Digest(*what))
+        its.expect(m.Digested)
+        its.send(m.Read(*what))
+        assert its.expect(m.Sending).nbytes == 16
+        assert its.receive_bytes(16) == bytes([2]) * 16
+        peer.reverse.send(m.Done())
+        thread.join(10)
+        assert rets == [h.SUCCESS]
+
+
+@pytest.mark.shows("engine.transfer_sync")
+def test_who_stands_still_in_a_read_has_the_time_that_it_asked_for() -> None:
+    """Longer than a cluster of LLM-DataDist waits for it, whose calls last a second by default."""
+    nbytes = 32 << 20
+    with owned() as (engine, peer):
+        shown = np.full(nbytes, 3, dtype=np.uint8)
+        desc = h.MemDesc(shown.ctypes.data, nbytes)
+        assert engine.hixl.register_mem(desc, h.MemType.MEM_HOST)[0] == h.SUCCESS
+        wire = peer.attach()
+        wire.send(m.ListCaches())
+        info = wire.expect(m.Caches).infos[-1]
+        what = columns([(shown.ctypes.data, nbytes)])
+        wire.send(m.Read(info.cache_id, info.generation, 20_000, what))
+        assert wire.expect(m.Sending).nbytes == nbytes
+        threading.Event().wait(1.5)  # it takes no more than lies in sockets
+        assert wire.receive_bytes(nbytes) == shown.tobytes()
+
+
+def write(engine: Owner, pieces: list[h.TransferOpDesc]) -> int:
+    return engine.hixl.transfer_sync(PEER, h.TransferOp.WRITE, pieces, 10_000)
+
+
+def is_asked_to_fetch(peer: LinkedCaller) -> m.Fetch:
+    peer.reverse.expect(m.ListCaches)
+    peer.reverse.send(m.Caches([THEIRS]))
+    return peer.reverse.expect(m.Fetch)
 
 
 @pytest.mark.shows("engine.send_notify")

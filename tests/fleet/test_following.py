@@ -218,6 +218,17 @@ def test_no_more_are_linked_than_wanted(decode: Node, tmp_path: Path) -> None:
         assert pulls_soon(decode, left_out)
 
 
+def test_a_call_that_names_another_gets_it_the_place(decode: Node, tmp_path: Path) -> None:
+    with NodeProcess() as one, NodeProcess() as two:
+        for cluster_id, process in {1: one, 3: two}.items():
+            join(process, tmp_path, cluster_id)
+        follow(decode, tmp_path, Wants(max_links=1))
+        assert eventually(lambda: len(follower_of(decode).members()) == 2, SOON_S)
+        for cluster_id in (1, 3, 1, 3):
+            assert pulls_soon(decode, cluster_id)
+            assert linked_ids(decode) == [cluster_id]
+
+
 def test_thousands_of_members_do_not_keep_a_link_waiting(
     decode: Node, peer: NodeProcess, tmp_path: Path
 ) -> None:

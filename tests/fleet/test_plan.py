@@ -17,6 +17,7 @@ from llm_datadist.following.plan import (
     Cut,
     Leave,
     Link,
+    MakeRoom,
     Plan,
 )
 
@@ -228,11 +229,40 @@ def test_who_is_asked_for_gets_the_place_of_who_was_not_for_long() -> None:
         made(plan, each, now)
     plan.asked(1, 5.0)
     plan.asked(3, 6.0)
-    (action,) = plan.decide(6.0)
-    assert isinstance(action, Leave)
-    assert action.record == everybody[1]
-    plan.ended(2, everybody[1].incarnation, 6.0)
-    assert list(plan.decide(6.0)) == [Link(everybody[2])]
+    assert list(plan.decide(6.0)) == [MakeRoom(everybody[2])]
+    assert plan.yielding() == [everybody[1], everybody[0]]
+    plan.asked(3, 6.1)
+    assert list(plan.decide(6.1)) == []  # it is being made
+    plan.ended(2, everybody[1].incarnation, 6.2)
+    plan.made_room(everybody[2])
+    assert list(plan.decide(6.2)) == [Link(everybody[2])]
+
+
+def test_who_is_asked_for_again_gets_room_when_all_were_in_use_before() -> None:
+    plan = plan_of(Wants(at_once=False, max_links=1))
+    one, other = member(1), member(2)
+    join(plan, one, other)
+    plan.asked(1, 0.0)
+    list(plan.decide(0.0))
+    made(plan, one, 0.0)
+    for now in (1.0, 2.0):
+        plan.asked(2, now)
+        assert list(plan.decide(now)) == [MakeRoom(other)]
+        plan.made_room(other)  # but nobody could go
+
+
+def test_who_waits_for_a_place_in_vain_is_kept_once() -> None:
+    """A fleet is larger than a member may link to; others say something new, come and go."""
+    plan = plan_of(Wants(max_links=1))
+    join(plan, member(0))
+    made(plan, member(0), 0.0)
+    for step in range(3000):
+        before, now = member(1, labels={"load": str(step)}), member(1, labels={"load": "-"})
+        join(plan, before, member(100 + step, step))
+        plan.told(Changes(changed=(Change(before, now),)), 0.0)
+        list(plan.decide(0.0))
+        plan.told(Changes(left=(now, member(100 + step, step))), 0.0)
+    assert len(plan._ready) + len(plan._pausing) < 300
 
 
 def test_only_so_many_links_are_made_at_a_time() -> None:

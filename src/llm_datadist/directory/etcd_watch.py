@@ -51,12 +51,12 @@ class EtcdWatch:
                 if changes or self._stream.is_interrupted or now >= end:
                     return changes
                 self._listen(min(end, self._members.next_at or end))
-        except (OSError, ValueError) as error:
-            self._shut()
-            raise DirectoryError(f"etcd at {self._gateway.url}: {error}") from error
         except DirectoryError:
             self._shut()
             raise
+        except Exception as error:  # also an answer of another shape, whose rest would be missed
+            self._shut()
+            raise DirectoryError(f"etcd at {self._gateway.url}: {error!r:.200}") from error
 
     def interrupt(self) -> None:
         """As `Watch.interrupt`."""

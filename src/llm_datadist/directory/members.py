@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: what a watcher remembers at most: more are no fleet, but somebody who fills the directory
 MAX_MEMBERS: Final = 100_000
+#: so much that is not valid any more costs nothing
+_FEW: Final = 64
 
 
 class Members:
@@ -132,3 +134,6 @@ class Members:
     def _schedule(self, cluster_id: int) -> None:
         self._due_at[cluster_id] = at = self._until[cluster_id]
         heappush(self._due, (at, cluster_id))
+        if len(self._due) > 2 * len(self._due_at) + _FEW:  # most are of who was here once
+            self._due = [(due, each) for each, due in self._due_at.items()]
+            heapify(self._due)

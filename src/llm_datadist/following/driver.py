@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from llm_datadist.directory.base import Changes
 from llm_datadist.errors import LLMStatusCode
-from llm_datadist.following.plan import Action, Cut, Leave, Link, Plan
+from llm_datadist.following.plan import Action, Leave, Link, MakeRoom, Plan
 from llm_datadist.links.linker import Target
 from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import Bell
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from llm_datadist.directory.record import Record
+    from llm_datadist.following.plan import Cut
     from llm_datadist.following.wants import Wants
     from llm_datadist.links.filing import Filing
     from llm_datadist.links.linker import Linker
@@ -60,6 +61,8 @@ class Driver:
         self.plan = Plan(cluster_id, wants, facts, random.random)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        #: the incarnations that are being unlinked to make room for others
+        self._yielding: set[str] = set()
         #: what the directory said, and was not looked at yet
         self._news: deque[Changes] = deque()
         self._is_taking = False
@@ -176,6 +179,8 @@ class Driver:
             await self._link(action.record)
         elif isinstance(action, Leave):
             await self._leave(action)
+        elif isinstance(action, MakeRoom):
+            await self._make_room(action.record)
         else:
             await self._cut(action)
 
@@ -210,16 +215,31 @@ class Driver:
         return outcome.reason
 
     async def _leave(self, action: Leave) -> None:
-        """Nobody who is used is unlinked to make room; who says nothing is cut."""
-        sessions = self._sessions(action.record)
-        member = self.plan.find(action.record.cluster_id, action.record.incarnation)
-        if member is not None and not member.objection:  # it is to make room
-            sessions = [] if any(each.num_running for each in sessions) else sessions
-        for session in sessions:
+        """Who says nothing is cut."""
+        for session in self._sessions(action.record):
             get_logger().info(
                 "cluster %d unlinks from %s: %s", self._cluster_id, action.record, action.because
             )
             await self._end(session, self._sync_timeout_s + _LEAVE_S)
+
+    async def _make_room(self, record: Record) -> None:
+        """Nobody who is used is unlinked for that, and one for each."""
+        idle = (each for each in self.plan.yielding() if self._may_yield(each))
+        other = next(idle, None)
+        try:
+            if other is not None:
+                self._yielding.add(other.incarnation)
+                await self._leave(Leave(other, f"{record} needs its place"))
+        finally:
+            if other is not None:
+                self._yielding.discard(other.incarnation)
+            self.plan.made_room(record)
+        self.act()
+
+    def _may_yield(self, record: Record) -> bool:
+        sessions = self._sessions(record)
+        is_used = any(each.num_running for each in sessions)
+        return bool(sessions) and not is_used and record.incarnation not in self._yielding
 
     async def _cut(self, action: Cut) -> None:
         incarnation = bytes.fromhex(action.record.incarnation)

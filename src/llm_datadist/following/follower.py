@@ -179,8 +179,8 @@ class Follower:
         self._announcer.join(deadline)
         self._watcher.join(deadline)
 
-    def stats(self) -> FleetStats:
-        """How it is, for `LLMDataDist.stats`."""
+    def stats(self, most: int | None = None) -> FleetStats:
+        """How it is, for `LLMDataDist.stats`; with so many members, or all."""
         driver, members = self._driver, self.members()
         return FleetStats(
             directory=str(self._directory)[:1024],
@@ -194,7 +194,7 @@ class Follower:
             changed=driver.num_changed,
             links_made=driver.num_linked,
             links_failed=driver.num_failed,
-            members=tuple(map(_member, members)),
+            members=tuple(map(_member, members[:most])),
         )
 
     def _heard(self, changes: Changes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ LONGEST_PAUSE_S: Final = 30.0
 STEADY_S: Final = 2.0
 #: links that are being made at a time
 MOST_AT_ONCE: Final = 16
+#: so many that wait for a place in vain cost nothing
+_FEW: Final = 64
 
 
 class Link(NamedTuple):
@@ -40,13 +42,19 @@ class Leave(NamedTuple):
     because: str
 
 
+class MakeRoom(NamedTuple):
+    """Unlink one of `Plan.yielding` that is not in use; `Plan.made_room` follows."""
+
+    record: Record  #: who needs its place
+
+
 class Cut(NamedTuple):
     """Drop the links to all other incarnations of that id: they are of the past."""
 
     record: Record
 
 
-Action: TypeAlias = "Link | Leave | Cut"
+Action: TypeAlias = "Link | Leave | MakeRoom | Cut"
 
 
 @dataclass(slots=True)
@@ -59,6 +67,7 @@ class Member:
     is_linked: bool = False
     is_linking: bool = False
     is_asked: bool = False  #: somebody waits for the link
+    gets_room: bool = False  #: another one is being unlinked for it
     linked_at: float = 0.0
     attempts: int = 0
     problem: str = ""  #: why the last attempt failed
@@ -118,12 +127,27 @@ class Plan:
         if member is None or member.objection:
             return
         member.asked_at = now
-        if member.is_linked or member.is_asked:
+        if member.is_linked:
             return
-        member.is_wanted = member.is_asked = True
-        self._wait(member, max(now, member.retry_at))
-        if self._is_full:
-            self._make_room(member)
+        if not member.is_asked:
+            member.is_wanted = member.is_asked = True
+            self._wait(member, max(now, member.retry_at))
+        # each time: when it was asked for before, all others may have been in use
+        if self._is_full and not (member.is_linking or member.gets_room):
+            member.gets_room = True
+            self._actions.append(MakeRoom(member.record))
+
+    def yielding(self) -> list[Record]:
+        """Who is linked, and may have to go for others: first who was not asked for for longest."""
+        linked = [member for member in self.members.values() if member.is_linked]
+        linked.sort(key=lambda member: member.asked_at)
+        return [member.record for member in linked]
+
+    def made_room(self, record: Record) -> None:
+        """What a `MakeRoom` was for has been done, or nobody could go."""
+        member = self.find(record.cluster_id, record.incarnation)
+        if member is not None:
+            member.gets_room = False
 
     def made(self, cluster_id: int, incarnation: str, now: float) -> None:
         """There is a link to it, whoever made it."""
@@ -165,8 +189,7 @@ class Plan:
             _, cluster_id = heappop(self._pausing)
             member = self.members.get(cluster_id)
             if member is not None and self._may_link(member, now):
-                weight = -1 if member.is_asked else self._weight(cluster_id)
-                heappush(self._ready, (weight, cluster_id))
+                self._make_ready(member)
         while self._ready and not self.is_paused and not self._is_full:
             if self._num_linking >= MOST_AT_ONCE:
                 break
@@ -254,12 +277,14 @@ class Plan:
         member.attempts += 1
         self._wait(member, now + longest_s * (0.5 + 0.5 * self._dice()))
 
-    def _make_room(self, member: Member) -> None:
-        """Who was asked for the longest time ago goes; the driver keeps one that is in use."""
-        others = [other for other in self.members.values() if other.is_linked]
-        if others:
-            oldest = min(others, key=lambda other: other.asked_at)
-            self._actions.append(Leave(oldest.record, f"{member.record} needs its place"))
+    def _make_ready(self, member: Member) -> None:
+        """It waits for a place. As long as there is none nobody goes from there but here."""
+        cluster_id = member.record.cluster_id
+        weight = -1 if member.is_asked else self._weight(cluster_id)
+        heappush(self._ready, (weight, cluster_id))
+        if len(self._ready) > 4 * len(self.members) + _FEW:  # most are of the past, or there twice
+            self._ready = [each for each in set(self._ready) if each[1] in self.members]
+            heapify(self._ready)
 
     def _weight(self, cluster_id: int) -> int:
         """In another order at each cluster, so that not all link to the same few."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llm_datadist.running.threads import Errands
 
 _S: Final = AsyncConnectStatus
+#: so many engines are told of that are not connected, those whose task was the last
+_MOST_ENDED: Final = 1024
 
 
 class _Task:
@@ -55,6 +57,8 @@ class Connecting:
         self._queued: dict[_Task, None] = {}
         #: by engine, the one that came last
         self._newest: dict[EngineName, _Task] = {}
+        #: from so many on some may be forgotten: to look costs time
+        self._most_known = _MOST_ENDED
         self._is_ended = False
 
     def connect(self, name: EngineName, do: Callable[[], None]) -> None:
@@ -93,7 +97,8 @@ class Connecting:
                 raise Exhausted(
                     f"{self._max_queued} tasks wait already (connect_pool.task_queue_capacity)"
                 )
-            before = self._newest.get(task.name)
+            self._forget_some()
+            before = self._newest.pop(task.name, None)
             self._queued[task] = None
             self._newest[task.name] = task
             try:
@@ -107,6 +112,16 @@ class Connecting:
                 if self._is_ended:
                     raise
                 raise Exhausted(str(error)) from error
+
+    def _forget_some(self) -> None:
+        """The oldest ones that have ended in no connection, if there are many of them."""
+        if len(self._newest) < self._most_known:
+            return
+        over = (_S.NOT_CONNECT, _S.CONNECT_FAILED)
+        ended = [name for name in self._newest if self.status_of(name) in over]
+        for name in ended[: max(0, len(ended) - _MOST_ENDED // 2)]:
+            del self._newest[name]
+        self._most_known = max(_MOST_ENDED, 2 * len(self._newest))
 
     def _do(self, task: _Task) -> None:
         """In a thread of ours."""

@@ -150,10 +150,17 @@ class Connections:
             if peer is None or peer.is_gone:
                 self._peers.pop(name, None)
                 return self._caller(name)
+            self._forget_others_that_are_gone()
             self._peers[name] = peer
         if name.port is not None:
             self.pool.use(name.endpoint)
         return peer
+
+    def _forget_others_that_are_gone(self) -> None:
+        """Or each engine that there ever was would be kept, with its table."""
+        for known, peer in tuple(self._peers.items()):
+            if peer.is_gone:
+                self._peers.pop(known, None)
 
     def _caller(self, name: EngineName) -> Peer | None:
         """The engine of that name, if it has called us."""

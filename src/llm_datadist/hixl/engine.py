@@ -36,6 +36,8 @@ _FOR_EVER_S: Final = 2_000_000.0
 _CONNECT_S: Final = 3.0
 #: a connection that ends just then is made anew so many times, where that is allowed
 _ATTEMPTS: Final = 3
+#: in one life there are not so many ranges and requests
+_LIFE_BITS: Final = 40
 #: how long the threads of an engine that has ended may take to notice
 _LAST_S: Final = 2.0
 
@@ -46,13 +48,14 @@ class Engine:
     Raises LLMException for what the options ask for and cannot be had, OSError.
     """
 
-    def __init__(self, name: EngineName, options: EngineOptions) -> None:
+    def __init__(self, name: EngineName, options: EngineOptions, life: int = 0) -> None:
+        """Of several lives of one Hixl, each has handles and numbers of requests of its own."""
         self.name = name
         self.cluster = Cluster(name.new_id(), options.cluster)
         errands = self.cluster.transfers.errands
-        self.memory = Memory(self.cluster.catalog, errands)
+        self.memory = Memory(self.cluster.catalog, errands, life << _LIFE_BITS)
         self.connections = Connections(self.cluster, options)
-        self.requests = Requests(self._transfer_at_leisure, errands)
+        self.requests = Requests(self._transfer_at_leisure, errands, life << _LIFE_BITS)
         self.connecting = Connecting(
             options.connect_threads,
             options.connect_queue,
@@ -81,10 +84,12 @@ class Engine:
                 end(deadline)
 
     def disconnect(self, name: EngineName, timeout_s: float) -> None:
-        """As `Connections.disconnect`; asynchronous transfers have failed when it returns."""
+        """As `Connections.disconnect`; asynchronous transfers have failed when it returns.
+
+        One that is connecting by itself just then moves nothing any more, and fails when that ends.
+        """
+        self.requests.give_up(name)  # first: none begins behind the look for a connection
         try:
-            if self.connections.is_connected(name):
-                self.requests.give_up(name)
             self.connections.disconnect(name, timeout_s)
         finally:
             if not self.connections.is_connected(name):
@@ -105,8 +110,10 @@ class Engine:
         taken = self.cluster.transfers.errands.run(notices.take, notices.put_back)
         return [(each.name, each.text) for each in taken]
 
-    def _transfer_at_leisure(self, name: EngineName, pieces: ByAddress) -> None:
-        self._do(name, _FOR_EVER_S, _CONNECT_S, partial(_move, pieces))
+    def _transfer_at_leisure(
+        self, name: EngineName, pieces: ByAddress, require: Callable[[], None]
+    ) -> None:
+        self._do(name, _FOR_EVER_S, _CONNECT_S, partial(_move, pieces, require=require), require)
 
     def _do(
         self,
@@ -114,12 +121,15 @@ class Engine:
         timeout_s: float,
         connect_s: float,
         ask: Callable[[Peer, EngineName, float], OnLink],
+        require: Callable[[], None] = lambda: None,
     ) -> None:
+        """`require` raises when it is not wanted any more: no connection is made for it then."""
         deadline, wanted, call = Deadline.after(timeout_s), self.connections.pool.wanted, object()
         try:
             if name.port is not None:
                 wanted[call] = name.endpoint
             for attempts_left in range(_ATTEMPTS - 1, -1, -1):
+                require()
                 left_s = min(connect_s, deadline.require(f"what was asked of {name}"))
                 try:
                     peer = self.connections.require(name, Deadline.after(left_s))
@@ -134,8 +144,14 @@ class Engine:
             wanted.pop(call, None)
 
 
-def _move(pieces: ByAddress, peer: Peer, name: EngineName, timeout_s: float) -> OnLink:
-    return Move(peer, str(name), timeout_s, pieces)
+def _move(
+    pieces: ByAddress,
+    peer: Peer,
+    name: EngineName,
+    timeout_s: float,
+    require: Callable[[], None] | None = None,
+) -> OnLink:
+    return Move(peer, str(name), timeout_s, pieces, require)
 
 
 def _notice(notice: tuple[str, str], peer: Peer, name: EngineName, timeout_s: float) -> OnLink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, final
@@ -57,6 +58,8 @@ class Hixl:
         """Does no work yet."""
         self._engine: Engine | None = None
         self._end: weakref.finalize[[], Hixl] | None = None
+        #: numbers the engines that it has been: handles and requests of one name nothing of another
+        self._lives = itertools.count()
 
     # -- life --
 
@@ -76,7 +79,7 @@ class Hixl:
                 parsed = EngineOptions.parse(name, {} if options is None else options)
                 forks.watch(self)
                 try:
-                    self._engine = engine = Engine(name, parsed)
+                    self._engine = engine = Engine(name, parsed, next(self._lives))
                     self._end = weakref.finalize(self, engine.stop)
                     engine.start()
                 except BaseException:

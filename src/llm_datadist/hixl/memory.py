@@ -1,4 +1,4 @@
-"""Registered memory: each range is a cache of the catalog's, and its id is the handle."""
+"""Registered memory: each range is a cache of the catalog's, whose id is the end of its handle."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ class Range(NamedTuple):
 class Memory:
     """The memory of one engine. Thread-safe."""
 
-    def __init__(self, catalog: Catalog, errands: Errands) -> None:
+    def __init__(self, catalog: Catalog, errands: Errands, before: int = 0) -> None:
+        """Handles are above `before`."""
+        self._before = before
         self._catalog = catalog
         #: changes of several steps are made where no signal's exception strikes
         self._errands = errands
         self._lock = make_lock()
         self._registered: dict[int, Range] = {}
-        self._handles: dict[tuple[int, int], int] = {}
+        self._ids: dict[tuple[int, int], int] = {}
         #: the same by address; None when it has changed since
         self._ranges: Ranges | None = None
 
@@ -48,19 +50,22 @@ class Memory:
 
         Raises LLMException: LLM_PARAM_INVALID, LLM_OUT_OF_MEMORY for too many ranges.
         """
-        return self._errands.run(partial(self._register, wanted))
+        return self._before + self._errands.run(partial(self._register, wanted))
 
     def _register(self, wanted: Range) -> int:
         with self._lock:
             place = wanted.addr, wanted.nbytes
-            handle = self._handles.get(place)
-            if handle is not None:
-                if self._registered[handle] != wanted:
+            known = self._ids.get(place)
+            if known is not None and self._catalog.is_leaving(known):
+                # that goes soon, and this stays; if it does not go in time, it is known by itself
+                self._registered.pop(known, None)
+            elif known is not None:
+                if self._registered[known] != wanted:
                     raise invalid(
                         f"{wanted.nbytes} bytes at {wanted.addr:#x} are registered already, with "
                         "another local_only or mem_type: deregister them first"
                     )
-                return handle
+                return known
             if len(self._registered) >= MAX_RANGES:
                 raise Exhausted(
                     f"{MAX_RANGES} ranges of memory are registered: a peer is told of no more; "
@@ -72,7 +77,7 @@ class Memory:
                 wanted.placement,
                 is_remote_accessible=not wanted.is_local_only,
             )
-            self._handles[place] = entry.cache_id
+            self._ids[place] = entry.cache_id
             self._registered[entry.cache_id] = wanted
             self._ranges = None
             return entry.cache_id
@@ -83,26 +88,27 @@ class Memory:
         An unknown handle is no error. Raises LLMException(LLM_TIMEOUT); it stays registered then.
         """
         leave = object()
+        cache_id = handle - self._before
         try:
-            entry = self._catalog.begin_to_leave(handle, leave)
+            entry = self._catalog.begin_to_leave(cache_id, leave)
             if entry is not None:
                 self._catalog.await_uses(entry, timeout_s)
-                self._errands.run(partial(self._forget, handle, leave))
+                self._errands.run(partial(self._forget, cache_id, leave))
         finally:
             self._catalog.leaving.pop(leave, None)
 
-    def _forget(self, handle: int, leave: object) -> None:
+    def _forget(self, cache_id: int, leave: object) -> None:
         """Here and in the catalog, in one step."""
         with self._lock:
             if leave not in self._catalog.leaving:
                 return  # the call was interrupted: it is registered still, maybe anew by now
-            known = self._registered.pop(handle, None)
+            known = self._registered.pop(cache_id, None)
             if known is not None:
                 self._ranges = None
                 place = known.addr, known.nbytes
-                if self._handles.get(place) == handle:
-                    del self._handles[place]
-            self._catalog.forget(handle)
+                if self._ids.get(place) == cache_id:
+                    del self._ids[place]
+            self._catalog.forget(cache_id)
 
     @property
     def ranges(self) -> Ranges:
@@ -110,6 +116,6 @@ class Memory:
         with self._lock:
             if self._ranges is None:
                 self._ranges = Ranges(
-                    (each.addr, each.nbytes, handle) for handle, each in self._registered.items()
+                    (each.addr, each.nbytes, known) for known, each in self._registered.items()
                 )
             return self._ranges

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: how long the end of an idle connection may take
 IDLE_S: Final = 1.0
+#: so many addresses are remembered; a pool has at most 512 connections
+_MOST_USED: Final = 1024
 
 
 class Pool:
@@ -52,8 +54,14 @@ class Pool:
 
     def use(self, endpoint: Endpoint) -> None:
         """This one is the last to be ended."""
-        if self._channels is not None:
-            self._used[endpoint] = next(self._clock)
+        if self._channels is None:
+            return
+        if endpoint not in self._used and len(self._used) >= _MOST_USED:
+            live = {session.endpoint for session in self._own()}
+            for other in tuple(self._used):
+                if other not in live:
+                    self._used.pop(other, None)
+        self._used[endpoint] = next(self._clock)
 
     def begin(self, call: object, endpoint: Endpoint, deadline: Deadline) -> None:
         """Waits until no other call makes the same connection.

@@ -2,7 +2,11 @@
 
 Guaranteed: a request's end is set once, and none is COMPLETED but by a transfer that returned. A
 request that waits for a thread may be taken back, by `give_up`; then it is never begun. To take it,
-either way, is one step.
+either way, is one step. One that runs learns that it is given up where it begins to use a
+connection (`require`): whoever gives up first and cuts the connections then has ended it.
+
+An end is told once, and to nobody is as good as never: what an interrupted call had taken to tell
+is put back.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from llm_datadist.errors import LLMException
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.hixl.call import Exhausted
 from llm_datadist.hixl.types import TransferResult, TransferStatus
 from llm_datadist.observe.log import get_logger
@@ -40,7 +44,7 @@ _SETTLING_S: Final = 1.0
 class Request:
     """One asynchronous transfer. Thread-safe."""
 
-    __slots__ = ("_ends", "_takers", "name", "number", "pieces", "user_data")
+    __slots__ = ("_ends", "_takers", "is_given_up", "name", "number", "pieces", "user_data")
 
     def __init__(self, number: int, name: EngineName, pieces: ByAddress, user_data: int) -> None:
         self.number = number
@@ -48,6 +52,8 @@ class Request:
         #: None when it has ended
         self.pieces: ByAddress | None = pieces
         self.user_data = user_data
+        #: nobody wants it any more, also if it runs
+        self.is_given_up = False
         #: who carries it out, or has taken it back
         self._takers: dict[None, object] = {}
         self._ends: dict[None, TransferStatus] = {}
@@ -55,6 +61,13 @@ class Request:
     @property
     def status(self) -> TransferStatus:
         return self._ends.get(None, TransferStatus.WAITING)
+
+    def require(self) -> None:
+        """Raises LLMException when it is not to begin, or go on elsewhere."""
+        if self.is_given_up:
+            raise LLMException(
+                "the connection was ended by disconnect", LLMStatusCode.LLM_NOT_YET_LINK
+            )
 
     def take(self) -> bool:
         """Whether the caller is the first."""
@@ -71,14 +84,21 @@ class Requests:
     """Those of one engine. Thread-safe."""
 
     def __init__(
-        self, carry_out: Callable[[EngineName, ByAddress], None], errands: Errands
+        self,
+        carry_out: Callable[[EngineName, ByAddress, Callable[[], None]], None],
+        errands: Errands,
+        before: int = 0,
     ) -> None:
-        """`carry_out` does one, and returns when all has been moved."""
+        """Numbers are above `before`. `carry_out` does one, and returns when all has been moved.
+
+        What it is given last it calls when it has entered a connection, and that raises if the
+        request is given up.
+        """
         self._carry_out = carry_out
         self._errands = errands
         self._threads = Threads(_THREADS, "llm-datadist-transfer")
         self._shares = Shares(self._threads, _OF_ONE)
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(before + 1)
         #: by number, until its end was asked for
         self._requests: dict[int, Request] = {}
         #: rung when one has ended
@@ -119,27 +139,44 @@ class Requests:
         request = self._requests.get(number)
         if request is None:
             return None
-        status = request.status
-        if status is TransferStatus.WAITING or self._requests.pop(number, None) is not None:
-            return status
-        return None  # another thread was told
+        told = self._tell([(request, request.status)])
+        return told[0].status if told else None  # another thread was told
 
     def results(self, most: int, *, is_waiting_skipped: bool) -> list[TransferResult]:
         """The oldest ones, those that have ended for the last time."""
-        results: list[TransferResult] = []
-        for number in tuple(self._requests):
-            if len(results) >= most:
+        seen: list[tuple[Request, TransferStatus]] = []
+        for number in sorted(self._requests):  # what was put back is not the newest
+            if len(seen) >= most:
                 break
             request = self._requests.get(number)
-            if request is None or (is_waiting_skipped and request.status is TransferStatus.WAITING):
+            if request is None:
                 continue
-            status = self.status_of(number)
-            if status is not None:
-                results.append(TransferResult(number, request.user_data, status))
-        return results
+            status = request.status
+            if not (is_waiting_skipped and status is TransferStatus.WAITING):
+                seen.append((request, status))
+        return self._tell(seen)
+
+    def _tell(self, seen: list[tuple[Request, TransferStatus]]) -> list[TransferResult]:
+        """Those that nobody was told the end of yet; where one has ended it is told now."""
+
+        def tell() -> list[TransferResult]:
+            return [
+                TransferResult(each.number, each.user_data, status)
+                for each, status in seen
+                if status is TransferStatus.WAITING
+                or self._requests.pop(each.number, None) is not None
+            ]
+
+        def put_back(told: list[TransferResult]) -> None:
+            numbers = {each.req for each in told if each.status is not TransferStatus.WAITING}
+            self._requests.update((each.number, each) for each, _ in seen if each.number in numbers)
+
+        if all(status is TransferStatus.WAITING for _, status in seen):
+            return tell()  # as ever: it takes nothing out
+        return self._errands.run(tell, put_back)
 
     def give_up(self, name: EngineName | None = None) -> None:
-        """Those that wait for a thread, of one peer or of all, have failed."""
+        """Those that wait for a thread, of one peer or of all, have failed; others will, soon."""
         for request in tuple(self._requests.values()):
             if name in (None, request.name):
                 self._give_up(request)
@@ -160,6 +197,7 @@ class Requests:
         self._threads.end(deadline)
 
     def _give_up(self, request: Request) -> None:
+        request.is_given_up = True
         if request.take():
             request.end(TransferStatus.FAILED)
 
@@ -170,7 +208,7 @@ class Requests:
         status, pieces = TransferStatus.FAILED, request.pieces
         assert pieces is not None
         try:
-            self._carry_out(request.name, pieces)
+            self._carry_out(request.name, pieces, request.require)
             status = TransferStatus.COMPLETED
         except LLMException as error:
             get_logger().error("transfer %d has failed: %s", request.number, error)

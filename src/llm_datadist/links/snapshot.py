@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from llm_datadist.core.stats import ClusterStats, LinkStats, PoolStats
+from llm_datadist.core.stats import MAX_TOLD, ClusterStats, LinkStats, PoolStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,10 +35,14 @@ class Snapshots:
         self._strangers = strangers
         self._recorder = recorder
         self._started_at = time.monotonic()
-        #: what is followed, if anything is
-        self.take_fleet: Callable[[], FleetStats | None] = lambda: None
+        #: what is followed, if anything is, with so many of its members
+        self.take_fleet: Callable[[int | None], FleetStats | None] = lambda _: None
 
-    def take(self) -> ClusterStats:
+    def take_for_others(self) -> ClusterStats:
+        """As `take`, of which they are told no more: strangers may ask often."""
+        return self.take(MAX_TOLD)
+
+    def take(self, most_members: int | None = None) -> ClusterStats:
         """What there is, and what was counted so far."""
         links = [_link(session) for session in self._links.all()]
         recorder, holdings = self._recorder, self._catalog.holdings()
@@ -58,7 +62,7 @@ class Snapshots:
             num_silent=self._strangers.num_silent,
             num_half_open=self._strangers.num_half_open,
             num_turned_away=self._strangers.num_turned_away,
-            fleet=self.take_fleet(),
+            fleet=self.take_fleet(most_members),
         )
 
 

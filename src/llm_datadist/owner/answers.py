@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.segments import U64
     from llm_datadist.owner.catalog import Catalog
+    from llm_datadist.peer.peer import Peer
     from llm_datadist.transport.base import Transport
     from llm_datadist.transport.tcp import Permit
 
@@ -86,14 +87,16 @@ class Answers:
         return request.cache_id == self._catalog.probe.cache_id
 
     def readable(
-        self, token: object, read: m.Read | m.Digest, permit: Permit
+        self, token: object, read: m.Read | m.Digest, permit: Permit, reader: Peer | None
     ) -> tuple[Entry, U64, U64]:
         """The memory that a peer asks to be sent: cache, addresses, lengths; all checked.
+
+        The reader is that peer, or nobody while its link is being made.
 
         The token's call uses it from here on, as long as the permit holds.
         """
         addrs, nbytes = m.columns_of(read.columns, 2)
-        entry = self._catalog.serve(token, read.cache_id, permit)
+        entry = self._catalog.serve(token, read.cache_id, permit, reader)
         if isinstance(read, m.Read) and read.claim is not None:
             key_id, model_id, is_prefix, row = read.claim
             key = KeyName(key_id, model_id, is_prefix)

@@ -198,6 +198,10 @@ class Catalog:
             self.leaving[leave] = entry
             return entry
 
+    def is_leaving(self, cache_id: int) -> bool:
+        """Whether somebody is unregistering it."""
+        return any(entry.cache_id == cache_id for entry in tuple(self.leaving.values()))
+
     def allocate(
         self,
         geometry: Geometry,
@@ -310,22 +314,25 @@ class Catalog:
             self._gate.enter(token, None, entry)
             return entry
 
-    def issue(self, token: object, ours: Entry, pushed: Layout | None = None) -> Ticket:
-        """A ticket, under which a peer may fetch our cache as long as the call of the token runs.
+    def issue(
+        self, token: object, ours: Entry, reader: object, pushed: Layout | None = None
+    ) -> Ticket:
+        """A ticket, under which the peer `reader` may fetch our cache while the token's call runs.
 
         Or only the part of it that is `pushed`. The call revokes it in one step:
         `ticket.cell[0] = STALE`.
         """
         with self._lock:
-            return self._tickets.issue(token, ours, pushed)
+            return self._tickets.issue(token, ours, reader, pushed)
 
-    def serve(self, token: object, cache_id: int, permit: Permit) -> Entry:
-        """A cache or a ticket that an answer reads from, as `use`; the permit can end that.
+    def serve(self, token: object, cache_id: int, permit: Permit, reader: object) -> Entry:
+        """A cache, or a ticket of the reader's, that an answer to it reads from; the permit can end
+        that, which is a use as `use` makes one.
 
         Raises LLMException(LLM_KV_CACHE_NOT_EXIST).
         """
         with self._lock:
-            ticket = self._tickets.find(cache_id)
+            ticket = self._tickets.find(cache_id, reader)
             if ticket is not None:
                 self._refuse_leaving(ticket.ours)
                 permit.ticket = ticket.cell, ticket.entry.generation
@@ -379,12 +386,16 @@ class Catalog:
             return describe(entry, key), row
 
     def describe_all(self) -> list[m.CacheInfo]:
-        """What a peer is told of the caches that it may reach; of the newest, if there are many."""
+        """What a peer is told of the caches that it may reach; of the newest, if there are many.
+
+        Not of those that are being unregistered: others may lie at their addresses already.
+        """
         with self._lock:
+            hidden = {self.probe, *tuple(self.leaving.values())}
             entries = [
                 entry
                 for entry in list(self._registry.entries())
-                if entry is not self.probe and entry.is_remote_accessible
+                if entry not in hidden and entry.is_remote_accessible
             ]
         # without the lock, which others want: it may take long
         infos = map(describe, entries[-m.MAX_CACHES :])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llm_datadist.owner.answers import Answers
+    from llm_datadist.peer.peer import Peer
     from llm_datadist.running.deadline import Deadline
     from llm_datadist.running.gate import Gate
 
@@ -31,9 +32,9 @@ class Checking:
         self._permit = Permit(self.end, lambda: None)
         self._checksum: Checksum | None = None
 
-    def begin(self, answers: Answers, request: m.Digest) -> None:
-        """`end` must follow. Raises LLMException, ProtocolError."""
-        _, addrs, nbytes = answers.readable(self, request, self._permit)
+    def begin(self, answers: Answers, request: m.Digest, reader: Peer | None) -> None:
+        """For the peer that asks. `end` must follow. Raises LLMException, ProtocolError."""
+        _, addrs, nbytes = answers.readable(self, request, self._permit, reader)
         self._checksum = Checksum(addrs, nbytes)
 
     def go_on(self) -> m.Message | None:

@@ -29,6 +29,8 @@ class Guest:
     def __init__(self, *, was_called: bool) -> None:
         #: we called it
         self.was_called = was_called
+        #: stands for it where it may have gone
+        self.mark = object()
         #: who it is; None while the link is being made. May be read in any thread
         self.peer: Peer | None = None
         self._when_linked: list[Callable[[], object]] = []

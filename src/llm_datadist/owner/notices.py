@@ -29,8 +29,9 @@ class Notices:
         self._is_wanted = is_wanted
         self._lock = make_lock()
         self._unread: list[m.Notify] = []
-        #: how many of them each peer has sent
-        self._counts: Counter[Guest] = Counter()
+        #: how many of them each link's peer has sent. By what stands for it: what its link has is
+        #: not kept for as long as nobody asks for its notices
+        self._counts: Counter[object] = Counter()
 
     def keep(self, guest: Guest, notice: m.Notify) -> m.Message:
         """One more.
@@ -43,11 +44,11 @@ class Notices:
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             )
         with self._lock:
-            if self._counts[guest] >= MAX_OF_ONE:
+            if self._counts[guest.mark] >= MAX_OF_ONE:
                 raise _too_many(MAX_OF_ONE)
             if len(self._unread) >= MAX_OF_ALL:
                 raise _too_many(MAX_OF_ALL)
-            self._counts[guest] += 1
+            self._counts[guest.mark] += 1
             self._unread.append(notice)
         return m.Done()
 

@@ -210,6 +210,10 @@ class StreamService:
             self._complain(error)
             self.close()
             return
+        except Exception:  # as above; and the others that were put off must not wait, either
+            get_logger().exception("answering a peer failed")
+            self.close()
+            return
         self._go_on_serving()
 
     def _answer(self, request: m.AnyMessage, *, is_late: bool = False) -> None:
@@ -261,7 +265,9 @@ class StreamService:
         serving, token = self._serving, object()
         permit = Permit(partial(serving.gate.leave, token), self._wake)
         try:
-            entry, addrs, nbytes = serving.answers.readable(token, request, permit)
+            entry, addrs, nbytes = serving.answers.readable(
+                token, request, permit, self._guest.peer
+            )
         except LLMException as error:
             serving.gate.leave(token)
             return self._sender_of(_refusal(error))
@@ -277,7 +283,7 @@ class StreamService:
         deadline = serving.fetching.deadline_of(request.timeout_ms)
         checking = Checking(serving.gate, deadline, lambda: self._is_closed)
         try:
-            checking.begin(serving.answers, request)
+            checking.begin(serving.answers, request, self._guest.peer)
         except LLMException as error:
             checking.end()
             self._send(self._sender_of(_refusal(error)), Deadline.after(MAX_ANSWER_S))

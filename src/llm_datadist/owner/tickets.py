@@ -1,4 +1,7 @@
-"""Tickets: what pushes run under, so that none is carried out when its call has ended."""
+"""Tickets: what pushes run under, so that none is carried out when its call has ended.
+
+A ticket is for the peer that the push is for: its number can be guessed, and others may be linked.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ class Ticket(NamedTuple):
     entry: Entry
     ours: Entry
     token: object
+    #: who may read under it: a peer, as those know it who answer it
+    reader: object
     #: the word; STALE in it ends the ticket
     cell: U64
 
@@ -46,8 +51,10 @@ class Tickets:
         #: no cache has such an id
         self._ids = itertools.count(-1, -1)
 
-    def issue(self, token: object, ours: Entry, pushed: Layout | None = None) -> Ticket:
-        """A ticket for our cache, which holds as long as the call of the token runs.
+    def issue(
+        self, token: object, ours: Entry, reader: object, pushed: Layout | None = None
+    ) -> Ticket:
+        """A ticket of the reader's for our cache, which holds as long as the token's call runs.
 
         `pushed` is the part of it that the peer may have, if that is not what it may reach anyway.
         """
@@ -60,11 +67,13 @@ class Tickets:
         )
         if pushed is not None:
             entry.layout, entry.is_remote_accessible = pushed, True
-        ticket = Ticket(entry, ours, token, self._generations.cell(word_addr))
+        ticket = Ticket(entry, ours, token, reader, self._generations.cell(word_addr))
         self._tickets[entry.cache_id] = ticket
         return ticket
 
-    def find(self, ticket_id: int) -> Ticket | None:
-        """The ticket that holds; None for one that is over, and for the id of a cache."""
+    def find(self, ticket_id: int, reader: object) -> Ticket | None:
+        """The ticket that holds; None for one that is over or another's, and for a cache's id."""
         ticket = self._tickets.get(ticket_id)
-        return None if ticket is None or ticket.is_over(self._gate) else ticket
+        if ticket is None or ticket.reader is not reader or ticket.is_over(self._gate):
+            return None
+        return ticket

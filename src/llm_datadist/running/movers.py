@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 #: a part smaller than this costs more to hand to a thread than to move
 MIN_PART_NBYTES = 1024 * 1024
 _CALLER: Final = "the caller"
+#: parts that helpers are asked for at a time
+_MOST_WAITING: Final = 64
 
 
 class Call:
@@ -177,6 +179,9 @@ class Movers:
         self._helpers.end(deadline)
 
     def _ask_for_help(self, parts: Sequence[_Part], call: Call) -> None:
+        """None where all helpers are with peers that stand still: what asks is kept until then."""
+        if self._helpers.num_waiting >= _MOST_WAITING:
+            return
         try:
             for part in parts:
                 self._helpers.start(partial(part.help, call))

@@ -129,6 +129,11 @@ class Threads(Executor):
                 return
             self._work.put(work)
 
+    @property
+    def num_waiting(self) -> int:
+        """Pieces of work that no thread has begun."""
+        return self._work.qsize()
+
     def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """For the loop's thread, which waits for the result. Raises as `start` does."""
         future: Future[T] = Future()

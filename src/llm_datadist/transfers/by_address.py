@@ -12,7 +12,7 @@ from llm_datadist.errors import LLMException
 from llm_datadist.transport.base import StaleCache
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from llm_datadist.core.by_address import ByAddress, Part
     from llm_datadist.core.remote import RemoteTable
@@ -76,6 +76,8 @@ class Move(OnLink):
     """Memory of the peer's into ours, or ours into the peer's."""
 
     pieces: ByAddress
+    #: raises when it is not wanted any more; asked when it has entered the link
+    require: Callable[[], None] | None = None
 
     @property
     def operation(self) -> str:
@@ -93,6 +95,8 @@ class Move(OnLink):
         Our memory stays registered meanwhile. What is known of the peer's may be out of date: then
         it is asked.
         """
+        if self.require is not None:
+            self.require()
         table = self.peer.table(deadline)
         for attempts_left in range(_ATTEMPTS - 1, -1, -1):
             if watch is not None:
@@ -127,7 +131,7 @@ class Move(OnLink):
         segments, pushed = part.segments, None
         if not ours.is_remote_accessible:
             pushed = PushedLayout.of(segments.src, segments.nbytes)
-        ticket = catalog.issue(token, ours, pushed)
+        ticket = catalog.issue(token, ours, self.peer, pushed)
         token.cell = ticket.cell
         try:
             for window in _windows(segments, remote.layout.geometry.tensor_nbytes):

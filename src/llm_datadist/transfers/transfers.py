@@ -130,7 +130,7 @@ class Transfers:
                 if watch is not None:
                     watch.moves(segments)
                 peer = self._enter(token, asked.place.cluster_id)
-                ticket = self._catalog.issue(token, ours)
+                ticket = self._catalog.issue(token, ours, peer)
                 try:
                     deadline = (
                         Deadline.after(self._timeout_s, token) if part is None
@@ -163,10 +163,11 @@ class Transfers:
             ours = self._catalog.use(token, asked.cache_id)
             asked.check(ours)
             if self._observer is None:
-                self._move(token, asked, ours, None, None, part)
+                self._move(token, self._enter(token, cluster_id), asked, ours, None, None, part)
             else:
                 with self.watching("pull", cluster_id) as watch:
-                    self._move(token, asked, ours, None, watch, part)
+                    peer = self._enter(token, cluster_id)
+                    self._move(token, peer, asked, ours, None, watch, part)
         elif isinstance(asked, Push):
             self._push(token, asked, part)
         elif isinstance(asked, PullShards):
@@ -233,10 +234,11 @@ class Transfers:
         asked.check(ours)
         if ours.kv_layout is None and asked.layers.moves_nothing(ours.layout.geometry):
             self._warn_of_nothing(asked, ours)
-        ticket = self._catalog.issue(token, ours)
-        token.cell = ticket.cell
         with self.watching("push", asked.place.cluster_id) as watch:
-            self._move(token, asked, ours, ticket.guard, watch, part)
+            peer = self._enter(token, asked.place.cluster_id)
+            ticket = self._catalog.issue(token, ours, peer)
+            token.cell = ticket.cell
+            self._move(token, peer, asked, ours, ticket.guard, watch, part)
 
     def _confirm(self, token: _Token, asked: Receipt, part: Part | None) -> None:
         assert part is not None
@@ -248,13 +250,13 @@ class Transfers:
     def _move(
         self,
         token: Token,
+        peer: Peer,
         asked: Pull | Push,
         ours: Entry,
         ticket: Guard | None,
         watch: Watch | None,
         part: Part | None,
     ) -> None:
-        peer = self._enter(token, asked.place.cluster_id)
         if part is None:
             peer.move(asked, ours, ticket, Deadline.after(self._timeout_s, token), watch)
         else:
