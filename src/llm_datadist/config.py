@@ -320,7 +320,8 @@ class LLMConfig(NamedAttributes):
         """Ours alone: JSON that says how clusters that link know each other: {"secret": "..."} or
         {"secret_file": "..."}, or for mutual TLS {"ca": "...", "certificate": "...", "key": "..."}
         with PEM files. Unset, the environment variable LLM_DATADIST_LINK_SECURITY counts; without
-        it nobody is asked. The guide Security says what each protects against.""",
+        it nobody is asked. The extra `tls` makes TLS faster, on both ends. The guide Security says
+        what each protects against.""",
         _text,
         _unless_empty(key.LINK_SECURITY),
         unset="",

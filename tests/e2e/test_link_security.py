@@ -6,6 +6,7 @@ import json
 import logging
 import mmap
 import socket
+import sys
 import threading
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ from llm_datadist.testing.timing import eventually, takes_at_most
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from llm_datadist.links.table import LinkInfo
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 KEY = BlocksCacheKey(1, 0)
@@ -97,6 +100,44 @@ def test_links_that_trust_each_other_move_bytes(
     np.testing.assert_array_equal(node.arrays[cache.cache_id], expected)
     assert node.unlink(port, 1) == SUCCESS
     assert node.link(port, 1) == SUCCESS
+
+
+AEAD = "cryptography.hazmat.primitives.ciphers.aead"
+
+
+def hide_ciphers(node: Node, *, is_hidden: bool) -> None:
+    """As if the package were not installed in that process."""
+    sys.modules.pop(AEAD, None)
+    if is_hidden:
+        sys.modules[AEAD] = None  # type: ignore[assignment]
+
+
+def links(node: Node) -> list[LinkInfo]:
+    return node.datadist.links()
+
+
+@pytest.mark.parametrize("without", ["caller", "listener", "nobody"])
+def test_records_are_for_two_ends_that_can(
+    node: Node, peer: NodeProcess, authorities: tuple[Authority, Authority], without: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """An end that cannot seals by TLS alone, whoever it meets, and so does the other."""
+    if without == "caller":
+        monkeypatch.setitem(sys.modules, AEAD, None)  # Python's word for what is missing
+    settings = {"transfer_path": "tcp", "link_security": authorities[0].option()}
+    peer.call(hide_ciphers, is_hidden=without == "listener")
+    try:
+        port = start_pair(node, peer, **settings)
+    finally:
+        peer.call(hide_ciphers, is_hidden=False)
+    assert node.link(port, 1) == SUCCESS
+    expected = "tls-records" if without == "nobody" else "tls"
+    [here], [there] = node.datadist.links(), peer.call(links)
+    assert (here.encryption, there.encryption) == (expected, expected)
+    cache = node.blocks_cache(*SHAPE)
+    node.manager.pull_blocks(KEY, cache, [1, 2, 3], [3, 9, 7])
+    expected_bytes = make_array(SHAPE, 1)[:, [1, 2, 3]]
+    np.testing.assert_array_equal(node.arrays[cache.cache_id][:, [3, 9, 7]], expected_bytes)
 
 
 def array_of(node: Node, cache_id: int) -> Any:

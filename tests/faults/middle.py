@@ -58,7 +58,7 @@ class Middle:
         self._threads[0].join()
         self._server.close()
         for ends in self._ends:
-            _end(ends)
+            end(ends)
         for thread in self._threads[1:]:
             thread.join()
         for ends in self._ends:
@@ -104,10 +104,10 @@ class Middle:
                     raw = source.receive_bytes(message.nbytes + TRAILER.size)
                     target.send_bytes(self.alter_bytes(raw))
         except (EOFError, OSError):  # an end that is gone takes the other with it
-            _end(ends)
+            end(ends)
 
 
-def _end(ends: dict[bool, Wire]) -> None:
+def end(ends: dict[bool, Wire]) -> None:
     for wire in ends.values():
         with suppress(OSError):  # it has ended already
             wire.socket.shutdown(socket.SHUT_RDWR)

@@ -1,13 +1,18 @@
-"""Whatever is done to keyed frames on their way: what opens is a beginning of what was sent."""
+"""Whatever is done to keyed frames and records on their way: what opens is a beginning of what
+was sent."""
 
 from __future__ import annotations
 
+import secrets
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_datadist.core.messages import MAX_REQUEST_BODY_NBYTES
+from llm_datadist.transport.records import HEAD_NBYTES, PART_NBYTES, Records
 from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
 from llm_datadist.transport.shield import NotAuthentic
 
@@ -16,11 +21,12 @@ if TYPE_CHECKING:
 
 SECRET = b"a secret of more than sixteen bytes"
 
-Frames = st.lists(st.binary(max_size=40), min_size=1, max_size=5)
+Frames = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=5)
+Ends: TypeAlias = "tuple[Secret | Records, Secret | Records]"
 
 
-def pair() -> tuple[Secret, Secret]:
-    """A caller and a listener that have met."""
+def keyed() -> tuple[Secret, Secret]:
+    """A caller and a listener that have met, by one secret."""
     caller, listener = Secret(SECRET, is_caller=True), Secret(SECRET, is_caller=False)
     listener.answer(caller.answer(listener.answer(caller.start())))
     assert caller.is_done
@@ -28,12 +34,21 @@ def pair() -> tuple[Secret, Secret]:
     return caller, listener
 
 
-def opened(shield: Secret, data: bytes, piece_nbytes: int) -> tuple[bytes, bool]:
-    """What a shield makes of bytes that come in pieces; and whether it refused some."""
+def recorded() -> tuple[Records, Records]:
+    """The same behind a hand-shake of TLS."""
+    parts = secrets.token_bytes(PART_NBYTES), secrets.token_bytes(PART_NBYTES)
+    return Records(*parts, is_caller=True), Records(*parts, is_caller=False)
+
+
+BOTH = pytest.mark.parametrize("pair", [keyed, recorded])
+
+
+def opened(end: Secret | Records, data: bytes, piece_nbytes: int) -> tuple[bytes, bool]:
+    """What an end makes of bytes that come in pieces; and whether it refused some."""
     plain = b""
     try:
         for begin in range(0, len(data), piece_nbytes):
-            plain += shield.open(data[begin : begin + piece_nbytes])
+            plain += end.open(data[begin : begin + piece_nbytes], MAX_REQUEST_BODY_NBYTES)
     except NotAuthentic:
         return plain, True
     return plain, False
@@ -76,9 +91,10 @@ def alterations(draw: st.DrawFn) -> Callable[[list[bytes], list[bytes]], bytes]:
     return alter
 
 
-@given(Frames, st.integers(1, 100), st.booleans())
+@BOTH
+@given(frames=Frames, piece_nbytes=st.integers(1, 100), by_caller=st.booleans())
 def test_frames_open_as_they_were_sealed(
-    frames: list[bytes], piece_nbytes: int, by_caller: bool
+    pair: Callable[[], Ends], frames: list[bytes], piece_nbytes: int, by_caller: bool
 ) -> None:
     caller, listener = pair()
     sender, receiver = (caller, listener) if by_caller else (listener, caller)
@@ -86,9 +102,16 @@ def test_frames_open_as_they_were_sealed(
     assert opened(receiver, sealed, piece_nbytes) == (b"".join(frames), False)
 
 
-@given(Frames, Frames, st.lists(alterations(), min_size=1, max_size=3), st.integers(1, 100),
-       st.booleans())  # fmt: skip
+@BOTH
+@given(
+    frames=Frames,
+    others=Frames,
+    alter=st.lists(alterations(), min_size=1, max_size=3),
+    piece_nbytes=st.integers(1, 100),
+    by_caller=st.booleans(),
+)
 def test_altered_frames_open_to_a_beginning_of_what_was_sent(
+    pair: Callable[[], Ends],
     frames: list[bytes],
     others: list[bytes],
     alter: list[Callable[[list[bytes], list[bytes]], bytes]],
@@ -114,19 +137,24 @@ def test_altered_frames_open_to_a_beginning_of_what_was_sent(
     if not is_refused:
         assert plain == b"".join(frames[:whole])
         rest = arrived[([0, *ends])[whole] :]
-        nbytes = KEYED_HEAD_NBYTES + int.from_bytes(rest[:4], "little")
-        assert len(rest) < max(nbytes, KEYED_HEAD_NBYTES), "it waits for the rest of a frame"
+        head_nbytes = KEYED_HEAD_NBYTES if pair is keyed else HEAD_NBYTES
+        nbytes = head_nbytes + int.from_bytes(rest[:4], "little")
+        assert len(rest) < max(nbytes, head_nbytes), "it waits for the rest of a frame"
 
 
-@given(Frames)
-def test_frames_that_come_back_are_refused(frames: list[bytes]) -> None:
-    for shield in pair():
-        sealed = b"".join(shield.seal(frame) for frame in frames)
-        assert opened(shield, sealed, KEYED_HEAD_NBYTES + len(frames[0])) == (b"", True)
+@BOTH
+@given(frames=Frames)
+def test_frames_that_come_back_are_refused(pair: Callable[[], Ends], frames: list[bytes]) -> None:
+    for end in pair():
+        sealed = b"".join(end.seal(frame) for frame in frames)
+        assert opened(end, sealed, KEYED_HEAD_NBYTES + len(frames[0])) == (b"", True)
 
 
-@given(Frames)
-def test_frames_of_one_connection_are_none_of_another(frames: list[bytes]) -> None:
+@BOTH
+@given(frames=Frames)
+def test_frames_of_one_connection_are_none_of_another(
+    pair: Callable[[], Ends], frames: list[bytes]
+) -> None:
     """The same secret makes another key for each: what was recorded is of no use."""
     (caller, _), (_, listener) = pair(), pair()
     sealed = b"".join(caller.seal(frame) for frame in frames)
@@ -136,7 +164,7 @@ def test_frames_of_one_connection_are_none_of_another(frames: list[bytes]) -> No
 @given(st.binary(max_size=64))
 def test_only_the_end_of_a_link_proves_that_a_connection_is_of_it(made_up: bytes) -> None:
     """Another member has the secret, and links and connections of its own, but not this key."""
-    link, stream, other = pair(), pair(), pair()
+    link, stream, other = keyed(), keyed(), keyed()
     assert stream[1].proves(link[1], stream[0].proof(link[0]))
     for proof in (made_up, stream[0].proof(other[0]), other[0].proof(link[0])):
         assert not stream[1].proves(link[1], proof)

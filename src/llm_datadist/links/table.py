@@ -28,6 +28,9 @@ class LinkInfo(NamedTuple):
     endpoint: Endpoint | None
     #: which start of the peer's cluster it is: 32 hexadecimal digits
     incarnation: str = ""
+    #: what encrypts all that is said on it and, but for "cma", what is moved: nothing, "tls", or
+    #: "tls-records": larger ones, where both ends have the extra `tls`
+    encryption: str = ""
 
 
 class TableWatcher(Protocol):
@@ -154,6 +157,7 @@ class LinkTable:
                 session.path_reason,
                 session.endpoint,
                 session.instance.hex(),
+                session.control.shield.encryption,
             )
             for session in self.all()
         ]

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llm_datadist.core.segments import iovecs, skip_bytes
+from llm_datadist.core.segments import iovecs
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.memory import native
-from llm_datadist.memory.local import gather
+from llm_datadist.memory.local import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +38,7 @@ class Checksum:
         import xxhash
 
         self._sum = xxhash.xxh3_64()
-        self._vectors = iovecs(addrs, nbytes)
+        self._walk, self._left_nbytes = Walk(iovecs(addrs, nbytes)), int(nbytes.sum())
         self._buffer = np.empty(_CHUNK_NBYTES, dtype=np.uint8)
 
     def go_on(self, require: Callable[[], object], for_s: float) -> bool:
@@ -49,16 +48,16 @@ class Checksum:
         LLMException(LLM_PARAM_INVALID) for memory that is not mapped.
         """
         until = time.monotonic() + for_s
-        while len(self._vectors):
+        while self._left_nbytes:
             require()
-            data = gather(self._vectors, self._buffer)
-            if not len(data) and int(self._vectors[0, 1]):
-                raise invalid(f"the address {int(self._vectors[0, 0]):#x} is not mapped memory")
+            data = self._walk.gather(self._buffer)
+            if not len(data):
+                raise invalid(f"the address {int(self._walk.left()[0, 0]):#x} is not mapped memory")
             self._sum.update(data.data)
-            self._vectors = skip_bytes(self._vectors, len(data), native.IOV_MAX)
+            self._left_nbytes -= len(data)
             if time.monotonic() > until:
                 break
-        return not len(self._vectors)
+        return not self._left_nbytes
 
     @property
     def value(self) -> int:

@@ -38,44 +38,67 @@ def copy(segments: Segments, movers: Movers) -> None:
         movers.run([partial(_copy_part, part) for part in parts])
 
 
-def gather(vectors: U64, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The first bytes that the vectors point to, in the buffer; none when the first is bad."""
-    window = _first(vectors, len(buffer))
-    ours = _consecutive(buffer, window)
-    return buffer[: _moved(ours, window)]
+class Walk:
+    """Memory by address as one sequence of bytes, gone over bit by bit. By one thread at a time."""
 
+    def __init__(self, vectors: U64) -> None:
+        self._vectors = vectors
+        self._ends = np.cumsum(vectors[:, 1])
+        self._done = 0
 
-def scatter(data: npt.NDArray[np.uint8], vectors: U64) -> int:
-    """Copies the data to where the vectors point, in order; how much of it had a place.
+    def gather(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The next bytes, in the buffer; none when the first of them is bad, or none is left."""
+        here, there = self._next(buffer)
+        moved = _moved(here, there)
+        self._done += moved
+        return buffer[:moved]
 
-    Raises LLMException(LLM_PARAM_INVALID) for memory that is not mapped.
-    """
-    window = _first(vectors, len(data))
-    wanted = int(window[:, 1].sum())
-    theirs = _consecutive(data, window)
-    if _moved(window, theirs) != wanted:
-        raise invalid(
-            "a local address of the transfer is not mapped memory: "
-            "was the tensor freed after it was registered?"
-        )
-    return wanted
+    def scatter(self, data: npt.NDArray[np.uint8]) -> int:
+        """Copies the data to where the next bytes are to be; how much of it had a place.
 
+        Raises LLMException(LLM_PARAM_INVALID) for memory that is not mapped.
+        """
+        here, there = self._next(data)
+        moved = _moved(there, here)
+        if moved != here[0, 1]:
+            raise invalid(
+                "a local address of the transfer is not mapped memory: "
+                "was the tensor freed after it was registered?"
+            )
+        self._done += moved
+        return moved
 
-def _first(vectors: U64, max_nbytes: int) -> U64:
-    """The first vectors up to so many bytes, the last of them cut; no more than a call takes."""
-    window = vectors[: native.IOV_MAX].copy()
-    ends = np.cumsum(window[:, 1])
-    count = int(np.searchsorted(ends, np.uint64(max_nbytes), side="left")) + 1
-    if count <= len(window):
-        window = window[:count]
-        window[-1, 1] -= ends[count - 1] - np.uint64(max_nbytes)
-    return window
+    def left(self) -> U64:
+        """The vectors of what is left."""
+        return self._from(self._first())
 
+    def _first(self) -> int:
+        return int(self._ends.searchsorted(np.uint64(self._done), "right"))
 
-def _consecutive(data: npt.NDArray[np.uint8], window: U64) -> U64:
-    """Vectors as long as those of the window, one behind the other in the data."""
-    ends = np.cumsum(window[:, 1])
-    return iovecs(ends - window[:, 1] + np.uint64(data.ctypes.data), window[:, 1])
+    def _from(self, first: int, last: int | None = None) -> U64:
+        """From the first vector that has bytes left; without those of it that are done."""
+        vectors = self._vectors[first:last].copy()
+        if len(vectors):
+            done = np.uint64(self._done) + vectors[0, 1] - self._ends[first]
+            vectors[0, 0] += done
+            vectors[0, 1] -= done
+        return vectors
+
+    def _next(self, buffer: npt.NDArray[np.uint8]) -> tuple[U64, U64]:
+        """The vector of the buffer, and those of as many bytes to come: no more than a call takes.
+
+        Or than there are.
+        """
+        first, goal = self._first(), self._done + len(buffer)
+        last = int(self._ends.searchsorted(np.uint64(goal)))
+        last = min(last, first + native.IOV_MAX - 1, len(self._ends) - 1)
+        window, nbytes = self._from(first, last + 1), 0
+        if len(window):
+            end = int(self._ends[last])
+            nbytes = min(end, goal) - self._done
+            if end > goal:
+                window[-1, 1] -= np.uint64(end - goal)
+        return np.array(((buffer.ctypes.data, nbytes),), dtype=np.uint64), window
 
 
 def _copy_part(part: Segments, call: Call) -> None:
@@ -90,12 +113,16 @@ def _copy_part(part: Segments, call: Call) -> None:
 
 
 def _moved(dst: U64, src: U64) -> int:
-    """Copies between as many vectors as a call takes; the bytes up to the first bad address.
+    """Copies between vectors of as many bytes, no more than a call takes of either.
+
+    The bytes up to the first bad address.
 
     Raises LLMException(LLM_FAILED) where the system has no way.
     """
     try:
-        return native.process_vm_readv(os.getpid(), dst.ctypes.data, src.ctypes.data, len(dst))
+        return native.process_vm_readv(
+            os.getpid(), dst.ctypes.data, src.ctypes.data, len(dst), len(src)
+        )
     except OSError as error:
         pass_on_handlers(error)
         if error.errno == errno.EFAULT:

@@ -24,7 +24,7 @@ _NBYTES = 1024 * 1024
 
 
 def copy(dst: U64, src: U64) -> int:
-    """Copies between vectors of the same lengths; the bytes up to the first bad address.
+    """Copies between vectors of as many bytes; the bytes up to the first bad address.
 
     Raises OSError when there is no pipe to be had. Thread-safe: each call has a pipe of its own.
     """

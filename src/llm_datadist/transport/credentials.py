@@ -16,6 +16,7 @@ from llm_datadist.errors import invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.system_errors import pass_on_handlers, refusals_ignored
 from llm_datadist.transport.certificate import Certificate, fault_of
+from llm_datadist.transport.records import PROTOCOL, why_not
 
 if TYPE_CHECKING:
     from llm_datadist.link_security import LinkSecurity
@@ -87,6 +88,8 @@ def _context(security: LinkSecurity, protocol: ssl._SSLMethod) -> ssl.SSLContext
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the authority says who is a cluster; clusters move
     context.verify_mode = ssl.CERT_REQUIRED
+    if not why_not():
+        context.set_alpn_protocols([PROTOCOL])
     certificate, key = security.certificate, security.key
     try:
         context.load_verify_locations(security.ca)

@@ -7,26 +7,25 @@ The copies are the kernel's (`local.py`), so memory that is not mapped is an err
 
 from __future__ import annotations
 
-import math
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.segments import skip_bytes
-from llm_datadist.memory import native
-from llm_datadist.memory.local import scatter
+from llm_datadist.memory.local import Walk
+from llm_datadist.transport.records import HEAD_NBYTES, OVERHEAD_NBYTES, RECORD_NBYTES, TAG_NBYTES
 from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
 from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.stream import Stream, lost
-from llm_datadist.transport.tcp import FrameSender
+from llm_datadist.transport.tcp import FrameSender, PatientSender
+from llm_datadist.transport.tls import Tls
 
 if TYPE_CHECKING:
     import socket
 
     from llm_datadist.core.segments import U64
     from llm_datadist.running.deadline import Deadline
+    from llm_datadist.transport.records import Buffer, Records
     from llm_datadist.transport.shield import Shield
 
 _CHUNK_NBYTES = 256 * 1024
@@ -36,7 +35,7 @@ def open_stream(sock: socket.socket, shield: Shield) -> Stream:
     """The asking end of a connection, as its shield wants it."""
     if isinstance(shield, Secret):
         return KeyedStream(sock, shield)
-    return SealedStream(sock, shield) if shield.seals_all else Stream(sock, shield)
+    return SealedStream(sock, shield) if isinstance(shield, Tls) else Stream(sock, shield)
 
 
 def framed(message: m.Message, shield: Shield) -> bytes:
@@ -47,7 +46,7 @@ def framed(message: m.Message, shield: Shield) -> bytes:
 
 def sealed(sender: FrameSender, sock: socket.socket, shield: Shield) -> FrameSender:
     """An answer, sealed if the connection's shield says so."""
-    return SealedSender(sender, sock, shield) if shield.seals_all else sender
+    return SealedSender(sender, sock, shield) if isinstance(shield, Tls) else sender
 
 
 class KeyedStream(Stream):
@@ -70,63 +69,97 @@ class KeyedStream(Stream):
 
 
 class SealedStream(Stream):
-    """A stream whose shield seals all bytes."""
+    """A stream under TLS: all bytes are sealed."""
 
-    def __init__(self, sock: socket.socket, shield: Shield) -> None:
-        super().__init__(sock, shield)
-        self._plain = bytearray()
+    def __init__(self, sock: socket.socket, tls: Tls) -> None:
+        super().__init__(sock, tls)
+        self._tls = tls
+        #: what was opened and is not taken yet
+        self._plain = memoryview(b"")
+        #: of the next record, if it has come
+        self._head = b""
+        #: for one record after the other, while bytes of caches come: as it came, and opened
+        self._room: tuple[Buffer, Buffer] | None = None
 
     def receive_into(self, vectors: U64, nbytes: int, deadline: Deadline) -> None:
-        left = nbytes
-        while left:
-            if not self._plain:
-                self._receive_more(deadline)
-            data = np.frombuffer(self._plain[:left], dtype=np.uint8)
-            moved = scatter(data, vectors)
-            vectors = skip_bytes(vectors, moved, native.IOV_MAX)
-            del self._plain[:moved]
-            left -= moved
+        self._room = _room(RECORD_NBYTES + OVERHEAD_NBYTES), _room(RECORD_NBYTES)
+        walk, left = Walk(vectors), nbytes
+        try:
+            while left:
+                data = np.frombuffer(self._some(left, deadline), dtype=np.uint8)
+                moved = walk.scatter(data)
+                self._plain = self._plain[moved:]
+                left -= moved
+        finally:
+            self._room = None
 
     def _send(self, frame: bytes, deadline: Deadline) -> None:
-        super()._send(self._shield.seal(frame), deadline)
+        super()._send(self._tls.seal(frame), deadline)
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
-        while len(self._plain) < nbytes:
-            self._receive_more(deadline)
-        taken = self._plain[:nbytes]
-        del self._plain[:nbytes]
+        taken = bytearray()
+        while len(taken) < nbytes:
+            some = self._some(nbytes - len(taken), deadline)
+            taken += some
+            self._plain = self._plain[len(some) :]
         return taken
 
-    def _receive_more(self, deadline: Deadline) -> None:
+    def _some(self, max_nbytes: int, deadline: Deadline) -> memoryview:
+        """The next bytes, which stay the next ones; one at least."""
         try:
-            self._plain += self._shield.open(self._receive_some(_CHUNK_NBYTES, deadline))
+            while not self._plain:
+                if self._tls.records is None:
+                    came = self._receive_some(_CHUNK_NBYTES, deadline)
+                    self._plain = memoryview(self._tls.open(came))
+                else:
+                    self._plain = self._receive_record(self._tls.records, max_nbytes, deadline)
         except NotAuthentic as error:
             raise lost(str(error)) from error
+        return self._plain[:max_nbytes]
+
+    def _receive_record(
+        self, records: Records, wanted_nbytes: int, deadline: Deadline
+    ) -> memoryview:
+        """What is in the next record. With it comes the head of another, if more is wanted."""
+        head = self._head or super()._receive_exactly(HEAD_NBYTES, deadline)
+        nbytes = records.body_nbytes(head)
+        head_nbytes = HEAD_NBYTES if nbytes - TAG_NBYTES < wanted_nbytes else 0
+        sealed, plain = self._room or (_room(nbytes + head_nbytes), _room(nbytes))
+        came = sealed.data[: nbytes + head_nbytes]
+        self._fill(came, deadline)
+        self._head = bytes(came[nbytes:])
+        return records.open_into(head, came[:nbytes], plain)
 
 
-class SealedSender(FrameSender):
-    """An answer, sealed chunk by chunk."""
+class SealedSender(PatientSender):
+    """An answer under TLS, sealed chunk by chunk."""
 
-    def __init__(self, sender: FrameSender, sock: socket.socket, shield: Shield) -> None:
+    def __init__(self, sender: FrameSender, sock: socket.socket, tls: Tls) -> None:
         self._inner = sender
         self._socket = sock
-        self._shield = shield
-        self._plain = np.empty(_CHUNK_NBYTES, dtype=np.uint8)
+        self._tls = tls
+        #: room for a chunk, as it is and as a record
+        self._plain = _room(min(sender.nbytes, RECORD_NBYTES))
+        self._record = _room(len(self._plain) + OVERHEAD_NBYTES)
+        #: what is left to send of a chunk
         self._sealed = memoryview(b"")
         self.nbytes = sender.nbytes
 
     def look(self) -> None:
         self._inner.look()
 
-    def advance(self, until: float = math.inf) -> bool:
-        while time.monotonic() < until:
-            while self._sealed:
-                try:
-                    sent = self._socket.send(self._sealed, native.MSG_DONTWAIT)
-                except BlockingIOError:
-                    return False
-                self._sealed = self._sealed[sent:]
-            if not self._inner.nbytes:
-                return True
-            self._sealed = memoryview(self._shield.seal(self._inner.take(self._plain).data))
-        return False
+    def _send_some(self, flags: int) -> None:
+        if not self._sealed:
+            self._sealed = self._seal(self._inner.take(self._plain))
+        sent = self._socket.send(self._sealed, flags)
+        self._sealed = self._sealed[sent:]
+        self.nbytes = self._inner.nbytes + len(self._sealed)
+
+    def _seal(self, plain: Buffer) -> memoryview:
+        if self._tls.records is None:
+            return memoryview(self._tls.seal(plain.data))
+        return self._tls.records.seal_into(plain, self._record)
+
+
+def _room(nbytes: int) -> Buffer:
+    return np.empty(nbytes, dtype=np.uint8)

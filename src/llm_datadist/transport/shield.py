@@ -35,6 +35,8 @@ class Shield(Protocol):
     is_done: bool
     #: the bytes of caches are sealed, too; else only frames go through `seal` and `open`
     seals_all: bool
+    #: what does, once the hand-shake is over: "tls", "tls-records", or nothing
+    encryption: str
     #: the peer's, once the hand-shake is over; None where there are none
     peer_certificate: Certificate | None
 
@@ -73,6 +75,7 @@ class Open:
 
     is_done = True
     seals_all = False
+    encryption = ""
     peer_certificate: Certificate | None = None
     _has_met = False
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_datadist.link_security import read_secret
+from llm_datadist.observe.log import get_logger
 from llm_datadist.transport.credentials import load_tls
+from llm_datadist.transport.records import why_not
 from llm_datadist.transport.renewed import Renewed
 from llm_datadist.transport.secret import Secret
 from llm_datadist.transport.shield import Open
@@ -27,6 +29,8 @@ class Shields:
         if security is None:
             return
         if (secret := security.secret) is None:
+            if reason := why_not():
+                get_logger().info("link_security: slow TLS, for want of the extra tls: %s", reason)
             files = (security.ca, security.certificate, security.key)
             self._contexts = Renewed(files, lambda: load_tls(security))
         elif file := security.secret_file:

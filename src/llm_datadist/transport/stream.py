@@ -130,7 +130,10 @@ class Stream:
 
     def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
         buffer = bytearray(nbytes)
-        view = memoryview(buffer)
+        self._fill(memoryview(buffer), deadline)
+        return buffer
+
+    def _fill(self, view: memoryview, deadline: Deadline) -> None:
         while view:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
@@ -143,7 +146,6 @@ class Stream:
             if got == 0:
                 raise lost("it closed the connection")
             view = view[got:]
-        return buffer
 
     def _receive_some(self, max_nbytes: int, deadline: Deadline) -> bytes:
         while True:

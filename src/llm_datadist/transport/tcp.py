@@ -29,7 +29,7 @@ from llm_datadist.core.segments import FEW, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.locks import is_owned
 from llm_datadist.memory import native
-from llm_datadist.memory.local import gather
+from llm_datadist.memory.local import Walk
 from llm_datadist.running.movers import MIN_PART_NBYTES
 from llm_datadist.running.threads import is_ours
 from llm_datadist.system_errors import refusals_ignored
@@ -204,6 +204,8 @@ class FrameSender:
         self._frame = array("B", frame)  # kept for its memory
         self._vectors = np.array([self._frame.buffer_info()], dtype=np.uint64)
         self._window = native.IOV_MAX
+        #: over the vectors, once bytes are taken
+        self._walk: Walk | None = None
         #: what is left to send
         self.nbytes = len(self._frame)
 
@@ -224,10 +226,16 @@ class FrameSender:
 
     def take(self, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The next bytes, in the buffer, for somebody else to send."""
-        data = gather(self._vectors, buffer)
+        if self._walk is None:
+            self._walk = Walk(self._vectors)
+        data = self._walk.gather(buffer)
         self.nbytes -= len(data)
-        self._vectors = skip_bytes(self._vectors, len(data), native.IOV_MAX)
         return data
+
+    def _stand(self) -> None:
+        """The vectors are those of what is left, also where bytes were taken."""
+        if self._walk is not None:
+            self._vectors, self._walk = self._walk.left(), None
 
     def finish(self, deadline: Deadline) -> bool:
         """Sends the rest, waiting for the socket; False when it takes nothing for a while.
@@ -253,7 +261,29 @@ class FrameSender:
             self._vectors = skip_bytes(self._vectors, sent, native.IOV_MAX)
 
 
-class Sender(FrameSender):
+class PatientSender(FrameSender):
+    """One that leaves it to the kernel to wait: that saves a call for each bit of room."""
+
+    def finish(self, deadline: Deadline) -> bool:
+        """As above."""
+        os.set_blocking(self._socket.fileno(), True)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_PATIENCE_S))
+        if self._socket.family != socket.AF_UNIX:  # members of a rank table met on this host
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_NBYTES)
+        unpace(self._socket)
+        until = time.monotonic() + _SLICE_S
+        try:
+            while self.nbytes and time.monotonic() < until:
+                deadline.require("an answer to the peer")
+                self._send_some(0)
+        except BlockingIOError:
+            return False
+        finally:
+            os.set_blocking(self._socket.fileno(), False)
+        return not self.nbytes
+
+
+class Sender(PatientSender):
     """The answer to one read: a frame that says Sending, the bytes as they lie, the trailer.
 
     The trailer is the cache's generation word and the address of what could not be read. The kernel
@@ -282,24 +312,6 @@ class Sender(FrameSender):
         trailer = [(word_addr, WORD_NBYTES), (self._bad_addr.buffer_info()[0], WORD_NBYTES)]
         self._vectors = iovecs(addrs, nbytes, [self._frame.buffer_info()], trailer)
         self.nbytes += total_nbytes + _TRAILER_NBYTES
-
-    def finish(self, deadline: Deadline) -> bool:
-        """As above; the kernel waits, which saves a call for each bit of room in the socket."""
-        os.set_blocking(self._socket.fileno(), True)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_PATIENCE_S))
-        if self._socket.family != socket.AF_UNIX:  # members of a rank table met on this host
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_NBYTES)
-        unpace(self._socket)
-        until = time.monotonic() + _SLICE_S
-        try:
-            while self.nbytes and time.monotonic() < until:
-                deadline.require("an answer to the peer")
-                self._send_some(0)
-        except BlockingIOError:
-            return False
-        finally:
-            os.set_blocking(self._socket.fileno(), False)
-        return not self.nbytes
 
     def look(self) -> None:
         """Lets go of the memory if the permit was revoked. Raises OSError to end the connection."""
@@ -354,6 +366,7 @@ class Sender(FrameSender):
 
     def _pass_fault(self) -> None:
         """The memory is gone: keeps the stream in step with zeros, and says so in the trailer."""
+        self._stand()
         if self._window > 1:  # one bad vector fails a call that has good ones in front of it
             self._window = 1
             return
@@ -362,6 +375,7 @@ class Sender(FrameSender):
 
     def _withdraw(self) -> None:
         """The memory is taken back: zeros for what is left, and a word that is stale."""
+        self._stand()
         left_of_frame = max(0, self.nbytes - (self._total_nbytes + _TRAILER_NBYTES))
         if self.nbytes > _TRAILER_NBYTES:
             frame = self._vectors[:1] if left_of_frame else self._vectors[:0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import ssl
 from typing import Final
 
 from llm_datadist.core.messages import MAX_REQUEST_BODY_NBYTES
 from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
 from llm_datadist.transport.certificate import REMEDY, Certificate, explain
+from llm_datadist.transport.records import PART_NBYTES, PROTOCOL, Records
 from llm_datadist.transport.shield import NotAuthentic, Open
 
 #: the listener's word that it accepts the caller's certificate: TLS 1.3 does not wait for that
@@ -17,9 +19,13 @@ _RECORD_NBYTES: Final = 16 * 1024
 
 
 class Tls(Open):
-    """Mutual TLS 1.3: each end has a certificate of one authority, and all bytes are sealed."""
+    """Mutual TLS 1.3: each end has a certificate of one authority, and all bytes are sealed.
+
+    Behind the hand-shake by TLS itself, or in larger records (`records.py`) where both ends can.
+    """
 
     seals_all = True
+    encryption = "tls"
 
     def __init__(self, context: ssl.SSLContext, *, is_caller: bool) -> None:
         self.is_done = False
@@ -27,6 +33,12 @@ class Tls(Open):
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=not is_caller)
         self._is_tls_done = False
+        #: what seals behind the hand-shake; None: TLS itself does
+        self.records: Records | None = None
+        #: what this end adds to the keys of records; empty where there are none
+        self._part = b""
+        #: what the peer has said within TLS of the hand-shake
+        self._heard = b""
 
     def start(self) -> bytes:
         return self.answer(b"") if self._is_caller else b""
@@ -40,12 +52,8 @@ class Tls(Open):
             if not self._is_tls_done:
                 self._tls.do_handshake()
                 self._is_tls_done = True
-                self.peer_certificate = Certificate.of_peer(self._tls)
-                if not self._is_caller:
-                    self._tls.write(_ACCEPTED)
-                    self.is_done = True
-            if self._is_caller and self._is_tls_done and not self.is_done:
-                self.is_done = self._tls.read(len(_ACCEPTED)) == _ACCEPTED
+                self._begin()
+            self._finish()
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
@@ -56,6 +64,8 @@ class Tls(Open):
         return self._outgoing.read()
 
     def seal(self, data: bytes | bytearray | memoryview) -> bytes:
+        if self.records is not None:
+            return self.records.seal(data)
         view = memoryview(data)
         while view:
             view = view[self._tls.write(view) :]
@@ -64,6 +74,8 @@ class Tls(Open):
     def open(
         self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
     ) -> bytes:
+        if self.records is not None:
+            return self.records.open(data, max_nbytes)
         self._incoming.write(data)
         pieces = []
         try:
@@ -74,6 +86,34 @@ class Tls(Open):
         except ssl.SSLError as error:
             raise NotAuthentic(explain(error)) from None
         return b"".join(pieces)
+
+    def _begin(self) -> None:
+        """TLS has met. Raises ValueError for a certificate that is for no cluster."""
+        self.peer_certificate = Certificate.of_peer(self._tls)
+        if self._tls.selected_alpn_protocol() == PROTOCOL:
+            self._part = secrets.token_bytes(PART_NBYTES)
+        if self._is_caller and self._part:
+            self._tls.write(self._part)
+
+    def _finish(self) -> None:
+        """The rest of the hand-shake, within TLS. Raises NotAuthentic, SSLWantReadError."""
+        word = _ACCEPTED if self._is_caller else b""
+        while missing := len(word) + len(self._part) - len(self._heard):
+            if not (heard := self._tls.read(missing)):
+                raise NotAuthentic("it ended TLS in the hand-shake")
+            self._heard += heard
+        if not self._heard.startswith(word):
+            raise NotAuthentic("it said something else than that it accepts the certificate")
+        if not self._is_caller:
+            self._tls.write(_ACCEPTED + self._part)
+        if self._part:
+            if self._incoming.pending:
+                raise NotAuthentic("it spoke before the hand-shake had ended")
+            ours, theirs = self._part, self._heard[len(word) :]
+            parts = (ours, theirs) if self._is_caller else (theirs, ours)
+            self.records = Records(*parts, is_caller=self._is_caller)
+            self.encryption = "tls-records"
+        self.is_done = True
 
     def _meet(self, first: bytes) -> None:
         if self._is_caller:

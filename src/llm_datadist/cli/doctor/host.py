@@ -36,6 +36,7 @@ _REQUIRED = ("numpy", "msgspec")
 #: what each is for
 _OPTIONAL = {
     "xxhash": "verify_transfers",
+    "cryptography": "fast TLS",
     "torch": "tensors",
     "nixl": "RDMA",
     "prometheus-client": "metrics",
