@@ -37,6 +37,7 @@ class Authority:
         begins_in_s: float = -86400,
         ends_in_s: float = 86400,
         trusting: tuple[Authority, ...] = (),
+        name: str = "cluster.example",
     ) -> Files:
         """A new certificate in a folder, in place of what is there; `trusting` further authorities.
 
@@ -46,7 +47,7 @@ class Authority:
         files = Files(*(folder / f"{name}.pem" for name in Files._fields))
         now = datetime.now(timezone.utc)
         leaf = self._ca.issue_cert(
-            "cluster.example",
+            name,
             not_before=now + timedelta(seconds=begins_in_s),
             not_after=now + timedelta(seconds=ends_in_s),
         )

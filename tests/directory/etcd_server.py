@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from llm_datadist.testing.timing import eventually
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from certificates import Files
+
 #: where `make` puts it when the system has none
 _OURS = Path(__file__).parents[2] / ".venv" / "etcd" / "usr" / "bin"
 _START_S = 20.0
@@ -27,14 +30,15 @@ _START_S = 20.0
 class EtcdServer:
     """A server that a test starts, stops and continues. A context manager."""
 
-    def __init__(self, folder: Path, program: str) -> None:
-        self._folder, self._program = folder, program
+    def __init__(self, folder: Path, program: str, files: Files | None = None) -> None:
+        """With files it answers by TLS, to who has a certificate of that authority."""
+        self._folder, self._program, self._files = folder, program, files
         self._port, self._peer_port = free_port(), free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"{'https' if self._files else 'http'}://127.0.0.1:{self._port}"
 
     def __enter__(self) -> Self:
         self.start()
@@ -51,7 +55,7 @@ class EtcdServer:
                 self._program, "--name", "one", "--data-dir", str(self._folder / "data"),
                 "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
                 "--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers,
-                "--initial-cluster", f"one={peers}",
+                "--initial-cluster", f"one={peers}", *self._tls_options(),
             ],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "ETCD_UNSUPPORTED_ARCH": os.uname().machine},
@@ -83,17 +87,36 @@ class EtcdServer:
         from base64 import b64encode
 
         body = {"key": b64encode(key).decode(), "value": b64encode(value).decode()}
-        Gateway(self.url).ask("/v3/kv/put", body)
+        self.ask("/v3/kv/put", body)
 
     def delete_all(self) -> None:
-        Gateway(self.url).ask("/v3/kv/deleterange", {"key": "AA==", "range_end": "AA=="})
+        self.ask("/v3/kv/deleterange", {"key": "AA==", "range_end": "AA=="})
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A question of its administrator's, while nobody needs a user."""
+        return Gateway(self.url, self._tls()).ask(path, body)
 
     def _answers(self) -> bool:
         try:
-            Gateway(self.url).ask("/v3/lease/leases", {})
-        except DirectoryError:
-            return False
+            self.ask("/v3/lease/leases", {})
+        except DirectoryError as error:
+            return "refuses" in str(error)  # who may ask is another question
         return True
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if self._files is None:
+            return None
+        context = ssl.create_default_context(cafile=self._files.ca)
+        context.load_cert_chain(self._files.certificate, self._files.key)
+        return context
+
+    def _tls_options(self) -> list[str]:
+        if self._files is None:
+            return []
+        return [
+            "--cert-file", str(self._files.certificate), "--key-file", str(self._files.key),
+            "--trusted-ca-file", str(self._files.ca), "--client-cert-auth",
+        ]  # fmt: skip
 
 
 def etcd_program() -> str:

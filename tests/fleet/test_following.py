@@ -61,6 +61,19 @@ def test_who_is_announced_is_linked_and_pulled_from(
     assert member.state == "linked"
 
 
+def test_who_is_announced_is_found_without_a_link(
+    decode: Node, peer: NodeProcess, tmp_path: Path
+) -> None:
+    follow(decode, tmp_path)
+    assert follower_of(decode).find(1) is None
+    join(peer, tmp_path)
+    found = follower_of(decode).find(1, SOON_S)
+    assert found is not None
+    assert (found.cluster_id, found.role) == (1, "PROMPT")
+    assert follower_of(decode).find(3, 0.2) is None
+    assert decode.datadist.links() == []
+
+
 def test_who_withdraws_is_unlinked(decode: Node, peer: NodeProcess, tmp_path: Path) -> None:
     join(peer, tmp_path)
     follow(decode, tmp_path, PROMPTS)

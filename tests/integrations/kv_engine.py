@@ -113,7 +113,8 @@ class Engine:
         if self.worker.advertised_host:
             self.producer = ProducerScheduler(settings, groups, num_workers)
             self.producer.told_of_workers({rank: self.worker.advertised_host})
-        self.consumer = ConsumerScheduler()
+            self.producer.told_of_starts({rank: self.worker.incarnation})
+        self.consumer = ConsumerScheduler(has_directory="directory" in extra)
         self.requests: dict[str, Request] = {}
         self.sent: set[str] = set()
         self.received: set[str] = set()
@@ -240,6 +241,14 @@ class Engine:
         """What other workers of the engine say, which are elsewhere."""
         assert self.producer
         self.producer.told_of_workers(hosts)
+
+    def incarnation(self) -> str:
+        return self.worker.incarnation
+
+    def told_of_starts(self, incarnations: dict[int, str]) -> None:
+        """As `told_of_workers`."""
+        assert self.producer
+        self.producer.told_of_starts(incarnations)
 
     def start_no_threads(self, *, is_so: bool = True) -> None:
         """From now on this process cannot start a thread, as at a limit on processes."""

@@ -25,13 +25,21 @@ class EtcdDirectory:
     """A prefix of keys in etcd: `EtcdDirectory("http://127.0.0.1:2379", "/my-fleet")`.
 
     Raises ValueError for a URL that is none of http or https. `tls` is for https, with a client's
-    certificate if etcd asks for one.
+    certificate if etcd asks for one; the system's authorities are trusted without it. `user` and
+    `password` are for an etcd whose `auth` is enabled: that user needs to read and write the
+    prefix. They are never logged; without TLS they travel as they are.
     """
 
     def __init__(
-        self, url: str, prefix: str = "/llm-datadist", *, tls: ssl.SSLContext | None = None
+        self,
+        url: str,
+        prefix: str = "/llm-datadist",
+        *,
+        tls: ssl.SSLContext | None = None,
+        user: str = "",
+        password: str = "",
     ) -> None:
-        self._gateway = Gateway(url, tls)
+        self._gateway = Gateway(url, tls, user, password)
         self._prefix = prefix.rstrip("/") + "/"
 
     def __str__(self) -> str:

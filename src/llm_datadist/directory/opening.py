@@ -9,9 +9,8 @@ Other packages add kinds by an entry point, whose object is called with the whol
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
 
-from llm_datadist.directory.etcd import EtcdDirectory
+from llm_datadist.directory.etcd_word import etcd_of
 from llm_datadist.directory.folder import FolderDirectory
 from llm_datadist.errors import invalid
 
@@ -24,14 +23,17 @@ GROUP: Final = "llm_datadist.directories"
 def open_directory(url: str) -> Directory:
     """`folder:/shared/fleet`, `etcd://host:port/prefix`, or what another package knows.
 
-    Raises LLMException (LLM_PARAM_INVALID) for a kind that nobody knows; what that package raises.
+    `etcds://` is etcd by TLS. Behind a `?` both take `user` and `password_file`, and the latter
+    `ca`, and `certificate` and `key` of a client; all but the user are paths of files.
+
+    Raises LLMException (LLM_PARAM_INVALID) for a kind that nobody knows, for settings and files
+    that cannot be; what another package raises.
     """
     kind, _, rest = url.partition(":")
     if kind == "folder" and rest:
         return FolderDirectory(rest)
-    if kind == "etcd" and rest.startswith("//"):
-        parts = urlsplit(url)
-        return EtcdDirectory(f"http://{parts.netloc}", parts.path or "/llm-datadist")
+    if kind in ("etcd", "etcds") and rest.startswith("//"):
+        return etcd_of(url)
     from importlib.metadata import entry_points  # slow to import
 
     for point in entry_points(group=GROUP):

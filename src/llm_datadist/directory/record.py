@@ -39,7 +39,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     cluster_id: Annotated[int, Meta(ge=0)]
     #: which start of that cluster this is: 32 hexadecimal digits, others at each start
-    incarnation: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    incarnation: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
     role: str  #: the name of an LLMRole
     listen: Address = ""  #: `host:port` where it listens; empty when it does not
     advertised: Address = ""  #: where others reach it, when that is not `listen`

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from llm_datadist.directory.chunks import Chunks
+from llm_datadist.directory.gateway import headers_of
 from llm_datadist.locks import make_lock
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Stream:
     def connect(self, gateway: Gateway, path: str, body: dict[str, Any]) -> None:
         """Asks the question; its answer is what is received from here on."""
         self.disconnect()
+        headers = headers_of(gateway.token())
         connection = gateway.connect(_TIMEOUT_S)
         connection.connect()
         sock = self._sock = connection.sock
@@ -43,11 +45,13 @@ class Stream:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         data = msgspec.json.encode(body)
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: {gateway.host}:{gateway.port}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
-        sock.sendall(head.encode() + data)
+        head = [
+            f"POST {path} HTTP/1.1",
+            f"Host: {gateway.host}:{gateway.port}",
+            *(f"{name}: {value}" for name, value in headers.items()),
+            f"Content-Length: {len(data)}",
+        ]
+        sock.sendall("\r\n".join([*head, "", ""]).encode() + data)
         sock.setblocking(False)
         self._chunks = Chunks()
 

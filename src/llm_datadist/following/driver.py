@@ -67,7 +67,7 @@ class Driver:
         self._news: deque[Changes] = deque()
         self._is_taking = False
         self._is_over = False
-        #: rung when a link was made or has ended
+        #: rung when somebody has come or gone, a link was made or has ended
         self.bell = Bell()
         self.num_joined = self.num_left = self.num_changed = 0
         self.num_linked = self.num_failed = 0
@@ -108,6 +108,7 @@ class Driver:
         self.num_changed += len(changes.changed)
         self._log(changes)
         self.plan.told(changes, self._loop.time())
+        self.bell.ring()
         for record in (*changes.joined, *(change.now for change in changes.changed)):
             if self._sessions(record):  # a link was there before its news
                 self.plan.made(record.cluster_id, record.incarnation, self._loop.time())

@@ -121,6 +121,20 @@ class Follower:
         self._driver.missing(cluster_id)
         return self._driver.bell.wait_until(lambda: self._is_asked(cluster_id), timeout_s)
 
+    def find(self, cluster_id: int, timeout_s: float = 0.0) -> Record | None:
+        """Who is announced under that id, as soon as somebody is; None when nobody is in time.
+
+        It does not count as asked for: no link is made for it.
+        """
+        self._require_here()
+        members = self._driver.plan.members
+        if not holds_lock():
+            self._driver.bell.wait_until(
+                lambda: cluster_id in members or self.is_stopped, timeout_s
+            )
+        member = members.get(cluster_id)
+        return None if member is None else member.record
+
     def say(self) -> None:
         """Announces what this cluster is now, where its role or address has changed.
 
@@ -172,6 +186,7 @@ class Follower:
         self._announcer.stop()
         self._watcher.stop()
         self._loop.call_soon(self._driver.stop)
+        self._driver.bell.ring()
 
     def end(self, deadline: Deadline) -> None:
         """Behind `begin_end`: waits for the threads. Raises LLMException(LLM_TIMEOUT)."""

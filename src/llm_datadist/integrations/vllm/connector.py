@@ -52,9 +52,10 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not th
 
 @dataclass
 class WorkerHost(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # as above
-    """Where a worker is dialled, on its way to the scheduler."""
+    """Where a worker is dialled, and which start it is, on their way to the scheduler."""
 
     host: str
+    incarnation: str
 
 
 class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -85,7 +86,8 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             if self._settings.is_producer:
                 self._producer = ProducerScheduler(self._settings, self._groups, tp_size, pp_size)
             if self._settings.is_consumer:
-                self._consumer = ConsumerScheduler()
+                has_directory = bool(self._settings.extra.directory)
+                self._consumer = ConsumerScheduler(has_directory=has_directory)
 
     # -- the scheduler's -------------------------------------------------------------------------
 
@@ -128,9 +130,13 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         self, metadata: dict[int, KVConnectorHandshakeMetadata]
     ) -> None:
         if self._producer:
-            said = metadata.items()  # behind vLLM's MultiConnector also what other connectors say
-            self._producer.told_of_workers(
-                {number: each.host for number, each in said if isinstance(each, WorkerHost)}
+            # behind vLLM's MultiConnector also what other connectors say
+            said = {
+                number: each for number, each in metadata.items() if isinstance(each, WorkerHost)
+            }
+            self._producer.told_of_workers({number: each.host for number, each in said.items()})
+            self._producer.told_of_starts(
+                {number: each.incarnation for number, each in said.items()}
             )
 
     def set_xfer_handshake_metadata_pp_aware(
@@ -185,7 +191,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
 
     def get_handshake_metadata(self) -> WorkerHost | None:
         host = self._registered and self._registered.advertised_host
-        return WorkerHost(host) if host else None
+        return WorkerHost(host, self._worker.incarnation) if host else None
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         metadata = self._get_connector_metadata()

@@ -31,9 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class ConsumerScheduler:
-    """In the scheduler: turns the blocks that a request has got into pulls."""
+    """In the scheduler: turns the blocks that a request has got into pulls.
 
-    def __init__(self) -> None:
+    By a directory it takes hand-overs that name a start of an engine, and else those that name an
+    address: so with one, nobody who sends requests says where is dialled.
+    """
+
+    def __init__(self, *, has_directory: bool = False) -> None:
+        self._has_directory = has_directory
         #: what is kept for requests that have got no blocks yet, and for those that read it now.
         #: Not kept in their parameters, which several requests may share
         self._waiting: dict[str, Handover] = {}
@@ -51,6 +56,10 @@ class ConsumerScheduler:
             return
         try:
             source = handover_of(request.kv_transfer_params)
+            if source.is_announced and not self._has_directory:
+                raise ValueError("it names no address, and no directory is set here")
+            if self._has_directory and not source.is_announced:
+                raise ValueError("it names an address, and the directory here says who is where")
             num_tokens = source.remote_num_tokens
             has_tokens = num_tokens <= len(request.prompt_token_ids or ())
             if not has_tokens or digest_of(request, num_tokens) != source.remote_digest:

@@ -13,12 +13,17 @@ from typing import Annotated, Any
 
 import msgspec
 
+from llm_datadist.endpoint import Endpoint
+
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
 _MOST_WORKERS = 4096
 _Workers = Annotated[int, msgspec.Meta(ge=1, le=_MOST_WORKERS)]
+_Incarnation = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+#: fields of a hand-over that an announced producer leaves out
+_ADDRESS = ("remote_host", "remote_port", "remote_hosts")
 #: of the key of a lease
 KEY_NBYTES = 16
 
@@ -32,13 +37,17 @@ class Lease(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's convention for producers that are read from, and the lease."""
+    """vLLM's convention for producers that are read from, and the lease.
+
+    It says where its producer's workers are, or which starts they are: then a directory has the
+    rest.
+    """
 
     remote_engine_id: _Text
     remote_request_id: _Text
     #: where the first worker is dialled
-    remote_host: _Text
-    remote_port: _Port
+    remote_host: _Text = ""
+    remote_port: _Port = 0
     #: by KV cache group: what who goes on needs, in the order of the prompt (`Group.needed`)
     remote_block_ids: list[list[_Count]]
     remote_num_tokens: _Count
@@ -51,17 +60,39 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     pp_size: _Workers = 1
     #: where each worker is dialled, by its number, unless all are where the first is
     remote_hosts: Annotated[list[_Text], msgspec.Meta(max_length=_MOST_WORKERS)] = []
+    #: in place of all addresses: which start each worker is, by its number
+    remote_incarnations: Annotated[list[_Incarnation], msgspec.Meta(max_length=_MOST_WORKERS)] = []
     #: `proof_of` this, by the lease's key
     remote_proof: _Text = ""
 
-    def address(self, worker: int) -> tuple[str, int]:
+    @property
+    def is_announced(self) -> bool:
+        """Whether its producer is found in a directory."""
+        return bool(self.remote_incarnations)
+
+    @property
+    def producer(self) -> str:
+        """Who made it, for people."""
+        if self.is_announced:
+            return f"{self.remote_engine_id} (start {self.remote_incarnations[0][:8]})"
+        return f"{self.remote_engine_id} at {self.remote_host}:{self.remote_port}"
+
+    def address(self, worker: int) -> Endpoint:
         """Where that worker is dialled. Raises LookupError if the hand-over has no such worker."""
         host = self.remote_hosts[worker] if self.remote_hosts else self.remote_host
-        return host, self.remote_port + worker
+        return Endpoint(host, self.remote_port + worker)
+
+    def cluster_id(self, worker: int) -> int:
+        """As who that worker is linked. Raises LookupError as `address`."""
+        if self.is_announced:
+            return cluster_id_of(self.remote_engine_id, self.remote_incarnations[worker], worker)
+        return cluster_id_of(self.remote_engine_id, *self.address(worker))
 
     def to_params(self) -> dict[str, Any]:
         """What the decode request is to carry."""
         params: dict[str, Any] = msgspec.to_builtins(self)
+        for name in _ADDRESS if self.is_announced else ("remote_incarnations",):
+            del params[name]
         return {"do_remote_prefill": True, "do_remote_decode": False, **params}
 
     def proved(self, key: bytes) -> Handover:
@@ -88,13 +119,20 @@ def handover_of(params: dict[str, Any]) -> Handover:
         texts = value if name == "remote_hosts" else [value]
         if not all(text.isprintable() for text in texts if isinstance(text, str)):  # it is logged
             raise ValueError(f"kv_transfer_params are not this connector's: {name} is no text")
+    has_address = {bool(handover.remote_host), bool(handover.remote_port)}
+    if has_address != {not handover.is_announced}:
+        raise ValueError(
+            "kv_transfer_params are not this connector's: they have an address, or incarnations"
+        )
     return handover
 
 
-def cluster_id_of(engine_id: str, host: str, port: int) -> int:
+def cluster_id_of(engine_id: str, where: str, number: int) -> int:
     """The cluster id of a producer's worker: engines are known by name, clusters by number.
 
-    The address belongs to the name: launch scripts give every engine the same one.
+    Its address belongs to the name, host and port: launch scripts give every engine the same one.
+    In a directory that is its incarnation and the worker's number, so that two starts of an engine
+    are two clusters, which nothing takes for each other.
     """
-    name = repr((engine_id, host, port)).encode()
+    name = repr((engine_id, where, number)).encode()
     return int.from_bytes(hashlib.sha256(name).digest()[:7], "big")

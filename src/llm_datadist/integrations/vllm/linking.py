@@ -112,6 +112,11 @@ class Linking:
                 return True, link.endpoint
         return False, None
 
+    def check_other(self, cluster_id: int) -> None:
+        """Raises ConnectionError for our own id."""
+        if cluster_id == self._datadist.cluster_id:
+            raise ConnectionError("an engine cannot read from itself")
+
     def pause(self) -> None:
         """A moment, before a link that was lost is made anew. Raises as `check_open`."""
         self._closed.wait(_PAUSE_S)
@@ -156,8 +161,6 @@ class Linking:
         return theirs
 
     def _ask_who_is_there(self, cluster_id: int, endpoint: Endpoint, until: float) -> None:
-        if cluster_id == self._datadist.cluster_id:
-            raise ConnectionError("an engine cannot read from itself")
         try:
             there = ask_stats(endpoint, self._security, _left_s(until)).cluster_id
         except LLMException as error:

@@ -35,15 +35,10 @@ class Outcomes:
     def failed(self, pull: Pull, error: BaseException) -> None:
         """Its blocks could not be had, and it is said why."""
         self._ends.append((pull, None))
-        source = pull.source
         logger.error(
-            "%s: its KV cannot be read from %s at %s:%d: %s",
-            shown_id(pull.request_id),
-            source.remote_engine_id,
-            source.remote_host,
-            source.remote_port,
-            printable(error),
-        )
+            "%s: its KV cannot be read from %s: %s",
+            shown_id(pull.request_id), pull.source.producer, printable(error),
+        )  # fmt: skip
 
     def take_received(self) -> set[str]:
         """Requests whose pull is over since the last call; failed ones are among them."""

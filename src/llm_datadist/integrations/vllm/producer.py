@@ -51,6 +51,7 @@ class ProducerScheduler:
         self._shortened: set[str] = set()
         self._leaves_last = not all(group.keeps_all for group in groups)
         self._hosts = [advertised_host(settings, rank) for rank in range(pp_size * tp_size)]
+        self._incarnations = [""] * len(self._hosts)
         # the one that was given back first is used first: its last reader may still be writing
         self._free_slots = deque(range(settings.extra.max_leases))
         #: to requests that are being computed, and to finished ones whose blocks are kept
@@ -64,6 +65,11 @@ class ProducerScheduler:
         """What each worker, by its number, says where it is dialled: it may be on another node."""
         for rank, host in hosts.items():
             self._hosts[rank] = host
+
+    def told_of_starts(self, incarnations: Mapping[int, str]) -> None:
+        """Which start each worker, by its number, says that it is. Empty without a directory."""
+        for rank, incarnation in incarnations.items():
+            self._incarnations[rank] = incarnation
 
     def arrived(self, request: Request) -> None:
         """A new request."""
@@ -87,6 +93,9 @@ class ProducerScheduler:
             return
         if self._leaves_last and request.request_id not in self._shortened:
             logger.warning("%s will not be handed over: its last token is needed here", shown)
+            return
+        if self._settings.extra.directory and not all(self._incarnations):
+            logger.warning("%s will not be handed over: a worker is not known yet", shown)
             return
         if not self._free_slots:
             logger.warning("%s will not be handed over: too many are waiting", shown)
@@ -125,9 +134,7 @@ class ProducerScheduler:
         handover = Handover(
             remote_engine_id=self._settings.engine_id,
             remote_request_id=request.request_id,
-            remote_host=self._hosts[0],
-            remote_hosts=self._hosts if len(set(self._hosts)) > 1 else [],
-            remote_port=self._settings.port,
+            **self._workers(),
             remote_block_ids=needed,
             remote_num_tokens=num_tokens,
             remote_digest=digest_of(request, num_tokens),
@@ -148,6 +155,14 @@ class ProducerScheduler:
         """Adds what has come up since the last step."""
         step.drops, step.grants, step.holds = self._drops, self._grants, self._holds
         self._drops, self._grants, self._holds = [], [], {}
+
+    def _workers(self) -> dict[str, Any]:
+        """Which they are, or where, as a hand-over has it."""
+        if self._settings.extra.directory:
+            return {"remote_incarnations": self._incarnations}
+        hosts = self._hosts if len(set(self._hosts)) > 1 else []
+        port = self._settings.port
+        return {"remote_host": self._hosts[0], "remote_hosts": hosts, "remote_port": port}
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The engines that are read from: linked when they are first heard of.
 
 A producer is known by the cluster id that its engine has if a hand-over is right about who it is
-and where. So what is made up about an address has a producer of its own, which turns out to be
-none; no other waits for it, nor is anything of its ended.
+and where, or which start. So what is made up about that has a producer of its own, which turns out
+to be none; no other waits for it, nor is anything of its ended.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from concurrent import futures
 from contextlib import suppress
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.integrations.vllm.crew import Crew
@@ -22,7 +23,10 @@ from llm_datadist.integrations.vllm.printable import printable
 from llm_datadist.integrations.vllm.ranks import MOST_PARTNERS, Origin, partners
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist import LLMDataDist
+    from llm_datadist.endpoint import Endpoint
     from llm_datadist.integrations.vllm.handover import Handover
     from llm_datadist.integrations.vllm.linking import Linked
     from llm_datadist.integrations.vllm.shapes import Shape
@@ -95,10 +99,15 @@ class Producers:
         link_timeout_s: float,
         patience_s: float | None = None,
         security: LinkSecurity | None = None,
+        locate: Callable[[Origin], Endpoint] = attrgetter("endpoint"),
     ) -> None:
-        """`patience_s`: how long is waited for a link, and for all who ask about it before."""
+        """`patience_s`: how long is waited for a link, and for all who ask about it before.
+
+        `locate` says where a worker is dialled; it may take its time.
+        """
         self._linking = Linking(datadist, model_id, facts, shape, security, link_timeout_s)
         self._rank, self._tp_size = rank, shape.tp_size
+        self._locate = locate
         self._patience_s = link_timeout_s if patience_s is None else patience_s
         self._lock = threading.Lock()
         self._producers: dict[int, Producer] = {}
@@ -193,15 +202,15 @@ class Producers:
             producer.link.set_exception(error)
 
     def _link(self, producer: Producer, origin: Origin) -> None:
-        host, port = origin.address
+        who = origin.source.producer
         try:
-            linked = self._linking.link(producer.cluster_id, host, port)
+            self._linking.check_other(producer.cluster_id)
+            endpoint = self._locate(origin)
+            who = f"{origin.source.remote_engine_id} at {endpoint}"
+            linked = self._linking.link(producer.cluster_id, *endpoint)
         except BaseException as error:  # as above
             producer.link.set_exception(error)
-            engine_id = origin.source.remote_engine_id
-            logger.error(
-                "cannot read from %s at %s:%d: %s", engine_id, host, port, printable(error)
-            )
+            logger.error("cannot read from %s: %s", who, printable(error))
         else:
             producer.link.set_result(linked)
-            logger.info("linked to %s:%d", host, port)
+            logger.info("linked to %s", endpoint)

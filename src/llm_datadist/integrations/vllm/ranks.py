@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm_datadist.integrations.vllm.handover import cluster_id_of
-
 if TYPE_CHECKING:
+    from llm_datadist.endpoint import Endpoint
     from llm_datadist.integrations.vllm.handover import Handover
 
 #: of one worker, and one hand-over: a client may name any number
@@ -20,21 +19,21 @@ class Origin(NamedTuple):
     worker: int
 
     @property
-    def address(self) -> tuple[str, int]:
-        """Where it is dialled. Raises LookupError as `Handover.address`."""
+    def endpoint(self) -> Endpoint:
+        """Where it is dialled, as its hand-over says. Raises LookupError as `Handover.address`."""
         return self.source.address(self.worker)
 
     @property
     def cluster_id(self) -> int:
-        """As who it is linked. Raises LookupError as `address`."""
-        return cluster_id_of(self.source.remote_engine_id, *self.address)
+        """As who it is linked. Raises LookupError as `endpoint`."""
+        return self.source.cluster_id(self.worker)
 
     @property
     def key(self) -> tuple[object, ...]:
         """What is equal of hand-overs that mean the same worker, whatever else they say."""
         source = self.source
-        where = (source.remote_host, *source.remote_hosts, source.remote_port, self.worker)
-        return (*where, source.remote_engine_id)
+        where = (source.remote_host, *source.remote_hosts, source.remote_port)
+        return (*where, *source.remote_incarnations, self.worker, source.remote_engine_id)
 
 
 def partners(rank: int, size: int, their_size: int) -> list[int]:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from llm_datadist import LLMConfig
+from llm_datadist.directory.record import MAX_TTL_S, MIN_TTL_S
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig
 
 _Hosts = str | list[str]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+_Ttl = Annotated[float, msgspec.Meta(ge=MIN_TTL_S, le=MAX_TTL_S)]
 
 
 class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,6 +31,13 @@ class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_timeout_s: _Seconds = 10.0
     #: how many requests of a producer may be under way or waiting to be read
     max_leases: Annotated[int, msgspec.Meta(gt=0)] = 16_384
+    #: where the engine announces itself and finds others, as `LLMDataDist.follow` takes it. Then
+    #: hand-overs name starts of engines, and no addresses
+    directory: str | None = None
+    #: what is said there of the engine, for others than its peers: where a proxy asks it, ...
+    labels: dict[str, str] = {}
+    #: who is not heard of there for so long is taken for gone
+    directory_ttl_s: _Ttl = 15.0
     #: options of LLMConfig by name: transfer_path, link_security, verify_transfers, ...
     llm_config: dict[str, Any] = {}
 
@@ -61,6 +70,8 @@ def settings_of(kv_transfer_config: KVTransferConfig, first_rank: int = 0) -> Se
     known = {name for name in vars(LLMConfig) if not name.startswith("_")}
     if unknown := sorted(set(extra.llm_config) - known):
         raise ValueError(f"kv_connector_extra_config: LLMConfig has no {', '.join(unknown)}")
+    if extra.labels and extra.directory is None:
+        raise ValueError("kv_connector_extra_config: labels are said in a directory; none is set")
     return Settings(
         engine_id=kv_transfer_config.engine_id,
         role=kv_transfer_config.kv_role,

@@ -9,6 +9,7 @@ from llm_datadist import LLMConfig, LLMDataDist, LLMRole
 from llm_datadist.integrations.vllm.addresses import place_of
 from llm_datadist.integrations.vllm.board import Board
 from llm_datadist.integrations.vllm.consumer import ConsumerWorker
+from llm_datadist.integrations.vllm.fleet import Fleet
 from llm_datadist.integrations.vllm.handover import cluster_id_of
 from llm_datadist.integrations.vllm.memory import Memory
 from llm_datadist.integrations.vllm.producer import ProducerWorker
@@ -57,9 +58,12 @@ class Worker:
         """Worker number `rank`; each stage of the model has `num_ranks` of them."""
         extra = settings.extra
         place = place_of(settings, rank) if settings.is_producer else None
-        cluster_id = _cluster_id(settings, place)
+        #: which start of the worker this is, for a directory
+        self.incarnation = secrets.token_hex(16) if extra.directory else ""
+        cluster_id = _cluster_id(settings, place, rank, self.incarnation)
         #: what readers are told to dial; a mere reader has none
         self.advertised_host = place and place.advertised.host
+        self._fleet: Fleet | None = None
         self._datadist = LLMDataDist(_ROLES[settings.role], cluster_id)
         config = LLMConfig()
         config.enable_cache_manager = True
@@ -81,6 +85,10 @@ class Worker:
                 num_ranks,
             )  # fmt: skip
             board = Board(manager, cluster_id, _BOARD, extra.max_leases)
+            by_directory: dict[str, Any] = {}
+            if extra.directory:
+                self._fleet = Fleet(self._datadist, settings, rank, place and place.advertised)
+                by_directory["locate"] = self._fleet.endpoint
             producers = Producers(
                 self._datadist,
                 _FACTS,
@@ -90,6 +98,7 @@ class Worker:
                 extra.link_timeout_s,
                 extra.link_timeout_s + extra.pull_timeout_s,
                 security,
+                **by_directory,
             )
             self._consumer = ConsumerWorker(memory, board, producers, extra.pull_timeout_s)
         except BaseException:
@@ -130,14 +139,18 @@ class Worker:
 
     def close(self) -> None:
         """Ends all links, and waits for what runs. The KV memory is the engine's again."""
+        if self._fleet:
+            self._fleet.leave()
         try:
             self._consumer.close()
         finally:
             self._datadist.finalize()
 
 
-def _cluster_id(settings: Settings, place: Place | None) -> int:
+def _cluster_id(settings: Settings, place: Place | None, worker: int, incarnation: str) -> int:
     """Readers find a producer by what its hand-overs say; nobody asks for a mere reader."""
     if place is None:
         return secrets.randbits(56)
+    if incarnation:
+        return cluster_id_of(settings.engine_id, incarnation, worker)
     return cluster_id_of(settings.engine_id, *place.advertised)
