@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 #: rises with every change of what the two ends say to each other
-CONNECTOR_VERSION = 3
+CONNECTOR_VERSION = 4
 
 
 def facts_of(vllm_config: VllmConfig, attention_backends: list[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _FACTS_NBYTES = 256 * 1024
 #: before a link that was lost is made anew
-_PAUSE_S = 0.05
+PAUSE_S = 0.05
 _MADE = (
     LLMStatusCode.LLM_SUCCESS,
     LLMStatusCode.LLM_ALREADY_LINK,
@@ -112,9 +112,9 @@ class Linking:
                 return True, link.endpoint
         return False, None
 
-    def pause(self) -> None:
+    def pause(self, seconds: float = PAUSE_S) -> None:
         """A moment, before a link that was lost is made anew. Raises as `check_open`."""
-        self._closed.wait(_PAUSE_S)
+        self._closed.wait(seconds)
         self.check_open()
 
     def check_open(self) -> None:

@@ -16,14 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.integrations.vllm.crew import Crew
-from llm_datadist.integrations.vllm.linking import Linking, Misfit
+from llm_datadist.integrations.vllm.linking import PAUSE_S, Linking, Misfit
 from llm_datadist.integrations.vllm.memory import Peer
 from llm_datadist.integrations.vllm.printable import printable
-from llm_datadist.integrations.vllm.ranks import MOST_PARTNERS, Origin, partners
+from llm_datadist.integrations.vllm.ranks import MOST_PARTNERS, Origin, SourceT, partners
 
 if TYPE_CHECKING:
     from llm_datadist import LLMDataDist
-    from llm_datadist.integrations.vllm.handover import Handover
+    from llm_datadist.integrations.vllm.handover import Source
     from llm_datadist.integrations.vllm.linking import Linked
     from llm_datadist.integrations.vllm.shapes import Shape
     from llm_datadist.link_security import LinkSecurity
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: of each producer: one that hangs has only its own waiting
 _NUM_PULLS = 4
+#: of those that wait for the producer to compute, most of the time
+_NUM_OVERLAPPED = 64
 #: producers that have not answered yet; hand-overs that are made up may name any number of them
 _MOST_UNLINKED = 256
 
@@ -44,6 +46,8 @@ class Producer:
         #: reads and writes words; the first thing that it does is to link
         self.words = Crew("kv-words", 1)
         self.pulls = Crew("kv-pull", _NUM_PULLS)
+        #: the same of prompts that the producer has not computed yet
+        self.overlapped = Crew("kv-overlap", _NUM_OVERLAPPED)
         #: where it was called, or why it is not linked
         self.link: futures.Future[Linked] = futures.Future()
         self._until = time.monotonic() + patience_s
@@ -103,7 +107,7 @@ class Producers:
         self._lock = threading.Lock()
         self._producers: dict[int, Producer] = {}
 
-    def workers(self, source: Handover) -> list[Origin]:
+    def workers(self, source: SourceT) -> list[Origin[SourceT]]:
         """Of the engine that made a hand-over, the workers that a worker like us reads from.
 
         Raises LookupError if these are more than can be.
@@ -116,11 +120,11 @@ class Producers:
             )
         return [Origin(source, stage + rank) for stage in stages for rank in ranks]
 
-    def reach(self, origin: Origin) -> Producer:
+    def reach(self, origin: Origin[Source]) -> Producer:
         """That worker. Begins to link to it if it is not linked.
 
         Raises ConnectionError when we are closed, or wait for too many already; LookupError as
-        `Handover.address`.
+        `Source.address`.
         """
         cluster_id = origin.cluster_id
         with self._lock:
@@ -134,11 +138,11 @@ class Producers:
                 self._begin_link(producer, origin)
             return producer
 
-    def pause(self) -> None:
+    def pause(self, seconds: float = PAUSE_S) -> None:
         """A moment, before what was lost is reached anew. Raises ConnectionError as `reach`."""
-        self._linking.pause()
+        self._linking.pause(seconds)
 
-    def reached(self, origin: Origin) -> Producer | None:
+    def reached(self, origin: Origin[Source]) -> Producer | None:
         """As `reach`, but none is linked for it. Raises nothing."""
         with self._lock, suppress(LookupError):
             return self._producers.get(origin.cluster_id)
@@ -179,6 +183,7 @@ class Producers:
         until = time.monotonic() + self._patience_s
         for producer in self._producers.values():
             producer.pulls.wait()
+            producer.overlapped.wait()
             producer.words.wait(max(0.0, until - time.monotonic()))
 
     def _forget_lost(self) -> None:
@@ -186,13 +191,13 @@ class Producers:
             if self.is_lost(producer):
                 del self._producers[cluster_id]
 
-    def _begin_link(self, producer: Producer, origin: Origin) -> None:
+    def _begin_link(self, producer: Producer, origin: Origin[Source]) -> None:
         try:
             producer.words.put(partial(self._link, producer, origin))
         except Exception as error:  # whatever it is, nobody must wait for the link
             producer.link.set_exception(error)
 
-    def _link(self, producer: Producer, origin: Origin) -> None:
+    def _link(self, producer: Producer, origin: Origin[Source]) -> None:
         host, port = origin.address
         try:
             linked = self._linking.link(producer.cluster_id, host, port)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from llm_datadist.integrations.vllm.handover import cluster_id_of
+from llm_datadist.integrations.vllm.handover import Source, cluster_id_of
 
-if TYPE_CHECKING:
-    from llm_datadist.integrations.vllm.handover import Handover
+SourceT = TypeVar("SourceT", bound=Source)
+SourceT_co = TypeVar("SourceT_co", bound=Source, covariant=True)
 
 #: of one worker, and one hand-over: a client may name any number
 MOST_PARTNERS = 64
 
 
-class Origin(NamedTuple):
+@dataclass(frozen=True)
+class Origin(Generic[SourceT_co]):
     """One worker of the engine that made a hand-over, by its number: by stage, and then by rank."""
 
-    source: Handover
+    source: SourceT_co
     worker: int
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it is dialled. Raises LookupError as `Handover.address`."""
+        """Where it is dialled. Raises LookupError as `Source.address`."""
         return self.source.address(self.worker)
 
     @property

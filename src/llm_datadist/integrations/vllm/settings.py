@@ -29,6 +29,10 @@ class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_timeout_s: _Seconds = 10.0
     #: how many requests of a producer may be under way or waiting to be read
     max_leases: Annotated[int, msgspec.Meta(gt=0)] = 16_384
+    #: whether prompts are handed over while they are computed, where both requests ask for it
+    overlap: bool = False
+    #: how long a reader of such a prompt waits without news of it
+    overlap_timeout_s: _Seconds = 60.0
     #: options of LLMConfig by name: transfer_path, link_security, verify_transfers, ...
     llm_config: dict[str, Any] = {}
 
