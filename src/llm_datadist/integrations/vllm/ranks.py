@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.integrations.vllm.handover import Handover
+    from llm_datadist.integrations.vllm.handover import Source
+
+SourceT = TypeVar("SourceT", bound="Source")
+SourceT_co = TypeVar("SourceT_co", bound="Source", covariant=True)
 
 #: of one worker, and one hand-over: a client may name any number
 MOST_PARTNERS = 64
 
 
-class Origin(NamedTuple):
+@dataclass(frozen=True)
+class Origin(Generic[SourceT_co]):
     """One worker of the engine that made a hand-over, by its number: by stage, and then by rank."""
 
-    source: Handover
+    source: SourceT_co
     worker: int
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where it is dialled, as its hand-over says. Raises LookupError as `Handover.address`."""
+        """Where it is dialled, as its source says. Raises LookupError as `Source.address`."""
         return self.source.address(self.worker)
 
     @property
@@ -31,9 +36,7 @@ class Origin(NamedTuple):
     @property
     def key(self) -> tuple[object, ...]:
         """What is equal of hand-overs that mean the same worker, whatever else they say."""
-        source = self.source
-        where = (source.remote_host, *source.remote_hosts, source.remote_port)
-        return (*where, *source.remote_incarnations, self.worker, source.remote_engine_id)
+        return (*self.source.engine_key, self.worker)
 
 
 def partners(rank: int, size: int, their_size: int) -> list[int]:

@@ -38,6 +38,10 @@ class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: dict[str, str] = {}
     #: who is not heard of there for so long is taken for gone
     directory_ttl_s: _Ttl = 15.0
+    #: whether prompts are handed over while they are computed, where both requests ask for it
+    overlap: bool = False
+    #: how long a reader of such a prompt waits without news of it
+    overlap_timeout_s: _Seconds = 60.0
     #: options of LLMConfig by name: transfer_path, link_security, verify_transfers, ...
     llm_config: dict[str, Any] = {}
 
