@@ -47,10 +47,11 @@ if TYPE_CHECKING:
 PROTOCOL: Final = "llm-datadist-aes128ocb-1"
 #: what each end adds to the keys
 PART_NBYTES: Final = 32
-#: of plain bytes in a record, so that what Python does for each does not count
-RECORD_NBYTES: Final = 512 * 1024
+#: of plain bytes in a record: with less, what Python does for each counts; with more, what was
+#: received has left the processor's cache when it is opened
+RECORD_NBYTES: Final = 256 * 1024
 #: so many records are sealed under one key
-RENEWED_AFTER: Final = 2**14
+RENEWED_AFTER: Final = 2**15
 
 _HEAD: Final = struct.Struct("<I")
 HEAD_NBYTES: Final = _HEAD.size
