@@ -98,6 +98,7 @@ class Engine:
         """
         self.groups = groups
         settings = Settings(engine_id=engine_id, role=role, port=port, extra=Extra(**extra))
+        overlaps = settings.extra.overlap and all(group.keeps_all for group in groups)
         self.kv = {
             layer: torch.full((NUM_BLOCKS, 2, group.block_tokens, 8), UNTOUCHED)
             for group in groups
@@ -107,14 +108,15 @@ class Engine:
             self.kv = dict.fromkeys(self.kv, next(iter(self.kv.values())))
         facts = facts or {"model": "numbers"}
         self.worker = Worker(
-            settings, rank, facts, self.kv, NUM_BLOCKS, groups, num_ranks=num_workers
-        )
+            settings, rank, facts, self.kv, NUM_BLOCKS, groups, num_ranks=num_workers,
+            max_tokens=NUM_BLOCKS * groups[0].block_tokens,
+        )  # fmt: skip
         self.producer = None
         if self.worker.advertised_host:
             self.producer = ProducerScheduler(settings, groups, num_workers)
             self.producer.told_of_workers({rank: self.worker.advertised_host})
             self.producer.told_of_starts({rank: self.worker.incarnation})
-        self.consumer = ConsumerScheduler(has_directory="directory" in extra)
+        self.consumer = ConsumerScheduler(has_directory="directory" in extra, overlaps=overlaps)
         self.requests: dict[str, Request] = {}
         self.sent: set[str] = set()
         self.received: set[str] = set()
@@ -191,8 +193,53 @@ class Engine:
         self.step()
         for place, number in self.numbers(tokens[: request.num_prompt_tokens], blocks):
             place.fill_(number)
+        return self.finish(request_id, blocks, status)
+
+    def finish(
+        self, request_id: str, blocks: Blocks, status: Status = Status.FINISHED_LENGTH_CAPPED
+    ) -> dict[str, Any] | None:
+        """The request has ended; what the decode request carries."""
+        assert self.producer
+        request = self.requests[request_id]
         request.num_computed_tokens, request.status = request.num_prompt_tokens, status
         return self.producer.finished(request, by_group(blocks))
+
+    def announce(self, request_id: str, tokens: list[int], transfer_id: str) -> None:
+        """A prompt that is read while it is computed: `begin_chunk` and `compute_layer` do that."""
+        assert self.producer
+        params = {"do_remote_decode": True, "transfer_id": transfer_id}
+        self.requests[request_id] = request = Request(request_id, tokens, params)
+        self.computed_blocks: list[int] = []
+        self.producer.arrived(request)
+        self.producer.scheduled(request)
+
+    def begin_chunk(self, request_id: str, blocks: list[int], stop: int) -> None:
+        """The next step computes the tokens before `stop`, of which these are all blocks."""
+        assert self.producer
+        self.chunk = request_id, blocks, stop
+        self.producer.computes(request_id, [blocks[len(self.computed_blocks) :]], stop)
+        self.computed_blocks = blocks
+        self.step()
+
+    def compute_layer(self, layer: int) -> None:
+        """The chunk's; the last one ends the step."""
+        request_id, blocks, stop = self.chunk
+        tokens = self.requests[request_id].prompt_token_ids or []
+        memory = self.kv[f"layers.{layer}"]
+        for position in range(stop):
+            block, inside = divmod(position, memory.shape[2])
+            memory[blocks[block], :, inside] = number_of(tokens[position], layer)
+        self.worker.layer_saved(f"layers.{layer}")
+        if layer == len(self.kv) - 1:
+            self.worker.all_saved()
+
+    def preempt(self, request_id: str, blocks: list[int]) -> None:
+        """Its blocks are another's from the next step on, which fills them with other numbers."""
+        assert self.producer
+        self.producer.preempted([request_id])
+        self.step()
+        for memory in self.kv.values():
+            memory[blocks] = number_of(1, 1)
 
     # -- decode ------------------------------------------------------------------------------------
 
@@ -277,6 +324,14 @@ class Engine:
                     block, inside = divmod(position, group.block_tokens)
                     assert group.keeps_all or ids[block] != NULL_BLOCK
                     yield memory[ids[block], :, inside], number_of(tokens[position], layer)
+
+    def has_in_layer(self, layer: int, tokens: Sequence[int], blocks: list[int]) -> bool:
+        """The same of one layer, of the only group."""
+        memory, size = self.kv[f"layers.{layer}"], self.groups[0].block_tokens
+        return all(
+            bool((memory[blocks[at // size], :, at % size] == number_of(token, layer)).all())
+            for at, token in enumerate(tokens)
+        )
 
     def touched_blocks(self) -> set[int]:
         """Blocks into which anything was written."""

@@ -16,8 +16,9 @@ from llm_datadist.integrations.vllm.consumer import ConsumerScheduler
 from llm_datadist.integrations.vllm.forms import Form
 from llm_datadist.integrations.vllm.groups import Group
 from llm_datadist.integrations.vllm.producer import ProducerScheduler
+from llm_datadist.integrations.vllm.request import digest_of
 from llm_datadist.integrations.vllm.settings import Extra, Settings
-from llm_datadist.integrations.vllm.step import Grant, Step
+from llm_datadist.integrations.vllm.step import Announcement, Chunk, Grant, Step
 from llm_datadist.integrations.vllm.worker import Worker
 from llm_datadist.testing.timing import eventually
 
@@ -43,9 +44,10 @@ class Shard:
         stages: int,
         block_tokens: int,
         kind: str,
+        overlap: bool = False,
     ) -> None:
         self.settings = Settings(
-            engine_id=role, role=role, port=port, extra=Extra(pull_timeout_s=5)
+            engine_id=role, role=role, port=port, extra=Extra(pull_timeout_s=5, overlap=overlap)
         )
         self.size, self.stages, self.kind, self.block_tokens = size, stages, kind, block_tokens
         stage, rank = divmod(number, size)
@@ -62,9 +64,9 @@ class Shard:
         self.group = Group(tuple(self.kv), block_tokens)
         self.worker = Worker(
             self.settings, number, {"model": "numbers"}, self.kv, NUM_BLOCKS, [self.group],
-            dict.fromkeys(self.kv, form), size,
+            dict.fromkeys(self.kv, form), size, NUM_BLOCKS * block_tokens,
         )  # fmt: skip
-        self.consumer = ConsumerScheduler()
+        self.consumer = ConsumerScheduler(overlaps=overlap)
 
     def close(self) -> None:
         self.worker.close()
@@ -95,6 +97,24 @@ class Shard:
         self.lease = grant.lease
         self.worker.apply(Step(grants=[grant], holds={"r": grant.lease}))
 
+    def announce(self, tokens: list[int], blocks: list[int], grant: Grant, name: str) -> None:
+        """All of the prompt is computed next, by `compute_layer`."""
+        self.computed = tokens, blocks
+        self.lease = grant.lease
+        digest = digest_of(Request("r", tokens, None), len(tokens))
+        announced = Announcement(grant.lease, name, len(tokens), digest)
+        chunk = Chunk(grant.lease, [blocks], len(tokens))
+        self.worker.apply(Step(grants=[grant], announcements=[announced], chunks=[chunk]))
+
+    def compute_layer(self, name: str) -> None:
+        """If it is of this stage."""
+        if name not in self.kv:
+            return
+        tokens, blocks = self.computed
+        for place, number in self.numbers(tokens, blocks, name):
+            place[...] = number
+        self.worker.layer_saved(name)
+
     def handed_over(self, tokens: list[int], blocks: list[int], grant: Grant) -> Any:
         request = self.request
         request.prompt_token_ids, request.num_prompt_tokens = tokens, len(tokens)
@@ -115,6 +135,11 @@ class Shard:
     # -- decode ------------------------------------------------------------------------------------
 
     def read(self, request_id: str, tokens: list[int], params: Any, blocks: list[int]) -> str:
+        self.load(request_id, tokens, params, blocks)
+        return self.outcome(request_id, tokens, blocks)
+
+    def load(self, request_id: str, tokens: list[int], params: Any, blocks: list[int]) -> None:
+        """As `read`, without waiting for its end, which `outcome` does."""
         request = Request(request_id, tokens, params)
         self.consumer.arrived(request)
         count = self.consumer.num_matched_tokens(request, 0)
@@ -123,12 +148,18 @@ class Shard:
         step = Step()
         self.consumer.fill(step)
         self.worker.apply(step)
+
+    def outcome(self, request_id: str, tokens: list[int], blocks: list[int]) -> str:
         assert eventually(lambda: request_id in self.worker.take_received(), 20.0)
         if self.worker.take_failed():
             return "failed"
         self.ended = request_id
-        right = all(bool((place == number).all()) for place, number in self.numbers(tokens, blocks))
-        return "right" if right else "wrong"
+        return "right" if self.has(tokens, blocks) else "wrong"
+
+    def has(self, tokens: list[int], blocks: list[int], layer: str | None = None) -> bool:
+        """Whether these blocks hold the vectors of these tokens; of all layers, or this one."""
+        numbers = self.numbers(tokens, blocks, layer)
+        return all(bool((place == number).all()) for place, number in numbers)
 
     def done(self) -> None:
         """All workers have read: what a scheduler says then."""
@@ -139,10 +170,14 @@ class Shard:
 
     # --------------------------------------------------------------------------------------------
 
-    def numbers(self, tokens: list[int], blocks: list[int]) -> Iterator[tuple[Any, Any]]:
-        """Where in memory which vector belongs."""
+    def numbers(
+        self, tokens: list[int], blocks: list[int], only: str | None = None
+    ) -> Iterator[tuple[Any, Any]]:
+        """Where in memory which vector belongs; of all layers, or that one."""
         size = self.block_tokens
-        for layer, memory in zip(self.layers, self.kv.values(), strict=True):
+        for layer, (name, memory) in zip(self.layers, self.kv.items(), strict=True):
+            if only not in (None, name):
+                continue
             for position, token in enumerate(tokens):
                 block, inside = blocks[position // size], position % size
                 if self.kind == "latent":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm_datadist.integrations.vllm.handover import handover_of
+from llm_datadist.integrations.vllm.handover import source_of
 from llm_datadist.integrations.vllm.nixl_words import in_nixls_words, settings_by_nixls_words
 from llm_datadist.integrations.vllm.versions import RUN_ON, check_version
 
@@ -47,7 +47,7 @@ def test_a_host_of_our_own_goes_before_and_wrong_entries_are_refused() -> None:
 def test_a_hand_over_in_nixls_words_is_still_ours() -> None:
     said = in_nixls_words(PARAMS)
     assert (said["transfer_mode"], said["dcp_size"]) == ("pull", 1)
-    assert handover_of(said) == handover_of(PARAMS)
+    assert source_of(said) == source_of(PARAMS)
 
 
 @pytest.mark.parametrize("version", [*RUN_ON, f"{RUN_ON[0]}+cpu"])

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kv_processes import OURS, PROMPT, THEIRS  # noqa: E402
-from kv_shards import Shard, kinds  # noqa: E402
+from kv_shards import LAYERS, Shard, kinds  # noqa: E402
 
 from llm_datadist import KVHeads, LLMException  # noqa: E402
 from llm_datadist.integrations.vllm.ranks import partners  # noqa: E402
@@ -25,6 +25,7 @@ from llm_datadist.integrations.vllm.shapes import (  # noqa: E402
 )
 from llm_datadist.testing.cluster import free_port  # noqa: E402
 from llm_datadist.testing.process import ObjectProcess  # noqa: E402
+from llm_datadist.testing.timing import eventually  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -61,7 +62,14 @@ class Engines:
         self._open: list[ObjectProcess[Shard]] = []
 
     def start(
-        self, role: str, size: int, block_tokens: int, kind: str, stages: int = 1
+        self,
+        role: str,
+        size: int,
+        block_tokens: int,
+        kind: str,
+        stages: int = 1,
+        *,
+        overlap: bool = False,
     ) -> list[ObjectProcess[Shard]]:
         """One for each worker, at ports that follow each other."""
         count, port = stages * size, free_ports(stages * size)
@@ -69,7 +77,8 @@ class Engines:
             self._idle.append(self._stack.enter_context(ObjectProcess(Shard)))
         workers = [self._idle.pop() for _ in range(count)]
         for number, worker in enumerate(workers):
-            worker.call(Shard.open, role, port, number, size, stages, block_tokens, kind)
+            args = role, port, number, size, stages, block_tokens, kind, overlap
+            worker.call(Shard.open, *args)
             self._open.append(worker)
         return workers
 
@@ -157,6 +166,27 @@ def test_stages_are_matched_by_their_layers(engines: Engines, kind: str) -> None
     here.call(Shard.done)
     for worker in there:
         assert worker.call(Shard.is_sent)
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_layers_are_read_while_they_are_computed(engines: Engines, kind: str) -> None:
+    """Of two stages of two ranks each, by one worker with other blocks."""
+    there = engines.start("kv_producer", 2, 4, kind, stages=2, overlap=True)
+    (here,) = engines.start("kv_consumer", 1, 8, kind, overlap=True)
+    ours, theirs = blocks_for(OURS, 8), blocks_for(THEIRS, 4)
+    grant = there[0].call(Shard.new_lease)
+    answer = there[0].call(Shard.handed_over, PROMPT, theirs, grant)
+    del answer["remote_lease"]
+    here.call(Shard.load, "d", PROMPT, {**answer, "transfer_id": "t"}, ours)
+    for worker in there:
+        worker.call(Shard.announce, PROMPT, theirs, grant, "t")
+    for layer in range(LAYERS):
+        name = f"layers.{layer}"
+        assert not here.call(Shard.has, PROMPT, ours, name)
+        for worker in there:
+            worker.call(Shard.compute_layer, name)
+        assert eventually(lambda name=name: here.call(Shard.has, PROMPT, ours, name))  # type: ignore[misc]
+    assert here.call(Shard.outcome, "d", PROMPT, ours) == "right"
 
 
 @pytest.mark.parametrize("change", [{"tp_size": 65}, {"pp_size": 4096}, {"tp_size": 2}], ids=str)

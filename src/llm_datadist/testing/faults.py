@@ -28,8 +28,9 @@ class FaultProxy:
     in which direction: from the listener to its caller, or back.
     """
 
-    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
-        self._relay = Relay(port, host)
+    def __init__(self, port: int, host: str = "127.0.0.1", *, own_port: int = 0) -> None:
+        """`own_port`: where it is to be dialled, at 127.0.0.1; 0: at a free one."""
+        self._relay = Relay(port, host, own_port)
         #: where to dial
         self.port = self._relay.port
 

@@ -50,10 +50,10 @@ class Relay:
     All but `do` belongs to its thread; others may look at the counts.
     """
 
-    def __init__(self, port: int, host: str) -> None:
+    def __init__(self, port: int, host: str, own_port: int = 0) -> None:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self._family, self._target = info[0], info[4]
-        self._server = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self._server = socket.create_server(("127.0.0.1", own_port), backlog=512)
         self._server.setblocking(False)
         self.port: int = self._server.getsockname()[1]
         self._wake, self._woken = socket.socketpair()

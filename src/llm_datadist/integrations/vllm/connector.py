@@ -21,6 +21,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from llm_datadist.integrations.vllm.consumer import ConsumerScheduler
 from llm_datadist.integrations.vllm.facts import facts_of
 from llm_datadist.integrations.vllm.producer import ProducerScheduler
+from llm_datadist.integrations.vllm.scheduled import chunks_of
 from llm_datadist.integrations.vllm.settings import settings_of
 from llm_datadist.integrations.vllm.specs import forms_of, groups_of
 from llm_datadist.integrations.vllm.stats import TransferMetrics, TransferStats
@@ -86,8 +87,11 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             if self._settings.is_producer:
                 self._producer = ProducerScheduler(self._settings, self._groups, tp_size, pp_size)
             if self._settings.is_consumer:
-                has_directory = bool(self._settings.extra.directory)
-                self._consumer = ConsumerScheduler(has_directory=has_directory)
+                keeps_all = all(group.keeps_all for group in self._groups)
+                self._consumer = ConsumerScheduler(
+                    has_directory=bool(self._settings.extra.directory),
+                    overlaps=self._settings.extra.overlap and keeps_all,
+                )
 
     # -- the scheduler's -------------------------------------------------------------------------
 
@@ -123,6 +127,10 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         if self._consumer:
             self._consumer.fill(step)
         if self._producer:
+            self._producer.preempted(scheduler_output.preempted_req_ids or ())
+            for request_id, blocks, num_tokens in chunks_of(scheduler_output):
+                moved = blocks and self._kv_cache_config.select_transfer_block_ids(blocks)
+                self._producer.computes(request_id, moved, num_tokens)
             self._producer.fill(step)
         return StepMetadata(step)
 
@@ -187,6 +195,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             self._groups,
             forms_of(config, self._kv_cache_config, rank),
             num_ranks,
+            config.model_config.max_model_len,
         )
 
     def get_handshake_metadata(self) -> WorkerHost | None:
@@ -208,10 +217,12 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         attn_metadata: AttentionMetadata,
         **kwargs: object,
     ) -> None:
-        """Nothing: readers come for the blocks."""
+        """Readers come for the blocks; some wait for those of this layer."""
+        self._worker.layer_saved(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing, as above."""
+        """As above, for those of layers that `save_kv_layer` is not called for, too."""
+        self._worker.all_saved()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         # in this order: those that failed are told of with what was received

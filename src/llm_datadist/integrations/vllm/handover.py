@@ -1,7 +1,8 @@
-"""What travels from the prefill request's answer to the decode request, in `kv_transfer_params`.
+"""What the decode request carries in `kv_transfer_params`: of the prefill request's answer, or
+before there is one.
 
-On its way it passes through hands that may have changed it, or made it up. So it carries a *proof*
-over what it says, made with a key that the lease has on its producer's board and that never
+On its way an answer passes through hands that may have changed it, or made it up. So it carries a
+*proof* over what it says, made with a key that the lease has on its producer's board and that never
 travels: only who is linked can check it, and only the producer could make it.
 """
 
@@ -36,25 +37,18 @@ class Lease(msgspec.Struct, frozen=True, array_like=True):
     generation: Annotated[int, msgspec.Meta(ge=1, lt=2**48)]
 
 
-class Handover(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's convention for producers that are read from, and the lease.
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """Who computes a prompt that is read: by vLLM's convention for producers.
 
-    It says where its producer's workers are, or which starts they are: then a directory has the
+    It says where the producer's workers are, or which starts they are: then a directory has the
     rest.
     """
 
     remote_engine_id: _Text
-    remote_request_id: _Text
     #: where the first worker is dialled
     remote_host: _Text = ""
     remote_port: _Port = 0
-    #: by KV cache group: what who goes on needs, in the order of the prompt (`Group.needed`)
-    remote_block_ids: list[list[_Count]]
-    remote_num_tokens: _Count
-    #: of these tokens, and what else their KV depends on
-    remote_digest: _Text
-    remote_lease: Lease
-    #: how long the lease lasts without a word
+    #: how long a lease lasts without a word
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
     tp_size: _Workers = 1
     pp_size: _Workers = 1
@@ -62,8 +56,9 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     remote_hosts: Annotated[list[_Text], msgspec.Meta(max_length=_MOST_WORKERS)] = []
     #: in place of all addresses: which start each worker is, by its number
     remote_incarnations: Annotated[list[_Incarnation], msgspec.Meta(max_length=_MOST_WORKERS)] = []
-    #: `proof_of` this, by the lease's key
-    remote_proof: _Text = ""
+    #: of these tokens, and what else their KV depends on
+    remote_num_tokens: _Count = 0
+    remote_digest: _Text = ""
 
     @property
     def is_announced(self) -> bool:
@@ -72,13 +67,13 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def producer(self) -> str:
-        """Who made it, for people."""
+        """Who it is, for people."""
         if self.is_announced:
             return f"{self.remote_engine_id} (start {self.remote_incarnations[0][:8]})"
         return f"{self.remote_engine_id} at {self.remote_host}:{self.remote_port}"
 
     def address(self, worker: int) -> Endpoint:
-        """Where that worker is dialled. Raises LookupError if the hand-over has no such worker."""
+        """Where that worker is dialled. Raises LookupError if the engine has no such worker."""
         host = self.remote_hosts[worker] if self.remote_hosts else self.remote_host
         return Endpoint(host, self.remote_port + worker)
 
@@ -87,6 +82,19 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         if self.is_announced:
             return cluster_id_of(self.remote_engine_id, self.remote_incarnations[worker], worker)
         return cluster_id_of(self.remote_engine_id, *self.address(worker))
+
+
+class Handover(Source, frozen=True, kw_only=True):
+    """What the answer of a prompt says that was computed: its blocks, and the lease."""
+
+    remote_request_id: _Text
+    remote_num_tokens: _Count
+    remote_digest: _Text
+    #: by KV cache group: what who goes on needs, in the order of the prompt (`Group.needed`)
+    remote_block_ids: list[list[_Count]]
+    remote_lease: Lease
+    #: `proof_of` this, by the lease's key
+    remote_proof: _Text = ""
 
     def to_params(self) -> dict[str, Any]:
         """What the decode request is to carry."""
@@ -108,23 +116,62 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         return hashlib.blake2b(said, key=key, digest_size=16).hexdigest()
 
 
-def handover_of(params: dict[str, Any]) -> Handover:
+class Named(Source, frozen=True, kw_only=True):
+    """What the requests to both engines say of a prompt that is yet to be computed.
+
+    Blocks and lease are found by the name at the producer, when it begins.
+    """
+
+    transfer_id: _Text
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What is equal of two that mean the same prompt of the same engine."""
+        where = self.remote_host, self.remote_port, *self.remote_incarnations
+        return self.remote_engine_id, *where, self.transfer_id
+
+    def expecting(self, num_tokens: int, digest: str) -> Named:
+        """The same of the prompt as it was read here."""
+        return msgspec.structs.replace(self, remote_num_tokens=num_tokens, remote_digest=digest)
+
+    def found(self, lease: Lease) -> Handover:
+        """The same where the producer has begun. It names no blocks."""
+        return Handover(
+            remote_engine_id=self.remote_engine_id,
+            remote_request_id=self.transfer_id,
+            remote_host=self.remote_host,
+            remote_port=self.remote_port,
+            remote_lease_s=self.remote_lease_s,
+            tp_size=self.tp_size,
+            pp_size=self.pp_size,
+            remote_hosts=self.remote_hosts,
+            remote_incarnations=self.remote_incarnations,
+            remote_num_tokens=self.remote_num_tokens,
+            remote_digest=self.remote_digest,
+            remote_block_ids=[],
+            remote_lease=lease,
+        )
+
+
+def source_of(params: dict[str, Any]) -> Handover | Named:
     """Reads what a client sent. Raises ValueError that names the field which is wrong."""
+    is_named = "transfer_id" in params and "remote_lease" not in params
+    kind: type[Handover | Named] = Named if is_named else Handover
     try:
-        handover = msgspec.convert(params, Handover)
+        source = msgspec.convert(params, kind)
     except msgspec.ValidationError as error:
         raise ValueError(f"kv_transfer_params are not this connector's: {error}") from None
-    for name in handover.__struct_fields__:
-        value = getattr(handover, name)
+    for name in source.__struct_fields__:
+        value = getattr(source, name)
         texts = value if name == "remote_hosts" else [value]
         if not all(text.isprintable() for text in texts if isinstance(text, str)):  # it is logged
             raise ValueError(f"kv_transfer_params are not this connector's: {name} is no text")
-    has_address = {bool(handover.remote_host), bool(handover.remote_port)}
-    if has_address != {not handover.is_announced}:
+    has_address = {bool(source.remote_host), bool(source.remote_port)}
+    if has_address != {not source.is_announced}:
         raise ValueError(
             "kv_transfer_params are not this connector's: they have an address, or incarnations"
         )
-    return handover
+    return source
 
 
 def cluster_id_of(engine_id: str, where: str, number: int) -> int:

@@ -24,7 +24,7 @@ from llm_datadist.integrations.vllm.printable import printable
 
 if TYPE_CHECKING:
     from llm_datadist.integrations.vllm.board import Board
-    from llm_datadist.integrations.vllm.handover import Lease
+    from llm_datadist.integrations.vllm.handover import Handover, Lease
     from llm_datadist.integrations.vllm.producers import Producer, Producers
     from llm_datadist.integrations.vllm.ranks import Origin
 
@@ -42,7 +42,7 @@ _Key: TypeAlias = tuple[object, ...]
 
 @dataclass(eq=False)
 class _Wait:
-    origin: Origin
+    origin: Origin[Handover]
     due: float
     #: when it was last known to stand, or to be said to
     stood_at: float
@@ -78,7 +78,7 @@ class Leases:
         self._waits: dict[_Key, _Wait] = {}
         threading.Thread(target=self._run, name="kv-leases", daemon=True).start()
 
-    def expect(self, origin: Origin, *, is_read_now: bool) -> None:
+    def expect(self, origin: Origin[Handover], *, is_read_now: bool) -> None:
         """Somebody waits for it from now on. One that is read now has some time."""
         now = time.monotonic()
         wait = _Wait(origin, now, now)
@@ -88,7 +88,7 @@ class Leases:
             self._waits.setdefault(_key_of(origin), wait)
             self._changed.notify_all()
 
-    def release(self, origin: Origin) -> None:
+    def release(self, origin: Origin[Handover]) -> None:
         """Nobody does any more. Its producer is told, if it is linked: else the lease will end."""
         self._forget(origin)
         producer = self._producers.reached(origin)
@@ -181,7 +181,7 @@ class Leases:
                 self._forget(wait.origin)
         self._asked(waits)
 
-    def _release(self, producer: Producer, origin: Origin) -> None:
+    def _release(self, producer: Producer, origin: Origin[Handover]) -> None:
         lease = origin.source.remote_lease
         try:
             self._producers.await_link(producer)
@@ -196,14 +196,14 @@ class Leases:
                 wait.is_asked = False
             self._changed.notify_all()
 
-    def _forget(self, origin: Origin) -> None:
+    def _forget(self, origin: Origin[Handover]) -> None:
         with self._lock:
             self._waits.pop(_key_of(origin), None)
 
 
-def _key_of(origin: Origin) -> _Key:
+def _key_of(origin: Origin[Handover]) -> _Key:
     return (*origin.key, origin.source.remote_lease)
 
 
-def _could_not_tell(origin: Origin, error: Exception) -> None:
+def _could_not_tell(origin: Origin[Handover], error: Exception) -> None:
     logger.info("%s could not be told: %s", origin.source.remote_engine_id, printable(error))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _FACTS_NBYTES = 256 * 1024
 #: before a link that was lost is made anew
-_PAUSE_S = 0.05
+PAUSE_S = 0.05
 _MADE = (
     LLMStatusCode.LLM_SUCCESS,
     LLMStatusCode.LLM_ALREADY_LINK,
@@ -117,9 +117,9 @@ class Linking:
         if cluster_id == self._datadist.cluster_id:
             raise ConnectionError("an engine cannot read from itself")
 
-    def pause(self) -> None:
+    def pause(self, seconds: float = PAUSE_S) -> None:
         """A moment, before a link that was lost is made anew. Raises as `check_open`."""
-        self._closed.wait(_PAUSE_S)
+        self._closed.wait(seconds)
         self.check_open()
 
     def check_open(self) -> None:

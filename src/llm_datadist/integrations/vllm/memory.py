@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from llm_datadist.integrations.vllm.forms import Form
     from llm_datadist.integrations.vllm.groups import Group
     from llm_datadist.integrations.vllm.regions import Region
-    from llm_datadist.integrations.vllm.step import Pull
 
 
 class Peer(NamedTuple):
@@ -29,8 +28,20 @@ class Peer(NamedTuple):
     shape: Shape
 
 
+class Part(NamedTuple):
+    """Of a request's tokens those behind the first `num_computed_tokens`, and where they lie.
+
+    Blocks are by KV cache group: theirs as `Group.needed`, ours the request's whole list.
+    """
+
+    theirs: Sequence[Sequence[int]]
+    ours: Sequence[Sequence[int]]
+    num_tokens: int
+    num_computed_tokens: int
+
+
 class _Known(NamedTuple):
-    """A region under its keys."""
+    """A region, and what is read into it. The shape is of the region that others know."""
 
     region: Region
     shape: RegionShape
@@ -54,13 +65,23 @@ class Memory:
         groups: Sequence[Group],
         forms: Mapping[str, Form],
         tp_size: int,
+        *,
+        by_layer: bool = False,
     ) -> None:
+        """`by_layer`: each layer can be read into alone."""
         self._manager, self._groups = manager, groups
         self._kv_caches = kv_caches  # the memory must outlive the cluster
         self._cluster_id, self._model_ids = cluster_id, count(first_model_id)
         self._known = [
             self._made_known(r) for r in regions_of(kv_caches, num_blocks, groups, forms)
         ]
+        self._by_layer: dict[str, _Known] = {}
+        if by_layer:
+            self._by_layer = {
+                layer: self._of_layer(known, layer)
+                for known in self._known
+                for layer in known.region.layers
+            }
         #: what readers are told
         self.shape = Shape(
             tp_size,
@@ -68,17 +89,18 @@ class Memory:
             [each.shape for each in self._known],
         )
 
-    def read(self, peers: Sequence[Peer], pull: Pull) -> int:
-        """Reads what the hand-over has of the pull's blocks, from workers of one engine; the bytes.
+    def read(self, peers: Sequence[Peer], part: Part, layers: Sequence[str] | None = None) -> int:
+        """Reads a part of a request's blocks from workers of one engine; how many bytes.
 
-        All or nothing. Raises LookupError if the blocks do not fit, LLMException as `pull_shards`.
+        All layers or, `by_layer`, these. All or nothing. Raises LookupError if the blocks do not
+        fit, LLMException as `pull_shards`.
         """
-        handed, ours = pull.source.remote_block_ids, pull.dst_blocks
-        if not len(handed) == len(ours) == len(self._groups):
+        if not len(part.theirs) == len(part.ours) == len(self._groups):
             raise LookupError("the hand-over is of other KV cache groups")
-        return sum(self._read_region(known, peers, pull) for known in self._known)
+        known = self._known if layers is None else [self._by_layer[layer] for layer in layers]
+        return sum(self._read_region(each, peers, part) for each in known)
 
-    def _read_region(self, known: _Known, peers: Sequence[Peer], pull: Pull) -> int:
+    def _read_region(self, known: _Known, peers: Sequence[Peer], part: Part) -> int:
         layers = set(known.region.layers)
         sources = [
             (peer, other)
@@ -88,9 +110,8 @@ class Memory:
         ]
         if not sources:
             raise LookupError(f"no worker has {known.region.layers[0]}")
-        ours, handed = pull.dst_blocks[known.region.group], pull.source.remote_block_ids
-        group, theirs = self._groups[known.region.group], handed[known.region.group]
-        span = pull.source.remote_num_tokens, pull.num_computed_tokens
+        ours, theirs = part.ours[known.region.group], part.theirs[known.region.group]
+        group, span = self._groups[known.region.group], (part.num_tokens, part.num_computed_tokens)
         peer, other = sources[0]  # workers of one engine are alike in this
         if reads_whole(self.shape, known.shape, peer.shape, other):
             src, dst = group.pairs(theirs, ours, *span)
@@ -130,3 +151,11 @@ class Memory:
             form.heads is not None or form.is_replicated, first, ids,
         )  # fmt: skip
         return _Known(region, shape, whole, planes)
+
+    def _of_layer(self, known: _Known, layer: str) -> _Known:
+        region = known.region.of_layer(layer)
+        planes = {
+            plane.name: region.register_plane(self._manager, plane, None)
+            for plane in region.form.planes
+        }
+        return _Known(region, known.shape, region.register(self._manager, None), planes)

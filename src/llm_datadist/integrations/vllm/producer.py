@@ -15,9 +15,10 @@ from llm_datadist.integrations.vllm.printable import shown_id
 from llm_datadist.integrations.vllm.request import (
     digest_of,
     leave_last_token,
+    transfer_id_of,
     wants_remote_decode,
 )
-from llm_datadist.integrations.vllm.step import Grant
+from llm_datadist.integrations.vllm.step import Announcement, Chunk, Grant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llm_datadist.integrations.vllm.board import Board
     from llm_datadist.integrations.vllm.groups import Group
     from llm_datadist.integrations.vllm.request import Request
+    from llm_datadist.integrations.vllm.sealing import Sealing
     from llm_datadist.integrations.vllm.settings import Settings
     from llm_datadist.integrations.vllm.step import Step
 
@@ -50,6 +52,7 @@ class ProducerScheduler:
         #: requests without their last token, where that matters
         self._shortened: set[str] = set()
         self._leaves_last = not all(group.keeps_all for group in groups)
+        self._overlaps = settings.extra.overlap and not self._leaves_last
         self._hosts = [advertised_host(settings, rank) for rank in range(pp_size * tp_size)]
         self._incarnations = [""] * len(self._hosts)
         # the one that was given back first is used first: its last reader may still be writing
@@ -60,6 +63,10 @@ class ProducerScheduler:
         self._grants: list[Grant] = []
         self._drops: list[Lease] = []
         self._holds: dict[str, Lease] = {}
+        #: those that may be read while they are computed, until they are, by their request
+        self._announced: dict[str, Announcement] = {}
+        self._announcements: list[Announcement] = []
+        self._chunks: list[Chunk] = []
 
     def told_of_workers(self, hosts: Mapping[int, str]) -> None:
         """What each worker, by its number, says where it is dialled: it may be on another node."""
@@ -104,6 +111,28 @@ class ProducerScheduler:
         grant = Grant(lease, secrets.token_bytes(KEY_NBYTES))
         self._granted[request.request_id] = grant
         self._grants.append(grant)
+        if self._overlaps and (transfer_id := transfer_id_of(request)):
+            num_tokens = request.num_prompt_tokens
+            announced = Announcement(lease, transfer_id, num_tokens, digest_of(request, num_tokens))
+            self._announced[request.request_id] = announced
+            self._announcements.append(announced)
+
+    def computes(
+        self, request_id: str, more_blocks: Sequence[Sequence[int]], num_tokens: int
+    ) -> None:
+        """The next step computes of this request what is missing of its first tokens.
+
+        `more_blocks` come behind those that were told of before, by group.
+        """
+        if announced := self._announced.get(request_id):
+            stop = min(num_tokens, announced.num_tokens)
+            self._chunks.append(Chunk(announced.lease, more_blocks, stop))
+
+    def preempted(self, request_ids: Iterable[str]) -> None:
+        """The blocks of these are others' from the next step on. They begin anew, later."""
+        for request_id in request_ids:
+            if self._announced.pop(request_id, None):
+                self._take_back(self._granted.pop(request_id))
 
     def finished(
         self, request: Request, block_ids: Sequence[Sequence[int]]
@@ -113,6 +142,7 @@ class ProducerScheduler:
         `block_ids` are the request's, by group.
         """
         self._shortened.discard(request.request_id)
+        self._announced.pop(request.request_id, None)
         grant = self._granted.pop(request.request_id, None)
         if grant is None:
             return None
@@ -126,8 +156,7 @@ class ProducerScheduler:
             ]
         except LookupError as error:
             logger.info("%s is not handed over: %s", shown_id(request.request_id), error)
-            self._drops.append(grant.lease)
-            self._free_slots.append(grant.lease.slot)
+            self._take_back(grant)
             return None
         self._kept[request.request_id] = grant
         self._holds[request.request_id] = grant.lease
@@ -154,7 +183,13 @@ class ProducerScheduler:
     def fill(self, step: Step) -> None:
         """Adds what has come up since the last step."""
         step.drops, step.grants, step.holds = self._drops, self._grants, self._holds
+        step.announcements, step.chunks = self._announcements, self._chunks
         self._drops, self._grants, self._holds = [], [], {}
+        self._announcements, self._chunks = [], []
+
+    def _take_back(self, grant: Grant) -> None:
+        self._drops.append(grant.lease)
+        self._free_slots.append(grant.lease.slot)
 
     def _workers(self) -> dict[str, Any]:
         """Which they are, or where, as a hand-over has it."""
@@ -175,17 +210,20 @@ class _Hold:
 class ProducerWorker:
     """In a worker: writes leases on its board, and looks there for what readers answer."""
 
-    def __init__(self, board: Board, lease_s: float) -> None:
-        self._board, self._lease_s = board, lease_s
+    def __init__(self, board: Board, lease_s: float, sealing: Sealing | None = None) -> None:
+        """`sealing`: of prompts that may be read while they are computed."""
+        self._board, self._lease_s, self._sealing = board, lease_s, sealing
         self._holds: dict[str, _Hold] = {}
         self._num_expired = 0
 
     def apply(self, step: Step) -> None:
         """Does what the scheduler says."""
         for lease in step.drops:
-            self._board.end(lease)
+            self._end(lease)
         for grant in step.grants:
             self._board.grant(grant.lease, grant.key)
+        if self._sealing:
+            self._sealing.begin(step)
         for request_id, lease in step.holds.items():
             self._holds[request_id] = _Hold(lease, 0, time.monotonic() + self._lease_s)
 
@@ -198,7 +236,7 @@ class ProducerWorker:
         ended = {request_id for request_id, hold in self._holds.items() if self._is_over(hold, now)}
         for request_id in ended:
             hold = self._holds.pop(request_id)
-            self._board.end(hold.lease)
+            self._end(hold.lease)
             if not self._board.is_released(hold.lease):
                 self._num_expired += 1
                 logger.warning(
@@ -206,10 +244,25 @@ class ProducerWorker:
                 )
         return ended
 
+    def layer_saved(self, layer: str) -> None:
+        """That layer is computed of all that the step computes."""
+        if self._sealing:
+            self._sealing.layer_saved(layer)
+
+    def all_saved(self) -> None:
+        """All layers are."""
+        if self._sealing:
+            self._sealing.all_saved()
+
     def take_num_expired(self) -> int:
         """How many leases have ended unread since the last call."""
         num_expired, self._num_expired = self._num_expired, 0
         return num_expired
+
+    def _end(self, lease: Lease) -> None:
+        self._board.end(lease)
+        if self._sealing:
+            self._sealing.end(lease)
 
     def _is_over(self, hold: _Hold, now: float) -> bool:
         beat = self._board.beat_of(hold.lease)

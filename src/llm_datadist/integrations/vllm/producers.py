@@ -17,17 +17,17 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.integrations.vllm.crew import Crew
-from llm_datadist.integrations.vllm.linking import Linking, Misfit
+from llm_datadist.integrations.vllm.linking import PAUSE_S, Linking, Misfit
 from llm_datadist.integrations.vllm.memory import Peer
 from llm_datadist.integrations.vllm.printable import printable
-from llm_datadist.integrations.vllm.ranks import MOST_PARTNERS, Origin, partners
+from llm_datadist.integrations.vllm.ranks import MOST_PARTNERS, Origin, SourceT, partners
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llm_datadist import LLMDataDist
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.integrations.vllm.handover import Handover
+    from llm_datadist.integrations.vllm.handover import Source
     from llm_datadist.integrations.vllm.linking import Linked
     from llm_datadist.integrations.vllm.shapes import Shape
     from llm_datadist.link_security import LinkSecurity
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: of each producer: one that hangs has only its own waiting
 _NUM_PULLS = 4
+#: of those that wait for the producer to compute, most of the time
+_NUM_OVERLAPPED = 64
 #: producers that have not answered yet; hand-overs that are made up may name any number of them
 _MOST_UNLINKED = 256
 
@@ -48,6 +50,8 @@ class Producer:
         #: reads and writes words; the first thing that it does is to link
         self.words = Crew("kv-words", 1)
         self.pulls = Crew("kv-pull", _NUM_PULLS)
+        #: the same of prompts that the producer has not computed yet
+        self.overlapped = Crew("kv-overlap", _NUM_OVERLAPPED)
         #: where it was called, or why it is not linked
         self.link: futures.Future[Linked] = futures.Future()
         self._until = time.monotonic() + patience_s
@@ -99,7 +103,7 @@ class Producers:
         link_timeout_s: float,
         patience_s: float | None = None,
         security: LinkSecurity | None = None,
-        locate: Callable[[Origin], Endpoint] = attrgetter("endpoint"),
+        locate: Callable[[Origin[Source]], Endpoint] = attrgetter("endpoint"),
     ) -> None:
         """`patience_s`: how long is waited for a link, and for all who ask about it before.
 
@@ -112,7 +116,7 @@ class Producers:
         self._lock = threading.Lock()
         self._producers: dict[int, Producer] = {}
 
-    def workers(self, source: Handover) -> list[Origin]:
+    def workers(self, source: SourceT) -> list[Origin[SourceT]]:
         """Of the engine that made a hand-over, the workers that a worker like us reads from.
 
         Raises LookupError if these are more than can be.
@@ -125,11 +129,11 @@ class Producers:
             )
         return [Origin(source, stage + rank) for stage in stages for rank in ranks]
 
-    def reach(self, origin: Origin) -> Producer:
+    def reach(self, origin: Origin[Source]) -> Producer:
         """That worker. Begins to link to it if it is not linked.
 
         Raises ConnectionError when we are closed, or wait for too many already; LookupError as
-        `Handover.address`.
+        `Source.address`.
         """
         cluster_id = origin.cluster_id
         with self._lock:
@@ -143,11 +147,11 @@ class Producers:
                 self._begin_link(producer, origin)
             return producer
 
-    def pause(self) -> None:
+    def pause(self, seconds: float = PAUSE_S) -> None:
         """A moment, before what was lost is reached anew. Raises ConnectionError as `reach`."""
-        self._linking.pause()
+        self._linking.pause(seconds)
 
-    def reached(self, origin: Origin) -> Producer | None:
+    def reached(self, origin: Origin[Source]) -> Producer | None:
         """As `reach`, but none is linked for it. Raises nothing."""
         with self._lock, suppress(LookupError):
             return self._producers.get(origin.cluster_id)
@@ -188,6 +192,7 @@ class Producers:
         until = time.monotonic() + self._patience_s
         for producer in self._producers.values():
             producer.pulls.wait()
+            producer.overlapped.wait()
             producer.words.wait(max(0.0, until - time.monotonic()))
 
     def _forget_lost(self) -> None:
@@ -195,13 +200,13 @@ class Producers:
             if self.is_lost(producer):
                 del self._producers[cluster_id]
 
-    def _begin_link(self, producer: Producer, origin: Origin) -> None:
+    def _begin_link(self, producer: Producer, origin: Origin[Source]) -> None:
         try:
             producer.words.put(partial(self._link, producer, origin))
         except Exception as error:  # whatever it is, nobody must wait for the link
             producer.link.set_exception(error)
 
-    def _link(self, producer: Producer, origin: Origin) -> None:
+    def _link(self, producer: Producer, origin: Origin[Source]) -> None:
         who = origin.source.producer
         try:
             self._linking.check_other(producer.cluster_id)

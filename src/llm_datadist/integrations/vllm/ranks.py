@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from llm_datadist.integrations.vllm.handover import Source
 
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.integrations.vllm.handover import Handover
+
+SourceT = TypeVar("SourceT", bound=Source)
+SourceT_co = TypeVar("SourceT_co", bound=Source, covariant=True)
 
 #: of one worker, and one hand-over: a client may name any number
 MOST_PARTNERS = 64
 
 
-class Origin(NamedTuple):
+@dataclass(frozen=True)
+class Origin(Generic[SourceT_co]):
     """One worker of the engine that made a hand-over, by its number: by stage, and then by rank."""
 
-    source: Handover
+    source: SourceT_co
     worker: int
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where it is dialled, as its hand-over says. Raises LookupError as `Handover.address`."""
+        """Where it is dialled, as its source says. Raises LookupError as `Source.address`."""
         return self.source.address(self.worker)
 
     @property

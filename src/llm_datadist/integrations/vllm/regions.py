@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llm_datadist import CacheDesc
@@ -34,14 +34,21 @@ class Region:
     layers: list[str] = field(default_factory=list)
     addrs: list[int] = field(default_factory=list)
 
-    def register(self, manager: CacheManager, key: BlocksCacheKey) -> Cache:
-        """Makes the region known under this key, by blocks as they are."""
+    def of_layer(self, layer: str) -> Region:
+        """That layer alone."""
+        addr = self.addrs[self.layers.index(layer)]
+        return replace(self, layers=[layer], addrs=[addr])
+
+    def register(self, manager: CacheManager, key: BlocksCacheKey | None) -> Cache:
+        """Makes the region known under this key, by blocks as they are. None: to us alone."""
         layout = self.form.whole(
             self.layers, self.num_blocks, self.block_nbytes, self.stride_nbytes
         )
         return _registered(manager, self.addrs, layout, key)
 
-    def register_plane(self, manager: CacheManager, plane: Plane, key: BlocksCacheKey) -> Cache:
+    def register_plane(
+        self, manager: CacheManager, plane: Plane, key: BlocksCacheKey | None
+    ) -> Cache:
         """The same of one plane, by tokens."""
         layout = self.form.by_token(plane, self.layers, self.num_blocks, self.stride_nbytes)
         addrs = self.form.plane_addrs(plane, self.addrs, self.block_nbytes)
@@ -87,7 +94,7 @@ def regions_of(
 
 
 def _registered(
-    manager: CacheManager, addrs: list[int], layout: KVLayout, key: BlocksCacheKey
+    manager: CacheManager, addrs: list[int], layout: KVLayout, key: BlocksCacheKey | None
 ) -> Cache:
     desc = CacheDesc(len(addrs), [1, layout.nbytes // layout.data_type.itemsize], layout.data_type)
     return manager.register_blocks_cache(desc, addrs, key, layout=layout)

@@ -55,6 +55,12 @@ def wants_remote_decode(request: Request) -> bool:
     return bool(_params_of(request).get("do_remote_decode"))
 
 
+def transfer_id_of(request: Request) -> str | None:
+    """The name under which another engine waits for this request's prompt, if it does."""
+    name = _params_of(request).get("transfer_id")
+    return name if isinstance(name, str) else None
+
+
 def wants_remote_prefill(request: Request) -> bool:
     """Whether another engine has computed the prompt."""
     return bool(_params_of(request).get("do_remote_prefill"))

@@ -31,6 +31,10 @@ class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_timeout_s: _Seconds = 10.0
     #: how many requests of a producer may be under way or waiting to be read
     max_leases: Annotated[int, msgspec.Meta(gt=0)] = 16_384
+    #: whether prompts are handed over while they are computed, where both requests ask for it
+    overlap: bool = False
+    #: how long a reader of such a prompt waits without news of it
+    overlap_timeout_s: _Seconds = 60.0
     #: where the engine announces itself and finds others, as `LLMDataDist.follow` takes it. Then
     #: hand-overs name starts of engines, and no addresses
     directory: str | None = None

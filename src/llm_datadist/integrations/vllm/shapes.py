@@ -40,12 +40,27 @@ class RegionShape(msgspec.Struct, frozen=True):
     planes: dict[_Text, _Count]
 
 
+class RecordsShape(msgspec.Struct, frozen=True):
+    """What it says of prompts while they are computed."""
+
+    num_records: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+    #: by group, the most blocks of one request
+    num_blocks: list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]
+
+
 class Shape(msgspec.Struct, frozen=True):
     """The memory of one worker."""
 
     tp_size: _Size
     groups: list[GroupShape]
     regions: list[RegionShape]
+    #: None: prompts are handed over when they are computed
+    records: RecordsShape | None = None
+
+    @property
+    def layers(self) -> list[str]:
+        """Of all regions; those that share the memory of one of these are not among them."""
+        return [layer for region in self.regions for layer in region.layers]
 
 
 def shape_of(said: object) -> Shape:

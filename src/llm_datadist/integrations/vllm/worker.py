@@ -5,15 +5,20 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from llm_datadist import LLMConfig, LLMDataDist, LLMRole
 from llm_datadist.integrations.vllm.addresses import place_of
 from llm_datadist.integrations.vllm.board import Board
-from llm_datadist.integrations.vllm.consumer import ConsumerWorker
 from llm_datadist.integrations.vllm.fleet import Fleet
 from llm_datadist.integrations.vllm.handover import cluster_id_of
+from llm_datadist.integrations.vllm.loading import ConsumerWorker
 from llm_datadist.integrations.vllm.memory import Memory
 from llm_datadist.integrations.vllm.producer import ProducerWorker
 from llm_datadist.integrations.vllm.producers import Producers
+from llm_datadist.integrations.vllm.records import Records, RemoteRecords, words_of
+from llm_datadist.integrations.vllm.sealing import Sealing
+from llm_datadist.integrations.vllm.shapes import RecordsShape
 from llm_datadist.options import read_link_security
 
 if TYPE_CHECKING:
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
     from llm_datadist.integrations.vllm.step import Step
 
 #: caches of a worker by model id; the regions of its KV come after
-_BOARD, _FACTS, _FIRST_REGION = range(3)
+_BOARD, _FACTS, _RECORDS, _FIRST_REGION = range(4)
+#: so many prompts can be read while they are computed; others, when one of these is through
+_NUM_RECORDS = 64
 
 _ROLES = {
     "kv_producer": LLMRole.PROMPT,
@@ -54,8 +61,12 @@ class Worker:
         groups: Sequence[Group],
         forms: Mapping[str, Form] | None = None,
         num_ranks: int = 1,
+        max_tokens: int = 0,
     ) -> None:
-        """Worker number `rank`; each stage of the model has `num_ranks` of them."""
+        """Worker number `rank`; each stage of the model has `num_ranks` of them.
+
+        `max_tokens`: of the longest prompt that is read while it is computed.
+        """
         extra = settings.extra
         place = place_of(settings, rank) if settings.is_producer else None
         #: which start of the worker this is, for a directory
@@ -82,8 +93,10 @@ class Worker:
             manager = self._datadist.cache_manager
             memory = Memory(
                 manager, cluster_id, _FIRST_REGION, kv_caches, num_blocks, groups, forms or {},
-                num_ranks,
+                num_ranks, by_layer=extra.overlap and settings.is_consumer,
             )  # fmt: skip
+            told = _records_shape(settings, groups, max_tokens)
+            words = words_of(manager, cluster_id, _RECORDS, told)
             board = Board(manager, cluster_id, _BOARD, extra.max_leases)
             by_directory: dict[str, Any] = {}
             if extra.directory:
@@ -94,22 +107,40 @@ class Worker:
                 _FACTS,
                 rank % num_ranks,
                 facts,
-                memory.shape,
+                msgspec.structs.replace(memory.shape, records=told),
                 extra.link_timeout_s,
                 extra.link_timeout_s + extra.pull_timeout_s,
                 security,
                 **by_directory,
             )
-            self._consumer = ConsumerWorker(memory, board, producers, extra.pull_timeout_s)
+            self._consumer = ConsumerWorker(
+                memory,
+                board,
+                producers,
+                RemoteRecords(words),
+                extra.pull_timeout_s,
+                extra.overlap_timeout_s,
+            )
         except BaseException:
             self._datadist.finalize()
             raise
-        self._producer = ProducerWorker(board, extra.kv_lease_duration)
+        sealing = None
+        if told:
+            sealing = Sealing(Records(words, told), told.num_records, memory.shape.layers)
+        self._producer = ProducerWorker(board, extra.kv_lease_duration, sealing)
 
     def apply(self, step: Step) -> None:
         """Does what the scheduler says; nothing of it blocks."""
         self._producer.apply(step)
         self._consumer.apply(step)
+
+    def layer_saved(self, layer: str) -> None:
+        """That layer is computed of all that the step computes."""
+        self._producer.layer_saved(layer)
+
+    def all_saved(self) -> None:
+        """All layers are."""
+        self._producer.all_saved()
 
     def take_sent(self) -> set[str]:
         """Requests whose blocks may be freed here."""
@@ -145,6 +176,17 @@ class Worker:
             self._consumer.close()
         finally:
             self._datadist.finalize()
+
+
+def _records_shape(
+    settings: Settings, groups: Sequence[Group], max_tokens: int
+) -> RecordsShape | None:
+    """None where prompts are handed over when they are computed: by a setting, or a window or state
+    of the model, which is only then as it will be read."""
+    is_on = settings.is_producer and settings.extra.overlap
+    if not is_on or not all(group.keeps_all for group in groups):
+        return None
+    return RecordsShape(_NUM_RECORDS, [group.num_blocks(max_tokens) for group in groups])
 
 
 def _cluster_id(settings: Settings, place: Place | None, worker: int, incarnation: str) -> int:
