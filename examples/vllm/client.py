@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 240.0
 _LOADED = "vllm:prompt_tokens_by_source_total{"
 _PULLED = "vllm:llm_datadist_pull_bytes_sum{"
-_FROM_PREFILL = 'source="external_kv_transfer"'
+_FROM_PREFILL, _COMPUTED = 'source="external_kv_transfer"', 'source="local_compute"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,16 @@ def first_token_s(server: Process, request: dict[str, Any]) -> float:
 def num_loaded_tokens(decode: Process) -> int:
     """How many prompt tokens `decode` has not computed but had from a prefill server."""
     return _counted(decode, _LOADED, _FROM_PREFILL)
+
+
+def num_computed_tokens(server: Process) -> int:
+    """How many prompt tokens `server` has computed."""
+    return _counted(server, _LOADED, _COMPUTED)
+
+
+def num_running_requests(server: Process) -> int:
+    """How many requests `server` computes just now."""
+    return _counted(server, "vllm:num_requests_running{", "")
 
 
 def num_pulled_bytes(decode: Process) -> int:

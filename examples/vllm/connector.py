@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 #: what a consumer does when it cannot load a prompt's blocks: vLLM's `kv_load_failure_policy`
@@ -27,16 +28,16 @@ class Connector(str, Enum):
         return "NixlConnector" if self is Connector.NIXL else "LLMDataDistConnector"
 
     def transfer_config(
-        self, kv_role: str, policy: str, kv_port: int, lease_s: int | None = None
+        self, kv_role: str, policy: str, kv_port: int, extra: Mapping[str, object]
     ) -> dict[str, object]:
-        """vLLM's `--kv-transfer-config`."""
+        """vLLM's `--kv-transfer-config`, with the connector's own settings."""
         config: dict[str, object] = {
             "kv_connector": self.vllm_name,
             "kv_role": kv_role,
             "kv_load_failure_policy": policy,
         }
-        if lease_s is not None:
-            config["kv_connector_extra_config"] = {"kv_lease_duration": lease_s}
+        if extra:
+            config["kv_connector_extra_config"] = dict(extra)
         if self is Connector.LLM_DATADIST:
             config |= {
                 "kv_connector_module_path": "llm_datadist.integrations.vllm",

@@ -36,6 +36,8 @@ class Part(str, Enum):
     FAILURES = "failures"
     HYBRID = "hybrid"
     SHAPES = "shapes"
+    OVERLAP = "overlap"
+    CHAT = "chat"
     STALE = "stale"
     TTFT = "ttft"
 
@@ -81,8 +83,10 @@ def main(
 
     parity: the tokens are those of one server. failures: prefill is killed, and no answer is ever
     wrong. hybrid: models of every kind of KV cache answer as they do alone. shapes: so does one by
-    prefill and decode of other sizes. stale: blocks that hold something else by then are never
-    taken for the right ones. ttft: the time to the first token, beside NixlConnector.
+    prefill and decode of other sizes. overlap: and one whose decode reads while prefill computes.
+    chat: prefill reads what decode has answered, and computes what is new. stale: blocks that hold
+    something else by then are never taken for the right ones. ttft: the time to the first token,
+    beside NixlConnector.
     """
     # A SIGTERM ends the servers as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -90,7 +94,7 @@ def main(
     try:
         if json is not None and not json.absolute().parent.is_dir():
             raise SetupError(f"--json {json}: there is no such folder.")
-        results = _run(console, parts or list(Part), connector, rounds, samples, build)
+        results = _run(console, parts or _all_of(connector), connector, rounds, samples, build)
         if json is not None:
             _write(json, connector, results)
     except CommandError as error:
@@ -133,6 +137,8 @@ def _run(
         Part.FAILURES: session.failures,
         Part.HYBRID: session.hybrid,
         Part.SHAPES: session.shapes,
+        Part.OVERLAP: session.overlap,
+        Part.CHAT: session.chat,
         Part.STALE: session.stale,
         Part.TTFT: lambda: session.ttft(rounds, samples),
     }
@@ -141,6 +147,11 @@ def _run(
         results[part.value] = result = run[part]()
         console.print(result.table())
     return results
+
+
+def _all_of(connector: Connector) -> list[Part]:
+    ours = (Part.OVERLAP, Part.CHAT) if connector is Connector.NIXL else ()
+    return [part for part in Part if part not in ours]
 
 
 def _write(file: Path, connector: Connector, results: dict[str, Result]) -> None:

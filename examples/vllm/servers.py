@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import httpx
@@ -19,7 +20,7 @@ from llm_datadist.cli.failure import CommandError
 from llm_datadist.testing.cluster import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from connector import Connector
 
@@ -152,14 +153,23 @@ def server_pair(
     policy: str,
     prefill_options: Sequence[str] = (),
     decode_options: Sequence[str] = (),
-    lease_s: int | None = None,
+    extra: Mapping[str, object] = MappingProxyType({}),
+    proxy_options: Sequence[str] = (),
+    *,
+    are_both: bool = False,
 ) -> Iterator[Pair]:
-    """Prefill and decode by `connector`, and the proxy before them. The options are vLLM's."""
+    """Prefill and decode by `connector`, and the proxy before them.
+
+    `prefill_options` and `decode_options` are vLLM's, `extra` is for the connector. `are_both`:
+    each may read from the other.
+    """
     prefill, decode = (
         _server(
             settings,
             f"{connector.value}-{name}",
-            connector.transfer_config(f"kv_{role}", policy, kv_port, lease_s),
+            connector.transfer_config(
+                "kv_both" if are_both else f"kv_{role}", policy, kv_port, extra
+            ),
             connector.environment(kv_port),
             options,
         )
@@ -170,6 +180,7 @@ def server_pair(
     )
     command = [sys.executable, str(_HERE / "proxy.py"), "--port", str(port := free_port())]
     command += ["--prefill", prefill.completions_url, "--decode", decode.completions_url]
+    command += proxy_options
     proxy = Process("proxy", command, settings.logs / "proxy.log", port)
     with _running(prefill, decode, proxy):
         yield Pair(prefill, decode, proxy)

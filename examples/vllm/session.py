@@ -5,16 +5,21 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from chat import CHAT_OPTIONS, Chat, talk
+from client import ask, greedy
 from connector import POLICIES, Connector
 from failures import Failures, provoke
 from hybrid import Rows, compare
 from model import huggingface_directory
+from overlap import EXTRA, OVERLAP_OPTIONS, PROXY_OPTIONS, Overlap, kill
 from parity import check, plain_answers
 from prompts import Prompts
 from random_models import HYBRID, LLAMA
 from servers import Settings, plain_server, server_pair
 from stale import DECODE_OPTIONS, LEASE_S, PREFILL_OPTIONS, Harness, Stale
 from ttft import TimeToFirstToken
+
+from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -111,11 +116,40 @@ class Session:
                     rows.append(compare(name, LLAMA.groups, plain, pair, self._report))
         return Rows("shapes", rows)
 
+    def overlap(self) -> Overlap:
+        """Prompts that are read while they are computed. Raises CommandError for NixlConnector."""
+        if self._connector is Connector.NIXL:
+            raise CommandError("overlap: this part is for llm-datadist alone")
+        settings = self._of_random_model(LLAMA)
+        self._report(f"{LLAMA.name} starts, alone and with {self._connector.vllm_name}")
+        options = OVERLAP_OPTIONS, (), EXTRA, PROXY_OPTIONS
+        with (
+            plain_server(settings) as plain,
+            server_pair(settings, self._connector, "fail", *options) as pair,
+        ):
+            ask(pair.proxy, greedy([1], 1))  # the first is not overlapped
+            row = compare("chunks of 64 tokens", LLAMA.groups, plain, pair, self._report)
+            return Overlap(row, kill(plain, pair, self._report))
+
+    def chat(self) -> Chat:
+        """A conversation in which prefill reads what decode has answered."""
+        if self._connector is Connector.NIXL:
+            raise CommandError("chat: this part is for llm-datadist alone")
+        settings = self._of_random_model(LLAMA)
+        self._report(f"{LLAMA.name} starts, alone and with {self._connector.vllm_name}")
+        with (
+            plain_server(settings) as plain,
+            server_pair(
+                settings, self._connector, "fail", CHAT_OPTIONS, CHAT_OPTIONS, are_both=True
+            ) as pair,
+        ):
+            return talk(plain, pair, self._report)
+
     def stale(self) -> Stale:
         """Blocks that hold something else by the time they are read."""
         settings = self._of_random_model(LLAMA)
         self._report(f"{LLAMA.name} starts, alone and with {self._connector.vllm_name}")
-        options = PREFILL_OPTIONS, DECODE_OPTIONS, LEASE_S
+        options = PREFILL_OPTIONS, DECODE_OPTIONS, {"kv_lease_duration": LEASE_S}
         with (
             plain_server(settings) as plain,
             server_pair(settings, self._connector, "fail", *options) as pair,

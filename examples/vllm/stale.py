@@ -88,7 +88,7 @@ class Harness:
         """Raises CommandError when a server fails that should not."""
         cases = []
         for name, answer, expected in self._answers():
-            case = Case(name, _outcome(answer, expected), answer.error)
+            case = Case(name, outcome(answer, expected), answer.error)
             self._report(f"blocks that {name}: {case.outcome}")
             cases.append(case)
         return Stale(cases)
@@ -166,7 +166,8 @@ class Harness:
             return answer.result()
 
 
-def _outcome(answer: Answer, expected: Tokens) -> str:
+def outcome(answer: Answer, expected: Tokens) -> str:
+    """What was answered, in words; an error may have had some of the right tokens before it."""
     if answer.error is not None:
         return "error" if expected[: len(answer.tokens)] == answer.tokens else "WRONG TOKENS"
     return "right" if answer.tokens == expected else "WRONG TOKENS"

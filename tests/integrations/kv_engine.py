@@ -41,6 +41,7 @@ class Status(Enum):
     RUNNING = 1
     FINISHED_LENGTH_CAPPED = 2
     FINISHED_ABORTED = 3
+    FINISHED_STOPPED = 4
 
 
 @dataclass
@@ -243,16 +244,34 @@ class Engine:
 
     # -- decode ------------------------------------------------------------------------------------
 
-    def arrive(self, request_id: str, tokens: list[int], params: Any) -> None:
-        self.requests[request_id] = Request(request_id, tokens, params)
-        self.consumer.arrived(self.requests[request_id])
+    def arrive(self, request_id: str, tokens: list[int], params: Any, **more: Any) -> None:
+        self.requests[request_id] = request = Request(request_id, tokens, params, **more)
+        self.consumer.arrived(request)
+        if self.producer:
+            self.producer.arrived(request)
 
     def schedule(self, request_id: str, blocks: Blocks, num_computed_tokens: int = 0) -> int:
         """Gives the request its blocks; how many tokens are to be read."""
         request = self.requests[request_id]
         count = self.consumer.num_matched_tokens(request, num_computed_tokens)
         self.consumer.allocated(request, by_group(blocks), count)
+        if self.producer:
+            self.producer.scheduled(request)
         return count
+
+    def answer(self, request_id: str, tokens: list[int], blocks: Blocks) -> dict[str, Any] | None:
+        """Goes on behind a prompt, which is here; what the next turn's prefill request carries.
+
+        The KV of the last token is not computed, though it is counted: it was scheduled ahead.
+        """
+        assert self.producer
+        request = self.requests[request_id]
+        request._all_token_ids += tokens
+        for place, number in self.numbers(request._all_token_ids[:-1], blocks):
+            place.fill_(number)
+        request.num_computed_tokens = len(request._all_token_ids)
+        request.status = Status.FINISHED_STOPPED
+        return self.producer.finished(request, by_group(blocks))
 
     def abort(self, request_id: str) -> None:
         request = self.requests[request_id]

@@ -118,6 +118,7 @@ class Shard:
     def handed_over(self, tokens: list[int], blocks: list[int], grant: Grant) -> Any:
         request = self.request
         request.prompt_token_ids, request.num_prompt_tokens = tokens, len(tokens)
+        request._all_token_ids = list(tokens)
         request.num_computed_tokens = len(tokens)
         request.status = Status.FINISHED_LENGTH_CAPPED
         return self.producer.finished(request, [blocks])

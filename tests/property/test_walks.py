@@ -26,7 +26,7 @@ def test_a_walk_takes_each_byte_once_and_in_order(
     there = np.zeros_like(here) if not is_gathered else here.copy()
     sizes = np.array(lengths, dtype=np.uint64)
     starts = np.cumsum(sizes) - sizes + np.uint64(there.ctypes.data)
-    walk, done, went = Walk(iovecs(starts, sizes)), 0, []
+    walk, done, went = Walk(iovecs(starts, sizes)), 0, list[int]()
     while done < total:
         step = steps[len(went) % len(steps)]
         if is_gathered:

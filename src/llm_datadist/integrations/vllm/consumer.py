@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from llm_datadist.integrations.vllm.handover import Announced, Handover, source_of
+from llm_datadist.integrations.vllm.handover import Handover, Named, source_of
 from llm_datadist.integrations.vllm.printable import printable, shown_id
 from llm_datadist.integrations.vllm.request import digest_of, wants_remote_prefill
 from llm_datadist.integrations.vllm.step import Pull
@@ -22,21 +22,20 @@ logger = logging.getLogger(__name__)
 class ConsumerScheduler:
     """In the scheduler: turns the blocks that a request has got into pulls.
 
-    By a directory it takes sources that name a start of an engine, and else those that name an
+    By a directory it takes hand-overs that name a start of an engine, and else those that name an
     address: so with one, nobody who sends requests says where is dialled.
     """
 
     def __init__(self, *, has_directory: bool = False, overlaps: bool = False) -> None:
         """`overlaps`: whether prompts may be read while they are computed."""
-        self._has_directory = has_directory
-        self._overlaps = overlaps
+        self._has_directory, self._overlaps = has_directory, overlaps
         #: what is kept for requests that have got no blocks yet, and for those that read it now.
         #: Not kept in their parameters, which several requests may share
-        self._waiting: dict[str, Handover | Announced] = {}
-        self._reading: dict[str, Handover | Announced] = {}
-        self._expected: list[Handover | Announced] = []
+        self._waiting: dict[str, Handover | Named] = {}
+        self._reading: dict[str, Handover | Named] = {}
+        self._expected: list[Handover | Named] = []
         self._pulls: list[Pull] = []
-        self._releases: list[Handover | Announced] = []
+        self._releases: list[Handover | Named] = []
         self._cancels: list[str] = []
 
     def arrived(self, request: Request) -> None:
@@ -88,7 +87,7 @@ class ConsumerScheduler:
         One whose prompt is being computed, and read, is read no further.
         """
         self._let_go(self._waiting, request.request_id)
-        if isinstance(self._reading.get(request.request_id), Announced):
+        if isinstance(self._reading.get(request.request_id), Named):
             self._cancels.append(request.request_id)
 
     def received(self, request_ids: Iterable[str]) -> None:
@@ -102,15 +101,15 @@ class ConsumerScheduler:
         self._expected, self._pulls, self._releases = [], [], []
         step.cancels, self._cancels = self._cancels, []
 
-    def _source_of(self, request: Request) -> Handover | Announced:
+    def _source_of(self, request: Request) -> Handover | Named:
         """Raises ValueError that says why its blocks are not read."""
         source = source_of(request.kv_transfer_params)
-        if source.is_in_directory and not self._has_directory:
+        if source.is_announced and not self._has_directory:
             raise ValueError("it names no address, and no directory is set here")
-        if self._has_directory and not source.is_in_directory:
+        if self._has_directory and not source.is_announced:
             raise ValueError("it names an address, and the directory here says who is where")
         tokens = request.prompt_token_ids
-        if isinstance(source, Announced):
+        if isinstance(source, Named):
             if not self._overlaps or not tokens:
                 raise ValueError("prompts are not read here while they are computed")
             return source.expecting(len(tokens), digest_of(request, len(tokens)))
@@ -120,7 +119,7 @@ class ConsumerScheduler:
             raise ValueError("its prompt was read as other tokens there")
         return source
 
-    def _let_go(self, kept: dict[str, Handover | Announced], request_id: str) -> None:
+    def _let_go(self, kept: dict[str, Handover | Named], request_id: str) -> None:
         """Of what a request has there, unless another of the `n` answers to its prompt needs it."""
         source = kept.pop(request_id, None)
         if source and not any(source in each.values() for each in (self._waiting, self._reading)):

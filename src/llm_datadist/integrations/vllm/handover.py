@@ -23,7 +23,7 @@ _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 _MOST_WORKERS = 4096
 _Workers = Annotated[int, msgspec.Meta(ge=1, le=_MOST_WORKERS)]
 _Incarnation = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
-#: fields that one of a directory's producer leaves out
+#: fields of a hand-over that an announced producer leaves out
 _ADDRESS = ("remote_host", "remote_port", "remote_hosts")
 #: of the key of a lease
 KEY_NBYTES = 16
@@ -40,7 +40,7 @@ class Lease(msgspec.Struct, frozen=True, array_like=True):
 class Source(msgspec.Struct, frozen=True, kw_only=True):
     """Who computes a prompt that is read: by vLLM's convention for producers.
 
-    It says where its producer's workers are, or which starts they are: then a directory has the
+    It says where the producer's workers are, or which starts they are: then a directory has the
     rest.
     """
 
@@ -61,22 +61,16 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     remote_digest: _Text = ""
 
     @property
-    def is_in_directory(self) -> bool:
+    def is_announced(self) -> bool:
         """Whether its producer is found in a directory."""
         return bool(self.remote_incarnations)
 
     @property
     def producer(self) -> str:
-        """Who computes it, for people."""
-        if self.is_in_directory:
+        """Who it is, for people."""
+        if self.is_announced:
             return f"{self.remote_engine_id} (start {self.remote_incarnations[0][:8]})"
         return f"{self.remote_engine_id} at {self.remote_host}:{self.remote_port}"
-
-    @property
-    def engine_key(self) -> tuple[object, ...]:
-        """What is equal of two that mean the same engine."""
-        where = (self.remote_host, *self.remote_hosts, self.remote_port)
-        return (*where, *self.remote_incarnations, self.remote_engine_id)
 
     def address(self, worker: int) -> Endpoint:
         """Where that worker is dialled. Raises LookupError if the engine has no such worker."""
@@ -85,7 +79,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
     def cluster_id(self, worker: int) -> int:
         """As who that worker is linked. Raises LookupError as `address`."""
-        if self.is_in_directory:
+        if self.is_announced:
             return cluster_id_of(self.remote_engine_id, self.remote_incarnations[worker], worker)
         return cluster_id_of(self.remote_engine_id, *self.address(worker))
 
@@ -105,7 +99,7 @@ class Handover(Source, frozen=True, kw_only=True):
     def to_params(self) -> dict[str, Any]:
         """What the decode request is to carry."""
         params: dict[str, Any] = msgspec.to_builtins(self)
-        for name in _ADDRESS if self.is_in_directory else ("remote_incarnations",):
+        for name in _ADDRESS if self.is_announced else ("remote_incarnations",):
             del params[name]
         return {"do_remote_prefill": True, "do_remote_decode": False, **params}
 
@@ -122,7 +116,7 @@ class Handover(Source, frozen=True, kw_only=True):
         return hashlib.blake2b(said, key=key, digest_size=16).hexdigest()
 
 
-class Announced(Source, frozen=True, kw_only=True):
+class Named(Source, frozen=True, kw_only=True):
     """What the requests to both engines say of a prompt that is yet to be computed.
 
     Blocks and lease are found by the name at the producer, when it begins.
@@ -133,24 +127,36 @@ class Announced(Source, frozen=True, kw_only=True):
     @property
     def key(self) -> tuple[object, ...]:
         """What is equal of two that mean the same prompt of the same engine."""
-        return (*self.engine_key, self.transfer_id)
+        where = self.remote_host, self.remote_port, *self.remote_incarnations
+        return self.remote_engine_id, *where, self.transfer_id
 
-    def expecting(self, num_tokens: int, digest: str) -> Announced:
+    def expecting(self, num_tokens: int, digest: str) -> Named:
         """The same of the prompt as it was read here."""
         return msgspec.structs.replace(self, remote_num_tokens=num_tokens, remote_digest=digest)
 
     def found(self, lease: Lease) -> Handover:
         """The same where the producer has begun. It names no blocks."""
-        who = {name: getattr(self, name) for name in Source.__struct_fields__}
         return Handover(
-            **who, remote_request_id=self.transfer_id, remote_block_ids=[], remote_lease=lease
+            remote_engine_id=self.remote_engine_id,
+            remote_request_id=self.transfer_id,
+            remote_host=self.remote_host,
+            remote_port=self.remote_port,
+            remote_lease_s=self.remote_lease_s,
+            tp_size=self.tp_size,
+            pp_size=self.pp_size,
+            remote_hosts=self.remote_hosts,
+            remote_incarnations=self.remote_incarnations,
+            remote_num_tokens=self.remote_num_tokens,
+            remote_digest=self.remote_digest,
+            remote_block_ids=[],
+            remote_lease=lease,
         )
 
 
-def source_of(params: dict[str, Any]) -> Handover | Announced:
+def source_of(params: dict[str, Any]) -> Handover | Named:
     """Reads what a client sent. Raises ValueError that names the field which is wrong."""
-    is_announced = "transfer_id" in params and "remote_lease" not in params
-    kind: type[Handover | Announced] = Announced if is_announced else Handover
+    is_named = "transfer_id" in params and "remote_lease" not in params
+    kind: type[Handover | Named] = Named if is_named else Handover
     try:
         source = msgspec.convert(params, kind)
     except msgspec.ValidationError as error:
@@ -161,7 +167,7 @@ def source_of(params: dict[str, Any]) -> Handover | Announced:
         if not all(text.isprintable() for text in texts if isinstance(text, str)):  # it is logged
             raise ValueError(f"kv_transfer_params are not this connector's: {name} is no text")
     has_address = {bool(source.remote_host), bool(source.remote_port)}
-    if has_address != {not source.is_in_directory}:
+    if has_address != {not source.is_announced}:
         raise ValueError(
             "kv_transfer_params are not this connector's: they have an address, or incarnations"
         )

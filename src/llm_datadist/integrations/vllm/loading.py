@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_datadist import LLMException, LLMStatusCode
-from llm_datadist.integrations.vllm.handover import Announced, Handover
+from llm_datadist.integrations.vllm.handover import Handover, Named
 from llm_datadist.integrations.vllm.leases import Leases
 from llm_datadist.integrations.vllm.memory import Part
 from llm_datadist.integrations.vllm.orders import Orders
@@ -88,8 +88,8 @@ class ConsumerWorker:
         for source in step.releases:
             self._release(source)
 
-    def _release(self, source: Handover | Announced) -> None:
-        given = self._overlap.take_found(source) if isinstance(source, Announced) else source
+    def _release(self, source: Handover | Named) -> None:
+        given = self._overlap.take_found(source) if isinstance(source, Named) else source
         for origin in self._workers(given) if given else ():
             self._leases.release(origin)
 
@@ -105,7 +105,7 @@ class ConsumerWorker:
             producers = self._reached(pull)
             # a pull is done by the threads of one of the workers that it reads from
             crew = producers[0].pulls
-            if isinstance(pull.source, Announced):
+            if isinstance(pull.source, Named):
                 crew = producers[0].overlapped
                 self._overlap.begin(pull.request_id)
             crew.put(partial(self._pull, producers, pull, time.monotonic()))
@@ -162,7 +162,7 @@ class ConsumerWorker:
     def _read_from(self, peers: Sequence[Peer], pull: Pull) -> int:
         """Reads the blocks, if the lease and the hand-over are what the producer gave."""
         source = pull.source
-        if isinstance(source, Announced):
+        if isinstance(source, Named):
             records = self._overlap.find(peers, pull, source)
             with self._leased(peers, records[0].lease):
                 return self._overlap.read(peers, pull, source, records)

@@ -16,7 +16,7 @@ from llm_datadist.integrations.vllm.memory import Part
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from llm_datadist.integrations.vllm.handover import Announced, Handover
+    from llm_datadist.integrations.vllm.handover import Handover, Named
     from llm_datadist.integrations.vllm.leases import Leases
     from llm_datadist.integrations.vllm.memory import Memory, Peer
     from llm_datadist.integrations.vllm.producers import Producers
@@ -56,7 +56,7 @@ class Overlap:
         """It will not, or no further: a `read` of it raises LookupError."""
         self._wanted.discard(request_id)
 
-    def find(self, peers: Sequence[Peer], pull: Pull, source: Announced) -> list[Record]:
+    def find(self, peers: Sequence[Peer], pull: Pull, source: Named) -> list[Record]:
         """Waits until the producer's workers have begun; their records. The lease is renewed then.
 
         Raises LookupError if they do not hand over like this, have read other tokens, or have ended
@@ -73,7 +73,7 @@ class Overlap:
         return records
 
     def read(
-        self, peers: Sequence[Peer], pull: Pull, source: Announced, records: Sequence[Record]
+        self, peers: Sequence[Peer], pull: Pull, source: Named, records: Sequence[Record]
     ) -> int:
         """Reads all of it, as it is sealed; how many bytes. Raises as `find`, and `Memory.read`.
 
@@ -98,7 +98,7 @@ class Overlap:
             waiting.has_looked(is_news=bool(pieces))
         return nbytes
 
-    def take_found(self, source: Announced) -> Handover | None:
+    def take_found(self, source: Named) -> Handover | None:
         """What was found of it; it is needed no longer."""
         return self._found.pop(source.key, None)
 
@@ -113,7 +113,7 @@ class Overlap:
             raise TimeoutError("nothing more of its prompt was computed there in time")
         self._producers.pause(min(max(silent_s * _SLEPT_PART, _SHORTEST_S), _LONGEST_S))
 
-    def _find(self, peer: Peer, source: Announced, waiting: _Waiting) -> Record:
+    def _find(self, peer: Peer, source: Named, waiting: _Waiting) -> Record:
         shape = _records_of(peer)
         while (record := self._records.find(peer.cluster_id, shape, source.transfer_id)) is None:
             if source.key in self._found:  # and the link was lost meanwhile
@@ -123,7 +123,7 @@ class Overlap:
             raise LookupError("its prompt was read as other tokens there")
         return record
 
-    def _look(self, peer: Peer, record: Record, source: Announced) -> Record:
+    def _look(self, peer: Peer, record: Record, source: Named) -> Record:
         look = self._records.look(peer.cluster_id, record.place, source.transfer_id)
         if look is None or look.lease != record.lease:
             raise _withdrawn()

@@ -15,8 +15,10 @@ from llm_datadist.integrations.vllm.printable import shown_id
 from llm_datadist.integrations.vllm.request import (
     digest_of,
     leave_last_token,
+    num_handed_over,
     transfer_id_of,
     wants_remote_decode,
+    wants_remote_prefill,
 )
 from llm_datadist.integrations.vllm.step import Announcement, Chunk, Grant
 
@@ -80,7 +82,10 @@ class ProducerScheduler:
 
     def arrived(self, request: Request) -> None:
         """A new request."""
-        if self._leaves_last and wants_remote_decode(request) and leave_last_token(request):
+        is_decode = wants_remote_prefill(request) and request.max_tokens > 1
+        if not self._leaves_last or is_decode or not wants_remote_decode(request):
+            return
+        if leave_last_token(request):
             self._shortened.add(request.request_id)
 
     def scheduled(self, request: Request) -> None:
@@ -146,7 +151,7 @@ class ProducerScheduler:
         grant = self._granted.pop(request.request_id, None)
         if grant is None:
             return None
-        num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        num_tokens = num_handed_over(request)
         try:
             if request.status.name not in _COMPUTED or not num_tokens:
                 raise LookupError("it was not computed to its end")

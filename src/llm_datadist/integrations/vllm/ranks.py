@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from llm_datadist.integrations.vllm.handover import Source
+
 if TYPE_CHECKING:
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.integrations.vllm.handover import Source
 
-SourceT = TypeVar("SourceT", bound="Source")
-SourceT_co = TypeVar("SourceT_co", bound="Source", covariant=True)
+SourceT = TypeVar("SourceT", bound=Source)
+SourceT_co = TypeVar("SourceT_co", bound=Source, covariant=True)
 
 #: of one worker, and one hand-over: a client may name any number
 MOST_PARTNERS = 64
@@ -36,7 +37,9 @@ class Origin(Generic[SourceT_co]):
     @property
     def key(self) -> tuple[object, ...]:
         """What is equal of hand-overs that mean the same worker, whatever else they say."""
-        return (*self.source.engine_key, self.worker)
+        source = self.source
+        where = (source.remote_host, *source.remote_hosts, source.remote_port)
+        return (*where, *source.remote_incarnations, self.worker, source.remote_engine_id)
 
 
 def partners(rank: int, size: int, their_size: int) -> list[int]:

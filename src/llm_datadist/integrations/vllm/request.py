@@ -82,14 +82,27 @@ def leave_last_token(request: Request) -> bool:
     return True
 
 
+def num_handed_over(request: Request) -> int:
+    """How many tokens of an ended request another engine can go on behind.
+
+    Those of the prompt; of one whose prompt was read, and of which more than a token was asked, the
+    answer's too, for the next turn of a conversation. Not the last, whose KV nobody has computed.
+    """
+    if not wants_remote_prefill(request) or request.max_tokens == 1:
+        return min(request.num_computed_tokens, request.num_prompt_tokens)
+    # what is scheduled ahead is counted as computed
+    return min(request.num_computed_tokens, len(request._all_token_ids) - 1)
+
+
 def digest_of(request: Request, num_tokens: int) -> str:
-    """Of the first tokens of the prompt, and of what their KV depends on besides the model.
+    """Of the first tokens of prompt and answer, and of what their KV depends on besides the model.
 
     Two engines may read one text as other tokens: by another chat template, or another tokenizer.
     """
     lora = request.lora_request.lora_name if request.lora_request else ""
     features = [feature.identifier for feature in request.mm_features]
-    tokens = array("q", (request.prompt_token_ids or [])[:num_tokens])
+    known = request._all_token_ids if request.prompt_token_ids else []
+    tokens = array("q", known[:num_tokens])
     digest = hashlib.blake2b(repr((num_tokens, lora, features)).encode(), digest_size=16)
     digest.update(tokens.tobytes())
     return digest.hexdigest()

@@ -31,6 +31,10 @@ class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_timeout_s: _Seconds = 10.0
     #: how many requests of a producer may be under way or waiting to be read
     max_leases: Annotated[int, msgspec.Meta(gt=0)] = 16_384
+    #: whether prompts are handed over while they are computed, where both requests ask for it
+    overlap: bool = False
+    #: how long a reader of such a prompt waits without news of it
+    overlap_timeout_s: _Seconds = 60.0
     #: where the engine announces itself and finds others, as `LLMDataDist.follow` takes it. Then
     #: hand-overs name starts of engines, and no addresses
     directory: str | None = None
@@ -38,10 +42,6 @@ class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: dict[str, str] = {}
     #: who is not heard of there for so long is taken for gone
     directory_ttl_s: _Ttl = 15.0
-    #: whether prompts are handed over while they are computed, where both requests ask for it
-    overlap: bool = False
-    #: how long a reader of such a prompt waits without news of it
-    overlap_timeout_s: _Seconds = 60.0
     #: options of LLMConfig by name: transfer_path, link_security, verify_transfers, ...
     llm_config: dict[str, Any] = {}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llm_datadist.integrations.vllm.handover import Announced, Handover, Lease
+    from llm_datadist.integrations.vllm.handover import Handover, Lease, Named
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Pull:
     """Blocks of one request to be read."""
 
     request_id: str
-    source: Handover | Announced
+    source: Handover | Named
     #: by KV cache group, of all tokens of the request
     dst_blocks: Sequence[Sequence[int]]
     #: the first tokens, which are here already
@@ -66,9 +66,9 @@ class Step:
     #: finished requests whose blocks are kept until they were read, or the lease ends
     holds: dict[str, Lease] = field(default_factory=dict)
     #: what will be read, and must be kept there until it is
-    expected: list[Handover | Announced] = field(default_factory=list)
+    expected: list[Handover | Named] = field(default_factory=list)
     pulls: list[Pull] = field(default_factory=list)
     #: what is not needed any more, or not after all
-    releases: list[Handover | Announced] = field(default_factory=list)
+    releases: list[Handover | Named] = field(default_factory=list)
     #: requests that were given up while they are read
     cancels: list[str] = field(default_factory=list)
