@@ -18,7 +18,7 @@ from rich.table import Table
 from directory.etcd_server import EtcdServer, etcd_program
 from fleet.findings import Findings, find, rows
 from fleet.run import play
-from fleet.stage import Fleet
+from fleet.stage import OURS, Fleet
 from fleet.worker import pulls_in
 
 
@@ -26,6 +26,7 @@ def main(
     directory: Annotated[str, typer.Option(help="etcd or folder.")] = "etcd",
     seconds: Annotated[float, typer.Option(min=1.0)] = 600.0,
     events: Annotated[int, typer.Option(min=1)] = 500,
+    library: Annotated[str, typer.Option(help=f"{OURS}, nixl or mooncake.")] = OURS,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 1,
 ) -> None:
     """4 prefills, 4 decodes, verified pulls, 500 events; exits with 1 if a bystander noticed."""
@@ -36,10 +37,11 @@ def main(
     server = EtcdServer(folder, etcd_program()) if directory == "etcd" else None
     with server or nullcontext(), Progress(console=console, redirect_stdout=False) as progress:
         bar = progress.add_task("events", total=events)
-        with Fleet(folder, server) as fleet:
+        with Fleet(folder, server, library) as fleet:
             done = play(fleet, seconds, events, seed, lambda n: progress.update(bar, completed=n))
         (folder / "events").write_text("".join(f"{event}\n" for event in done.events))
         findings = find(done, pulls_in(fleet.notes))
+        findings.crashes = fleet.crashes
     report(findings, console)
     if findings.is_clean:
         shutil.rmtree(folder)
@@ -58,7 +60,7 @@ def report(findings: Findings, console: Console) -> None:
     console.print(
         f"{findings.pulls:,} pulls, {findings.good:,} good; of who was not concerned "
         f"{len(findings.unconcerned)} failed; {len(findings.wrong)} with wrong bytes; "
-        f"{findings.late} too late"
+        f"{findings.late} too late; {findings.crashes} processes ended by themselves"
     )
     for pull in (*findings.wrong, *findings.unconcerned)[:20]:
         console.print(str(pull), style="red", markup=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
-from fleet.worker import DEADLINE_S, STRANGE, WRONG
+from fleet.worker import DEADLINE_S, GOOD, STRANGE, WRONG
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,7 +22,6 @@ GRACE_S = 8.0
 RECOVERY_S = 10.0
 #: over the deadline, and a fifth, as two busy cores need it
 SCHEDULING_S = 0.5
-GOOD = "LLM_SUCCESS"
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Findings:
     pulls: int = 0
     good: int = 0
     late: int = 0
+    crashes: int = 0  #: processes that ended by themselves
     wrong: list[Pull] = field(default_factory=list)
     unconcerned: list[Pull] = field(default_factory=list)
     kinds: dict[str, Kind] = field(default_factory=lambda: defaultdict(Kind))
@@ -50,7 +50,8 @@ class Findings:
     @property
     def is_clean(self) -> bool:
         unrecovered = sum(kind.unrecovered for kind in self.kinds.values())
-        return not (self.late or self.wrong or self.unconcerned or unrecovered)
+        trouble = self.late or self.crashes or self.wrong or self.unconcerned or unrecovered
+        return not trouble
 
 
 def find(played: Played, pulls: Iterable[Pull]) -> Findings:

@@ -6,7 +6,8 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from fleet.worker import Setting, Worker
+from fleet.rivals import MEMBERS
+from fleet.worker import Load, Setting, Worker
 from llm_datadist import LLMRole
 from llm_datadist.testing.cluster import free_port
 from llm_datadist.testing.faults import FaultProxy
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 TTL_S = 3.0
 PREFILLS, DECODES = (1, 2, 3, 4), (11, 12, 13, 14)
-#: these are reached by TCP alone, through a network that can be cut
+#: these are reached by TCP alone, through a network that can be cut; where the library can do that
 BEHIND_A_NETWORK = (3, 4, 13, 14)
+OURS = "llm-datadist"
 
 
 class Event(NamedTuple):
@@ -40,21 +42,27 @@ class Event(NamedTuple):
 class Seat:
     """A place in the fleet, and the process that has it now."""
 
-    def __init__(self, cluster_id: int, directory: str, notes: Path) -> None:
+    def __init__(self, cluster_id: int, directory: str, notes: Path, library: str) -> None:
         self.cluster_id = cluster_id
+        self._make: type[Load] = MEMBERS.get(library, Worker)
+        self._is_far = cluster_id in BEHIND_A_NETWORK and library == OURS
         self._role = LLMRole.PROMPT if cluster_id in PREFILLS else LLMRole.DECODER
         self._directory, self._notes = directory, notes
         self._port = free_port()
         self._proxy: FaultProxy | None = None
         self._starts = 0
-        self._process: ObjectProcess[Worker] | None = None
+        self._process: ObjectProcess[Load] | None = None
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether the process has ended, and nobody has killed it."""
+        return self._process is not None and self._process.exit_code is not None
 
     def start(self, *, elsewhere: bool = False) -> tuple[str, float]:
         """A new process; its tag, and when it was ready."""
         if elsewhere:
             self._port = free_port()
-        is_far = self.cluster_id in BEHIND_A_NETWORK
-        if is_far and (elsewhere or self._proxy is None):
+        if self._is_far and (elsewhere or self._proxy is None):
             self._close_proxy()
             self._proxy = FaultProxy(self._port)
         self._starts += 1
@@ -63,13 +71,13 @@ class Seat:
             self._role,
             self._port,
             "" if self._proxy is None else f"127.0.0.1:{self._proxy.port}",
-            "tcp" if is_far else "auto",
+            "tcp" if self._is_far else "auto",
             self._directory,
             TTL_S,
             self._notes / f"{self.cluster_id}-{self._starts}",
         )
-        self._process = ObjectProcess(Worker, setting)
-        return self._process.call(Worker.when)
+        self._process = ObjectProcess(self._make, setting)
+        return self._process.call(Load.when)
 
     def close(self) -> None:
         if self._process is not None:
@@ -99,7 +107,7 @@ class Seat:
         assert self._process is not None
         other = LLMRole.DECODER if self._role is LLMRole.PROMPT else LLMRole.PROMPT
         for role in (other, self._role):
-            self._process.call(Worker.switch, role)
+            self._process.call(self._make.switch, role)
             time.sleep(rng.choice((0.2, 1.0)))
 
     def _close_proxy(self) -> None:
@@ -111,8 +119,10 @@ class Seat:
 class Fleet:
     """4 prefills and 4 decodes. A context manager."""
 
-    def __init__(self, folder: Path, server: EtcdServer | None) -> None:
-        self._folder, self._server = folder, server
+    def __init__(self, folder: Path, server: EtcdServer | None, library: str = OURS) -> None:
+        self._folder, self._server, self._library = folder, server, library
+        #: processes that ended by themselves
+        self.crashes = 0
         self.notes = folder / "notes"
         self.notes.mkdir()
         self._members = folder / "members"
@@ -121,7 +131,7 @@ class Fleet:
         if server is not None:
             directory = server.url.replace("http:", "etcd:") + "/fleet"
         self.seats = {
-            cluster_id: Seat(cluster_id, directory, self.notes)
+            cluster_id: Seat(cluster_id, directory, self.notes, library)
             for cluster_id in (*PREFILLS, *DECODES)
         }
         self._ends = ExitStack()
@@ -138,7 +148,7 @@ class Fleet:
     def kinds(self) -> dict[str, tuple[int, ...]]:
         """What can be done, and to whom."""
         everybody = (*PREFILLS, *DECODES)
-        return {
+        kinds = {
             "killed, restarted on its port": everybody,
             "killed, restarted elsewhere": everybody,
             "stopped and continued": everybody,
@@ -146,6 +156,9 @@ class Fleet:
             "role switched, and back": everybody,
             self._outage: (0,),
         }
+        if self._library != OURS:  # they take ports, and ways to each other, as they like
+            del kinds["killed, restarted on its port"], kinds["its network cut"]
+        return kinds
 
     def do(self, kind: str, subject: int, rng: random.Random) -> Event:
         """Does it, and waits until it is over."""
@@ -154,6 +167,18 @@ class Fleet:
             self._lose_directory(rng)
             return Event(kind, subject, began, time.monotonic())
         seat = self.seats[subject]
+        try:
+            return self._do_to(seat, kind, rng)
+        except (EOFError, ProcessLookupError):  # it has crashed meanwhile
+            if not seat.has_crashed:
+                raise
+        return self._revive(seat, kind, began)
+
+    def _do_to(self, seat: Seat, kind: str, rng: random.Random) -> Event:
+        began = time.monotonic()
+        if seat.has_crashed:
+            return self._revive(seat, kind, began)
+        subject = seat.cluster_id
         if kind.startswith("killed"):
             tag, ended = seat.restart(rng, elsewhere=kind.endswith("elsewhere"))
             return Event(kind, subject, began, ended, tag)
@@ -164,6 +189,11 @@ class Fleet:
         }
         does[kind](rng)
         return Event(kind, subject, began, time.monotonic())
+
+    def _revive(self, seat: Seat, kind: str, began: float) -> Event:
+        self.crashes += 1
+        tag, ended = seat.start()
+        return Event(kind, seat.cluster_id, began, ended, tag)
 
     @property
     def _outage(self) -> str:

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from llm_datadist.directory import Record
+
 SHAPE = (4, 16, 4096)
 BLOCKS = 4
 DEADLINE_S = 3.0
 PAUSE_S = 0.02
+GOOD = LLMStatusCode.LLM_SUCCESS.name
 WRONG, STRANGE = "wrong bytes", "no LLMException"
 
 
@@ -59,11 +62,80 @@ class Setting(NamedTuple):
     notes: Path
 
 
-class Worker:
-    """Begins at once; ends with its process."""
+class Failed(Exception):
+    """A pull has failed; the message is its status."""
+
+
+class Load:
+    """Owns bytes that are made of its tag, pulls others', and notes what came of each pull.
+
+    What moves them is a subclass's. Ends with its process.
+    """
 
     def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+        self.setting, self.role = setting, setting.role
+        self.tag = secrets.token_hex(7)
+        self.ready_at = 0.0
+
+    def members(self) -> list[Record]:
+        """Everybody who is announced, but this one."""
+        raise NotImplementedError
+
+    def pull(self, owner: Record, src: list[int], dst: list[int]) -> Bytes:
+        """Reads these blocks of that member's; what has come. Raises Failed."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """It has joined the fleet."""
+        self.ready_at = time.monotonic()
+        self._fd = os.open(self.setting.notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        threading.Thread(target=self._pull_for_ever, daemon=True).start()
+
+    def when(self) -> tuple[str, float]:
+        """Which start this is, and since when it is ready."""
+        return self.tag, self.ready_at
+
+    def switch(self, role: LLMRole) -> None:
+        """Has another role from now on."""
+        self.role = role
+
+    def _pull_for_ever(self) -> None:
+        rng = random.Random(self.tag)
+        while True:
+            owners = [each for each in self.members() if each.role == LLMRole.PROMPT.name]
+            if owners and self.role is LLMRole.DECODER:
+                self._note(rng, rng.choice(owners))
+            time.sleep(PAUSE_S)
+
+    def _note(self, rng: random.Random, owner: Record) -> None:
+        began = time.monotonic()
+        read, status = "", GOOD
+        src, dst = (rng.sample(range(SHAPE[1]), BLOCKS) for _ in range(2))
+        try:
+            got = self.pull(owner, src, dst)
+            ended = time.monotonic()
+            candidates = {owner.labels["tag"], *self._tags(owner.cluster_id)}
+            read = whose(got, src, candidates)
+            status = status if read else WRONG
+        except Failed as error:
+            ended, status = time.monotonic(), str(error)
+        except Exception as error:
+            ended = time.monotonic()
+            status = f"{STRANGE}: {error!r}".replace("\t", " ").replace("\n", " ")
+        id_ = self.setting.cluster_id
+        pull = Pull(began, ended, id_, self.tag, owner.cluster_id, read, status)
+        os.write(self._fd, ("\t".join(map(str, pull)) + "\n").encode())
+
+    def _tags(self, cluster_id: int) -> Iterator[str]:
+        """Of that member, as it is announced now."""
+        return (each.labels["tag"] for each in self.members() if each.cluster_id == cluster_id)
+
+
+class Worker(Load):
+    """A member by this library."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
         self._node = node = Node()
         node.start(
             setting.role,
@@ -73,9 +145,7 @@ class Worker:
             sync_kv_timeout=int(DEADLINE_S * 1000),
             enable_remote_cache_accessible=True,
         )
-        self._role = setting.role
         self._sink = node.blocks_cache(*SHAPE)
-        self.tag = secrets.token_hex(7)
         owned = node.blocks_cache(*SHAPE, key=BlocksCacheKey(0, 0))
         node.arrays[owned.cache_id][:] = bytes_of(self.tag)  # before anybody can know of it
         self._follower = node.datadist.follow(
@@ -85,56 +155,23 @@ class Worker:
             labels={"tag": self.tag},
             ttl_s=setting.ttl_s,
         )
-        self.ready_at = time.monotonic()
-        self._fd = os.open(setting.notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        threading.Thread(target=self._pull_for_ever, daemon=True).start()
+        self.begin()
 
-    def when(self) -> tuple[str, float]:
-        """Which start this is, and since when it is ready."""
-        return self.tag, self.ready_at
+    def members(self) -> list[Record]:
+        return [member.record for member in self._follower.members()]
+
+    def pull(self, owner: Record, src: list[int], dst: list[int]) -> Bytes:
+        key = BlocksCacheKey(owner.cluster_id, 0)
+        try:
+            self._node.manager.pull_blocks(key, self._sink, src, dst)
+        except LLMException as error:
+            raise Failed(error.status_code.name) from error
+        return self._node.arrays[self._sink.cache_id][:, dst]
 
     def switch(self, role: LLMRole) -> None:
-        listen = {"llm.listenIpInfo": f"127.0.0.1:{self._setting.port}"}
+        listen = {"llm.listenIpInfo": f"127.0.0.1:{self.setting.port}"}
         self._node.datadist.switch_role(role, listen)
-        self._role = role
-
-    def _pull_for_ever(self) -> None:
-        rng = random.Random(self.tag)
-        while True:
-            owners = [
-                member.record
-                for member in self._follower.members()
-                if member.record.role == LLMRole.PROMPT.name
-            ]
-            if owners and self._role is LLMRole.DECODER:
-                self._note(rng, rng.choice(owners).cluster_id)
-            time.sleep(PAUSE_S)
-
-    def _note(self, rng: random.Random, owner: int) -> None:
-        before = self._announced(owner)
-        began = time.monotonic()
-        read, status = "", LLMStatusCode.LLM_SUCCESS.name
-        src, dst = (rng.sample(range(SHAPE[1]), BLOCKS) for _ in range(2))
-        array = self._node.arrays[self._sink.cache_id]
-        try:
-            self._node.manager.pull_blocks(BlocksCacheKey(owner, 0), self._sink, src, dst)
-        except LLMException as error:
-            status = error.status_code.name
-        except Exception as error:
-            status = f"{STRANGE}: {error!r}".replace("\t", " ").replace("\n", " ")
-        ended = time.monotonic()
-        if status == LLMStatusCode.LLM_SUCCESS.name:
-            candidates = {before, self._announced(owner)} - {""}
-            read = whose(array[:, dst], src, candidates)
-            status = status if read else WRONG
-        pull = Pull(began, ended, self._setting.cluster_id, self.tag, owner, read, status)
-        os.write(self._fd, ("\t".join(map(str, pull)) + "\n").encode())
-
-    def _announced(self, owner: int) -> str:
-        for member in self._follower.members():
-            if member.record.cluster_id == owner:
-                return member.record.labels.get("tag", "")
-        return ""
+        super().switch(role)
 
 
 _known: dict[str, Bytes] = {}
