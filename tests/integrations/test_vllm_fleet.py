@@ -22,7 +22,7 @@ from kv_processes import (
 )
 
 from llm_datadist.directory import FolderDirectory
-from llm_datadist.integrations.vllm.handover import handover_of
+from llm_datadist.integrations.vllm.handover import source_of
 from llm_datadist.integrations.vllm.settings import settings_of
 from llm_datadist.testing.cluster import free_port
 from llm_datadist.testing.process import ObjectProcess
@@ -213,10 +213,10 @@ def test_what_decode_is_given_says_where_or_who_and_not_both() -> None:
         "remote_num_tokens": 3, "remote_digest": "d", "remote_lease": [1, 2],
         "remote_lease_s": 30.0, "remote_incarnations": ["0" * 32, "1" * 32], "tp_size": 2,
     }  # fmt: skip
-    assert handover_of(said).cluster_id(0) != handover_of(said).cluster_id(1)
+    assert source_of(said).cluster_id(0) != source_of(said).cluster_id(1)
     changes: list[dict[str, object]] = [
         {"remote_host": "h"}, {"remote_port": 7}, {"remote_incarnations": []},
     ]  # fmt: skip
     for wrong in changes:
         with pytest.raises(ValueError, match="they have an address, or incarnations"):
-            handover_of({**said, **wrong})
+            source_of({**said, **wrong})

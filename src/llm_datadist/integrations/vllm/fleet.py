@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llm_datadist import LLMDataDist
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.integrations.vllm.handover import Source
     from llm_datadist.integrations.vllm.ranks import Origin
     from llm_datadist.integrations.vllm.settings import Settings
 
@@ -36,10 +37,10 @@ class Fleet:
             ttl_s=extra.directory_ttl_s,
         )
 
-    def endpoint(self, origin: Origin) -> Endpoint:
+    def endpoint(self, origin: Origin[Source]) -> Endpoint:
         """Where that worker is dialled. One that was just started is waited for.
 
-        Raises ConnectionError, LookupError as `Handover.address`.
+        Raises ConnectionError, LookupError as `Source.address`.
         """
         record = self._follower.find(origin.cluster_id, self._patience_s)
         if record is None:
