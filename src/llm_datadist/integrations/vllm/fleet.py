@@ -40,7 +40,7 @@ class Fleet:
     def endpoint(self, origin: Origin[Source]) -> Endpoint:
         """Where that worker is dialled. One that was just started is waited for.
 
-        Raises ConnectionError, LookupError as `Handover.address`.
+        Raises ConnectionError, LookupError as `Source.address`.
         """
         record = self._follower.find(origin.cluster_id, self._patience_s)
         if record is None:
