@@ -9,13 +9,19 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import effort
+from certificates import Authority
 from edges.interrupting import Strikes
 from edges.user import SMALL, SUCCESS, User, start_owner
 from llm_datadist import LLMException, LLMStatusCode
+from llm_datadist.link_security import LinkSecurity
 from llm_datadist.testing.timing import eventually
+from llm_datadist.transport.shields import Shields
+from llm_datadist.transport.tls import Tls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+    from types import FrameType
 
     from llm_datadist.testing.cluster import Node, NodeProcess
 
@@ -118,3 +124,33 @@ def test_what_a_handler_raises_comes_out_whatever_its_type(
 ) -> None:
     victim.begin(kinds_that_were_lost, "tcp", peer.call(start_owner, "tcp", shape=SMALL))
     assert victim.result(100) == {}
+
+
+def out_of_a_hand_shake_of_tls(node: Node, security: LinkSecurity) -> str:
+    """What came, where a handler raised ValueError while the end of a hand-shake was at work."""
+    shields = Shields(security)
+
+    def strike(_: int, frame: FrameType | None) -> None:
+        outer = frame and frame.f_back  # of a function of Python's `ssl`
+        if outer is not None and outer.f_code is Tls.answer.__code__:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise ValueError("struck")
+
+    signal.signal(signal.SIGALRM, strike)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+    try:
+        for _ in range(MANY):
+            caller, listener = shields.make(is_caller=True), shields.make(is_caller=False)
+            listener.answer(caller.answer(listener.answer(caller.start())))
+    except Exception as error:
+        return repr(error)
+    return "nothing"
+
+
+def test_what_a_handler_raises_is_no_fault_of_a_certificate(
+    victim: NodeProcess, tmp_path: Path
+) -> None:
+    """A stream is dialled, and its hand-shake made, in the thread of the call that needs it."""
+    files = [str(file) for file in Authority().issue(tmp_path)]
+    security = LinkSecurity(None, "", *files)
+    assert victim.call(out_of_a_hand_shake_of_tls, security) == "ValueError('struck')"

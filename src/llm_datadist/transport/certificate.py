@@ -38,6 +38,13 @@ _ALERTS: Final = {
 }  # fmt: skip
 
 
+class NamesNoCluster(Exception):
+    """A certificate is for a cluster that cannot be; to be read behind "the certificate ...".
+
+    No ValueError, which a signal's handler may raise while a hand-shake is under way.
+    """
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -52,14 +59,14 @@ class Certificate:
     def of_peer(cls, tls: ssl.SSLObject) -> Certificate:
         """The peer's, behind the hand-shake.
 
-        Raises ValueError for a cluster that is no number: read as none, it would be for all.
+        Raises NamesNoCluster for one that is no number: read as none, it would be for all.
         """
         fields: dict[str, Any] = tls.getpeercert() or {}
         names = [name for kind, name in fields.get("subjectAltName", ()) if kind == "URI"]
         ids = [name[len(CLUSTER_URI) :] for name in names if name.startswith(CLUSTER_URI)]
         for each in ids:
             if not (each.isascii() and each.isdigit() and len(each) <= 20):
-                raise ValueError(f"names the cluster {each!r:.40}, which is no cluster id")
+                raise NamesNoCluster(f"names the cluster {each!r:.40}, which is no cluster id")
         der = tls.getpeercert(binary_form=True) or b""
         return cls(hashlib.sha256(der).digest(), frozenset(map(int, ids)))
 

@@ -15,7 +15,7 @@ from llm_datadist.credential_file import is_public, read_credential
 from llm_datadist.errors import invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.system_errors import pass_on_handlers, refusals_ignored
-from llm_datadist.transport.certificate import Certificate, fault_of
+from llm_datadist.transport.certificate import Certificate, NamesNoCluster, fault_of
 from llm_datadist.transport.records import PROTOCOL, why_not
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def load_tls(security: LinkSecurity) -> TlsContexts:
     except ssl.SSLError as error:
         reason = error.reason or error
         raise invalid(f"{_NAME}: TLS does not work with {security.certificate}: {reason}") from None
-    except ValueError as error:
+    except NamesNoCluster as error:
         raise invalid(f"{_NAME}: the certificate {security.certificate} {error}") from None
     issuers = [ca for ca in caller.get_ca_certs() if ca.get("subject") == certificate["issuer"]]
     ends = [ssl.cert_time_to_seconds(str(each["notAfter"])) for each in (certificate, *issuers)]
@@ -124,7 +124,7 @@ def _reason(error: OSError) -> str:
 def _rehearse(caller: ssl.SSLContext, listener: ssl.SSLContext) -> dict[str, Any]:
     """Has both ends shake hands. Our certificate as the other end sees it.
 
-    Raises ssl.SSLError; ValueError when it is for a cluster that cannot be.
+    Raises ssl.SSLError; NamesNoCluster.
     """
     to_caller, to_listener = ssl.MemoryBIO(), ssl.MemoryBIO()
     calling = caller.wrap_bio(to_caller, to_listener)
@@ -151,7 +151,7 @@ def _blame(
         context.verify_flags |= _NO_CHECK_TIME
     try:
         certificate = _rehearse(caller, listener)
-    except (ssl.SSLError, ValueError):  # that is not all that is wrong
+    except (ssl.SSLError, NamesNoCluster):  # that is not all that is wrong
         return f"the certificate {file} {fault} ({security.ca})"
     begin, end = str(certificate["notBefore"]), str(certificate["notAfter"])
     begins, ends = ssl.cert_time_to_seconds(begin), ssl.cert_time_to_seconds(end)

@@ -8,7 +8,7 @@ from typing import Final
 
 from llm_datadist.core.messages import MAX_REQUEST_BODY_NBYTES
 from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
-from llm_datadist.transport.certificate import REMEDY, Certificate, explain
+from llm_datadist.transport.certificate import REMEDY, Certificate, NamesNoCluster, explain
 from llm_datadist.transport.records import PART_NBYTES, PROTOCOL, Records
 from llm_datadist.transport.shield import NotAuthentic, Open
 
@@ -59,7 +59,7 @@ class Tls(Open):
         except ssl.SSLError as error:
             # the alert says why, to the peer
             raise NotAuthentic(explain(error), self._outgoing.read(), REMEDY) from None
-        except ValueError as error:
+        except NamesNoCluster as error:
             raise NotAuthentic(f"the peer's certificate {error}", remedy=REMEDY) from None
         return self._outgoing.read()
 
@@ -88,7 +88,7 @@ class Tls(Open):
         return b"".join(pieces)
 
     def _begin(self) -> None:
-        """TLS has met. Raises ValueError for a certificate that is for no cluster."""
+        """TLS has met. Raises NamesNoCluster."""
         self.peer_certificate = Certificate.of_peer(self._tls)
         if self._tls.selected_alpn_protocol() == PROTOCOL:
             self._part = secrets.token_bytes(PART_NBYTES)
