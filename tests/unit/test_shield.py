@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import ssl
 import subprocess
+import threading
+import tracemalloc
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from certificates import Authority, Files
 from llm_datadist.errors import LLMException
 from llm_datadist.link_security import LinkSecurity
+from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.certificate import Certificate
+from llm_datadist.transport.records import PART_NBYTES, PROTOCOL, RECORD_NBYTES
+from llm_datadist.transport.sealed import SealedStream
 from llm_datadist.transport.shield import NotAuthentic, Shield
 from llm_datadist.transport.shields import Shields
 from llm_datadist.transport.tls import Tls
@@ -164,3 +172,45 @@ def test_without_tls_there_is_no_certificate(security: LinkSecurity | None) -> N
     ends = shields.make(is_caller=True), shields.make(is_caller=False)
     assert meet(*ends) == ("", "")
     assert [end.peer_certificate for end in ends] == [None, None]
+
+
+def test_what_is_said_between_the_keys_and_the_records_is_refused(tmp_path: Path) -> None:
+    """In one record of TLS with the keys; nothing that was said is dropped in silence."""
+    files = Authority().issue(tmp_path)
+    contexts = contexts_of(files, files.ca)
+    for context in contexts:
+        context.set_alpn_protocols([PROTOCOL])
+    came, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    caller, listener = contexts[0].wrap_bio(came, sent), Tls(contexts[1], is_caller=False)
+    with suppress(ssl.SSLWantReadError):
+        caller.do_handshake()
+    came.write(listener.answer(sent.read()))
+    caller.do_handshake()
+    caller.write(bytes(PART_NBYTES) + b"early")
+    with pytest.raises(NotAuthentic, match="before the hand-shake had ended"):
+        listener.answer(sent.read())
+
+
+def test_a_stream_that_waits_keeps_no_room_for_records(tmp_path: Path) -> None:
+    """A cluster may have thousands of them."""
+    files = [str(file) for file in Authority().issue(tmp_path)]
+    shields = Shields(LinkSecurity(None, "", *files))
+    caller, listener = shields.make(is_caller=True), shields.make(is_caller=False)
+    assert isinstance(caller, Tls)
+    assert meet(caller, listener) == ("", "")
+    data, arrived = b"of a cache " * RECORD_NBYTES, np.zeros(11 * RECORD_NBYTES, np.uint8)
+    vectors = np.array([(arrived.ctypes.data, len(data))], np.uint64)
+    here, there = socket.socketpair()
+    with here, there:
+        stream = SealedStream(here, caller)
+        sending = threading.Thread(target=there.sendall, args=(listener.seal(data),))
+        sending.start()
+        tracemalloc.start()
+        try:
+            stream.receive_into(vectors, len(data), Deadline.after(20.0))
+            kept_nbytes, most_nbytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            sending.join()
+    assert arrived.tobytes() == data
+    assert kept_nbytes < RECORD_NBYTES // 8 < most_nbytes

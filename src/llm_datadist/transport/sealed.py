@@ -88,7 +88,7 @@ class SealedStream(Stream):
             while left:
                 data = np.frombuffer(self._some(left, deadline), dtype=np.uint8)
                 moved = walk.scatter(data)
-                self._plain = self._plain[moved:]
+                self._pass(moved)
                 left -= moved
         finally:
             self._room = None
@@ -101,8 +101,12 @@ class SealedStream(Stream):
         while len(taken) < nbytes:
             some = self._some(nbytes - len(taken), deadline)
             taken += some
-            self._plain = self._plain[len(some) :]
+            self._pass(len(some))
         return taken
+
+    def _pass(self, nbytes: int) -> None:
+        """So many of the next bytes are taken. Of a stream that waits no room is kept."""
+        self._plain = self._plain[nbytes:] or memoryview(b"")
 
     def _some(self, max_nbytes: int, deadline: Deadline) -> memoryview:
         """The next bytes, which stay the next ones; one at least."""

@@ -107,7 +107,7 @@ class Tls(Open):
         if not self._is_caller:
             self._tls.write(_ACCEPTED + self._part)
         if self._part:
-            if self._incoming.pending:
+            if self._incoming.pending or self._tls.pending():
                 raise NotAuthentic("it spoke before the hand-shake had ended")
             ours, theirs = self._part, self._heard[len(word) :]
             parts = (ours, theirs) if self._is_caller else (theirs, ours)
