@@ -20,7 +20,7 @@ PAGES_ZH := README.zh-CN.md $(wildcard docs/zh/*.md)
 # conformance.md is written by a program
 PAGES := $(filter-out $(PAGES_ZH) docs/conformance.md,$(wildcard *.md docs/*.md docs/specification/*.md changes/*.md))
 
-.PHONY: demo vllm-demo dev test test-latest affected soak fleet bed check lint style types imports conformant
+.PHONY: demo vllm-demo dev test test-all test-latest affected soak fleet bed check lint style types imports conformant
 .PHONY: conformance planners lock locked docs changelog format clean
 
 demo: $(VENV)/.demo
@@ -35,7 +35,11 @@ dev: $(VENV)/.dev $(VENV)/.demo
 	if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/pre-commit install; fi
 
 test: $(VENV)/.dev $(VENV)/.demo $(VENV)/.etcd
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long" $(ARGS)
+
+# Those that take long, too, and what races as often as found the faults.
+test-all:
+	TEST_EFFORT=1 $(MAKE) test ARGS='-m "" $(ARGS)'
 
 # The tests of what changed since BASE: by default, since this branch left the main one.
 affected: $(VENV)/.dev $(VENV)/.demo

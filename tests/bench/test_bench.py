@@ -52,6 +52,7 @@ def test_two_sided_mode(tmp_path: Path) -> None:
     assert ours["is_accessible"] is False
 
 
+@pytest.mark.long
 def test_a_sweep_of_block_sizes_and_its_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     file, picture = tmp_path / "figures.json", tmp_path / "sweep.svg"
@@ -71,6 +72,7 @@ def test_other_shapes(contiguous: tuple[str, ...]) -> None:
     assert "memcpy" in "\n".join(table)
 
 
+@pytest.mark.long
 def test_many_links() -> None:
     said = bench("many-links", "--count", "5", "--path", "tcp")
     assert "link 4 clusters in one call" in said

@@ -45,6 +45,7 @@ class OverNixl(TransportContract):
 
 
 @needs_nixl
+@pytest.mark.long
 class TestNixlOverSharedMemory(OverNixl):
     """Alone, UCX's transports in shared memory do not notice that a peer is gone; tcp does."""
 

@@ -68,6 +68,7 @@ def test_the_answers_are_about_the_prompts(answered: dict[str, Any]) -> None:
     assert "lighthouse" in answered["requests"][1]["text"]
 
 
+@pytest.mark.long
 def test_without_permission_to_read_memory_it_works_over_tcp_and_says_why(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_without_permission_to_read_memory_it_works_over_tcp_and_says_why(
     assert "Operation not permitted" in figures(file)["path_reason"]
 
 
+@pytest.mark.long
 def test_a_path_that_is_insisted_on_but_not_permitted_is_an_error_with_the_remedy(
     tiny_model: Path,
 ) -> None:
@@ -97,6 +99,7 @@ def _run_without_foreign_memory(*options: str) -> Any:
     return run(sys.executable, str(script), *COMMAND, "demo", *options)
 
 
+@pytest.mark.long
 def test_a_local_folder_can_be_the_model_and_blocks_another_size(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_port_that_is_taken_is_named(tiny_model: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_with_a_broken_model_fails_with_its_cause(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     done = run_demo("--model", str(tmp_path))
@@ -96,6 +97,7 @@ def test_a_folder_with_a_broken_model_fails_with_its_cause(tmp_path: Path) -> No
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [0, 1], ids=["prefill", "decode"])
 def test_a_worker_that_is_killed_ends_the_demo(
     number: int, request: pytest.FixtureRequest, tiny_model: Path
@@ -112,6 +114,7 @@ def test_a_worker_that_is_killed_ends_the_demo(
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["twice on the CPU", "decode is linked"])
 def test_ctrl_c_ends_all_processes_without_a_traceback(moment: str, tiny_model: Path) -> None:
     with start_demo("--model", str(tiny_model), "--max-new-tokens", "1024") as demo:

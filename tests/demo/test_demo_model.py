@@ -70,6 +70,7 @@ def test_token_by_token_over_blocks_is_generation_in_one_go(
     assert answer == model.generate(tokens, 8)
 
 
+@pytest.mark.long
 def test_the_weights_are_those_that_transformers_reads() -> None:
     # its own reader of the whole file, which needs no more packages but half a minute
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

@@ -242,7 +242,9 @@ def test_threads_that_fail_do_not_hold_up_others(
     assert time.monotonic() - begun < 10
 
 
-@pytest.mark.parametrize(("threads", "count"), [(4, 60), (32, 30)])
+@pytest.mark.parametrize(
+    ("threads", "count"), [(4, 60), pytest.param(32, 30, marks=pytest.mark.long)]
+)
 def test_no_thread_waits_in_vain_for_a_stream_that_another_one_took(
     node: Node, peer: NodeProcess, threads: int, count: int
 ) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SECONDS, EVENTS = 20.0, 16
 
 
-@pytest.mark.parametrize("directory", ["folder", "etcd"])
+@pytest.mark.parametrize("directory", [pytest.param("folder", marks=pytest.mark.long), "etcd"])
 def test_whoever_is_not_concerned_notices_nothing(tmp_path: Path, directory: str) -> None:
     server = EtcdServer(tmp_path, etcd_program()) if directory == "etcd" else None
     with server or nullcontext(), Fleet(tmp_path, server) as fleet:

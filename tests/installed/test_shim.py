@@ -21,7 +21,7 @@ SAYS_IT = "import hixl, llm_datadist.hixl as h; print(hixl.Hixl is h.Hixl, hixl.
 
 @pytest.mark.slow
 @pytest.mark.shows("engine.shim")
-@pytest.mark.parametrize("wanted", [".", ".[hixl-shim]"])
+@pytest.mark.parametrize("wanted", [pytest.param(".", marks=pytest.mark.long), ".[hixl-shim]"])
 def test_the_shim_comes_with_the_library_from_a_checkout(tmp_path: Path, wanted: str) -> None:
     """As docs/hixl.md says, in one command."""
     constraints = tmp_path / "constraints.txt"

@@ -20,6 +20,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_mypy(folder: Path) -> None:
     said = outside.run([sys.executable, "-m", "mypy", "--strict", "kv_connector.py"], folder)
     assert "no issues found in 1 source file" in said

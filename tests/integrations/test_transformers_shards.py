@@ -43,7 +43,8 @@ def linked(ranks: list[ObjectProcess[Rank]], node: Node) -> Iterator[Node]:
         rank.call(Rank.stop)
 
 
-MODELS = ["three heads", pytest.param("demo", marks=[pytest.mark.model, pytest.mark.slow])]
+_LONG = [pytest.mark.model, pytest.mark.slow, pytest.mark.long]
+MODELS = ["three heads", pytest.param("demo", marks=_LONG)]
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -64,7 +64,7 @@ def test_a_lease_is_renewed_while_the_engine_is_in_one_long_step(
         assert prefill.call(Engine.step_until_sent, "r")
 
 
-@pytest.mark.parametrize("long_s", [3600.0, 1e9])
+@pytest.mark.parametrize("long_s", [pytest.param(3600.0, marks=pytest.mark.long), 1e9])
 def test_each_lease_is_renewed_by_its_own_duration(
     processes: Processes, decode: EngineProcess, long_s: float
 ) -> None:
