@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import hypothesis
 import pytest
 
+import effort
 from llm_datadist.testing.cluster import Node, NodeProcess
 
 if TYPE_CHECKING:
@@ -15,7 +17,10 @@ if TYPE_CHECKING:
 
 # A busy machine is no fault: nothing here is timed but by tests that say so.
 hypothesis.settings.register_profile(
-    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "busy",
+    deadline=None,
+    max_examples=effort.rounds(250),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("busy")
 
@@ -25,6 +30,18 @@ MODES = [
 ]
 #: TEST_PATHS=nixl runs the same tests over another path, by hand: most build a pair for each
 PATHS = os.environ.get("TEST_PATHS", "cma tcp").split()
+#: what is tried at their edges, and under faults, takes most of the time
+_BY_ONE_PATH = {"edges", "faults"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` takes each of them over one of both paths, which its name chooses."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.parent.name in _BY_ONE_PATH:
+            left_out = ("cma", "tcp")[crc32(item.originalname.encode()) % 2]
+            if hasattr(item, "callspec") and item.callspec.params.get("path") == left_out:
+                item.add_marker(pytest.mark.long)
 
 
 class SharedProcess:

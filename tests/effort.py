@@ -1,8 +1,8 @@
-"""How often what races is tried.
+"""How often what is random, or races, is tried.
 
 The counts in the tests are those that found the faults, or showed that they were mended. `make
-test` tries a fifth of them, so that it ends in minutes; TEST_EFFORT=1 tries them all, and
-TEST_EFFORT=10 ten times as many.
+test` tries a fifth of them, so that it ends in minutes; TEST_EFFORT=1, as `make test-all` has it,
+tries them all, and TEST_EFFORT=10 ten times as many.
 """
 
 from __future__ import annotations

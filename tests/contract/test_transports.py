@@ -57,6 +57,7 @@ class TestNixlOverSharedMemory(OverNixl):
 
 
 @needs_nixl
+@pytest.mark.long
 class TestNixlOverTcp(OverNixl):
     ucx = "tcp,self"
 

@@ -28,6 +28,7 @@ def test_a_machine_on_which_all_is_well_is_measured() -> None:
     assert said.findings["system"]["data"]["cores"] >= 1
 
 
+@pytest.mark.long
 def test_where_foreign_memory_is_denied_links_are_said_to_be_slow() -> None:
     # all that links log, in both processes, has to stay out of the JSON
     said = ask(measures=True, wrapper=WITHOUT_FOREIGN_MEMORY, ASCEND_GLOBAL_LOG_LEVEL="1")

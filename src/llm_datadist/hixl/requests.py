@@ -130,9 +130,9 @@ class Requests:
         return request.number
 
     def _drop(self, request: Request) -> None:
-        """Nobody will ask for it."""
-        self._give_up(request)
-        self._requests.pop(request.number, None)
+        """Nobody has its number. One that runs is told of at its end, as others are."""
+        if self._give_up(request):
+            self._requests.pop(request.number, None)
 
     def status_of(self, number: int) -> TransferStatus | None:
         """None for one that there is not, or not any more: an end is told once."""
@@ -196,10 +196,13 @@ class Requests:
         self._is_ended = True
         self._threads.end(deadline)
 
-    def _give_up(self, request: Request) -> None:
+    def _give_up(self, request: Request) -> bool:
+        """Whether it had not begun, and never will."""
         request.is_given_up = True
-        if request.take():
+        is_first = request.take()
+        if is_first:
             request.end(TransferStatus.FAILED)
+        return is_first
 
     def _do(self, request: Request) -> None:
         """In a thread of ours."""
