@@ -58,8 +58,10 @@ class KeyedStream(Stream):
 
     def receive(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
         try:
-            head = self._receive_exactly(KEYED_HEAD_NBYTES, deadline)
-            frame = self._receive_exactly(self._secret.frame_nbytes(head, max_nbytes), deadline)
+            head = bytearray(KEYED_HEAD_NBYTES)
+            self._fill(head, deadline)
+            frame = bytearray(self._secret.frame_nbytes(head, max_nbytes))
+            self._fill(frame, deadline)
             return m.decode_frame(self._secret.open_frame(head, frame))
         except (NotAuthentic, m.ProtocolError) as error:
             raise lost(str(error)) from error
@@ -96,13 +98,13 @@ class SealedStream(Stream):
     def _send(self, frame: bytes, deadline: Deadline) -> None:
         super()._send(self._tls.seal(frame), deadline)
 
-    def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
-        taken = bytearray()
-        while len(taken) < nbytes:
-            some = self._some(nbytes - len(taken), deadline)
-            taken += some
+    def _fill(self, buffer: bytearray | memoryview, deadline: Deadline) -> None:
+        view = memoryview(buffer)
+        while view:
+            some = self._some(len(view), deadline)
+            view[: len(some)] = some
+            view = view[len(some) :]
             self._pass(len(some))
-        return taken
 
     def _pass(self, nbytes: int) -> None:
         """So many of the next bytes are taken. Of a stream that waits no room is kept."""
@@ -125,12 +127,14 @@ class SealedStream(Stream):
         self, records: Records, wanted_nbytes: int, deadline: Deadline
     ) -> memoryview:
         """What is in the next record. With it comes the head of another, if more is wanted."""
-        head = self._head or super()._receive_exactly(HEAD_NBYTES, deadline)
+        head = bytearray(self._head or HEAD_NBYTES)
+        if not self._head:
+            super()._fill(head, deadline)
         nbytes = records.body_nbytes(head)
         head_nbytes = HEAD_NBYTES if nbytes - TAG_NBYTES < wanted_nbytes else 0
         sealed, plain = self._room or (_room(nbytes + head_nbytes), _room(nbytes))
         came = sealed.data[: nbytes + head_nbytes]
-        self._fill(came, deadline)
+        super()._fill(came, deadline)
         self._head = bytes(came[nbytes:])
         return records.open_into(head, came[:nbytes], plain)
 

@@ -72,9 +72,12 @@ class Stream:
         return answer
 
     def receive(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
-        header = self._receive_exactly(m.HEADER.size, deadline)
+        header = bytearray(m.HEADER.size)
+        self._fill(header, deadline)
         try:
-            return m.decode(self._receive_exactly(m.body_nbytes(header, max_nbytes), deadline))
+            body = bytearray(m.body_nbytes(header, max_nbytes))
+            self._fill(body, deadline)
+            return m.decode(body)
         except m.ProtocolError as error:
             if reason := why_to_leave(header, Kind.OPEN):
                 raise _unwelcome(reason) from error
@@ -128,12 +131,9 @@ class Stream:
                 raise _explain(error) from error
             view = view[sent:]
 
-    def _receive_exactly(self, nbytes: int, deadline: Deadline) -> bytearray:
-        buffer = bytearray(nbytes)
-        self._fill(memoryview(buffer), deadline)
-        return buffer
-
-    def _fill(self, view: memoryview, deadline: Deadline) -> None:
+    def _fill(self, buffer: bytearray | memoryview, deadline: Deadline) -> None:
+        """With the next bytes."""
+        view = memoryview(buffer)
         while view:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
