@@ -72,6 +72,12 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
             return f"{self.remote_engine_id} (start {self.remote_incarnations[0][:8]})"
         return f"{self.remote_engine_id} at {self.remote_host}:{self.remote_port}"
 
+    @property
+    def engine_key(self) -> tuple[object, ...]:
+        """What is equal of two that mean the same engine, whatever else they say."""
+        where = (self.remote_host, *self.remote_hosts, self.remote_port)
+        return (*where, *self.remote_incarnations, self.remote_engine_id)
+
     def address(self, worker: int) -> Endpoint:
         """Where that worker is dialled. Raises LookupError if the engine has no such worker."""
         host = self.remote_hosts[worker] if self.remote_hosts else self.remote_host
@@ -127,8 +133,7 @@ class Named(Source, frozen=True, kw_only=True):
     @property
     def key(self) -> tuple[object, ...]:
         """What is equal of two that mean the same prompt of the same engine."""
-        where = self.remote_host, self.remote_port, *self.remote_incarnations
-        return self.remote_engine_id, *where, self.transfer_id
+        return *self.engine_key, self.transfer_id
 
     def expecting(self, num_tokens: int, digest: str) -> Named:
         """The same of the prompt as it was read here."""
@@ -136,20 +141,9 @@ class Named(Source, frozen=True, kw_only=True):
 
     def found(self, lease: Lease) -> Handover:
         """The same where the producer has begun. It names no blocks."""
+        who = {name: getattr(self, name) for name in Source.__struct_fields__}
         return Handover(
-            remote_engine_id=self.remote_engine_id,
-            remote_request_id=self.transfer_id,
-            remote_host=self.remote_host,
-            remote_port=self.remote_port,
-            remote_lease_s=self.remote_lease_s,
-            tp_size=self.tp_size,
-            pp_size=self.pp_size,
-            remote_hosts=self.remote_hosts,
-            remote_incarnations=self.remote_incarnations,
-            remote_num_tokens=self.remote_num_tokens,
-            remote_digest=self.remote_digest,
-            remote_block_ids=[],
-            remote_lease=lease,
+            **who, remote_request_id=self.transfer_id, remote_block_ids=[], remote_lease=lease
         )
 
 

@@ -103,15 +103,15 @@ class Producers:
         link_timeout_s: float,
         patience_s: float | None = None,
         security: LinkSecurity | None = None,
-        locate: Callable[[Origin[Source]], Endpoint] = attrgetter("endpoint"),
+        locate: Callable[[Origin[Source]], Endpoint] | None = None,
     ) -> None:
         """`patience_s`: how long is waited for a link, and for all who ask about it before.
 
-        `locate` says where a worker is dialled; it may take its time.
+        `locate` says where a worker is dialled, if its source does not; it may take its time.
         """
         self._linking = Linking(datadist, model_id, facts, shape, security, link_timeout_s)
         self._rank, self._tp_size = rank, shape.tp_size
-        self._locate = locate
+        self._locate = locate or attrgetter("endpoint")
         self._patience_s = link_timeout_s if patience_s is None else patience_s
         self._lock = threading.Lock()
         self._producers: dict[int, Producer] = {}

@@ -37,9 +37,7 @@ class Origin(Generic[SourceT_co]):
     @property
     def key(self) -> tuple[object, ...]:
         """What is equal of hand-overs that mean the same worker, whatever else they say."""
-        source = self.source
-        where = (source.remote_host, *source.remote_hosts, source.remote_port)
-        return (*where, *source.remote_incarnations, self.worker, source.remote_engine_id)
+        return (*self.source.engine_key, self.worker)
 
 
 def partners(rank: int, size: int, their_size: int) -> list[int]:

@@ -98,10 +98,8 @@ class Worker:
             told = _records_shape(settings, groups, max_tokens)
             words = words_of(manager, cluster_id, _RECORDS, told)
             board = Board(manager, cluster_id, _BOARD, extra.max_leases)
-            by_directory: dict[str, Any] = {}
             if extra.directory:
                 self._fleet = Fleet(self._datadist, settings, rank, place and place.advertised)
-                by_directory["locate"] = self._fleet.endpoint
             producers = Producers(
                 self._datadist,
                 _FACTS,
@@ -111,7 +109,7 @@ class Worker:
                 extra.link_timeout_s,
                 extra.link_timeout_s + extra.pull_timeout_s,
                 security,
-                **by_directory,
+                self._fleet.endpoint if self._fleet else None,
             )
             self._consumer = ConsumerWorker(
                 memory,
