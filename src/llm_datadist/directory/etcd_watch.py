@@ -54,7 +54,8 @@ class EtcdWatch:
         except DirectoryError:
             self._shut()
             raise
-        except Exception as error:  # also an answer of another shape, whose rest would be missed
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # the last ones: an answer of another shape, whose rest would be missed
             self._shut()
             raise DirectoryError(f"etcd at {self._gateway.url}: {error!r:.200}") from error
 
