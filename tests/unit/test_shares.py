@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import pytest
 
 from llm_datadist.errors import LLMException
 from llm_datadist.running.deadline import Deadline
+from llm_datadist.running.loop import RoundsLoop
 from llm_datadist.running.shares import LoopShares, Shares
 from llm_datadist.running.threads import Threads
 
@@ -99,7 +99,7 @@ def test_work_that_no_thread_takes_is_never_done() -> None:
 
 
 def test_the_loop_has_one_turn_a_round_for_each_party() -> None:
-    loop = asyncio.new_event_loop()
+    loop = RoundsLoop()
     shares, done = LoopShares(loop), list[str]()
 
     def work(party: str, left: int) -> None:
@@ -137,7 +137,7 @@ def test_the_loop_has_one_turn_a_round_for_each_party() -> None:
 
 
 def test_work_of_the_loop_that_raises_keeps_nobody_else_from_a_turn() -> None:
-    loop = asyncio.new_event_loop()
+    loop = RoundsLoop()
     logged, done = list[object](), list[str]()
     loop.set_exception_handler(lambda _, context: logged.append(context["exception"]))
     shares, error = LoopShares(loop), ValueError("its own")

@@ -56,6 +56,9 @@ _MAX_LAYERS_NBYTES = 1024 * 1024
 MAX_NOTICE = 1024
 
 UInt: TypeAlias = Annotated[int, Meta(ge=0)]
+#: segments are listed in columns of these
+_COLUMN: Final = np.dtype("<u8")
+
 #: as many as the longest timeout has that a program can set, 2**31 seconds
 Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 #: of a monotonic clock, in seconds
@@ -478,12 +481,18 @@ def columns_of(data: bytes, count: int) -> list[U64]:
     """The `count` equal columns in which a request lists segments. Raises ProtocolError."""
     if len(data) % (8 * count) or len(data) > 8 * count * MAX_REQUEST_SEGMENTS:
         raise ProtocolError(f"{len(data)} bytes are no {count} columns of segments")
-    return list(np.frombuffer(data, dtype="<u8").astype(np.uint64, copy=False).reshape(count, -1))
+    each = len(data) // (8 * count)
+    return [np.frombuffer(data, _COLUMN, each, 8 * each * number) for number in range(count)]
 
 
 def pack_columns(*columns: U64) -> bytes:
     """The reverse of `columns_of`."""
-    return np.concatenate(columns).astype("<u8", copy=False).tobytes()
+    return np.concatenate(columns).astype(_COLUMN, copy=False).tobytes()
+
+
+def pack_vectors(vectors: U64) -> bytes:
+    """The columns of (address, length) pairs."""
+    return vectors.T.astype(_COLUMN, copy=False).tobytes()
 
 
 def pack_layers(names: Sequence[int | str]) -> bytes:

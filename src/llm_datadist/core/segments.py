@@ -68,10 +68,14 @@ class Segments:
 
     def src_iovecs(self, before: Vectors = (), behind: Vectors = ()) -> U64:
         """What the kernel is given for the source: see `iovecs`."""
+        if self._count <= FEW:
+            return _few_iovecs(self.lists[0], self.lists[2], before, behind)
         return iovecs(self.src, self.nbytes, before, behind)
 
     def dst_iovecs(self, before: Vectors = (), behind: Vectors = ()) -> U64:
         """The same for the destination: as many bytes, though not always as many vectors."""
+        if self._count <= FEW:
+            return _few_iovecs(self.lists[1], self.lists[2], before, behind)
         return iovecs(self.dst, self.nbytes, before, behind)
 
     def landing(self) -> Segments:
@@ -165,9 +169,7 @@ def iovecs(
     More vectors may come before and behind them.
     """
     if len(addrs) <= FEW:
-        pairs = zip(addrs.tolist(), nbytes.tolist(), strict=True)
-        flat = list(itertools.chain.from_iterable((*before, *pairs, *behind)))
-        return np.array(flat, dtype=np.uint64).reshape(-1, 2)
+        return _few_iovecs(addrs.tolist(), nbytes.tolist(), before, behind)
     first, last = len(before), len(before) + len(addrs)
     vectors = np.empty((last + len(behind), 2), dtype=np.uint64)
     vectors[first:last, 0] = addrs
@@ -177,6 +179,17 @@ def iovecs(
     if behind:
         vectors[last:] = behind
     return vectors
+
+
+def _few_iovecs(addrs: list[int], nbytes: list[int], before: Vectors, behind: Vectors) -> U64:
+    pairs = zip(addrs, nbytes, strict=True)
+    flat = list(itertools.chain.from_iterable((*before, *pairs, *behind)))
+    return np.array(flat, dtype=np.uint64).reshape(-1, 2)
+
+
+def total_of(nbytes: U64) -> int:
+    """The sum of lengths."""
+    return sum(nbytes.tolist()) if len(nbytes) <= FEW else int(nbytes.sum())
 
 
 def joined(vectors: U64) -> U64:

@@ -8,7 +8,7 @@ import numpy as np
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.registry import KeyName
-from llm_datadist.core.segments import Segments
+from llm_datadist.core.segments import Segments, total_of
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.memory.device import HOST
 
@@ -88,8 +88,10 @@ class Answers:
 
     def readable(
         self, token: object, read: m.Read | m.Digest, permit: Permit, reader: Peer | None
-    ) -> tuple[Entry, U64, U64]:
-        """The memory that a peer asks to be sent: cache, addresses, lengths; all checked.
+    ) -> tuple[Entry, U64, U64, int]:
+        """The memory that a peer asks to be sent: cache, addresses, lengths, and their sum.
+
+        All is checked.
 
         The reader is that peer, or nobody while its link is being made.
 
@@ -105,10 +107,10 @@ class Answers:
                     f"{key} leads elsewhere by now", LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
                 )
         _check_reach(entry, read.generation, addrs, nbytes)
-        _check_amount(nbytes)
+        total_nbytes = _check_amount(nbytes)
         if entry.space != HOST:
             raise invalid(f"cache {entry.cache_id} lies in {entry.space}: no stream sends that")
-        return entry, addrs, nbytes
+        return entry, addrs, nbytes, total_nbytes
 
     def writable(self, token: object, request: m.Fetch, pieces: Pieces) -> Entry:
         """The cache that a peer asks us to fill, checked, and used by the token's call."""
@@ -140,6 +142,9 @@ def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None
         raise invalid(f"a transfer reaches beyond the tensors of cache {entry.cache_id}")
 
 
-def _check_amount(nbytes: U64) -> None:
-    if float(nbytes.sum(dtype=np.float64)) > m.MAX_REQUEST_NBYTES:
+def _check_amount(nbytes: U64) -> int:
+    """The sum of lengths that are within reach. Raises LLMException when it is too much."""
+    total_nbytes = total_of(nbytes)
+    if total_nbytes > m.MAX_REQUEST_NBYTES:
         raise invalid(f"one request asks for more than {m.MAX_REQUEST_NBYTES} bytes")
+    return total_nbytes

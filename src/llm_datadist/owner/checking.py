@@ -34,7 +34,7 @@ class Checking:
 
     def begin(self, answers: Answers, request: m.Digest, reader: Peer | None) -> None:
         """For the peer that asks. `end` must follow. Raises LLMException, ProtocolError."""
-        _, addrs, nbytes = answers.readable(self, request, self._permit, reader)
+        _, addrs, nbytes, _ = answers.readable(self, request, self._permit, reader)
         self._checksum = Checksum(addrs, nbytes)
 
     def go_on(self) -> m.Message | None:

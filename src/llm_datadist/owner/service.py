@@ -24,7 +24,7 @@ import logging
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,9 @@ class Serving:
     timeout_s: float
     #: None when metrics are off
     recorder: Recorder | None
+    #: what comes is received here, in the loop's thread: to map and unmap so much for each request
+    #: took longer than to answer it
+    room: memoryview = field(default_factory=lambda: memoryview(bytearray(_CHUNK_NBYTES)))
 
 
 class StreamService:
@@ -180,16 +183,17 @@ class StreamService:
 
     def _receive(self) -> bool:
         """Whether something has come. Raises NotAuthentic, OSError."""
+        room = self._serving.room
         try:
-            data = self._socket.recv(_CHUNK_NBYTES)
+            got = self._socket.recv_into(room)
         except BlockingIOError:
             return False
         except OSError:
-            data = b""
-        if not data:
+            got = 0
+        if not got:
             self.close()
             return False
-        self._frames.feed(self._shield.open(data, self._frames.max_nbytes))
+        self._frames.feed(self._shield.open(room[:got], self._frames.max_nbytes))
         return True
 
     def _put_off(self, request: m.AnyMessage) -> None:
@@ -265,7 +269,7 @@ class StreamService:
         serving, token = self._serving, object()
         permit = Permit(partial(serving.gate.leave, token), self._wake)
         try:
-            entry, addrs, nbytes = serving.answers.readable(
+            entry, addrs, nbytes, total_nbytes = serving.answers.readable(
                 token, request, permit, self._guest.peer
             )
         except LLMException as error:
@@ -273,9 +277,9 @@ class StreamService:
             return self._sender_of(_refusal(error))
         self._token = token
         if serving.recorder is not None and not serving.answers.is_probe(request):
-            self._count(serving.recorder, nbytes)
-        frame = framed(m.Sending(int(nbytes.sum())), self._shield)
-        return Sender(self._socket, frame, addrs, nbytes, entry.word_addr, permit)
+            self._count(serving.recorder, total_nbytes, len(nbytes))
+        frame = framed(m.Sending(total_nbytes), self._shield)
+        return Sender(self._socket, frame, addrs, nbytes, total_nbytes, entry.word_addr, permit)
 
     def _begin_digest(self, request: m.Digest) -> None:
         """Raises ProtocolError."""
@@ -320,12 +324,12 @@ class StreamService:
         self._pause()
         self._hand_over(sender, deadline)
 
-    def _count(self, recorder: Recorder, nbytes: U64) -> None:
+    def _count(self, recorder: Recorder, nbytes: int, num_segments: int) -> None:
         """What a peer reads from us by asking."""
         peer = self._guest.peer
         if peer is not None:
             series = recorder.series("serve", peer.cluster_id, peer.path)
-            series.add((NEVER, NEVER, NEVER, NEVER, 1, int(nbytes.sum()), len(nbytes)))
+            series.add((NEVER, NEVER, NEVER, NEVER, 1, nbytes, num_segments))
 
     def _fetched(self, arrival: Arrival) -> m.Message:
         peer, fetching = self._guest.peer, self._serving.fetching

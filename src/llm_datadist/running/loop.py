@@ -42,7 +42,7 @@ class Loop:
     """
 
     def __init__(self) -> None:
-        self.asyncio = _new_loop()
+        self.asyncio = RoundsLoop()
         self._thread: threading.Thread | None = None
         #: what other threads wait for
         self._jobs: dict[_Job[Any], None] = {}
@@ -225,27 +225,42 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
         _, left = await asyncio.wait(left, timeout=_INSIST_S)
 
 
-class _AsyncioLoop(asyncio.SelectorEventLoop):
-    """Does not take a handler's exception for its own socket's."""
+class _Selector(selectors.DefaultSelector):
+    """Counts how often it was asked."""
+
+    count = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.count += 1
+        return super().select(timeout)
+
+
+class RoundsLoop(asyncio.SelectorEventLoop):
+    """Counts its rounds, and does not take a handler's exception for its own socket's."""
 
     _csock: socket.socket | None
+
+    def __init__(self) -> None:
+        """Raises OSError when the system has no descriptors for it."""
+        self._counting = _Selector()
+        try:
+            for end in socket.socketpair():  # one without them complains when it is dropped
+                end.close()
+            super().__init__(self._counting)
+        except OSError:
+            self._counting.close()
+            raise
+
+    @property
+    def round(self) -> int:
+        """In each it looks once for what has come."""
+        return self._counting.count
 
     def _write_to_self(self) -> None:
         sock = self._csock
         if sock is not None:
             with refusals_ignored():  # it is full, and wakes the loop anyway, or is closed
                 sock.send(b"\0")
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    selector = selectors.DefaultSelector()
-    try:
-        for end in socket.socketpair():  # a loop that does not get one complains when it is dropped
-            end.close()
-        return _AsyncioLoop(selector)
-    except OSError:
-        selector.close()
-        raise
 
 
 def _finalized() -> LLMException:

@@ -18,9 +18,9 @@ from llm_datadist.locks import make_lock
 from llm_datadist.observe.log import get_logger
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
+    from llm_datadist.running.loop import RoundsLoop
     from llm_datadist.running.threads import Threads
 
 
@@ -95,29 +95,42 @@ class Shares:
 class LoopShares:
     """The thread of an asyncio loop, which parties share. Belongs to that thread.
 
-    Each party has one turn in a round of the loop's, however many connections it has.
+    Each party has one turn in a round of the loop's, however many connections it has. Who asks once
+    a round costs the loop nothing: a call of the loop's in the next round, for each request, took
+    as long as a small answer.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: RoundsLoop) -> None:
         self._loop = loop
-        #: what waits, of the parties that have had their turn in this round
+        #: what waits, of parties that have had their turn
         self._waiting: dict[object, deque[Callable[[], object]]] = {}
+        self._round = 0
+        #: the parties that have had theirs in that round, by id: none is kept
+        self._served: set[int] = set()
 
     def start(self, party: object, work: Callable[[], object]) -> None:
         """Does this: now, if the party has not had its turn, or when it is its turn again."""
         waiting = self._waiting.get(party)
         if waiting is not None:
             waiting.append(work)
-            return
-        self._waiting[party] = deque()
-        self._loop.call_soon(self._go_on, party)  # in the next round
-        work()
+        elif self._loop.round == self._round and id(party) in self._served:
+            self._waiting[party] = deque((work,))
+            self._loop.call_soon(self._go_on, party)  # in the next round
+        else:
+            self._serve(party, work)
 
     def _go_on(self, party: object) -> None:
         waiting = self._waiting[party]
-        if not waiting:
-            del self._waiting[party]
-            return
         work = waiting.popleft()
-        self._loop.call_soon(self._go_on, party)
+        if waiting:
+            self._loop.call_soon(self._go_on, party)
+        else:
+            del self._waiting[party]
+        self._serve(party, work)
+
+    def _serve(self, party: object, work: Callable[[], object]) -> None:
+        if self._loop.round != self._round:
+            self._round = self._loop.round
+            self._served.clear()
+        self._served.add(id(party))
         work()

@@ -56,12 +56,15 @@ class KeyedStream(Stream):
         super().__init__(sock, shield)
         self._secret = shield
 
-    def receive(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
+    def receive(
+        self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES, likely_nbytes: int = 0
+    ) -> m.AnyMessage:
+        keyed = bytearray(KEYED_HEAD_NBYTES + likely_nbytes)
+        got = self._fill(keyed, deadline, KEYED_HEAD_NBYTES)
         try:
-            head = bytearray(KEYED_HEAD_NBYTES)
-            self._fill(head, deadline)
-            frame = bytearray(self._secret.frame_nbytes(head, max_nbytes))
-            self._fill(frame, deadline)
+            end = KEYED_HEAD_NBYTES + self._secret.frame_nbytes(keyed, max_nbytes)
+            self._complete(keyed, got, end, deadline)
+            head, frame = keyed[:KEYED_HEAD_NBYTES], keyed[KEYED_HEAD_NBYTES:end]
             return m.decode_frame(self._secret.open_frame(head, frame))
         except (NotAuthentic, m.ProtocolError) as error:
             raise lost(str(error)) from error
@@ -98,13 +101,16 @@ class SealedStream(Stream):
     def _send(self, frame: bytes, deadline: Deadline) -> None:
         super()._send(self._tls.seal(frame), deadline)
 
-    def _fill(self, buffer: bytearray | memoryview, deadline: Deadline) -> None:
-        view = memoryview(buffer)
-        while view:
+    def _fill(
+        self, buffer: bytearray | memoryview, deadline: Deadline, at_least: int | None = None
+    ) -> int:
+        view, missing = memoryview(buffer), at_least or len(buffer)
+        while missing > 0:
             some = self._some(len(view), deadline)
             view[: len(some)] = some
-            view = view[len(some) :]
+            view, missing = view[len(some) :], missing - len(some)
             self._pass(len(some))
+        return len(buffer) - len(view)
 
     def _pass(self, nbytes: int) -> None:
         """So many of the next bytes are taken. Of a stream that waits no room is kept."""

@@ -64,22 +64,27 @@ class Stream:
         """Sends a question whose `answer` is asked for later. Raises LLMException."""
         self._send(m.encode(message), deadline)
 
-    def answer(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
+    def answer(
+        self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES, likely_nbytes: int = 0
+    ) -> m.AnyMessage:
         """The answer to what was told. Raises as `ask` does."""
-        answer = self.receive(deadline, max_nbytes)
+        answer = self.receive(deadline, max_nbytes, likely_nbytes)
         if isinstance(answer, m.Refused):
             raise RequestRefused(answer.message, status_of(answer.status))
         return answer
 
-    def receive(self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES) -> m.AnyMessage:
-        header = bytearray(m.HEADER.size)
-        self._fill(header, deadline)
+    def receive(
+        self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES, likely_nbytes: int = 0
+    ) -> m.AnyMessage:
+        """The next frame, which saves a call if it is as long as is likely. Raises LLMException."""
+        frame = bytearray(max(m.HEADER.size, likely_nbytes))
+        got = self._fill(frame, deadline, m.HEADER.size)
         try:
-            body = bytearray(m.body_nbytes(header, max_nbytes))
-            self._fill(body, deadline)
-            return m.decode(body)
+            end = m.HEADER.size + m.body_nbytes(frame[: m.HEADER.size], max_nbytes)
+            self._complete(frame, got, end, deadline)
+            return m.decode(memoryview(frame)[m.HEADER.size : end])
         except m.ProtocolError as error:
-            if reason := why_to_leave(header, Kind.OPEN):
+            if reason := why_to_leave(frame[: m.HEADER.size], Kind.OPEN):
                 raise _unwelcome(reason) from error
             raise LLMException(
                 f"the peer answered garbage: {error}", LLMStatusCode.LLM_FAILED
@@ -131,13 +136,24 @@ class Stream:
                 raise _explain(error) from error
             view = view[sent:]
 
-    def _fill(self, buffer: bytearray | memoryview, deadline: Deadline) -> None:
-        """With the next bytes."""
-        view = memoryview(buffer)
-        while view:
+    def _complete(self, frame: bytearray, got: int, end: int, deadline: Deadline) -> None:
+        """Fills it up to where it ends. Raises ProtocolError when more came already."""
+        if got > end:
+            raise m.ProtocolError(f"{got - end} bytes behind an answer")
+        if got < end:
+            frame.extend(bytes(max(0, end - len(frame))))
+            self._fill(memoryview(frame)[got:end], deadline)
+
+    def _fill(
+        self, buffer: bytearray | memoryview, deadline: Deadline, at_least: int | None = None
+    ) -> int:
+        """With the next bytes: all of it, or what there is beyond the least; how many they are."""
+        view, flags = memoryview(buffer), 0 if at_least else native.MSG_WAITALL
+        missing = at_least or len(view)
+        while missing > 0:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
-                got = self._socket.recv_into(view, 0, native.MSG_WAITALL)
+                got = self._socket.recv_into(view, 0, flags)
             except BlockingIOError as error:
                 pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
@@ -145,7 +161,8 @@ class Stream:
                 raise _explain(error) from error
             if got == 0:
                 raise lost("it closed the connection")
-            view = view[got:]
+            view, missing = view[got:], missing - got
+        return len(buffer) - len(view)
 
     def _receive_some(self, max_nbytes: int, deadline: Deadline) -> bytes:
         while True:

@@ -120,21 +120,22 @@ class TcpChannel:
 def _read_window(stream: Stream, window: Pieces, guard: Guard, deadline: Deadline) -> None:
     timeout_ms = max(1, int(deadline.require("the transfer") * 1000))
     claim = guard.claim and (*guard.claim.key, guard.claim.row)
-    columns = m.pack_columns(*window.src_iovecs().T)
+    columns = m.pack_vectors(window.src_iovecs())
     read = m.Read(guard.cache_id, guard.generation, timeout_ms, columns, claim)
+    likely_nbytes = len(m.encode(m.Sending(window.total_nbytes)))
+    stream.tell(read, deadline)
+    # while the owner is at it
+    trailer = array("Q", (0, 0))
+    vectors = window.dst_iovecs(behind=[(trailer.buffer_info()[0], _TRAILER_NBYTES)])
     try:
-        answer = stream.ask(read, deadline)
+        answer = stream.answer(deadline, likely_nbytes=likely_nbytes)
     except RequestRefused as refused:
         if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
             raise StaleCache(guard) from refused
         raise
     if not isinstance(answer, m.Sending) or answer.nbytes != window.total_nbytes:
         raise LLMException(f"the peer answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
-    trailer = array("Q", (0, 0))
-    behind = [(trailer.buffer_info()[0], _TRAILER_NBYTES)]
-    wanted_nbytes = answer.nbytes + _TRAILER_NBYTES
-    vectors = window.dst_iovecs(behind=behind)
-    stream.receive_into(vectors, wanted_nbytes, deadline)
+    stream.receive_into(vectors, answer.nbytes + _TRAILER_NBYTES, deadline)
     generation, bad_addr = trailer
     if bad_addr:
         raise RequestRefused(
@@ -296,6 +297,7 @@ class Sender(PatientSender):
         frame: bytes,
         addrs: U64,
         nbytes: U64,
+        total_nbytes: int,
         word_addr: int,
         permit: Permit,
     ) -> None:
@@ -306,7 +308,7 @@ class Sender(PatientSender):
         self._lock = threading.RLock()
         #: the push that it is for has ended
         self._is_ended = False
-        self._total_nbytes = total_nbytes = int(nbytes.sum())
+        self._total_nbytes = total_nbytes
         self._stale_word = array("Q", (STALE,))
         self._bad_addr = array("Q", (0,))
         trailer = [(word_addr, WORD_NBYTES), (self._bad_addr.buffer_info()[0], WORD_NBYTES)]
