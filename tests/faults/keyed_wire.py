@@ -48,4 +48,4 @@ class KeyedWire(Wire):
     def receive(self) -> m.AnyMessage:
         head = self.receive_bytes(HEAD_NBYTES)
         frame = self.receive_bytes(self.shield.frame_nbytes(head))
-        return m.decode_frame(self.shield.open_frame(head, frame))
+        return m.decode_frame(self.shield.open_frame(head + frame))

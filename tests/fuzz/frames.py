@@ -60,12 +60,12 @@ def keyed() -> Secret:
 
 def forge(data: bytes) -> None:
     """Who does not have the key says nothing that counts."""
-    head, frame = data[:KEYED_HEAD_NBYTES], data[KEYED_HEAD_NBYTES:]
+    head = data[:KEYED_HEAD_NBYTES]
     if len(head) < KEYED_HEAD_NBYTES:
         return
     try:
         LISTENER.frame_nbytes(head)
-        LISTENER.open_frame(head, frame)
+        LISTENER.open_frame(data)
     except NotAuthentic:
         return
     raise AssertionError(f"a forged frame was taken: {data!r}")

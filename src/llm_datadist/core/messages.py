@@ -468,7 +468,7 @@ def body_nbytes(header: bytes | bytearray | memoryview, max_nbytes: int) -> int:
     return int(nbytes)
 
 
-def decode_frame(frame: bytes | bytearray) -> AnyMessage:
+def decode_frame(frame: bytes | bytearray | memoryview) -> AnyMessage:
     """The message of a whole frame. Raises ProtocolError."""
     if len(frame) < HEADER.size or len(frame) != HEADER.size + body_nbytes(
         memoryview(frame)[: HEADER.size], MAX_BODY_NBYTES

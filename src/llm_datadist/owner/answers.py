@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from llm_datadist.core import messages as m
 from llm_datadist.core.registry import KeyName
 from llm_datadist.core.segments import Segments, total_of

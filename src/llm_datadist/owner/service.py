@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llm_datadist.core.frames import FrameReader
-    from llm_datadist.core.segments import U64
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.owner.answers import Answers
     from llm_datadist.owner.fetching import Arrival, Fetching
@@ -320,6 +319,7 @@ class StreamService:
         sender = sealed(answer, self._socket, self._shield)
         if sender.nbytes <= _INLINE_NBYTES and sender.advance():
             self._serving.gate.leave(self._token)
+            self._shield.rest()
             return
         self._pause()
         self._hand_over(sender, deadline)

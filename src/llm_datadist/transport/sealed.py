@@ -59,13 +59,13 @@ class KeyedStream(Stream):
     def receive(
         self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES, likely_nbytes: int = 0
     ) -> m.AnyMessage:
+        self._secret.rest()
         keyed = bytearray(KEYED_HEAD_NBYTES + likely_nbytes)
         got = self._fill(keyed, deadline, KEYED_HEAD_NBYTES)
         try:
             end = KEYED_HEAD_NBYTES + self._secret.frame_nbytes(keyed, max_nbytes)
             self._complete(keyed, got, end, deadline)
-            head, frame = keyed[:KEYED_HEAD_NBYTES], keyed[KEYED_HEAD_NBYTES:end]
-            return m.decode_frame(self._secret.open_frame(head, frame))
+            return m.decode_frame(self._secret.open_frame(memoryview(keyed)[:end]))
         except (NotAuthentic, m.ProtocolError) as error:
             raise lost(str(error)) from error
 

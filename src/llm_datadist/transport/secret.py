@@ -31,6 +31,34 @@ KEYED_HEAD_NBYTES: Final = _KEYED.size
 _COUNT: Final = struct.Struct("<Q")
 
 
+class _Tags:
+    """The MACs of the frames of one direction, one after the other.
+
+    BLAKE2 in its keyed mode takes a third of HMAC's time on small frames.
+    """
+
+    __slots__ = ("_begun", "_key", "_number")
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._number = 0
+        self._begun: blake2b | None = None
+
+    def begin(self) -> blake2b:
+        """What of the next MAC can be made before its frame is there. May be called again."""
+        if self._begun is None:
+            number = _COUNT.pack(self._number)
+            self._begun = blake2b(number, digest_size=_TAG_NBYTES, key=self._key)
+        return self._begun
+
+    def tag(self, frame: bytes | bytearray | memoryview) -> bytes:
+        """The next MAC."""
+        tag = self.begin()
+        self._begun, self._number = None, self._number + 1
+        tag.update(frame)
+        return tag.digest()
+
+
 class Secret(Open):
     """Both ends answer the other's challenge with a MAC that only the secret makes.
 
@@ -45,9 +73,8 @@ class Secret(Open):
         self._nonces = b""
         self._came = bytearray()
         self._session_key = b""
-        #: the keys of what is sent and of what comes, and how many frames there were
-        self._keys = b"", b""
-        self._sent = self._opened = 0
+        #: of what is sent, and of what comes
+        self._sent, self._opened = _Tags(b""), _Tags(b"")
 
     def start(self) -> bytes:
         return _GREETING + self._mine if self._is_caller else b""
@@ -59,26 +86,30 @@ class Secret(Open):
         return self._answer_caller()
 
     def seal(self, data: bytes | bytearray | memoryview) -> bytes:
-        tag = _tag(self._keys[0], self._sent, data)
-        self._sent += 1
-        return b"".join((_KEYED.pack(len(data), tag), data))
+        return _KEYED.pack(len(data), self._sent.tag(data)) + data
+
+    def rest(self) -> None:
+        self._sent.begin()
+        self._opened.begin()
 
     def open(
         self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
     ) -> bytes:
+        if not self._came and len(data) >= KEYED_HEAD_NBYTES:
+            end = KEYED_HEAD_NBYTES + self.frame_nbytes(data, max_nbytes)
+            if len(data) == end:  # one frame, as nearly always
+                return bytes(self.open_frame(data))
         self._came += data
         frames = []
         while len(self._came) >= KEYED_HEAD_NBYTES:
             end = KEYED_HEAD_NBYTES + self.frame_nbytes(self._came, max_nbytes)
             if len(self._came) < end:
                 break
-            frames.append(
-                self.open_frame(self._take(KEYED_HEAD_NBYTES), self._take(end - KEYED_HEAD_NBYTES))
-            )
+            frames.append(self.open_frame(self._take(end)))
         return b"".join(frames)
 
     def frame_nbytes(
-        self, head: bytes | bytearray, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
+        self, head: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
     ) -> int:
         """How long the frame behind its head is. Raises NotAuthentic."""
         nbytes: int = _KEYED.unpack_from(head)[0]
@@ -86,12 +117,12 @@ class Secret(Open):
             raise NotAuthentic("it sent what is no keyed frame")
         return nbytes
 
-    def open_frame(self, head: bytes | bytearray, frame: bytes | bytearray) -> bytes | bytearray:
-        """The frame, when it is the peer's next one. Raises NotAuthentic."""
-        _, tag = _KEYED.unpack(head)
-        if not hmac.compare_digest(tag, _tag(self._keys[1], self._opened, frame)):
+    def open_frame(self, keyed: bytes | bytearray | memoryview) -> memoryview:
+        """The frame of a whole keyed one, if that is the peer's next. Raises NotAuthentic."""
+        _, tag = _KEYED.unpack_from(keyed)
+        frame = memoryview(keyed)[KEYED_HEAD_NBYTES:]
+        if not hmac.compare_digest(tag, self._opened.tag(frame)):
             raise NotAuthentic("a frame is not the peer's next one: somebody is in between")
-        self._opened += 1
         return frame
 
     def proof(self, link: Shield) -> bytes:
@@ -130,7 +161,8 @@ class Secret(Open):
         self._session_key = self._mac(b"session")
         keys = (_mac(self._session_key, who) for who in (b"caller", b"listener"))
         callers, listeners = keys
-        self._keys = (callers, listeners) if self._is_caller else (listeners, callers)
+        mine, theirs = (callers, listeners) if self._is_caller else (listeners, callers)
+        self._sent, self._opened = _Tags(mine), _Tags(theirs)
         self.is_done = True
 
     def _take(self, count: int) -> bytes:
@@ -148,10 +180,3 @@ class Secret(Open):
 
 def _mac(key: bytes, text: bytes) -> bytes:
     return hmac.digest(key, text, "sha256")
-
-
-def _tag(key: bytes, number: int, frame: bytes | bytearray | memoryview) -> bytes:
-    """Of a frame: BLAKE2 in its keyed mode, which takes a third of HMAC's time on small ones."""
-    tag = blake2b(_COUNT.pack(number), digest_size=_TAG_NBYTES, key=key)
-    tag.update(frame)
-    return tag.digest()

@@ -61,6 +61,10 @@ class Shield(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Nothing is waited for but the peer: what the next frame takes may be done now."""
+        ...
+
     def proof(self, link: Shield) -> bytes:
         """What shows on this connection that its caller is the end of a link with that shield."""
         ...
@@ -99,6 +103,9 @@ class Open:
             if reason := why_to_refuse(opened, Kind.OPEN):
                 raise NotAuthentic(reason, Kind.OPEN.value)
         return opened
+
+    def rest(self) -> None:
+        pass
 
     def proof(self, link: Shield) -> bytes:
         return b""
