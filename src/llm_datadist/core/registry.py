@@ -37,6 +37,13 @@ class KeyName(NamedTuple):
             return cls(key.prefix_id, key.model_id, is_prefix=True)
         return cls(key.req_id, key.model_id) if is_valid_id(key.req_id) else None
 
+    def __str__(self) -> str:
+        """As a program says it, but for the cluster."""
+        if self.id == NO_ID:
+            return f"BlocksCacheKey(model_id={self.model_id})"
+        kind = "prefix_id" if self.is_prefix else "req_id"
+        return f"CacheKey({kind}={self.id}, model_id={self.model_id})"
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
