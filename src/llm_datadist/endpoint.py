@@ -16,6 +16,10 @@ _LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _MAX_HOST_NAME = 253
 
 
+#: what to do about one that `lacks_zone`
+LACKS_ZONE = "a link-local address needs its interface: fe80::1%eth0"
+
+
 class Endpoint(NamedTuple):
     """Where a cluster listens: an IP address or host name, and a TCP port. Spec 3.11, 5.1.
 
@@ -52,6 +56,11 @@ class Endpoint(NamedTuple):
                 name = socket.if_indextoname(zone)
             host = f"{host}%{name}"
         return cls(host, sockaddr[1])
+
+    @property
+    def lacks_zone(self) -> bool:
+        """Whether it is a link-local address that does not say on which interface."""
+        return self.host.lower().startswith("fe80:") and "%" not in self.host
 
     @property
     def sockaddr(self) -> tuple[Any, ...]:

@@ -255,6 +255,10 @@ def test_link_local_addresses_keep_their_zone(hosts: Hosts) -> None:
     assert hosts[1].call(Node.link, port, 1, 5000, zoned[0]) == SUCCESS
     assert hosts[1].call(pulls, 1)
     assert hosts[0].call(pulls, 2), "over streams that the caller dials back"
+    hosts[1].call(record_log)
+    plain = zoned[0].partition("%")[0]
+    assert hosts[1].call(Node.link, port, 77, 3000, plain) == LINK_FAILED
+    assert "its interface: fe80::1%eth0" in hosts[1].call(logged)
 
 
 @pytest.mark.parametrize("is_dead", [False, True], ids=["alive", "dead"])

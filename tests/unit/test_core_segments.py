@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from llm_datadist.core.segments import Segments, iovecs, skip_bytes
+from llm_datadist.core.segments import FEW, Segments, iovecs, skip_bytes, total_of
 
 
 def column(*values: int) -> npt.NDArray[np.uint64]:
@@ -80,3 +80,9 @@ def test_iovecs_beyond_the_window_are_left_alone() -> None:
 def test_empty_iovecs_are_skipped_with_those_before_them() -> None:
     left = skip_bytes(iovecs(column(100, 200, 300), column(5, 0, 5)), 5, window=8)
     assert left.tolist() == [[300, 5]]
+
+
+@pytest.mark.parametrize("count", [0, 1, FEW, FEW + 1, 1000])
+def test_a_sum_of_lengths_does_not_wrap(count: int) -> None:
+    lengths = np.full(count, 2**62 + 3, np.uint64)
+    assert total_of(lengths) == count * (2**62 + 3)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from certificates import Authority, Files
-from llm_datadist.errors import LLMException
+from llm_datadist.core import messages as m
+from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.certificate import Certificate
@@ -23,6 +24,7 @@ from llm_datadist.transport.records import PART_NBYTES, PROTOCOL, RECORD_NBYTES
 from llm_datadist.transport.sealed import SealedStream
 from llm_datadist.transport.shield import NotAuthentic, Shield
 from llm_datadist.transport.shields import Shields
+from llm_datadist.transport.stream import RequestRefused
 from llm_datadist.transport.tls import Tls
 
 if TYPE_CHECKING:
@@ -214,3 +216,20 @@ def test_a_stream_that_waits_keeps_no_room_for_records(tmp_path: Path) -> None:
             sending.join()
     assert arrived.tobytes() == data
     assert kept_nbytes < RECORD_NBYTES // 8 < most_nbytes
+
+
+@pytest.mark.parametrize("text", ["", "gone", "a text that is longer than a number"])
+def test_a_refusal_under_tls_is_not_waited_behind(tmp_path: Path, text: str) -> None:
+    """It is shorter than the likely answer, and nothing comes behind it."""
+    files = [str(file) for file in Authority().issue(tmp_path)]
+    shields = Shields(LinkSecurity(None, "", *files))
+    caller, listener = shields.make(is_caller=True), shields.make(is_caller=False)
+    assert isinstance(caller, Tls)
+    assert meet(caller, listener) == ("", "")
+    refused = m.Refused(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, text)
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(listener.seal(m.encode(refused)))
+        likely_nbytes = len(m.encode(m.Sending(2**40)))
+        with pytest.raises(RequestRefused):
+            SealedStream(here, caller).answer(Deadline.after(2.0), likely_nbytes=likely_nbytes)

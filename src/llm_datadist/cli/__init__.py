@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from errno import ENOSPC
+
 import typer
 
 from llm_datadist import __version__
@@ -9,14 +12,24 @@ from llm_datadist.cli.bench.command import app as bench
 from llm_datadist.cli.demo.command import demo
 from llm_datadist.cli.docs.command import docs
 from llm_datadist.cli.doctor.command import doctor
-from llm_datadist.cli.terminal import print_anywhere
+from llm_datadist.cli.terminal import drop_output, print_anywhere
 from llm_datadist.cli.top.command import top
 
 
 class _App(typer.Typer):
     def __call__(self, *args: object, **kwargs: object) -> object:
         print_anywhere()
-        return super().__call__(*args, **kwargs)
+        try:
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except OSError as error:
+            if error.errno != ENOSPC:
+                raise
+            drop_output()
+            typer.secho("llm-datadist: the output cannot be written: the disk is full", err=True)
+            raise SystemExit(2) from None
 
 
 app = _App(

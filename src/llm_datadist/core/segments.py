@@ -188,8 +188,11 @@ def _few_iovecs(addrs: list[int], nbytes: list[int], before: Vectors, behind: Ve
 
 
 def total_of(nbytes: U64) -> int:
-    """The sum of lengths."""
-    return sum(nbytes.tolist()) if len(nbytes) <= FEW else int(nbytes.sum())
+    """The sum of lengths, whatever somebody says that they are."""
+    if len(nbytes) <= FEW:
+        return sum(nbytes.tolist())
+    half = np.uint64(32)  # the sum of either half does not wrap
+    return (int((nbytes >> half).sum()) << 32) + int((nbytes & np.uint64(2**32 - 1)).sum())
 
 
 def joined(vectors: U64) -> U64:

@@ -93,6 +93,15 @@ class Control:
         return isinstance(self.at, SameHost) and not self.at.is_meeting_point
 
     @property
+    def reached(self) -> tuple[str, int] | None:
+        """Over TCP: the other end's address, which its name stands for."""
+        with suppress(OSError):  # it has ended
+            if self.socket.family != socket.AF_UNIX:
+                host, port, *_ = self.socket.getpeername()
+                return host, port
+        return None
+
+    @property
     def is_unheard(self) -> bool:
         """Over TCP: whether the peer's host has not acknowledged all that was said so far."""
         unsent = array("i", (0,))

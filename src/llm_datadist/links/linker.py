@@ -14,6 +14,7 @@ import msgspec
 
 from llm_datadist.core import link as lk
 from llm_datadist.core import messages as m
+from llm_datadist.endpoint import LACKS_ZONE, Endpoint
 from llm_datadist.errors import LLMStatusCode
 from llm_datadist.links.control import AnotherUser, ConnectionEnded, Control, Unwelcome, dial
 from llm_datadist.links.session import Session
@@ -25,7 +26,6 @@ from llm_datadist.transport.same_host import SameHost
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.context import Context
     from llm_datadist.links.session import Registrar
     from llm_datadist.links.table import LinkTable
@@ -53,6 +53,8 @@ class Call(NamedTuple):
     bundle: bytes = b""
     #: nobody else is linked to; None: whoever answers
     only: int | None = None
+    #: where the connection leads, whatever name was called
+    reached: tuple[str, int] | None = None
 
 
 class Outcome(NamedTuple):
@@ -143,7 +145,11 @@ class Linker:
         if claim is not None and (objection := claim(control.process)):
             control.close()
             return Outcome(LLMStatusCode.LLM_PROCESSING_LINK, objection)
-        call = Call(at, named, is_fresh, group, bundle, named if expected else None)
+        reached = control.reached
+        if named is None and not group and self._is_linked_at(reached):
+            is_fresh = False  # by another name: whoever has our link says that it does
+        only = named if expected else None
+        call = Call(at, named, is_fresh, group, bundle, only, reached)
         session, first, left_s = self._begin(control, call, deadline, expected)
         await session.greet(first, left_s)
         if session.is_closed and session.status is not LLMStatusCode.LLM_SUCCESS:
@@ -167,6 +173,7 @@ class Linker:
             self._context, self._registrar, control, link, endpoint, call.group, call.named,
             call.bundle,
         )  # fmt: skip
+        session.reached = call.reached
         session.meeting = partial(self._meet, session, call)
         left_s = max(0.001, deadline.remaining_s())
         first = link.start(
@@ -273,6 +280,11 @@ class Linker:
         ours = self.ours(links.of(target.cluster_id))
         return any(not _differ(session.endpoint, endpoint) for session in ours)
 
+    def _is_linked_at(self, reached: tuple[str, int] | None) -> bool:
+        """Whether a link was made where a connection leads."""
+        sessions = self.ours(self._links.all())
+        return reached is not None and any(each.reached == reached for each in sessions)
+
     def ours(self, sessions: list[Session]) -> list[Session]:
         """Without those that a peer called for, where such a link is the peer's alone."""
         return [
@@ -328,6 +340,8 @@ class Linker:
             return None, Outcome(failure, f"{at}: {error}")
         except OSError as error:
             remedy = "" if error.errno in _OURS else _REMEDY
+            if isinstance(at, Endpoint) and at.lacks_zone:
+                remedy = f"; {LACKS_ZONE}"
             reason = f"cannot connect to {at}: {_explain(error)}{remedy}"
             return None, Outcome(failure, reason)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.link import ListenerLink
-from llm_datadist.endpoint import Endpoint
+from llm_datadist.endpoint import LACKS_ZONE, Endpoint
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome
 from llm_datadist.links.session import Session
@@ -72,7 +72,7 @@ def bind(endpoint: Endpoint, *, is_v6_only: bool = False) -> socket.socket:
             errno.EADDRINUSE: "another process has it; choose another port, or 0 for a free one",
             errno.EADDRNOTAVAIL: "no interface of this machine has that address",
             errno.EACCES: "ports below 1024 need privileges",
-        }.get(code or 0, str(error))
+        }.get(code or 0, LACKS_ZONE if endpoint.lacks_zone else str(error))
         raise LLMException(
             f"cannot listen on {endpoint} (listen_ip_info): {remedy}", LLMStatusCode.LLM_FAILED
         ) from error

@@ -85,6 +85,8 @@ class Session:
         self._link = link
         #: where the caller reached its peer; None at the listener, and at a meeting point
         self.endpoint = endpoint
+        #: the address behind that name
+        self.reached: tuple[str, int] | None = None
         #: the rank-table link that this one belongs to, if any
         self.group = group
         #: names the links of several devices that were made together, and end together

@@ -106,7 +106,7 @@ class SealedStream(Stream):
     ) -> int:
         view, missing = memoryview(buffer), at_least or len(buffer)
         while missing > 0:
-            some = self._some(len(view), deadline)
+            some = self._some(missing, deadline)  # behind that nothing may come
             view[: len(some)] = some
             view, missing = view[len(some) :], missing - len(some)
             self._pass(len(some))
