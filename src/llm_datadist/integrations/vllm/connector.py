@@ -198,6 +198,16 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             config.model_config.max_model_len,
         )
 
+    def unregister_kv_caches(self) -> None:
+        """Before the engine sleeps, by vLLM from 0.33 on; loads meanwhile fail."""
+        if self._registered is not None:
+            self._registered.memory.unregister()
+
+    def restore_kv_caches(self) -> None:
+        """Behind it, with the memory where it was."""
+        if self._registered is not None:
+            self._registered.memory.register()
+
     def get_handshake_metadata(self) -> WorkerHost | None:
         host = self._registered and self._registered.advertised_host
         return WorkerHost(host, self._worker.incarnation) if host else None
@@ -240,6 +250,10 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             self._registered.close()
 
     # -- the class's -----------------------------------------------------------------------------
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        return True
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TransferStats:

@@ -10,7 +10,7 @@ from llm_datadist.integrations.vllm.regions import regions_of
 from llm_datadist.integrations.vllm.shapes import GroupShape, RegionShape, Shape, reads_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -71,23 +71,42 @@ class Memory:
         """`by_layer`: each layer can be read into alone."""
         self._manager, self._groups = manager, groups
         self._kv_caches = kv_caches  # the memory must outlive the cluster
-        self._cluster_id, self._model_ids = cluster_id, count(first_model_id)
-        self._known = [
-            self._made_known(r) for r in regions_of(kv_caches, num_blocks, groups, forms)
-        ]
+        self._cluster_id, self._first_model_id = cluster_id, first_model_id
+        self._regions = regions_of(kv_caches, num_blocks, groups, forms)
+        self._reads_layers = by_layer
+        #: none while it is unregistered
+        self._known: list[_Known] = []
         self._by_layer: dict[str, _Known] = {}
-        if by_layer:
-            self._by_layer = {
-                layer: self._of_layer(known, layer)
-                for known in self._known
-                for layer in known.region.layers
-            }
+        self.register()
         #: what readers are told
         self.shape = Shape(
             tp_size,
             [GroupShape(each.kept, each.span_tokens, each.block_tokens) for each in groups],
             [each.shape for each in self._known],
         )
+
+    def register(self) -> None:
+        """By the same model ids each time. May be called again."""
+        if self._known:
+            return
+        model_ids = count(self._first_model_id)
+        self._known = [self._made_known(region, model_ids) for region in self._regions]
+        if self._reads_layers:
+            self._by_layer = {
+                layer: self._of_layer(known, layer)
+                for known in self._known
+                for layer in known.region.layers
+            }
+
+    def unregister(self) -> None:
+        """The end of `register`: nobody reads it, or writes into it. May be called again.
+
+        Raises LLMException when a transfer does not end.
+        """
+        for known in (*self._by_layer.values(), *self._known):
+            for cache in (known.whole, *known.planes.values()):
+                self._manager.unregister_cache(cache.cache_id)
+        self._known, self._by_layer = [], {}
 
     def read(self, peers: Sequence[Peer], part: Part, layers: Sequence[str] | None = None) -> int:
         """Reads a part of a request's blocks from workers of one engine; how many bytes.
@@ -97,6 +116,8 @@ class Memory:
         """
         if not len(part.theirs) == len(part.ours) == len(self._groups):
             raise LookupError("the hand-over is of other KV cache groups")
+        if not self._known:
+            raise LookupError("the KV caches are not registered: the engine sleeps")
         known = self._known if layers is None else [self._by_layer[layer] for layer in layers]
         return sum(self._read_region(each, peers, part) for each in known)
 
@@ -135,10 +156,10 @@ class Memory:
         else:
             self._manager.pull_shards(dict.fromkeys(keys, src), cache, dst, tokens=span)
 
-    def _made_known(self, region: Region) -> _Known:
-        first = next(self._model_ids)
+    def _made_known(self, region: Region, model_ids: Iterator[int]) -> _Known:
+        first = next(model_ids)
         whole = region.register(self._manager, BlocksCacheKey(self._cluster_id, first))
-        ids = {plane.name: next(self._model_ids) for plane in region.form.planes}
+        ids = {plane.name: next(model_ids) for plane in region.form.planes}
         planes = {
             plane.name: region.register_plane(
                 self._manager, plane, BlocksCacheKey(self._cluster_id, ids[plane.name])

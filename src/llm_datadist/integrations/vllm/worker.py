@@ -125,6 +125,8 @@ class Worker:
         sealing = None
         if told:
             sealing = Sealing(Records(words, told), told.num_records, memory.shape.layers)
+        #: the KV caches
+        self.memory = memory
         self._producer = ProducerWorker(board, extra.kv_lease_duration, sealing)
 
     def apply(self, step: Step) -> None:
