@@ -27,28 +27,21 @@ class Lock(Protocol):
     def _is_owned(self) -> bool: ...
 
 
-#: replaced as a whole: who reads it has it, whatever finalizers do meanwhile
-_locks: tuple[weakref.ref[Lock], ...] = ()
-_guard = threading.RLock()
+#: by their addresses, in single steps: finalizers may strike anywhere, and a child be forked
+_locks: dict[int, weakref.ref[Lock]] = {}
 
 
 def make_lock() -> Lock:
     """A re-entrant lock that `holds_lock` knows of."""
-    global _locks
     lock = cast("Lock", threading.RLock())
-    with _guard:
-        _locks = (*[known for known in _locks if known() is not None], weakref.ref(lock))
+    at = id(lock)
+    _locks[at] = weakref.ref(lock, lambda _, forget=_locks.pop: forget(at, None))  # type: ignore[misc]
     return lock
-
-
-def begin_in_child() -> None:
-    """For running/forks.py, first of all: another thread of the parent's may have made a lock."""
-    _guard._at_fork_reinit()  # type: ignore[attr-defined]  # Python's own modules do so
 
 
 def holds_lock(besides: Lock | None = None) -> bool:
     """Whether this thread holds a lock of the library's, besides one that is not waited for."""
-    locks = [known() for known in _locks]
+    locks = [known() for known in list(_locks.values())]
     return any(is_owned(lock) for lock in locks if lock is not None and lock is not besides)
 
 

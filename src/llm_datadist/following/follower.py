@@ -107,7 +107,7 @@ class Follower:
         self._require_here()
         return [
             MemberInfo(member.record, member.state, member.objection or member.problem)
-            for member in tuple(self._driver.plan.members.values())
+            for member in list(self._driver.plan.members.values())
         ]
 
     def wait_for(self, cluster_id: int, timeout_s: float) -> bool:

@@ -81,7 +81,7 @@ class Connecting:
 
     def statuses(self) -> dict[EngineName, AsyncConnectStatus]:
         """By engine."""
-        return {name: self.status_of(name) for name in tuple(self._newest)}
+        return {name: self.status_of(name) for name in list(self._newest)}
 
     def end(self, deadline: Deadline) -> None:
         """Begins no further task, and ends the threads. Raises LLMException(LLM_TIMEOUT)."""

@@ -158,7 +158,7 @@ class Connections:
 
     def _forget_others_that_are_gone(self) -> None:
         """Or each engine that there ever was would be kept, with its table."""
-        for known, peer in tuple(self._peers.items()):
+        for known, peer in dict(self._peers).items():
             if peer.is_gone:
                 self._peers.pop(known, None)
 

@@ -58,7 +58,7 @@ class Pool:
             return
         if endpoint not in self._used and len(self._used) >= _MOST_USED:
             live = {session.endpoint for session in self._own()}
-            for other in tuple(self._used):
+            for other in list(self._used):
                 if other not in live:
                     self._used.pop(other, None)
         self._used[endpoint] = next(self._clock)
@@ -107,7 +107,7 @@ class Pool:
         )
 
     def _makers(self) -> list[tuple[object, tuple[Endpoint, int]]]:
-        return list(self.making.items())
+        return list(dict(self.making).items())
 
     def _own(self) -> list[Session]:
         return [each for each in self._cluster.links.all() if each.is_caller]

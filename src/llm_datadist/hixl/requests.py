@@ -177,14 +177,14 @@ class Requests:
 
     def give_up(self, name: EngineName | None = None) -> None:
         """Those that wait for a thread, of one peer or of all, have failed; others will, soon."""
-        for request in tuple(self._requests.values()):
+        for request in list(self._requests.values()):
             if name in (None, request.name):
                 self._give_up(request)
         self._bell.ring()
 
     def settle(self, name: EngineName) -> None:
         """Waits for the ends of what was cut."""
-        mine = [each for each in tuple(self._requests.values()) if each.name == name]
+        mine = [each for each in list(self._requests.values()) if each.name == name]
 
         def is_over() -> bool:
             return all(each.status is not TransferStatus.WAITING for each in mine)

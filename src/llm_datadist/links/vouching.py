@@ -78,7 +78,7 @@ class Vouching:
 
     def close(self) -> None:
         """The link is no more."""
-        for connection in tuple(self._asked):
+        for connection in list(self._asked):
             self._settle(connection, Answer.GONE)
 
     def _settle(self, connection: bytes, said: Answer) -> None:

@@ -65,7 +65,7 @@ class Series:
                 peer,
                 path,
                 succeeded,
-                tuple(self._failures.items()),
+                tuple(dict(self._failures).items()),
                 nbytes,
                 num_segments,
                 *(times.snapshot() for times in self._times),
@@ -119,7 +119,7 @@ class Recorder:
 
     def operations(self) -> tuple[OperationStats, ...]:
         with self._lock:
-            every = list(self._series.items())
+            every = list(dict(self._series).items())
         return tuple(series.snapshot(*name) for name, series in every)
 
     def waits(self) -> tuple[WaitStats, ...]:

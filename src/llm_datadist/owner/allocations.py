@@ -85,7 +85,7 @@ class Allocations:
         A peer that has the last byte of an answer may act on it before this end has noticed that
         the answer is sent.
         """
-        doomed = tuple(self._doomed)
+        doomed = list(self._doomed)
         is_read = any(permit.is_revoked for entry in doomed for permit in self._permits(entry))
         deadline = Deadline.after(_TAKEN_BACK_S if is_read else _NOTICED_S)
         return any(self._gate.drain(entry, max(0.0, deadline.remaining_s())) for entry in doomed)

@@ -200,7 +200,7 @@ class Catalog:
 
     def is_leaving(self, cache_id: int) -> bool:
         """Whether somebody is unregistering it."""
-        return any(entry.cache_id == cache_id for entry in tuple(self.leaving.values()))
+        return any(entry.cache_id == cache_id for entry in list(self.leaving.values()))
 
     def allocate(
         self,
@@ -233,7 +233,7 @@ class Catalog:
         if not self._left:
             return
         with self._lock:
-            unused = [entry for entry in tuple(self._left) if not self._gate.count(entry)]
+            unused = [entry for entry in list(self._left) if not self._gate.count(entry)]
             for entry in unused:
                 self._exposure.conceal(entry.cache_id)
                 self._left.pop(entry, None)
@@ -391,7 +391,7 @@ class Catalog:
         Not of those that are being unregistered: others may lie at their addresses already.
         """
         with self._lock:
-            hidden = {self.probe, *tuple(self.leaving.values())}
+            hidden = {self.probe, *list(self.leaving.values())}
             entries = [
                 entry
                 for entry in list(self._registry.entries())
@@ -507,7 +507,7 @@ class Catalog:
             self._allocations.reclaim()
 
     def _refuse_leaving(self, entry: Entry) -> None:
-        if self.leaving and entry in tuple(self.leaving.values()):
+        if self.leaving and entry in list(self.leaving.values()):
             raise LLMException(
                 f"cache {entry.cache_id} is being unregistered",
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,

@@ -117,5 +117,5 @@ class Fetching:
 
     def _earlier(self, arrival: Arrival) -> set[Arrival]:
         """The pushes to the same bytes that came before: looked for once, it takes its time."""
-        before = itertools.takewhile(lambda other: other is not arrival, tuple(self._arrived))
+        before = itertools.takewhile(lambda other: other is not arrival, list(self._arrived))
         return {other for other in before if overlap(other.pieces, arrival.pieces)}

@@ -152,7 +152,7 @@ class StreamPool:
             stream = loan.stream
             if stream is not None and self._lent.get(stream) is loan:
                 stream.shutdown()
-            for sock in tuple(loan.opened):
+            for sock in list(loan.opened):
                 if not self._has(sock):
                     with refusals_ignored():  # it is not connected yet, or closed already
                         sock.shutdown(socket.SHUT_RDWR)
@@ -177,7 +177,7 @@ class StreamPool:
         """Ends all streams; whoever waits on one gets LLM_NOT_YET_LINK."""
         with self._lock:
             self._closed_because = because
-            streams = tuple(self._streams)
+            streams = list(self._streams)
         for stream in streams:
             if stream in self._lent:
                 stream.shutdown()  # its thread notices, and closes it
@@ -188,7 +188,7 @@ class StreamPool:
 
     def _claims(self, loan: Loan) -> bool:
         """Whether there was a free stream, which is the loan's from here on."""
-        for stream in tuple(self._streams):
+        for stream in list(self._streams):
             if stream not in self._lent and self._lent.setdefault(stream, loan) is loan:
                 if stream in self._streams:
                     loan.stream = stream
@@ -242,12 +242,12 @@ class StreamPool:
         self._dialing.pop(loan, None)
 
     def _has(self, sock: socket.socket) -> bool:
-        return any(stream.is_on(sock) for stream in tuple(self._streams))
+        return any(stream.is_on(sock) for stream in list(self._streams))
 
     def _is_next(self, loan: Loan) -> bool:
         """Whether no more threads came before it than there are free streams."""
         self._collect_lost()
-        return loan in tuple(self._wanting)[: max(1, self._num_free())]
+        return loan in list(self._wanting)[: max(1, self._num_free())]
 
     def _is_worth_a_look(self, loan: Loan) -> bool:
         if self._closed_because is not None or loan.is_cut:
@@ -257,7 +257,7 @@ class StreamPool:
         return self._is_one_missing()
 
     def _num_free(self) -> int:
-        return sum(stream not in self._lent for stream in tuple(self._streams))
+        return sum(stream not in self._lent for stream in list(self._streams))
 
     def _is_one_missing(self) -> bool:
         """Whether more threads want a stream than there will be, and one more may be opened."""
@@ -270,13 +270,13 @@ class StreamPool:
 
     def _collect_lost(self) -> None:
         """Takes out what interrupted threads have left: claims, with their streams, and wishes."""
-        for loan in tuple(self._wanting):
+        for loan in list(self._wanting):
             if loan.is_lost:
                 self._wanting.pop(loan, None)
-        for loan in tuple(self._dialing):
+        for loan in list(self._dialing):
             if loan.is_lost:
                 self._end_dialing(loan)
-        for stream in tuple(self._lent):  # not of pairs: to make those lets others in
+        for stream in list(self._lent):  # not of pairs: to make those lets others in
             lent_to = self._lent.get(stream)
             if lent_to is not None and lent_to.is_lost:
                 self._drop(stream)

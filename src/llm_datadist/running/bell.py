@@ -122,7 +122,7 @@ class Turns:
         Raises LLMException(LLM_TIMEOUT) when it does not come in time, TurnInVain when it cannot.
         """
         self.calls[call] = get_ident()
-        if tuple(self.calls.values()).count(get_ident()) > 1:
+        if list(self.calls.values()).count(get_ident()) > 1:
             raise TurnInVain(what)
         if not self.bell.wait_until(lambda: self._is_first(call), deadline.require(what)):
             raise deadline.expired(what)
@@ -138,4 +138,4 @@ class Turns:
         self.bell.ring()
 
     def _is_first(self, call: object) -> bool:
-        return next(iter(tuple(self.calls)), None) is call
+        return next(iter(list(self.calls)), None) is call

@@ -57,7 +57,7 @@ class Token:
     def cut(self) -> None:
         """Has all threads of the call end soon. May be called again."""
         self.is_cut = True
-        for wait in tuple(self.waits):
+        for wait in list(self.waits):
             wait.cut()
 
 

@@ -24,7 +24,6 @@ from functools import cache, partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from llm_datadist import locks
 from llm_datadist.locks import make_lock
 
 if TYPE_CHECKING:
@@ -124,7 +123,6 @@ def _before() -> None:
 
 
 def _in_child(keep: Callable[[object], object]) -> None:
-    locks.begin_in_child()
     for sock in [known() for known in _sockets]:
         if sock is not None:
             with suppress(OSError):

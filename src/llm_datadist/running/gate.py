@@ -12,6 +12,10 @@ with it, once, however it ends. That is why there is a table of tokens and no co
 `leave` is spelled out where a program's own thread passes (`transfers/transfers.py`): a signal may
 strike at the beginning of a function of ours. `running/bell.py` says more.
 
+The table is looked through as a `list` of it, which is one step: in making a `tuple`, or pairs, of
+a dict Python up to 3.11 may run finalizers, and one that enters breaks it off by a RuntimeError. So
+it is done everywhere with what several threads change.
+
 Any thread may call anything here, and there is no lock: a call enters first and looks whether the
 door is shut then, and whoever shuts a door looks for those inside then, so that one of the two sees
 the other. Rejected: a count for each link and each cache under locks of their own (an exception
@@ -93,17 +97,17 @@ class Gate:
 
     def cut(self, used: object) -> None:
         """All calls that use it end soon, by an exception. In any thread."""
-        for token in tuple(self.running):
+        for token in list(self.running):
             if isinstance(token, Token) and used in (self.running.get(token) or ()):
                 token.cut()
 
     def count(self, used: object) -> int:
         """How many calls use it."""
-        return sum(used in things for things in tuple(self.running.values()))
+        return sum(used in things for things in list(self.running.values()))
 
     def uses_beside(self, used: object) -> list[object]:
         """What else the calls use that use it."""
-        users = [things for things in tuple(self.running.values()) if used in things]
+        users = [things for things in list(self.running.values()) if used in things]
         return [thing for things in users for thing in things]
 
     def drain(self, used: object, timeout_s: float) -> bool:

@@ -144,7 +144,7 @@ class Loop:
         May be called before `start`. Raises LLMException(LLM_TIMEOUT).
         """
         self._is_ending = True
-        jobs = tuple(self._jobs)
+        jobs = list(self._jobs)
         thread = self._thread
         if thread is not None:
             self.call_soon(self._stop)

@@ -171,7 +171,7 @@ class Movers:
     def stop(self) -> None:
         """What runs, and what is still to run, fails soon: the cluster is finalized."""
         self._is_stopped = True
-        for call in tuple(self._calls):
+        for call in list(self._calls):
             call.token.cut()
 
     def end(self, deadline: Deadline) -> None:

@@ -143,7 +143,7 @@ class Transfers:
     def is_in_this_thread(self) -> bool:
         """Whether a call of this very thread is under way: a finalizer, or a handler, is in it."""
         mine = get_ident()
-        tokens = tuple(self._gate.running)
+        tokens = list(self._gate.running)
         return any(isinstance(token, _Token) and token.thread == mine for token in tokens)
 
     def watching(
