@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from functools import partial
 from typing import Protocol, cast
 
 
@@ -34,8 +35,8 @@ _locks: dict[int, weakref.ref[Lock]] = {}
 def make_lock() -> Lock:
     """A re-entrant lock that `holds_lock` knows of."""
     lock = cast("Lock", threading.RLock())
-    at = id(lock)
-    _locks[at] = weakref.ref(lock, lambda _, forget=_locks.pop: forget(at, None))  # type: ignore[misc]
+    # by `partial`, which runs no code of Python's that a signal's handler could break off
+    _locks[id(lock)] = weakref.ref(lock, partial(_locks.pop, id(lock)))
     return lock
 
 

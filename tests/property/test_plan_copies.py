@@ -21,13 +21,13 @@ from memory_model import (
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry
 from llm_datadist.core.layers import PulledLayers
+from llm_datadist.core.segments import Segments
 from llm_datadist.core.transfer import CopyRow
 from llm_datadist.errors import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llm_datadist.core.segments import Segments
 
 examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -78,6 +78,7 @@ def test_every_block_named_gets_the_bytes_of_its_source_and_nothing_else_changes
     plan.check_blocks(source.geometry, src_blocks, "source")
     plan.check_blocks(destination.geometry, dst_blocks, "destination")
     segments = plan.blocks_to_blocks(source.layout, src_blocks, destination.layout, dst_blocks)
+    assert isinstance(segments, Segments)
     assert_moves(segments, source, destination, expected)
 
 
@@ -95,6 +96,7 @@ def test_a_destination_block_that_is_named_twice_ends_as_one_of_its_sources(
     segments = plan.blocks_to_blocks(
         source.layout, [src for src, _ in pairs], destination.layout, [dst for _, dst in pairs]
     )
+    assert isinstance(segments, Segments)
     execute(segments, source, destination)
     for tensor in range(geometry.num_tensors):
         for dst in {dst for _, dst in pairs}:
@@ -189,7 +191,7 @@ def test_chunks_of_a_row_fill_the_blocks_in_order_and_a_tail_leaves_the_rest_of_
             chunk = source.row(tensor, src_row)[index * block :][:block]
             expected.row(tensor, dst)[: len(chunk)] = chunk
     segments = plan.row_to_blocks(source.layout, src_row, destination.layout, dst_blocks)
-    assert_moves(segments, source, destination, expected)
+    assert_moves(segments.flat(), source, destination, expected)
 
 
 @pytest.mark.shows("cm.pull_blocks.continuous", "O11")

@@ -12,6 +12,8 @@ import pytest
 from llm_datadist.core import plan
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.layers import PulledLayers
+from llm_datadist.core.segments import AT_ONCE
+from llm_datadist.core.tiled import Tiled
 from llm_datadist.errors import LLMException, LLMStatusCode
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ def make_layout(
     return Layout.at(geometry, [base + index * 2**20 for index in range(tensors)])
 
 
-def moves(segments: Segments) -> list[tuple[int, int, int]]:
+def moves(pieces: Segments | Tiled) -> list[tuple[int, int, int]]:
     """Offset in the source, offset in the destination, length."""
+    segments = pieces.flat()
     return [
         (src - SRC, dst - DST, nbytes)
         for src, dst, nbytes in zip(
@@ -234,7 +237,7 @@ def test_no_instruction_of_a_plan_runs_once_per_block(tensors: int) -> None:
         plan.blocks_to_blocks(src, blocks, dst, blocks[::-1])
         plan.row_to_blocks(row, 0, dst, blocks)
 
-    few, many = scattered(40), scattered(4000)
+    few, many = scattered(400), scattered(4000)  # of 64 tensors not listed at once
     steps_of(lambda: plan_blocks(few))  # what is only done once; 3.12.1 counts from then on
     assert steps_of(lambda: plan_blocks(many)) == steps_of(lambda: plan_blocks(few))
 
@@ -244,3 +247,27 @@ def test_scattered_blocks_make_one_segment_per_block_and_tensor() -> None:
     segments = plan.blocks_to_blocks(layouts[0], scattered(256), layouts[1], scattered(256)[::-1])
     assert len(segments) == 64 * 256
     assert segments.total_nbytes == 64 * 256 * 32
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 16])
+@pytest.mark.parametrize("count", [1, 300, 5000])
+def test_parts_and_windows_of_a_plan_are_all_of_it(count: int, parts: int) -> None:
+    layouts = [make_layout(base, 16384, 32, tensors=40) for base in (SRC, DST)]
+    blocks = scattered(count)
+    planned = plan.blocks_to_blocks(layouts[0], blocks, layouts[1], blocks[::-1])
+    assert isinstance(planned, Tiled) == (40 * count > AT_ONCE)
+    assert len(planned) == 40 * count
+    assert planned.total_nbytes == 40 * count * 32
+    cut = planned.split(parts)
+    assert len(cut) == min(parts, 40 * count)
+    assert max(part.total_nbytes for part in cut) <= planned.total_nbytes / parts * 1.2 + 32
+    windows = [window for part in cut for window in part.bounded(20).windows(1000, 9000)]
+    assert max(map(len, windows)) <= 9000 // 20
+    found = [move for window in windows for move in moves(window)]
+    assert len(set(found)) == len(found)
+    assert set(found) == {
+        (tensor * 2**20 + src * 32 + at, tensor * 2**20 + dst * 32 + at, nbytes)
+        for tensor in range(40)
+        for src, dst in zip(blocks, blocks[::-1], strict=True)
+        for at, nbytes in ((0, 20), (20, 12))
+    }

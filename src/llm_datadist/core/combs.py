@@ -22,6 +22,8 @@ from llm_datadist.core.segments import ANY_NBYTES, U64, Segments, Vectors, iovec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from llm_datadist.core.tiled import Tiled
+
 #: one comb has no more teeth than fit into a system call with much else, …
 MOST_TEETH: Final = 512
 #: … and no more bytes, so that streams share them evenly
@@ -153,7 +155,7 @@ class Combs:
 
 
 #: what a channel is asked to read
-Pieces: TypeAlias = "Segments | Combs"
+Pieces: TypeAlias = "Segments | Tiled | Combs"
 
 
 def overlap(one: Pieces, other: Pieces) -> bool:

@@ -42,7 +42,8 @@ class Names(NamedTuple):
 
 def names_of(pieces: Pieces) -> Names:
     """At most MAX_REQUEST_SEGMENTS pieces."""
-    if isinstance(pieces, Segments):
+    if not isinstance(pieces, Combs):
+        pieces = pieces.flat()
         return Names(pack_columns(pieces.src, pieces.dst, pieces.nbytes))
     combs = pieces.from_lowest()
     teeth = combs.teeth

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from llm_datadist.core.segments import FEW, U64, Segments
+from llm_datadist.core.segments import AT_ONCE, FEW, U64, Segments, listed
+from llm_datadist.core.tiled import Tiled
 from llm_datadist.errors import invalid
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def check_blocks(geometry: Geometry, blocks: Sequence[int], whose: str) -> None:
 
 def blocks_to_blocks(
     src: Layout, src_blocks: Sequence[int], dst: Layout, dst_blocks: Sequence[int]
-) -> Segments:
+) -> Segments | Tiled:
     """Block src_blocks[j] to block dst_blocks[j] of every tensor; runs are merged. Spec 6.10.
 
     When a destination block is named twice, which source it ends with is not defined.
@@ -88,11 +89,13 @@ def blocks_to_blocks(
             [addr + dst_start for addr in dst.addrs.tolist()],
             [nbytes] * len(src.addrs),
         )
-    starts, lengths = _runs(_offsets(src_blocks, nbytes), _offsets(dst_blocks, nbytes), nbytes)
-    return _for_every_tensor(src, starts[0], dst, starts[1], lengths)
+    runs = _runs(_offsets(src_blocks, nbytes), _offsets(dst_blocks, nbytes), nbytes)
+    if len(runs.nbytes) * len(src.addrs) > AT_ONCE:
+        return Tiled(src.addrs, dst.addrs, runs)
+    return listed(src.addrs, dst.addrs, runs)
 
 
-def row_to_blocks(src: Layout, src_row: int, dst: Layout, dst_blocks: Sequence[int]) -> Segments:
+def row_to_blocks(src: Layout, src_row: int, dst: Layout, dst_blocks: Sequence[int]) -> Tiled:
     """Chunk j of a batch row to block dst_blocks[j] of every tensor. Spec 6.10, O11.
 
     The last chunk of a row may be shorter than a block; the block's bytes behind it stay.
@@ -108,25 +111,15 @@ def row_to_blocks(src: Layout, src_row: int, dst: Layout, dst_blocks: Sequence[i
     lengths = np.minimum(np.uint64(block), np.uint64(row) - chunks)
     src_offsets = chunks + np.uint64(src_row * row)
     pairs = Segments(src_offsets, _offsets(dst_blocks, block), lengths).coalesced()
-    return _for_every_tensor(src, pairs.src, dst, pairs.dst, pairs.nbytes)
+    return Tiled(src.addrs, dst.addrs, pairs)
 
 
 def _offsets(blocks: Sequence[int], nbytes: int) -> U64:
     return np.asarray(blocks, dtype=np.uint64) * np.uint64(nbytes)
 
 
-def _runs(src: U64, dst: U64, nbytes: int) -> tuple[tuple[U64, U64], U64]:
+def _runs(src: U64, dst: U64, nbytes: int) -> Segments:
     """Merges pairs whose two offsets both grow by one block; sorts first, so that order is free."""
     order = np.lexsort((src, dst - src))
-    pairs = Segments(src[order], dst[order], np.full(len(src), nbytes, dtype=np.uint64)).coalesced()
-    return (pairs.src, pairs.dst), pairs.nbytes
-
-
-def _for_every_tensor(
-    src: Layout, src_offsets: U64, dst: Layout, dst_offsets: U64, nbytes: U64
-) -> Segments:
-    return Segments(
-        np.add.outer(src.addrs, src_offsets).ravel(),
-        np.add.outer(dst.addrs, dst_offsets).ravel(),
-        np.tile(nbytes, len(src.addrs)),
-    )
+    lengths = np.full(len(src), nbytes, dtype=np.uint64)
+    return Segments(src[order], dst[order], lengths).coalesced()

@@ -17,6 +17,8 @@ U64 = npt.NDArray[np.uint64]
 ANY_NBYTES: Final = 2**64
 #: so many segments or fewer are planned and moved as lists
 FEW: Final = 16
+#: segments that are listed at a time, or more, where they are asked for
+AT_ONCE: Final = 2**13
 #: a few addresses and lengths
 Vectors: TypeAlias = "Sequence[tuple[int, int]]"
 Lists: TypeAlias = tuple[list[int], list[int], list[int]]
@@ -156,6 +158,15 @@ class Segments:
         bounds = np.concatenate(([0], cuts, [len(self)]))
         bounds = bounds[np.diff(bounds, prepend=-1) > 0]  # np.unique would load numpy.ma
         return [self.slice(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]
+
+
+def listed(src: U64, dst: U64, strips: Segments) -> Segments:
+    """Each strip at each place: the strips' addresses are offsets from there."""
+    return Segments(
+        np.add.outer(src, strips.src).ravel(),
+        np.add.outer(dst, strips.dst).ravel(),
+        np.tile(strips.nbytes, len(src)),
+    )
 
 
 def iovecs(

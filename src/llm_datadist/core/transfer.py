@@ -83,7 +83,7 @@ class Pull(abc.ABC):
     def _check_fit(self, ours: Geometry) -> None: ...
 
     @abc.abstractmethod
-    def _plan(self, src: Layout, src_row: int, dst: Layout) -> Segments: ...
+    def _plan(self, src: Layout, src_row: int, dst: Layout) -> Pieces: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class PullRow(Pull):
             )
         plan.check_batch_rows(ours, self._nbytes(ours), "destination", self.dst_offset)
 
-    def _plan(self, src: Layout, src_row: int, dst: Layout) -> Segments:
+    def _plan(self, src: Layout, src_row: int, dst: Layout) -> Pieces:
         nbytes = self._nbytes(dst.geometry)
         plan.check_batch_rows(src.geometry, nbytes, "source", self.src_offset)
         return plan.row_to_row(
@@ -140,7 +140,7 @@ class PullBlocks(Pull):
         assert ours.kv_layout is not None
         return reshard([remote.kv_layout], ours.kv_layout)
 
-    def _plan(self, src: Layout, src_row: int, dst: Layout) -> Segments:
+    def _plan(self, src: Layout, src_row: int, dst: Layout) -> Pieces:
         if self.tokens is not None:
             raise no_tokens()
         if self.src_blocks:
@@ -204,7 +204,7 @@ class Push(abc.ABC):
         raise invalid(f"{self.verb} moves rows, and both caches have blocks")
 
     @abc.abstractmethod
-    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
+    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Pieces:
         """The same between layouts that are cut to the tensors that are meant."""
 
     @abc.abstractmethod
@@ -219,7 +219,7 @@ class PushRow(Push):
     verb = "push_cache"
     src_row: int
 
-    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
+    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Pieces:
         nbytes = src.geometry.row_nbytes
         _check_src_row(src, self.src_row)
         plan.check_batch_rows(dst.geometry, nbytes, "destination")
@@ -239,7 +239,7 @@ class PushLayerRow(PushRow):
     def segments(self, remote: RemoteCache, row: int, ours: Entry) -> Pieces | Windows:
         return PushRow.segments(self, replace(remote, layout=_as_rows(remote.layout)), row, ours)
 
-    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
+    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Pieces:
         return PushRow.plan(self, _as_rows(src), dst, dst_row)
 
 
@@ -270,7 +270,7 @@ class PushBlocks(Push):
         src, dst = ours.layout.addrs, remote.layout.addrs
         return planned([pattern], src, self.src_blocks, dst, self.dst_blocks, self.tokens)
 
-    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
+    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Pieces:
         if self.tokens is not None:
             raise no_tokens()
         plan.check_blocks(dst.geometry, self.dst_blocks, "destination")
@@ -290,7 +290,7 @@ class PushRowIntoBlocks(Push):
     dst_blocks: Sequence[int]
     block_nbytes: int
 
-    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Segments:
+    def plan(self, src: Layout, dst: Layout, dst_row: int) -> Pieces:
         plan.check_blocks(dst.geometry, self.dst_blocks, "destination")
         if self.block_nbytes != dst.geometry.row_nbytes:
             raise invalid(
@@ -396,7 +396,7 @@ class CopyBlocks(Copy):
             return plan.NOTHING
         plan.check_blocks(src.geometry, self.src_blocks, "source")
         plan.check_blocks(dst.geometry, self.dst_blocks, "destination")
-        return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks)
+        return plan.blocks_to_blocks(src, self.src_blocks, dst, self.dst_blocks).flat()
 
 
 def _name_of(cache: int | Place) -> str:

@@ -146,10 +146,12 @@ class CmaChannel:
         ours, behind = (addr, WORD_NBYTES), (addr + WORD_NBYTES, WORD_NBYTES)
         theirs = guard.word_addr, WORD_NBYTES
         # the word goes in front of each call's vectors, and behind the last one's
-        windows = list(part.windows(native.IOV_MAX - 2, _CALL_NBYTES))
-        for window in windows:
+        windows = part.windows(native.IOV_MAX - 2, _CALL_NBYTES)
+        following = next(windows, None)
+        while (window := following) is not None:
             self._require(deadline, call)
-            last = window is windows[-1]
+            following = next(windows, None)
+            last = following is None
             local = iovecs(window.dst, window.nbytes, [ours], [behind] * last)
             remote = iovecs(window.src, window.nbytes, [theirs], [theirs] * last)
             nbytes = int(local[:, 1].sum())

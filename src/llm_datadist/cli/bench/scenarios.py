@@ -22,7 +22,6 @@ from llm_datadist.cli.bench.workload import SHAPES, CacheMemory, Workload
 from llm_datadist.cli.failure import CommandError
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
 from llm_datadist.core.plan import blocks_to_blocks
-from llm_datadist.core.segments import iovecs
 from llm_datadist.cpp import OPTION_DEVICE_ID, OPTION_LISTEN_IP_INFO, LlmDataDist, LlmRole
 from llm_datadist.memory import native
 
@@ -59,7 +58,7 @@ def plan(rounds: int) -> Iterator[Figure]:
             begun = time.perf_counter()
             segments = blocks_to_blocks(layout, src, layout, dst)
             for window in segments.windows(native.IOV_MAX):
-                iovecs(window.src, window.nbytes), iovecs(window.dst, window.nbytes)
+                window.src_iovecs(), window.dst_iovecs()
             seconds.append(time.perf_counter() - begun)
         medians[num_segments] = statistics.median(seconds)
         yield Figure(f"plan {len(segments):,} segments", medians[num_segments] * 1e3, "ms")
