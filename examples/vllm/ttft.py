@@ -1,4 +1,9 @@
-"""How long the first token takes, with one connector and the other in turn."""
+"""How long the first token takes, with one connector and the other in turn.
+
+NIXL's threads poll, each a core, also while nothing is to do; on a machine with few cores that
+would be all that is seen. So threads that are busy then are put behind all others (SCHED_IDLE):
+what is compared is what the engines wait for.
+"""
 
 from __future__ import annotations
 
@@ -83,6 +88,8 @@ class TimeToFirstToken:
         # The first request links the two and touches memory for the first time; each length once.
         for num_tokens in PROMPT_TOKENS:
             first_token_s(pair.proxy, greedy(self._unique(prompts, num_tokens), _NUM_NEW_TOKENS))
+        behind = sum(each.put_pollers_behind() for each in (pair.prefill, pair.decode))
+        report(f"{connector.vllm_name}: {behind} threads poll, and get what others leave")
         before = num_loaded_tokens(pair.decode)
         for sample in range(num_each):
             report(f"{connector.vllm_name}: sample {sample + 1} of {num_each} for each length")

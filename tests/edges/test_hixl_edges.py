@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 READ, WRITE = h.TransferOp.READ, h.TransferOp.WRITE
+#: interruptions that have to strike
+FEW = 10
 NBYTES = 8192
 LONG_MS = 20_000
 UID = 23473
@@ -121,7 +123,7 @@ def test_a_call_that_a_signal_interrupts_leaves_nothing(
 ) -> None:
     """Nothing arrives behind it, and the next calls work."""
     interrupted, wrong = apart.call(interrupt, call)
-    assert interrupted > 10
+    assert interrupted >= FEW
     assert wrong == []
 
 
@@ -133,7 +135,7 @@ def is_connected_anew(pair: Pair) -> bool:
 
 def interrupt(pair: Pair, name: str) -> tuple[int, list[str]]:
     logging.disable()  # what a handler raises there is lost, and hundreds of calls would be made
-    rng, interrupted, wrong = random.Random(20261129), 0, []
+    rng, struck, wrong = random.Random(20261129), list[bool](), []
     spare = np.zeros(64, dtype=np.uint8)
 
     def register() -> None:
@@ -161,9 +163,10 @@ def interrupt(pair: Pair, name: str) -> tuple[int, list[str]]:
         "notices": notices,
     }
     with interrupts():
-        for _ in range(30):
+        for _ in effort.rounds_until(150, struck, FEW):
             pair.ours[:], pair.theirs[:] = 3, 1
-            interrupted += is_interrupted(calls[name], rng.uniform(0, LONGEST_S))
+            if is_interrupted(calls[name], rng.uniform(0, LONGEST_S)):
+                struck.append(True)
             if name in ("read", "write"):
                 pair.ours[:], pair.theirs[:] = 7, 5
                 # whatever was under way has ended: a look at both ends, and another one
@@ -184,7 +187,7 @@ def interrupt(pair: Pair, name: str) -> tuple[int, list[str]]:
             wrong.append("a request never ends")
     if not pair.is_right():
         wrong.append("it does not work any more")
-    return interrupted, wrong
+    return len(struck), wrong
 
 
 @pytest.mark.shows("engine.deregister_mem")
@@ -192,7 +195,7 @@ def test_memory_whose_deregistration_was_interrupted_can_be_used_again(
     apart: ObjectProcess[Pair],
 ) -> None:
     interrupted, failed = apart.call(interrupt_deregistrations)
-    assert interrupted > 10
+    assert interrupted >= FEW
     assert failed == []
 
 
@@ -200,18 +203,19 @@ def interrupt_deregistrations(pair: Pair) -> tuple[int, list[int]]:
     """How many were interrupted, and the statuses behind them that are failures."""
     rng, strikes, client = random.Random(20261129), Strikes(), pair.client
     spare = np.zeros(64, dtype=np.uint8)
-    addr, interrupted, failed = spare.ctypes.data, 0, list[int]()
+    addr, struck, failed = spare.ctypes.data, list[object](), list[int]()
     pieces = [h.TransferOpDesc(addr, pair.theirs.ctypes.data, 32)]
-    for _ in range(effort.rounds(300)):
+    for _ in effort.rounds_until(300, struck, FEW):
         _, handle = client.register_mem(h.MemDesc(addr, 64), h.MemType.MEM_HOST)
         came = strikes.within(partial(client.deregister_mem, handle), rng.uniform(0, 4e-4))
-        interrupted += came is not None
+        if came is not None:
+            struck.append(came)
         for nbytes in (64, 32):  # the range itself, and one that it would hide
             ret, again = client.register_mem(h.MemDesc(addr, nbytes), h.MemType.MEM_HOST)
             rets = ret, client.transfer_sync(pair.name, READ, pieces, LONG_MS)
             failed += [ret for ret in rets if ret != h.SUCCESS]
             client.deregister_mem(again)
-    return interrupted, failed
+    return len(struck), failed
 
 
 @pytest.mark.shows("engine.disconnect")
@@ -220,21 +224,22 @@ def test_a_disconnect_that_was_interrupted_does_not_contradict_itself(
 ) -> None:
     """Who is told ALREADY_CONNECTED behind it can move something."""
     interrupted, wrong = apart.call(interrupt_disconnects)
-    assert interrupted > 10
+    assert interrupted >= FEW
     assert wrong == []
 
 
 def interrupt_disconnects(pair: Pair) -> tuple[int, list[tuple[int, int]]]:
     """How many were interrupted; what `connect` and a transfer said behind one, if it is wrong."""
     rng, strikes, wrong = random.Random(20261129), Strikes(), list[tuple[int, int]]()
-    interrupted = 0
-    for _ in range(effort.rounds(200)):
+    struck = list[bool]()
+    for _ in effort.rounds_until(200, struck, FEW):
         disconnect = partial(pair.client.disconnect, pair.name, LONG_MS)
-        interrupted += strikes.within(disconnect, rng.uniform(0, 2e-3)) is not None
+        if strikes.within(disconnect, rng.uniform(0, 2e-3)) is not None:
+            struck.append(True)
         rets = pair.client.connect(pair.name, LONG_MS), pair.move(READ)
         if rets[0] not in (h.SUCCESS, h.ALREADY_CONNECTED) or rets[1] != h.SUCCESS:
             wrong.append(rets)
-    return interrupted, wrong
+    return len(struck), wrong
 
 
 @pytest.mark.shows("engine.get_all_transfer_status", "engine.get_transfer_status")
@@ -243,7 +248,7 @@ def test_an_end_that_an_interrupted_call_did_not_tell_is_told_later(
     apart: ObjectProcess[Pair], are_all_asked_for: bool
 ) -> None:
     interrupted, lost = apart.call(interrupt_questions, are_all_asked_for)
-    assert interrupted > 10
+    assert interrupted >= FEW
     assert lost == 0
 
 
@@ -251,15 +256,16 @@ def interrupt_questions(pair: Pair, are_all_asked_for: bool) -> tuple[int, int]:
     """How many were interrupted, and of how many requests nobody ever tells the end."""
     files = "hixl/requests.py", "running/threads.py", "running/bell.py"
     rng, strikes, client = random.Random(20261129), Strikes(files=files), pair.client
-    interrupted = lost = 0
-    for _ in range(40):
+    struck, lost = list[bool](), 0
+    for _ in effort.rounds_until(200, struck, FEW):
         left = {client.transfer_async(pair.name, READ, [])[1] for _ in range(50)}
         ask = partial(ask_for_all if are_all_asked_for else ask_for_each, client, left)
         for _ in range(5):
-            interrupted += strikes.within(ask, rng.uniform(0, 4e-4)) is not None
+            if strikes.within(ask, rng.uniform(0, 4e-4)) is not None:
+                struck.append(True)
         eventually(ask, 2)
         lost += len(left)
-    return interrupted, lost
+    return len(struck), lost
 
 
 def ask_for_all(client: h.Hixl, left: set[int]) -> bool:
