@@ -34,7 +34,8 @@ class Prompt:
         is_tokens = isinstance(prompt, list) and all(isinstance(each, int) for each in prompt)
         size = _PIECE_TOKENS if is_tokens else _PIECE_CHARACTERS
         whole = prompt if is_tokens or isinstance(prompt, str) else json.dumps(prompt)
-        digest = hashlib.blake2b(str(request.get("model")).encode(), digest_size=16)
+        model = str(request.get("model")).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(model, digest_size=16)
         beginnings = []
         for at in range(0, len(whole), size):
             digest.update(repr(whole[at : at + size]).encode())
@@ -72,7 +73,7 @@ class Engine:
 
     @contextmanager
     def working(self, prompt: Prompt, work: float) -> Iterator[None]:
-        """It is asked now. What it has done it knows; when it fails, it is shunned for a while."""
+        """It is asked now; when it fails, it is shunned for a while."""
         self.load += work
         self.num_asked += 1
         try:
@@ -82,6 +83,9 @@ class Engine:
             raise
         finally:
             self.load -= work
+
+    def knows(self, prompt: Prompt) -> None:
+        """It has done what it was asked."""
         for beginning in prompt.beginnings:
             self._beginnings[beginning] = None
             self._beginnings.move_to_end(beginning)

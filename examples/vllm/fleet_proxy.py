@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import typer
-from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, web
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 from choice import Engine, Prompt, for_decode, for_prefill
 from proxy import prefill_request
 
@@ -28,10 +28,12 @@ from llm_datadist.directory import Changes, DirectoryError, Record, open_directo
 
 #: how long others are tried for a request that nobody has begun to answer
 _PATIENCE_S = 30.0
-_TIMEOUT = ClientTimeout(total=600, sock_connect=2)
+_TIMEOUT = ClientTimeout(total=None, sock_connect=2, sock_read=600)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 #: a request that so many engines answer with an error is one that makes errors
 _MOST_ERRORS = 3
+#: what says more of the engine than of the request: unknown here, or too much just now
+_NOT_THE_CLIENTS = {401, 403, 404, 429}
 #: a client's own words about where KV is would be believed
 _NOT_FROM_CLIENTS = {"kv_transfer_params", "vllm_xargs"}
 _NOT_FOR_PREFILL = {"max_completion_tokens", "n", "best_of"}
@@ -121,7 +123,9 @@ class Proxy:
 
     async def _open(self, _: web.Application) -> AsyncIterator[None]:
         self._fleet.follow()
-        async with ClientSession(timeout=_TIMEOUT) as self._session:
+        # without a bound of its own: engines that stand still must not keep others from being asked
+        connector = TCPConnector(limit=0)
+        async with ClientSession(connector=connector, timeout=_TIMEOUT) as self._session:
             yield
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -131,6 +135,8 @@ class Proxy:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         """Tries until somebody answers, or has begun to."""
         said = await request.json()
+        if not isinstance(said, dict):
+            raise web.HTTPBadRequest(text="a request is a JSON object")
         body = {name: value for name, value in said.items() if name not in _NOT_FROM_CLIENTS}
         until, pause_s, num_errors = time.monotonic() + _PATIENCE_S, _FIRST_PAUSE_S, 0
         while True:
@@ -141,7 +147,7 @@ class Proxy:
                 if num_errors >= _MOST_ERRORS:
                     return error.answer
                 why = str(error)
-            except (ClientError, asyncio.TimeoutError, LookupError) as error:
+            except (ClientError, asyncio.TimeoutError, LookupError, UnicodeError) as error:
                 why = repr(error)
             logger.warning("tried again: %s", why)
             if time.monotonic() > until:
@@ -154,21 +160,30 @@ class Proxy:
         prompt = Prompt.of(body)
         # the same name in all logs, and for each attempt another: vLLM frees blocks by it
         name = f"{request.headers.get('X-Request-Id') or uuid.uuid4().hex}-{uuid.uuid4().hex[:6]}"
-        params = None
-        if chosen := for_prefill(self._fleet.of_role("PROMPT"), prompt):
+        params, prefill = None, None
+        prefills = [each for each in self._fleet.of_role("PROMPT") if not each.is_shunned]
+        if chosen := for_prefill(prefills, prompt):  # decode computes what nobody else can
             engine, work = chosen
+            prefill = engine
             first = {key: value for key, value in body.items() if key not in _NOT_FOR_PREFILL}
             with engine.working(prompt, work):
                 async with self._ask(engine, request.path, name, prefill_request(first)) as said:
                     if not said.ok:
                         return await _whole(said)
                     params = (await said.json()).get("kv_transfer_params")
-        if not (chosen := for_decode(self._fleet.of_role("DECODER"), prompt)):
+                    engine.knows(prompt)
+        decodes = self._fleet.of_role("DECODER")
+        # an engine that does both cannot read from itself
+        others = [each for each in decodes if each is not prefill]
+        if not (chosen := for_decode(others or decodes, prompt)):
             raise LookupError("no decode is announced")
         engine, work = chosen
+        params = params if others else None
         with engine.working(prompt, work):
             body = body | {"kv_transfer_params": params} if params else body
             async with self._ask(engine, request.path, name, body) as said:
+                if said.ok:
+                    engine.knows(prompt)
                 if said.ok and body.get("stream"):
                     return await self._pass_on(said, request)
                 return await _whole(said)
@@ -179,7 +194,8 @@ class Proxy:
     ) -> AsyncIterator[ClientResponse]:
         headers = {"X-Request-Id": name}
         async with self._session.post(engine.url + path, json=body, headers=headers) as said:
-            if said.status >= web.HTTPInternalServerError.status_code:
+            is_error = said.status >= web.HTTPInternalServerError.status_code
+            if is_error or said.status in _NOT_THE_CLIENTS:
                 raise EngineError(engine.url, await _whole(said))
             yield said
 
@@ -207,7 +223,7 @@ async def _rest(said: ClientResponse) -> AsyncIterator[bytes]:
             yield part
     except (ClientError, asyncio.TimeoutError) as error:
         problem = {"error": {"message": f"the engine has gone: {error!r}", "code": 502}}
-        yield f"data: {json.dumps(problem)}\n\n".encode()
+        yield f"\n\ndata: {json.dumps(problem)}\n\n".encode()  # an event may have been torn
 
 
 def main(
@@ -217,7 +233,8 @@ def main(
 ) -> None:
     """Send each request to the prefill and the decode of a fleet that are best for it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    web.run_app(Proxy(Fleet(directory)).application(), host=host, port=port, print=None)
+    application = Proxy(Fleet(directory)).application()
+    web.run_app(application, host=host, port=port, print=None, handler_cancellation=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from directory.records import record
+from edges.forking import in_child
 from edges.interrupting import interrupts, is_interrupted
 from edges.scarce import become_nobody, lift_limit, limit_threads
 from fleet.members import PROMPTS, SOON_S, follow, follower_of, join, linked_ids, pulls_soon
@@ -270,3 +271,69 @@ def test_a_forked_child_follows_nothing_and_ends_nothing(decode: Node, tmp_path:
 
 
 FACTS = {"protocol": "1", "remote accessible": "False"}
+
+
+@pytest.mark.parametrize("word", ["has joined", "cannot be announced", "not heard of"])
+def test_a_logging_handler_that_raises_ends_nothing(
+    decode: Node, tmp_path: Path, word: str
+) -> None:
+    class Raises(logging.Handler):
+        left = 1
+
+        def emit(self, said: logging.LogRecord) -> None:
+            if word in said.getMessage() and self.left:
+                self.left -= 1
+                raise ValueError("the program's own")
+
+    folder, away, handler = tmp_path / "fleet", tmp_path / "away", Raises()
+    folder.mkdir()
+    logger = logging.getLogger("LLM_DATADIST")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        follow(decode, folder, None, ttl_s=1.0)
+        assert eventually(lambda: follower_of(decode).stats().is_announced, SOON_S)
+        if word != "has joined":
+            folder.rename(away)
+            assert eventually(lambda: not handler.left, SOON_S)
+            away.rename(folder)
+        directory = FolderDirectory(folder)
+        for number in (11, 12):
+            directory.announce(record(number), 600).close()
+        found = eventually(
+            lambda: {each.record.cluster_id for each in follower_of(decode).members()} == {11, 12},
+            SOON_S,
+        )
+        assert found
+        assert not handler.left
+        watch = directory.watch()
+        assert eventually(lambda: 2 in _ids(watch), SOON_S), "it goes on saying that it is there"
+        watch.close()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _ids(watch: Watch) -> set[int]:
+    return {each.cluster_id for each in watch.wait(0.2).joined}
+
+
+def test_what_a_forked_child_says_of_the_end_is_not_heard_by_the_parent(
+    decode: Node, tmp_path: Path
+) -> None:
+    follow(decode, tmp_path, PROMPTS, ttl_s=1.0)
+    follower = follower_of(decode)
+    assert eventually(lambda: follower.stats().is_announced, SOON_S)
+
+    def end() -> str:
+        follower.begin_end()
+        return "said"
+
+    assert in_child(end) == "said"
+    directory = FolderDirectory(tmp_path)
+    directory.announce(record(11), 600).close()
+    assert eventually(lambda: len(follower.members()) == 1, SOON_S)
+    before = time.process_time()
+    assert not follower.wait_for(77, 1.0)
+    assert time.process_time() - before < 0.5, "nobody spins"

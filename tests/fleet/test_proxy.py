@@ -232,3 +232,29 @@ def test_what_a_client_says_of_kv_is_left_out_and_errors_are_passed_on(
     status, body = proxy.ask("a mistake")
     assert (status, "error" in body) == (400, True)
     assert proxy.ask("an error")[0] == 500
+
+
+def test_an_engine_that_does_both_is_not_to_read_from_itself(tmp_path: Path, proxy: Proxy) -> None:
+    engines = [ObjectProcess(StandIn, tmp_path, number, "MIX") for number in (21, 22, 23)]
+    try:
+        assert eventually(lambda: proxy.sees(3, 3), SOON_S)
+        for number in range(10):
+            prefill, decode = proxy.by(f"{number} " * 2000)
+            assert prefill != decode
+    finally:
+        for engine in engines:
+            engine.kill()
+
+
+def test_decode_computes_what_a_dead_prefill_does_not(proxy: Proxy, engines: Engines) -> None:
+    for number in PREFILLS:
+        engines[number].kill()
+    prefill, decode = proxy.by(LONG["a"])
+    assert prefill is None
+    assert decode in DECODES
+
+
+def test_what_is_no_request_is_refused(proxy: Proxy, engines: Engines) -> None:
+    request = urllib.request.Request(f"{proxy.url}/v1/completions", b"[1]")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=60)

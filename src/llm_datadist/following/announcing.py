@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
@@ -122,11 +123,12 @@ class Announcer:
             self._complain(f"{error!r}", is_bad=True)
             pause_s = self._pauses.next_s()
         else:
-            if self.problem:
-                get_logger().info("%s is told again who is here", self._directory)
-            self._said, self.problem = wanted, ""
+            had_problem, self._said, self.problem = bool(self.problem), wanted, ""
             self._pauses.reset()
             pause_s = self._ttl_s / _RENEWALS
+            if had_problem:
+                with suppress(Exception):  # as in `_complain`
+                    get_logger().info("%s is told again who is here", self._directory)
         self.num_attempts += 1
         self._bell.ring()
         return pause_s
@@ -147,7 +149,8 @@ class Announcer:
 
     def _complain(self, problem: str, *, is_bad: bool) -> None:
         """Once for each problem: it may last for hours."""
-        if problem != self.problem:
+        is_new, self.problem = problem != self.problem, problem
+        if is_new:
             log = get_logger().error if is_bad else get_logger().warning
-            log("this cluster cannot be announced; links stay as they are: %s", problem)
-        self.problem = problem
+            with suppress(Exception):  # a logging handler of the program's, and this goes on
+                log("this cluster cannot be announced; links stay as they are: %s", problem)

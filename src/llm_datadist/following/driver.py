@@ -97,22 +97,22 @@ class Driver:
 
     def _take(self) -> None:
         """A portion at a time: in between the loop has its other work."""
-        self._is_taking = bool(self._news)
-        if self._news and not self._is_over:
+        self._is_taking = bool(self._news) and not self._is_over
+        if self._is_taking:
+            self._loop.call_soon(self._take)  # first: a program's logging handler may raise
             self._told(self._news.popleft())
-            self._loop.call_soon(self._take)
 
     def _told(self, changes: Changes) -> None:
         self.num_joined += len(changes.joined)
         self.num_left += len(changes.left)
         self.num_changed += len(changes.changed)
-        self._log(changes)
         self.plan.told(changes, self._loop.time())
         self.bell.ring()
         for record in (*changes.joined, *(change.now for change in changes.changed)):
             if self._sessions(record):  # a link was there before its news
                 self.plan.made(record.cluster_id, record.incarnation, self._loop.time())
         self.act()
+        self._log(changes)
 
     async def stand_down(self, timeout_s: float) -> None:
         """Unlinks from everybody; nobody links to us, nor we to anybody, until `stand_up`.

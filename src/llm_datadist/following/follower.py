@@ -140,6 +140,7 @@ class Follower:
 
         Where nobody can tell by which address it is reached by now, nobody is told one.
         """
+        self._require_here()
         assert self._make_record is not None  # it has begun
         record = None
         try:
@@ -181,7 +182,9 @@ class Follower:
             return  # its threads end when the directory answers
 
     def begin_end(self) -> None:
-        """Says that we leave, and waits for nothing. May be called again."""
+        """Says that we leave, and waits for nothing; in a child nothing. May be called again."""
+        if os.getpid() != self._pid:
+            return  # the parent's threads would hear of it
         self.is_stopped = True
         self._announcer.stop()
         self._watcher.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from llm_datadist.directory.base import Changes, Directory, DirectoryError
@@ -83,15 +84,19 @@ class Watcher:
                 self._complain(f"{error!r}")
                 self._ending.wait(self._pauses.next_s())
             else:
-                if self.problem:
-                    get_logger().info("%s answers again", self._directory)
-                self.problem = ""
+                had_problem, self.problem = bool(self.problem), ""
                 self._pauses.reset()
                 if changes:
                     self._tell(changes)
+                if had_problem:
+                    with suppress(Exception):  # as in `_complain`
+                        get_logger().info("%s answers again", self._directory)
 
     def _complain(self, problem: str) -> None:
         """Once for each problem: it may last for hours."""
-        if problem != self.problem:
-            get_logger().warning("the fleet is not heard of; links stay as they are: %s", problem)
-        self.problem = problem
+        is_new, self.problem = problem != self.problem, problem
+        if is_new:
+            with suppress(Exception):  # a logging handler of the program's, and this goes on
+                get_logger().warning(
+                    "the fleet is not heard of; links stay as they are: %s", problem
+                )
