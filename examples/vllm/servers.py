@@ -31,8 +31,8 @@ _START_S = 600.0
 #: how long one may take to end by itself
 _ENDING_S = 20.0
 _POLL_S = 0.2
-#: a thread that is busy for such a part of so long, while nothing is to do, polls
-_IDLE_S, _BUSY_SHARE = 2.0, 0.2
+#: a thread that takes so many of the 100 ticks of a second, at each of several looks, polls
+_LOOKS, _LOOK_S, _BUSY_TICKS = 3, 1.0, 20
 _HERE = Path(__file__).parent
 
 _ENVIRONMENT = {
@@ -121,14 +121,18 @@ class Process:
 
         How many they are.
         """
-        before = self._ticks_by_thread()
-        time.sleep(_IDLE_S)
-        behind = 0
-        for thread, ticks in self._ticks_by_thread().items():
-            if ticks - before.get(thread, ticks) > _BUSY_SHARE * _IDLE_S * os.sysconf("SC_CLK_TCK"):
-                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
-                behind += 1
-        return behind
+        busy = set(self._ticks_by_thread())
+        for _ in range(_LOOKS):  # what an engine still computes ends
+            before = self._ticks_by_thread()
+            time.sleep(_LOOK_S)
+            busy &= {
+                thread
+                for thread, ticks in self._ticks_by_thread().items()
+                if ticks - before.get(thread, ticks) > _BUSY_TICKS
+            }
+        for thread in busy:
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+        return len(busy)
 
     def _ticks_by_thread(self) -> dict[int, int]:
         """The processor time of each thread, also of its children."""
