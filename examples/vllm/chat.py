@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from client import ask, greedy, num_computed_tokens
+from client import greedy, num_computed_tokens, right_tokens
 from proxy import prefill_request
-from random_models import NUM_WORDS
+from random_models import words
 from rich.table import Table
 
 from llm_datadist.cli.failure import CommandError
@@ -79,25 +79,22 @@ class Chat:
 
 def talk(plain: Process, pair: Pair, report: Callable[[str], None]) -> Chat:
     """Asks one and the other. Raises CommandError when a server fails, httpx.HTTPError."""
-    words = random.Random("chat")
-    prompt = [words.randrange(1, NUM_WORDS) for _ in range(_FIRST_TOKENS)]
+    source = random.Random("chat")
+    prompt = words(source, _FIRST_TOKENS)
     known, back, turns = 0, dict[str, Any](), list[Turn]()
     for number in range(_TURNS):
         report(f"turn {number + 1}: {len(prompt)} tokens")
         request = greedy(prompt, _ANSWER_TOKENS)
-        expected = ask(plain, request)
-        if expected.error is not None:
-            raise CommandError(f"the plain server answers {expected.error}: see {plain.log}")
+        expected = right_tokens(plain, request)
         before = num_computed_tokens(pair.prefill)
         there = _asked(pair.prefill, prefill_request(request, **back))
         computed = num_computed_tokens(pair.prefill) - before
         here = _asked(pair.decode, request | {"kv_transfer_params": _params(there) | _BOTH})
         tokens = tuple(here["choices"][0]["token_ids"])
-        turns.append(Turn(len(prompt), len(prompt) - known, computed, tokens == expected.tokens))
+        turns.append(Turn(len(prompt), len(prompt) - known, computed, tokens == expected))
         back = _params(here) | _BOTH
         known = len(prompt) + _ANSWER_TOKENS - 1
-        more = [words.randrange(1, NUM_WORDS) for _ in range(_MORE_TOKENS)]
-        prompt = [*prompt, *expected.tokens, *more]
+        prompt = [*prompt, *expected, *words(source, _MORE_TOKENS)]
     return Chat(turns)
 
 

@@ -11,6 +11,8 @@ import httpx
 from proxy import prefill_request
 from servers import MODEL_NAME
 
+from llm_datadist.cli.failure import CommandError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -57,6 +59,14 @@ def ask(server: Process, request: dict[str, Any]) -> Answer:
     return Answer(
         tuple(choice["token_ids"] or ()), str(choice["finish_reason"]) if failed else None
     )
+
+
+def right_tokens(plain: Process, request: dict[str, Any]) -> tuple[int, ...]:
+    """What one server by itself answers. Raises CommandError when it fails."""
+    answer = ask(plain, request)
+    if answer.error is not None:
+        raise CommandError(f"the plain server answers {answer.error}: see {plain.log}")
+    return answer.tokens
 
 
 def prefill(server: Process, request: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import random
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from client import Answer, ask, greedy, num_loaded_tokens, num_pulled_bytes, prefill
-from random_models import NUM_WORDS
+from client import Answer, ask, greedy, num_loaded_tokens, num_pulled_bytes, prefill, right_tokens
+from random_models import words
 from rich.table import Table
 
 from llm_datadist.cli.failure import CommandError
@@ -95,8 +95,8 @@ def prompts_of(name: str) -> list[list[int]]:
     Each without its last token.
     """
     source = random.Random(name)
-    prompts = [[source.randrange(1, NUM_WORDS) for _ in range(num - 1)] for num in PROMPT_TOKENS]
-    return [*prompts, prompts[-1] + [source.randrange(1, NUM_WORDS) for _ in range(_NUM_MORE)]]
+    prompts = [words(source, num - 1) for num in PROMPT_TOKENS]
+    return [*prompts, prompts[-1] + words(source, _NUM_MORE)]
 
 
 def compare(
@@ -111,11 +111,9 @@ def compare(
     """Ask one and the other. Raises CommandError when the plain server fails."""
     prompts, expected = [], []
     for beginning in prompts_of(name):
-        answer = ask(plain, greedy(beginning, 1 + NUM_NEW_TOKENS))
-        if answer.error is not None:
-            raise CommandError(f"the plain server answers {answer.error}: see {plain.log}")
-        prompts.append([*beginning, answer.tokens[0]])
-        expected.append(answer.tokens[1:])
+        first, *others = right_tokens(plain, greedy(beginning, 1 + NUM_NEW_TOKENS))
+        prompts.append([*beginning, first])
+        expected.append(tuple(others))
     if len(set(expected)) < len(expected):
         raise CommandError(f"{name} gives one answer to several prompts: {expected}")
     report(f"{name}: {len(prompts)} prompts by way of prefill and decode")

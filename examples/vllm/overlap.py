@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from client import ask, greedy, num_running_requests
-from random_models import NUM_WORDS
+from random_models import words
 from rich.table import Table
 from stale import Case, outcome
 
@@ -70,11 +70,11 @@ class Overlap:
 
 def kill(plain: Process, pair: Pair, report: Callable[[str], None]) -> list[Case]:
     """Kills prefill while it computes, at each moment. Raises httpx.HTTPError."""
-    words = random.Random("overlap")
+    source = random.Random("overlap")
     cases = []
     for moment_s in _MOMENTS_S:
         ask(pair.proxy, greedy([1, 2, 3], 1))  # so that the proxy knows it
-        prompt = [words.randrange(1, NUM_WORDS) for _ in range(_PROMPT_TOKENS)]
+        prompt = words(source, _PROMPT_TOKENS)
         request = greedy(prompt, _NUM_NEW_TOKENS)
         expected = ask(plain, request).tokens
         name = f"prefill killed after {moment_s * 1e3:.0f} ms"

@@ -6,10 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from client import ask, greedy, num_loaded_tokens
+from client import ask, greedy, num_loaded_tokens, right_tokens
 from rich.table import Table
-
-from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,11 +83,7 @@ class Parity:
 
 def plain_answers(server: Process, prompts: Sequence[list[int]]) -> list[Tokens]:
     """What the answers should be. Raises CommandError when `server` fails."""
-    answers = [ask(server, greedy(prompt, NUM_NEW_TOKENS)) for prompt in prompts]
-    for answer in answers:
-        if answer.error is not None:
-            raise CommandError(f"the plain server answers {answer.error}: see {server.log}")
-    return [answer.tokens for answer in answers]
+    return [right_tokens(server, greedy(prompt, NUM_NEW_TOKENS)) for prompt in prompts]
 
 
 def check(

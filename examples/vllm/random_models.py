@@ -19,9 +19,15 @@ from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from random import Random
 
 NUM_WORDS = 512
 _WORDS_OF_WEIGHTS = 0.05
+
+
+def words(source: Random, count: int) -> list[int]:
+    """So many random words, as tokens."""
+    return [source.randrange(1, NUM_WORDS) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)

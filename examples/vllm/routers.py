@@ -13,15 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from client import Answer, ask, greedy, num_computed_tokens, num_loaded_tokens
-from random_models import NUM_WORDS
+from client import ask, greedy, num_computed_tokens, num_loaded_tokens, right_tokens
+from random_models import words
 from rich.table import Table
 from stale import outcome
 
 from llm_datadist.cli.failure import CommandError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from servers import Group, Process
 
@@ -132,8 +132,9 @@ def _round(
     topology = f"{len(group.prefills)}, {len(group.decodes)}"
     report(f"{topology}: {when}")
     prompts = _prompts(f"{topology} {when}")
-    expected = _plain_answers(plain, prompts)
-    computed = [num_computed_tokens(each) for each in group.prefills if each is not victim]
+    expected = [right_tokens(plain, greedy(prompt, _NUM_NEW_TOKENS)) for prompt in prompts]
+    survivors = [each for each in group.prefills if each is not victim]
+    computed = [num_computed_tokens(each) for each in survivors]
     loaded = [num_loaded_tokens(each) for each in group.decodes]
     with ThreadPoolExecutor(2) as threads:
         asked = [threads.submit(ask, group.front, greedy(p, _NUM_NEW_TOKENS)) for p in prompts]
@@ -143,10 +144,7 @@ def _round(
         answers = [each.result() for each in asked]
     outcomes = [outcome(*each) for each in zip(answers, expected, strict=True)]
     by_prefill = [
-        num_computed_tokens(each) - before
-        for each, before in zip(
-            (each for each in group.prefills if each is not victim), computed, strict=True
-        )
+        num_computed_tokens(each) - before for each, before in zip(survivors, computed, strict=True)
     ]
     by_decode = [
         num_loaded_tokens(each) - before for each, before in zip(group.decodes, loaded, strict=True)
@@ -168,19 +166,7 @@ def _round(
 def _prompts(name: str) -> list[list[int]]:
     """Random words, of which no two prompts share a beginning."""
     source = random.Random(name)
-    return [
-        [source.randrange(1, NUM_WORDS) for _ in range(num_tokens)]
-        for _ in range(_NUM_EACH)
-        for num_tokens in _PROMPT_TOKENS
-    ]
-
-
-def _plain_answers(plain: Process, prompts: Sequence[list[int]]) -> list[Tokens]:
-    answers: list[Answer] = [ask(plain, greedy(prompt, _NUM_NEW_TOKENS)) for prompt in prompts]
-    for answer in answers:
-        if answer.error is not None:
-            raise CommandError(f"the plain server answers {answer.error}: see {plain.log}")
-    return [answer.tokens for answer in answers]
+    return [words(source, num) for _ in range(_NUM_EACH) for num in _PROMPT_TOKENS]
 
 
 def _until_taken_back(group: Group, prefill: Process) -> None:
@@ -188,7 +174,7 @@ def _until_taken_back(group: Group, prefill: Process) -> None:
     source = random.Random("taken back")
     before = num_computed_tokens(prefill)
     for _ in range(_MOST_ATTEMPTS):
-        ask(group.front, greedy([source.randrange(1, NUM_WORDS) for _ in range(200)], 16))
+        ask(group.front, greedy(words(source, 200), 16))
         if num_computed_tokens(prefill) > before:
             return
     raise CommandError(f"{prefill.name} was started again, and the router never asks it")

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from client import Answer, ask, greedy, prefill
-from random_models import NUM_WORDS
+from client import Answer, ask, greedy, prefill, right_tokens
+from random_models import words
 from rich.table import Table
 
 from llm_datadist.cli.failure import CommandError
@@ -133,13 +133,11 @@ class Harness:
     def _new_request(self) -> tuple[dict[str, Any], Tokens]:
         """With what the plain server answers; see hybrid.py for the last token."""
         beginning = self._new_words()
-        answer = ask(self._plain, greedy(beginning, 1 + _NUM_NEW_TOKENS))
-        if answer.error is not None:
-            raise CommandError(f"the plain server answers {answer.error}: see {self._plain.log}")
-        return greedy([*beginning, answer.tokens[0]], _NUM_NEW_TOKENS), answer.tokens[1:]
+        first, *others = right_tokens(self._plain, greedy(beginning, 1 + _NUM_NEW_TOKENS))
+        return greedy([*beginning, first], _NUM_NEW_TOKENS), tuple(others)
 
     def _new_words(self) -> list[int]:
-        return [self._words.randrange(1, NUM_WORDS) for _ in range(_PROMPT_TOKENS - 1)]
+        return words(self._words, _PROMPT_TOKENS - 1)
 
     def _prefilled(self, request: dict[str, Any]) -> dict[str, Any]:
         return prefill(self._pair.prefill, request)

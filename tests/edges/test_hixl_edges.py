@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 READ, WRITE = h.TransferOp.READ, h.TransferOp.WRITE
 #: interruptions that have to strike
-FEW = 10
+FEW = 11
 NBYTES = 8192
 LONG_MS = 20_000
 UID = 23473

@@ -63,7 +63,7 @@ class Paths:
         return channel
 
     def _close(self, but: str = "") -> None:
-        for path, channel in list(dict(self._channels).items()):
+        for path, channel in dict(self._channels).items():
             try:
                 if path != but:
                     channel.close()

@@ -119,8 +119,8 @@ class Recorder:
 
     def operations(self) -> tuple[OperationStats, ...]:
         with self._lock:
-            every = list(dict(self._series).items())
-        return tuple(series.snapshot(*name) for name, series in every)
+            every = dict(self._series)
+        return tuple(series.snapshot(*name) for name, series in every.items())
 
     def waits(self) -> tuple[WaitStats, ...]:
         with self._lock:

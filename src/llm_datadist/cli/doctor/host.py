@@ -42,8 +42,6 @@ _OPTIONAL = {
     "prometheus-client": "metrics",
     "opentelemetry-api": "traces",
 }
-#: packages that bring the same
-_ALIASES = {"nixl": ("nixl", "nixl-cu12", "nixl-cu13")}
 
 
 def descriptors(_: Case) -> Iterator[Finding]:
@@ -139,16 +137,16 @@ def system(_: Case) -> Iterator[Finding]:
 
 def extras(_: Case) -> Iterator[Finding]:
     """Packages that the library uses where they are installed."""
-    versions = {name: number for name in _OPTIONAL if (number := _version_of_any(name))}
+    versions = {name: number for name in _OPTIONAL if (number := version_of(_installed_as(name)))}
     missing = [f"{name} ({_OPTIONAL[name]})" for name in _OPTIONAL if name not in versions]
     here = ", ".join(f"{name} {number}" for name, number in versions.items()) or "none"
     found = f"{here}; not installed: {', '.join(missing)}" if missing else here
     yield Finding("optional", State.OK, found, data=versions)
 
 
-def _version_of_any(name: str) -> str:
-    """By whichever name it was installed."""
-    return next(filter(None, map(version_of, _ALIASES.get(name, (name,)))), "")
+def _installed_as(name: str) -> str:
+    """NIXL has a package for each CUDA."""
+    return (package() or name).replace("_", "-") if name == "nixl" else name
 
 
 def version_of(name: str) -> str:
