@@ -6,7 +6,7 @@ import ipaddress
 import re
 import socket
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from llm_datadist.checks import check_uint16, check_uint32, out_of_range
 from llm_datadist.errors import invalid
@@ -15,6 +15,8 @@ _HOST_AND_PORT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+
 _LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _MAX_HOST_NAME = 253
 
+#: family, kind, protocol, canonical name and address
+AddressInfo: TypeAlias = tuple[Any, Any, int, str, tuple[Any, ...]]
 
 #: what to do about one that `lacks_zone`
 LACKS_ZONE = "a link-local address needs its interface: fe80::1%eth0"
@@ -71,6 +73,13 @@ class Endpoint(NamedTuple):
         index = int(zone) if zone.isdigit() else socket.if_nametoindex(zone)
         return host, self.port, 0, index
 
+    def look_up(self) -> list[AddressInfo]:
+        """What `getaddrinfo` says of it, which may wait for long. Raises OSError."""
+        try:
+            return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:  # a part that is empty, or too long
+            raise socket.gaierror(socket.EAI_NONAME, f"{self.host!r} is no host name") from error
+
     @property
     def is_literal(self) -> bool:
         """Whether the host is an IPv4 or IPv6 address rather than a name to be looked up."""
@@ -113,9 +122,14 @@ def parse_ip(text: str) -> int | str:
     number = _ipv4(text)
     if number is not None:
         return number
-    if not is_ip_literal(text) and not _is_host_name(text):
+    if not is_host(text):
         raise RuntimeError(f"{text!r} is no IP address and no host name")
     return text
+
+
+def is_host(text: str) -> bool:
+    """Whether that is an IP address, or may be a host's name."""
+    return _ipv4(text) is not None or is_ip_literal(text) or _is_host_name(text)
 
 
 def host_of(ip: int | str) -> str:

@@ -7,20 +7,22 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from directory.records import nothing, record, until
-from llm_datadist.directory import DirectoryError, FolderDirectory
+from llm_datadist.directory import DirectoryError, FolderDirectory, Superseded
 from llm_datadist.directory.record import MAX_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from llm_datadist.directory import Watch
+    from llm_datadist.directory import Record, Watch
 
 TTL_S = 1.0
 
@@ -54,6 +56,8 @@ HOSTILE = {
     "a line break": _text(7, facts={"a\nb": "c"}),
     "half a character": _text(7, labels={"name": "\ud800"}),
     "an address of many": _text(7, listen="10.0.0.1:1 10.0.0.2:1"),
+    "an address of an empty part": _text(7, listen="a..b:80"),
+    "an address of too long a part": _text(7, advertised="a" * 70 + ":80"),
     "a port out of range": _text(7, listen="10.0.0.1:65536"),
     "an address without a port": _text(7, advertised="10.0.0.1"),
     "no role": _text(7, role="ROOT"),
@@ -128,7 +132,89 @@ def test_a_writer_that_dies_in_the_middle_leaves_the_old_record(tmp_path: Path) 
             assert json.loads((tmp_path / "1.json").read_text())["record"]["cluster_id"] == 1
         writer.kill()
         writer.communicate()
+        (tmp_path / f".1.{'0' * 32}.tmp").touch()  # killed before its name was right
+        (tmp_path / ".11.tmp").touch()  # another's
         assert json.loads((tmp_path / "1.json").read_text())["record"]["cluster_id"] == 1
+    FolderDirectory(tmp_path).announce(record(1, 2), 5.0).close()
+    assert sorted(os.listdir(tmp_path)) == [".11.tmp", "1.json"]
+
+
+def test_a_start_that_was_replaced_comes_back_when_its_successor_is_dead(tmp_path: Path) -> None:
+    directory = FolderDirectory(tmp_path)
+    first, second = (directory.announce(record(1, number), TTL_S) for number in (1, 2))
+    watch = directory.watch()
+    assert until(watch, bool).joined == (record(1, 2),)
+    end = time.monotonic() + 3 * TTL_S
+    while time.monotonic() < end:
+        second.renew()
+        with pytest.raises(Superseded, match="has announced itself"):
+            first.renew()
+        assert nothing(watch, TTL_S / 4)
+    died, back = time.monotonic(), None
+    while back is None and time.monotonic() < died + 8 * TTL_S:
+        with suppress(Superseded):
+            first.renew()
+        now = watch.wait(TTL_S / 4)
+        back = next((each for each in now.joined if each == record(1, 1)), None)
+        assert not now.changed, "it had left before"
+    assert back is not None
+    assert time.monotonic() > died + 2 * TTL_S - TTL_S / 4
+    with pytest.raises(Superseded, match="has announced itself"):
+        second.renew()
+    for each in (first, second, watch):
+        each.close()
+
+
+def test_another_folder_at_its_path_is_watched_from_then_on(tmp_path: Path) -> None:
+    path = tmp_path / "fleet"
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    path.symlink_to("one")
+    directory = FolderDirectory(path)
+    first, watch = directory.announce(record(1), TTL_S), directory.watch()
+    assert until(watch, bool).joined == (record(1),)
+    (tmp_path / "new").symlink_to("other")
+    (tmp_path / "new").rename(path)
+    second = directory.announce(record(2), 60)
+    joined: tuple[Record, ...] = ()
+    end = time.monotonic() + 5 * TTL_S
+    while not joined and time.monotonic() < end:
+        first.renew()
+        changes = watch.wait(TTL_S / 4)
+        assert not changes.left
+        joined = changes.joined
+    assert joined == (record(2),)
+    for each in (first, second, watch):
+        each.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")
+def test_a_file_system_that_stood_still_is_no_reason_to_stay_away(tmp_path: Path) -> None:
+    image, folder = tmp_path / "image", tmp_path / "fleet"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    for command in (f"mkfs.ext4 -q {image}", f"mount -o loop {image} {folder}"):
+        if subprocess.run(command.split(), check=False).returncode:
+            pytest.skip("no file systems in files here")
+    try:
+        directory = FolderDirectory(folder)
+        announcement, watch = directory.announce(record(1), TTL_S), directory.watch()
+        assert until(watch, bool).joined == (record(1),)
+        subprocess.run(["fsfreeze", "--freeze", folder], check=True)
+        try:
+            renewing = threading.Thread(target=announcement.renew)
+            renewing.start()
+            assert until(watch, bool).left == (record(1),)
+            assert renewing.is_alive()
+        finally:
+            subprocess.run(["fsfreeze", "--unfreeze", folder], check=True)
+        renewing.join()
+        assert until(watch, bool).joined == (record(1),)
+        for each in (announcement, watch):
+            each.close()
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_times_of_files_are_compared_with_themselves_alone(tmp_path: Path, watch: Watch) -> None:

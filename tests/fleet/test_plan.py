@@ -210,6 +210,53 @@ def test_no_more_are_linked_than_wanted_and_a_free_place_is_taken() -> None:
     assert actions[1].record not in chosen
 
 
+def test_links_of_those_who_do_not_fit_take_no_place() -> None:
+    plan = plan_of(Wants([LLMRole.PROMPT], max_links=1))
+    unfit, fit, more = member(1, role="DECODER"), member(2), member(3)
+    join(plan, unfit)
+    plan.made(1, unfit.incarnation, 0.0)  # it has linked to us
+    assert join(plan, fit) == [Link(fit)]
+    made(plan, fit, 0.0)
+    assert plan.yielding() == [fit]
+    fits = member(1)
+    plan.told(Changes(changed=(Change(unfit, fits),)), 1.0)
+    assert join(plan, more, now=1.0) == []  # two are linked
+    plan.ended(2, fit.incarnation, 2.0)
+    plan.ended(1, fits.incarnation, 2.0)
+    (again,) = plan.decide(2.0)
+    assert isinstance(again, Link)
+    plan.tried(again.record, "nobody is there", 2.0)
+    plan.told(Changes(left=(fit, fits, more)), 3.0)
+    list(plan.decide(3.0))
+    assert len(join(plan, member(4), member(5), now=4.0)) == 1
+
+
+def test_a_start_that_is_not_announced_or_was_replaced_is_of_the_past() -> None:
+    plan, old, new = plan_of(), member(1, 1), member(1, 2)
+    assert not plan.is_outdated(1, old.incarnation)  # nobody is announced
+    join(plan, old)
+    assert not plan.is_outdated(1, old.incarnation)
+    assert plan.is_outdated(1, new.incarnation)
+    plan.told(Changes(changed=(Change(old, new),)), 1.0)
+    assert plan.is_outdated(1, old.incarnation)
+    plan.told(Changes(left=(new,)), 2.0)
+    assert plan.is_outdated(1, old.incarnation)
+    assert not plan.is_outdated(1, new.incarnation)
+    join(plan, old, now=3.0)
+    assert not plan.is_outdated(1, old.incarnation)
+
+
+def test_of_starts_that_were_replaced_only_so_many_are_remembered() -> None:
+    plan = plan_of(Wants(at_once=False))
+    join(plan, member(1, 0))
+    for number in range(10_000):
+        plan.told(Changes(changed=(Change(member(1, number), member(1, number + 1)),)), 0.0)
+        list(plan.decide(0.0))
+    plan.told(Changes(left=(member(1, 10_000),)), 1.0)
+    assert plan.is_outdated(1, member(1, 9_999).incarnation)
+    assert not plan.is_outdated(1, member(1, 0).incarnation)
+
+
 def test_clusters_choose_others_where_not_all_can_be_linked() -> None:
     everybody = [member(cluster_id) for cluster_id in range(20)]
     choices = set[int]()

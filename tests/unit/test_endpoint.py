@@ -111,3 +111,10 @@ def test_text_that_is_no_address_and_no_name_is_a_runtime_error(text: str) -> No
 def test_an_int_of_more_than_32_bits_is_no_address(number: int) -> None:
     with pytest.raises(ValueError, match="ip must be in"):
         host_of(number)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example"])
+def test_what_no_host_can_be_called_is_not_found(host: str) -> None:
+    """As a name that nobody has, and not by the error of a codec."""
+    with pytest.raises(OSError, match="is no host name"):
+        Endpoint(host, 80).look_up()

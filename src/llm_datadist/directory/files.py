@@ -23,6 +23,10 @@ _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL
 
 
+#: how what is being written is named, behind the cluster's id and its incarnation
+_ASIDE: Final = ".tmp"
+
+
 class Seal(NamedTuple):
     """What differs when a file was written anew, or renewed."""
 
@@ -88,7 +92,7 @@ def write(folder: str, entry: Entry) -> int:
     data = encode(entry)
     record = entry.record
     path = os.path.join(folder, name_of(record.cluster_id))
-    aside = os.path.join(folder, f".{record.cluster_id}.{record.incarnation}.tmp")
+    aside = os.path.join(folder, f".{record.cluster_id}.{record.incarnation}{_ASIDE}")
     with suppress(FileNotFoundError):
         os.unlink(aside)
     fd = os.open(aside, _WRITE, 0o644)
@@ -102,6 +106,18 @@ def write(folder: str, entry: Entry) -> int:
             os.unlink(aside)
         raise
     return fd
+
+
+def sweep(folder: str, cluster_id: int) -> None:
+    """Takes away what starts of that id were writing when they were killed. Raises OSError.
+
+    One that lives, and writes just now, fails and writes again.
+    """
+    begin = f".{cluster_id}."
+    with os.scandir(folder) as there:
+        for each in there:
+            if each.name.startswith(begin) and each.name.endswith(_ASIDE):
+                os.unlink(each.path)
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from llm_datadist.directory import files
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 #: how often a folder is looked through where the kernel does not tell of others' changes
 LOOK_S: Final = 2.0
+#: another start of our id is dead when it has not renewed its file for so many of its ttl: those
+#: who watch have dropped it by then
+_GIVEN_UP_TTLS: Final = 2
 
 
 class FolderDirectory:
@@ -50,19 +54,24 @@ class _File:
         #: kept open: its number is no other file's then
         self._fd = -1
         self._renewed_at = 0.0
+        #: the file of another start in our place, and since when it is as it is
+        self._rival: tuple[files.Seal, float] | None = None
+        with suppress(OSError):  # to write will say why
+            files.sweep(folder, entry.record.cluster_id)
         self._write(entry)
 
     def renew(self) -> None:
         """Sets the time of our file, or writes it again where it is missing.
 
-        Also when we were late, as a process that was stopped is: others have forgotten us, and do
-        not look at the times of files that they know nothing of.
+        Also when we were late, as a process that was stopped is, or its file system: others have
+        forgotten us, and do not look at the times of files that they know nothing of.
         """
         try:
-            if self._is_in_place() and _now() < self._renewed_at + self._entry.ttl_s:
+            if self._is_in_place():
                 os.utime(self._fd)
-                self._renewed_at = _now()
-                return
+                late_at, self._renewed_at = self._renewed_at + self._entry.ttl_s, _now()
+                if self._renewed_at < late_at:
+                    return
         except OSError as error:
             raise self._failed("renew", error) from error
         self._require_place()
@@ -100,15 +109,19 @@ class _File:
             return False
 
     def _require_place(self) -> None:
-        """Raises Superseded when another start of our id is in the file's place."""
+        """Raises Superseded when another start of our id is in the file's place, and lives."""
         mine = self._entry.record
         try:
-            _, entry = files.read(self._path, mine.cluster_id)
+            seal, entry = files.read(self._path, mine.cluster_id)
         except OSError:  # nobody is, or to write will say why not
             return
         if isinstance(entry, ValueError) or entry.has_left:
             return
-        if entry.record.incarnation != mine.incarnation:
+        if entry.record.incarnation == mine.incarnation:
+            return
+        if self._rival is None or self._rival[0] != seal:
+            self._rival = seal, _now()
+        if _now() < self._rival[1] + _GIVEN_UP_TTLS * entry.ttl_s:
             raise Superseded(f"{entry.record} has announced itself in {self._folder}")
 
     def _write(self, entry: Entry) -> None:

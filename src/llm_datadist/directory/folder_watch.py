@@ -45,6 +45,8 @@ class FolderWatch:
         self._complaints = Complaints(f"the folder {folder}")
         self._inotify: Inotify | None = None
         self._is_open = self._was_open = False
+        #: which folder that is: another one may come to be at its path
+        self._identity: tuple[int, int] | None = None
         #: when all is looked through; None where the kernel says what changes
         self._look_at: float | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -93,7 +95,7 @@ class FolderWatch:
     def _look(self, now: float) -> None:
         if self._is_open and self._inotify is not None:
             events = self._inotify.read()
-            if events.is_gone:
+            if events.is_gone or self._identity != _identity_of(self._folder):
                 self._shut()
             elif events.is_incomplete:
                 self._read(self._names(), now)
@@ -109,7 +111,7 @@ class FolderWatch:
 
     def _open(self, now: float) -> None:
         """From nothing, or after the folder was gone."""
-        os.stat(self._folder)
+        self._identity = _identity_of(self._folder)
         try:
             self._inotify = Inotify(self._folder)
         except OSError as error:
@@ -189,6 +191,11 @@ class FolderWatch:
 
     def _path(self, cluster_id: int) -> str:
         return os.path.join(self._folder, files.name_of(cluster_id))
+
+
+def _identity_of(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _type_of(path: str) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from llm_datadist.checks import UINT64_MAX
-from llm_datadist.endpoint import Endpoint
+from llm_datadist.endpoint import Endpoint, is_host
 from llm_datadist.errors import LLMException
 from llm_datadist.types import LLMRole
 
@@ -110,5 +110,6 @@ def _check_address(text: str) -> None:
         endpoint = Endpoint.parse(text)
     except LLMException as error:
         raise ValueError(str(error)) from error
-    if endpoint.port == 0 or not text.isprintable() or any(map(str.isspace, text)):
+    is_plain = text.isprintable() and not any(map(str.isspace, text))
+    if endpoint.port == 0 or not is_plain or not is_host(endpoint.host):
         raise ValueError(f"{text!r} is no address that can be called")

@@ -13,6 +13,8 @@ from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import Bell
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llm_datadist.directory.base import Announcement
     from llm_datadist.directory.record import Record
     from llm_datadist.running.deadline import Deadline
@@ -35,8 +37,13 @@ class Announcer:
     It renews by a wait with a deadline, in which it hears at once of what is new to say.
     """
 
-    def __init__(self, directory: Directory, ttl_s: float) -> None:
+    def __init__(
+        self, directory: Directory, ttl_s: float, tell_superseded: Callable[[bool], object]
+    ) -> None:
+        """In the thread it is told when another start has our place, and when it is ours again."""
         self._directory = directory
+        self._tell_superseded = tell_superseded
+        self._is_superseded = False
         self._ttl_s = ttl_s
         #: what is to be said, None that we have left; and what was said last
         self._wanted: Record | None = None
@@ -117,6 +124,8 @@ class Announcer:
         try:
             self._tell(wanted)
         except DirectoryError as error:
+            if isinstance(error, Superseded):
+                self._is_now_superseded(True)
             self._complain(str(error), is_bad=isinstance(error, Superseded))
             pause_s = self._pauses.next_s()
         except Exception as error:  # another package's directory
@@ -124,6 +133,7 @@ class Announcer:
             pause_s = self._pauses.next_s()
         else:
             had_problem, self._said, self.problem = bool(self.problem), wanted, ""
+            self._is_now_superseded(False)
             self._pauses.reset()
             pause_s = self._ttl_s / _RENEWALS
             if had_problem:
@@ -146,6 +156,11 @@ class Announcer:
         else:
             self._announcement.change(wanted)
         self._is_silent = False
+
+    def _is_now_superseded(self, is_so: bool) -> None:
+        if is_so != self._is_superseded:
+            self._is_superseded = is_so
+            self._tell_superseded(is_so)
 
     def _complain(self, problem: str, *, is_bad: bool) -> None:
         """Once for each problem: it may last for hours."""

@@ -66,6 +66,8 @@ class Driver:
         #: what the directory said, and was not looked at yet
         self._news: deque[Changes] = deque()
         self._is_taking = False
+        #: why nobody is linked: its program switches roles, another start has its place
+        self._is_down = self._is_superseded = False
         self._is_over = False
         #: rung when somebody has come or gone, a link was made or has ended
         self.bell = Bell()
@@ -119,14 +121,23 @@ class Driver:
 
         Who does not agree in time is cut.
         """
-        self.plan.is_paused = True
+        self._is_down = self.plan.is_paused = True
         self._filing.shut_because = "this cluster has left its fleet, to switch its role"
         await asyncio.gather(*(self._end(each, timeout_s) for each in self._links.all()))
 
     def stand_up(self) -> None:
         """The end of `stand_down`. May be called again."""
-        self.plan.is_paused = False
+        self._is_down = False
         self._filing.shut_because = ""
+        self._go_on()
+
+    def superseded(self, is_so: bool) -> None:
+        """Whether another start has our place: then nobody is linked from here."""
+        self._is_superseded = is_so
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self.plan.is_paused = self._is_down or self._is_superseded
         self.act()
 
     async def _end(self, session: Session, timeout_s: float) -> None:
@@ -135,17 +146,22 @@ class Driver:
 
     def link_made(self, session: Session) -> None:
         """As LinkTable tells it."""
-        self.plan.made(session.cluster_id, session.instance.hex(), self._loop.time())
+        if self._linker.ours([session]):
+            self.plan.made(session.cluster_id, session.instance.hex(), self._loop.time())
         self.bell.ring()
 
     def link_ended(self, session: Session) -> None:
         """As LinkTable tells it."""
         incarnation = session.instance.hex()
-        others = self._links.of(session.cluster_id)
+        others = self._linker.ours(self._links.of(session.cluster_id))
         if all(other.instance != session.instance for other in others):
             self.plan.ended(session.cluster_id, incarnation, self._loop.time())
             self.act()
         self.bell.ring()
+
+    def is_outdated(self, session: Session) -> bool:
+        """As LinkTable asks, in any thread: whether it is of a start that is not the member."""
+        return self.plan.is_outdated(session.cluster_id, session.instance.hex())
 
     def missing(self, cluster_id: int) -> str:
         """As LinkTable asks, in any thread: what is known of a cluster that is not linked."""
@@ -217,9 +233,11 @@ class Driver:
 
     async def _leave(self, action: Leave) -> None:
         """Who says nothing is cut."""
-        for session in self._sessions(action.record):
+        record = action.record
+        has_left = self.plan.find(record.cluster_id, record.incarnation) is None
+        for session in self._all(record) if has_left else self._sessions(record):
             get_logger().info(
-                "cluster %d unlinks from %s: %s", self._cluster_id, action.record, action.because
+                "cluster %d unlinks from %s: %s", self._cluster_id, record, action.because
             )
             await self._end(session, self._sync_timeout_s + _LEAVE_S)
 
@@ -250,8 +268,12 @@ class Driver:
 
     def _sessions(self, record: Record) -> list[Session]:
         """The links to that very incarnation, that are ours to use."""
+        return self._linker.ours(self._all(record))
+
+    def _all(self, record: Record) -> list[Session]:
+        """The links to that very incarnation."""
         incarnation = bytes.fromhex(record.incarnation)
-        sessions = self._linker.ours(self._links.of(record.cluster_id))
+        sessions = self._links.of(record.cluster_id)
         return [session for session in sessions if session.instance == incarnation]
 
     def _done(self, task: asyncio.Task[None]) -> None:

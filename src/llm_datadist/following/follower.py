@@ -68,7 +68,7 @@ class Follower:
         self._loop = loop
         self._pid = os.getpid()
         self._driver = Driver(loop, linker, filing, links, cluster_id, wants, facts, sync_timeout_s)
-        self._announcer = Announcer(directory, ttl_s)
+        self._announcer = Announcer(directory, ttl_s, self._superseded)
         self._watcher = Watcher(
             directory, self._heard, self._announcer.wait_for_attempt, longest_pause_s(ttl_s)
         )
@@ -214,6 +214,9 @@ class Follower:
             links_failed=driver.num_failed,
             members=tuple(map(_member, members[:most])),
         )
+
+    def _superseded(self, is_so: bool) -> None:
+        self._loop.call_soon(partial(self._driver.superseded, is_so))
 
     def _heard(self, changes: Changes) -> None:
         self._loop.call_soon(partial(self._driver.told, changes))

@@ -27,6 +27,8 @@ STEADY_S: Final = 2.0
 MOST_AT_ONCE: Final = 16
 #: so many that wait for a place in vain cost nothing
 _FEW: Final = 64
+#: starts that were replaced and are remembered, of all members
+_MOST_REPLACED: Final = 4096
 
 
 class Link(NamedTuple):
@@ -75,6 +77,11 @@ class Member:
     asked_at: float = 0.0
 
     @property
+    def takes_a_place(self) -> bool:
+        """Whether its link is one of `Wants.max_links`: others link to us as they like."""
+        return self.is_linked and not self.objection
+
+    @property
     def state(self) -> str:
         """In a word."""
         if self.is_linked:
@@ -104,6 +111,8 @@ class Plan:
         #: by cluster id; may be read in any thread
         self.members: dict[int, Member] = {}
         self.is_paused = False
+        #: starts that others have taken the place of, as cluster id and incarnation, in that order
+        self._replaced: dict[tuple[int, str], None] = {}
         #: who waits for its pause to end, and who for a place, the heaviest first
         self._pausing: list[tuple[float, int]] = []
         self._ready: list[tuple[int, int]] = []
@@ -139,7 +148,7 @@ class Plan:
 
     def yielding(self) -> list[Record]:
         """Who is linked, and may have to go for others: first who was not asked for for longest."""
-        linked = [member for member in self.members.values() if member.is_linked]
+        linked = [member for member in self.members.values() if member.takes_a_place]
         linked.sort(key=lambda member: member.asked_at)
         return [member.record for member in linked]
 
@@ -155,15 +164,15 @@ class Plan:
         if member is not None and not member.is_linked:
             member.is_linked, member.is_asked = True, False
             member.linked_at, member.problem = now, ""
-            self._num_linked += 1
+            self._num_linked += member.takes_a_place
 
     def ended(self, cluster_id: int, incarnation: str, now: float) -> None:
         """There is no link to it any more."""
         member = self.find(cluster_id, incarnation)
         if member is None or not member.is_linked:
             return
+        self._num_linked -= member.takes_a_place
         member.is_linked = False
-        self._num_linked -= 1
         if now >= member.linked_at + STEADY_S:
             member.attempts = 0
         if self._wants is not None and not self._wants.at_once:
@@ -211,6 +220,13 @@ class Plan:
         member = self.members.get(cluster_id)
         return member if member and member.record.incarnation == incarnation else None
 
+    def is_outdated(self, cluster_id: int, incarnation: str) -> bool:
+        """In any thread: whether another start of that id is announced, or was behind this one."""
+        member = self.members.get(cluster_id)
+        if member is not None:
+            return member.record.incarnation != incarnation
+        return (cluster_id, incarnation) in self._replaced
+
     # -- parts of the above --
 
     @property
@@ -223,6 +239,7 @@ class Plan:
         objection = self._objection(record)
         at_once = self._wants is not None and self._wants.at_once
         member = self.members[record.cluster_id] = Member(record, objection, at_once)
+        self._replaced.pop((record.cluster_id, record.incarnation), None)
         if at_once and not objection:
             self._wait(member, now)
 
@@ -230,28 +247,37 @@ class Plan:
         member = self.find(record.cluster_id, record.incarnation)
         if member is not None:
             del self.members[record.cluster_id]
+            self._num_linked -= member.takes_a_place
             if member.is_linked:
-                self._num_linked -= 1
                 self._actions.append(Leave(record, "it has left the fleet"))
 
     def _changed(self, before: Record, now_is: Record, now: float) -> None:
         member = self.find(before.cluster_id, before.incarnation)
         if member is None or before.incarnation != now_is.incarnation:
             was_wanted = member is not None and member.is_wanted
-            if member is not None and member.is_linked:
-                self._num_linked -= 1
+            if member is not None:
+                self._num_linked -= member.takes_a_place
             self.members.pop(before.cluster_id, None)
+            self._replace(before)
             self._actions.append(Cut(now_is))
             self._joined(now_is, now)
             if was_wanted:
                 self.asked(now_is.cluster_id, now)
             return
+        self._num_linked -= member.takes_a_place
         member.record, member.objection = now_is, self._objection(now_is)
+        self._num_linked += member.takes_a_place
         if member.objection and member.is_linked:
             self._actions.append(Leave(now_is, member.objection))
         elif not member.is_linked:
             member.attempts = 0
             self._wait(member, now)
+
+    def _replace(self, record: Record) -> None:
+        """Others may write what they like: of what they wrote so much is remembered."""
+        self._replaced[record.cluster_id, record.incarnation] = None
+        if len(self._replaced) > _MOST_REPLACED:
+            del self._replaced[next(iter(self._replaced))]
 
     def _objection(self, record: Record) -> str:
         if self._wants is None:

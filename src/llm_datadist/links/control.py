@@ -10,7 +10,6 @@ import socket
 import termios
 from array import array
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.core import messages as m
@@ -256,8 +255,7 @@ async def _dial_endpoint(
     at: Endpoint, waiters: Executor, shield: Shield, deadline: Deadline
 ) -> Control:
     loop = asyncio.get_running_loop()
-    look_up = partial(socket.getaddrinfo, *at, type=socket.SOCK_STREAM)
-    infos = look_up() if at.is_literal else await loop.run_in_executor(waiters, look_up)
+    infos = at.look_up() if at.is_literal else await loop.run_in_executor(waiters, at.look_up)
     for index, info in enumerate(infos[:-1]):
         # "localhost" may be ::1 first, where nobody listens; a host's other network may be dead
         fair_s = max(0.0, deadline.remaining_s()) / (len(infos) - index)

@@ -44,6 +44,10 @@ class TableWatcher(Protocol):
         """They do not find it any more."""
         ...
 
+    def is_outdated(self, session: Session) -> bool:
+        """In any thread: whether operations are not to use it, since another start is the peer."""
+        ...
+
     def missing(self, cluster_id: int) -> str:
         """In any thread: somebody needs a link to it, and there is none; what is known of it."""
         ...
@@ -99,14 +103,17 @@ class LinkTable:
 
     def find(self, cluster_id: int) -> Peer:
         """The peer that an operation means. Raises LLMException(LLM_NOT_YET_LINK)."""
+        watcher = self.watcher
         with self._lock:
-            sessions = self._sessions.get(cluster_id)
-            if sessions and sessions[0].peer is not None:
-                return sessions[0].peer
+            sessions = self._sessions.get(cluster_id, ())
+            for session in sessions:
+                if session.peer is not None and not (watcher and watcher.is_outdated(session)):
+                    return session.peer
             ending = self._endings.get(cluster_id)
         because = f": the last link ended because {ending}" if ending else ""
-        watcher = self.watcher
         if watcher is not None:
+            if sessions:
+                because = ", but for a start of it that is not, or no more, the one of its fleet"
             raise LLMException(
                 f"cluster {self._cluster_id} is not linked to cluster {cluster_id}{because}; of "
                 f"its fleet it knows: {watcher.missing(cluster_id)}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llm_datadist.errors import LLMException
@@ -61,13 +60,12 @@ def _look_up(at: Endpoint, deadline: Deadline) -> list[tuple[int, tuple[Any, ...
     """
     if at.is_literal:  # not `getaddrinfo`, in which a handler's ValueError is lost
         return [(socket.AF_INET6 if ":" in at.host else socket.AF_INET, at.sockaddr)]
-    look_up = partial(socket.getaddrinfo, *at, type=socket.SOCK_STREAM)
     said: list[list[Any] | Exception] = []
     is_over = Latch()
 
     def ask() -> None:
         try:
-            said.append(look_up())
+            said.append(at.look_up())
         except Exception as error:  # raised below
             said.append(error)
         finally:
