@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from llm_datadist.core.link import SAME_HOST, Identity
 from llm_datadist.core.messages import PROTOCOL_VERSION
 from llm_datadist.device_options import unequal
-from llm_datadist.directory.record import Record
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
-from llm_datadist.following.follower import Follower, advertised
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
 from llm_datadist.links.groups import Groups
@@ -60,7 +58,9 @@ if TYPE_CHECKING:
     from llm_datadist.core.registry import Entry
     from llm_datadist.core.stats import ClusterStats, FleetStats
     from llm_datadist.directory.base import Directory
+    from llm_datadist.directory.record import Record
     from llm_datadist.endpoint import Endpoint
+    from llm_datadist.following.follower import Follower
     from llm_datadist.following.wants import Wants
     from llm_datadist.links.filing import Siblings
     from llm_datadist.links.linker import Target
@@ -432,6 +432,8 @@ class Cluster:
 
         Raises LLMException: LLM_PARAM_INVALID while we follow one, LLM_FAILED for want of threads.
         """
+        from llm_datadist.following.follower import Follower  # a fifth of what `init` takes
+
         follower = Follower(
             directory,
             wants,
@@ -469,6 +471,9 @@ class Cluster:
         self, role: LLMRole, where: str, facts: Mapping[str, str], labels: Mapping[str, str]
     ) -> Record:
         """What we say of ourselves now. Raises LLMException(LLM_PARAM_INVALID), ValueError."""
+        from llm_datadist.directory.record import Record  # as in `follow`
+        from llm_datadist.following.follower import advertised
+
         listen = next(iter(self.listen_endpoints), None)
         at, reached = "" if listen is None else str(listen), advertised(where, listen)
         return Record(

@@ -79,6 +79,13 @@ def test_many_links() -> None:
     assert "one pull among 5 links" in said
 
 
+@pytest.mark.long
+def test_calls() -> None:
+    said = bench("calls", "--rounds", "1", "--path", "tcp", "--mode", "two-sided")
+    assert "the first pull behind a link" in said
+    assert "pulls by 32 threads" in said
+
+
 @pytest.mark.parametrize("scenario", ["plan", "startup"])
 def test_scenarios_that_need_little_memory(scenario: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
@@ -93,7 +100,7 @@ def test_scenarios_that_need_little_memory(scenario: str, tmp_path: Path) -> Non
         assert figure["value"] > 0
 
 
-SUB_VERBS = ["plan", "startup", "link", "fan-out", "layers", "many-links"]
+SUB_VERBS = ["plan", "startup", "link", "fan-out", "layers", "many-links", "calls"]
 
 
 @pytest.mark.parametrize("verb", SUB_VERBS)

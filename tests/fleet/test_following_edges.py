@@ -6,6 +6,8 @@ import logging
 import os
 import random
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -337,3 +339,18 @@ def test_what_a_forked_child_says_of_the_end_is_not_heard_by_the_parent(
     before = time.process_time()
     assert not follower.wait_for(77, 1.0)
     assert time.process_time() - before < 0.5, "nobody spins"
+
+
+def test_who_follows_no_fleet_imports_nothing_of_it() -> None:
+    program = """
+import sys
+from llm_datadist import LLMConfig, LLMDataDist, LLMRole
+config = LLMConfig()
+config.enable_cache_manager = True
+datadist = LLMDataDist(LLMRole.PROMPT, 1)
+datadist.init(config.generate_options())
+assert "llm_datadist.directory" not in sys.modules
+assert "http.client" not in sys.modules
+datadist.finalize()
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)

@@ -15,6 +15,7 @@ import typer
 from llm_datadist.cli.bench.options import (
     JsonFile,
     LinkPath,
+    Mode,
     PlotFile,
     check_files,
     usual_threads,
@@ -37,11 +38,6 @@ class Operation(str, Enum):
     PUSH_BLOCKS = "push_blocks"
     PULL_CACHE = "pull_cache"
     TRANSFER_CACHE_ASYNC = "transfer_cache_async"
-
-
-class Mode(str, Enum):
-    REMOTE_ACCESSIBLE = "remote-accessible"
-    TWO_SIDED = "two-sided"
 
 
 @app.callback()

@@ -18,6 +18,11 @@ class LinkPath(str, Enum):
     NIXL = "nixl"
 
 
+class Mode(str, Enum):
+    REMOTE_ACCESSIBLE = "remote-accessible"
+    TWO_SIDED = "two-sided"
+
+
 Rounds: TypeAlias = Annotated[int, typer.Option(min=1, max=1000, help="How often to measure.")]
 Threads: TypeAlias = Annotated[
     int, typer.Option(min=0, max=16, help="Threads of a transfer; 0: as many as cores, up to 4.")

@@ -48,12 +48,17 @@ def start(role: LLMRole, cluster_id: int, job: Job, listen: str = "") -> LLMData
     return datadist
 
 
-def link(datadist: LLMDataDist, cluster_id: int, port: int) -> None:
+def info(cluster_id: int, port: int) -> LLMClusterInfo:
+    """A cluster of this host that listens there."""
     info = LLMClusterInfo()
     info.remote_cluster_id = cluster_id
     info.append_local_ip_info("127.0.0.1", 0)
     info.append_remote_ip_info("127.0.0.1", port)
-    status, _ = datadist.link_clusters([info], _TIMEOUT_MS)
+    return info
+
+
+def link(datadist: LLMDataDist, cluster_id: int, port: int) -> None:
+    status, _ = datadist.link_clusters([info(cluster_id, port)], _TIMEOUT_MS)
     if status is not LLMStatusCode.LLM_SUCCESS:
         raise CommandError(f"the clusters could not be linked: {status}")
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm_datadist import BlocksCacheKey, LayerSynchronizer, LLMClusterInfo, LLMRole, LLMStatusCode
+from llm_datadist import BlocksCacheKey, LayerSynchronizer, LLMRole, LLMStatusCode
 from llm_datadist import TransferWithCacheKeyConfig as KeyConfig
 from llm_datadist.cli.bench import ours
 from llm_datadist.cli.bench.contest import require_memory
@@ -65,20 +63,6 @@ def plan(rounds: int) -> Iterator[Figure]:
     yield Figure("16 times as many segments take", medians[262_144] / medians[16_384], "x")
 
 
-def startup(rounds: int) -> Iterator[Figure]:
-    """Importing, in a fresh interpreter, without the interpreter's own start."""
-    program = (
-        "import time; begun = time.perf_counter(); import {0}; print(time.perf_counter() - begun)"
-    )
-    for module in ("llm_datadist", "numpy"):
-        command = [sys.executable, "-c", program.format(module)]
-        seconds = [
-            float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            for _ in range(max(rounds, 5))
-        ]
-        yield Figure(f"import {module}", statistics.median(seconds) * 1e3, "ms")
-
-
 def link(rounds: int) -> Iterator[Figure]:
     """link_clusters on one host: one cluster, and 64 in one call."""
     owner = Owner(_own_clusters, 64)
@@ -86,7 +70,7 @@ def link(rounds: int) -> Iterator[Figure]:
     try:
         datadist = ours.start(LLMRole.DECODER, 1000, job)
         try:
-            infos = [_info(cluster_id, port) for cluster_id, port in enumerate(owner.greeting)]
+            infos = [ours.info(cluster_id, port) for cluster_id, port in enumerate(owner.greeting)]
             medians = {}
             for count in (1, 64):
                 seconds = []
@@ -191,14 +175,6 @@ def _own_clusters(pipe: Connection, count: int) -> None:
     endpoints = [cluster.listen_endpoint for cluster in clusters]
     pipe.send([endpoint.port for endpoint in endpoints if endpoint is not None])
     wait_for_end(pipe)
-
-
-def _info(cluster_id: int, port: int) -> LLMClusterInfo:
-    info = LLMClusterInfo()
-    info.remote_cluster_id = cluster_id
-    info.append_local_ip_info("127.0.0.1", 0)
-    info.append_remote_ip_info("127.0.0.1", port)
-    return info
 
 
 def _pull_on_demand(pipe: Connection, job: Job, port: int, cache_id: int, reader_id: int) -> None:

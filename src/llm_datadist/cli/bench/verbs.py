@@ -10,6 +10,7 @@ import typer
 from llm_datadist.cli.bench.options import (
     JsonFile,
     LinkPath,
+    Mode,
     PlotFile,
     Rounds,
     Threads,
@@ -30,7 +31,7 @@ def plan(rounds: Rounds = 9, json: JsonFile = None, plot: PlotFile = None) -> No
 
 
 def startup(rounds: Rounds = 9, json: JsonFile = None, plot: PlotFile = None) -> None:
-    """How long `import llm_datadist` takes in a fresh interpreter."""
+    """How long a fresh interpreter takes to import llm_datadist, and to have a peer's block."""
     _run("startup", {"rounds": rounds}, json, plot)
 
 
@@ -63,7 +64,19 @@ def many_links(
     _run("many_links", {"count": count, "path": path.value}, json, plot)
 
 
-VERBS = (plan, startup, link, fan_out, layers, many_links)
+def calls(
+    rounds: Rounds = 5,
+    path: Annotated[LinkPath, typer.Option(help="How the bytes travel.")] = LinkPath.CMA,
+    mode: Annotated[Mode, typer.Option(help="Who finds the bytes.")] = Mode.REMOTE_ACCESSIBLE,
+    json: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """What single blocks cost: the first pull behind a link, and 32 threads beside one."""
+    settings: dict[str, int | str] = {"rounds": rounds, "path": path.value, "mode": mode.value}
+    _run("calls", settings, json, plot)
+
+
+VERBS = (plan, startup, link, fan_out, layers, many_links, calls)
 
 
 def _run(
@@ -89,9 +102,19 @@ def _run(
 
 
 def _figures(scenario: str) -> "Callable[..., Iterator[Figure]]":
-    from llm_datadist.cli.bench import many, scenarios
+    if scenario == "many_links":
+        from llm_datadist.cli.bench.many import many_links
 
-    found: Callable[..., Iterator[Figure]] = getattr(
-        many if scenario == "many_links" else scenarios, scenario
-    )
+        return many_links
+    if scenario == "calls":
+        from llm_datadist.cli.bench.calls import calls
+
+        return calls
+    if scenario == "startup":
+        from llm_datadist.cli.bench.starting import startup
+
+        return startup
+    from llm_datadist.cli.bench import scenarios
+
+    found: Callable[..., Iterator[Figure]] = getattr(scenarios, scenario)
     return found
