@@ -101,3 +101,19 @@ def pulls_soon(node: Node, cluster_id: int = 1, seed: int = 5) -> bool:
         return True
 
     return eventually(pulls_now, SOON_S)
+
+
+# -- in a peer's process --
+
+
+def incarnation_of(node: Node) -> str:
+    return follower_of(node).record.incarnation
+
+
+def stop_following(node: Node) -> None:
+    follower_of(node).stop()
+
+
+def is_superseded(node: Node) -> bool:
+    fleet = node.datadist.stats().fleet
+    return fleet is not None and "has announced itself" in fleet.problem

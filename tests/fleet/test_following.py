@@ -16,12 +16,14 @@ from fleet.members import (
     follow,
     follower_of,
     is_linked,
+    is_superseded,
     join,
     linked_ids,
     publish,
     pulls,
     pulls_soon,
     says,
+    stop_following,
 )
 from llm_datadist import LLMException, LLMRole, LLMStatusCode, Wants
 from llm_datadist.directory import FolderDirectory
@@ -130,43 +132,6 @@ def test_a_stopped_peer_is_left_and_its_successor_linked_and_it_stays_out(
         assert eventually(lambda: first.call(is_superseded), SOON_S)
         assert pulls_soon(decode, seed=6)
         assert [link.cluster_id for link in decode.datadist.links()] == [1]
-
-
-def test_of_two_starts_that_live_the_announced_one_is_read(node: Node, tmp_path: Path) -> None:
-    """Whoever else has linked to us, and from whichever start: by hand, here."""
-    port = node.start(LLMRole.DECODER, 2, listen_ip_info="127.0.0.1:0", sync_kv_timeout=1000)
-    follow(node, tmp_path, Wants([LLMRole.PROMPT], at_once=False))
-    with NodeProcess() as first, NodeProcess() as second:
-        join(first, tmp_path, seed=5)
-        assert first.call(Node.link, port, 2) is LLMStatusCode.LLM_SUCCESS
-        assert pulls_soon(node, seed=5)
-        join(second, tmp_path, seed=6)
-        before, now = first.call(incarnation_of), second.call(incarnation_of)
-        assert eventually(lambda: announced(node) == now, SOON_S)
-        assert first.call(Node.link, port, 2) is LLMStatusCode.LLM_SUCCESS
-        with pytest.raises(LLMException, match="but for a start of it that is not, or no more"):
-            pulls(node, seed=6)
-        assert pulls_soon(node, seed=6)
-        second.pause()
-        assert eventually(lambda: announced(node) != now, SOON_S)
-        assert pulls_soon(node, seed=5), "the first one has its place again"
-        assert announced(node) == before
-
-
-def test_a_start_that_was_replaced_links_to_nobody(tmp_path: Path) -> None:
-    wants = Wants([LLMRole.DECODER])
-    with NodeProcess() as first, NodeProcess() as second, NodeProcess() as other:
-        for process in (first, second):
-            process.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0")
-            process.call(follow, tmp_path, wants)
-        assert eventually(lambda: first.call(is_superseded), SOON_S)
-        other.call(Node.start, LLMRole.DECODER, 3, listen_ip_info="127.0.0.1:0")
-        other.call(follow, tmp_path)
-        assert eventually(lambda: second.call(linked_ids) == [3], SOON_S)
-        assert eventually(lambda: first.call(says, 3, "known"), SOON_S)
-        assert first.call(linked_ids) == []
-        second.kill()
-        assert eventually(lambda: first.call(linked_ids) == [3], SOON_S)
 
 
 def test_one_that_left_keeps_no_link_that_it_made_for_itself(node: Node, tmp_path: Path) -> None:
@@ -327,25 +292,7 @@ def test_stats_say_what_was_done(decode: Node, peer: NodeProcess, tmp_path: Path
     assert (told.members, told.directory, told.num_linked) == ((), "", 1)
 
 
-def announced(node: Node) -> str:
-    """The incarnation that the node's fleet has of cluster 1."""
-    found = follower_of(node).find(1)
-    return "" if found is None else found.incarnation
-
-
 # -- in the peer's process --
-
-
-def incarnation_of(node: Node) -> str:
-    return follower_of(node).record.incarnation
-
-
-def stop_following(node: Node) -> None:
-    follower_of(node).stop()
-
-
-def is_superseded(node: Node) -> bool:
-    return "has announced itself" in _fleet(node).problem
 
 
 def own_incarnation(node: Node, folder: Path) -> str:

@@ -231,19 +231,17 @@ def test_links_of_those_who_do_not_fit_take_no_place() -> None:
     assert len(join(plan, member(4), member(5), now=4.0)) == 1
 
 
-def test_a_start_that_is_not_announced_or_was_replaced_is_of_the_past() -> None:
+def test_starts_that_were_replaced_are_remembered_until_they_are_announced_again() -> None:
     plan, old, new = plan_of(), member(1, 1), member(1, 2)
-    assert not plan.is_outdated(1, old.incarnation)  # nobody is announced
     join(plan, old)
-    assert not plan.is_outdated(1, old.incarnation)
-    assert plan.is_outdated(1, new.incarnation)
+    assert not plan.was_replaced(1, old.incarnation)
     plan.told(Changes(changed=(Change(old, new),)), 1.0)
-    assert plan.is_outdated(1, old.incarnation)
+    assert plan.was_replaced(1, old.incarnation)
     plan.told(Changes(left=(new,)), 2.0)
-    assert plan.is_outdated(1, old.incarnation)
-    assert not plan.is_outdated(1, new.incarnation)
+    assert plan.was_replaced(1, old.incarnation)
+    assert not plan.was_replaced(1, new.incarnation)
     join(plan, old, now=3.0)
-    assert not plan.is_outdated(1, old.incarnation)
+    assert not plan.was_replaced(1, old.incarnation)
 
 
 def test_of_starts_that_were_replaced_only_so_many_are_remembered() -> None:
@@ -253,8 +251,53 @@ def test_of_starts_that_were_replaced_only_so_many_are_remembered() -> None:
         plan.told(Changes(changed=(Change(member(1, number), member(1, number + 1)),)), 0.0)
         list(plan.decide(0.0))
     plan.told(Changes(left=(member(1, 10_000),)), 1.0)
-    assert plan.is_outdated(1, member(1, 9_999).incarnation)
-    assert not plan.is_outdated(1, member(1, 0).incarnation)
+    assert plan.was_replaced(1, member(1, 9_999).incarnation)
+    assert not plan.was_replaced(1, member(1, 0).incarnation)
+
+
+def test_room_is_made_for_who_is_dead_no_more_often_than_it_is_tried() -> None:
+    plan = plan_of(Wants(at_once=False, max_links=1), dice=0.0)
+    lives, dead = member(1), member(2)
+    join(plan, lives, dead)
+    plan.asked(1, 0.0)
+    list(plan.decide(0.0))
+    made(plan, lives, 0.0)
+    num_rooms, now = 0, 0.0
+    while now < 60.0:
+        now += 0.1
+        plan.asked(2, now)
+        for action in plan.decide(now):
+            if isinstance(action, MakeRoom):
+                num_rooms += 1
+                plan.ended(1, lives.incarnation, now, has_yielded=True)
+                plan.made_room(dead)
+                (link,) = (each for each in plan.decide(now) if isinstance(each, Link))
+                plan.tried(link.record, "nobody is there", now)
+                plan.asked(1, now)
+                (link,) = (each for each in plan.decide(now) if isinstance(each, Link))
+                made(plan, lives, now)  # at once: it has failed nobody
+    assert 5 <= num_rooms <= 12
+
+
+def test_a_link_that_was_just_made_takes_one_place() -> None:
+    plan = plan_of(Wants(at_once=False, max_links=2))
+    one, other = member(1), member(2)
+    join(plan, one, other)
+    plan.asked(1, 0.0)
+    assert list(plan.decide(0.0)) == [Link(one)]
+    plan.made(1, one.incarnation, 0.1)
+    plan.asked(2, 0.1)  # before it is said what came of the first
+    assert list(plan.decide(0.1)) == [Link(other)]
+
+
+def test_a_restart_of_who_is_not_linked_takes_nobodys_place() -> None:
+    plan = plan_of(Wants(max_links=1))
+    join(plan, member(1))
+    made(plan, member(1), 0.0)
+    join(plan, member(2))
+    for number in range(1, 4):
+        plan.told(Changes(changed=(Change(member(2, number), member(2, number + 1)),)), 1.0)
+        assert [type(each) for each in plan.decide(1.0)] == [Cut]
 
 
 def test_clusters_choose_others_where_not_all_can_be_linked() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llm_datadist.directory.base import Announcement, DirectoryError, Superseded, Watch
 from llm_datadist.directory.etcd_watch import EtcdWatch, entry_of
 from llm_datadist.directory.gateway import Gateway
+from llm_datadist.directory.place import Place, now_s
 from llm_datadist.directory.record import Entry, Record, encode
 
 if TYPE_CHECKING:
@@ -61,45 +62,44 @@ class _Key:
         self._gateway = gateway
         self._key = b64encode(f"{prefix}{entry.record.cluster_id}".encode()).decode()
         self._entry = entry
+        self._place = Place(entry)
         self._lease = ""
         encode(entry)  # what cannot be written is said before anything is
         self._put(entry)
 
     def renew(self) -> None:
         """As `Announcement.renew`: keeps the lease alive, and looks whose key it is."""
-        revision, lease = self._place()
+        revision, lease = self._look()
         if lease != self._lease or not self._has_renewed():
             self._put(self._entry, revision)
 
     def change(self, record: Record) -> None:
         """As `Announcement.change`."""
-        revision, _ = self._place()
+        revision, _ = self._look()
         self._entry = Entry(record=record, ttl_s=self._entry.ttl_s)
         self._put(self._entry, revision)
 
     def withdraw(self) -> None:
         """Leaves a last word there, which goes with its lease."""
-        revision, _ = self._place()
+        revision, _ = self._look()
         record, ttl_s = self._entry.record, self._entry.ttl_s
         self._put(Entry(record=record, ttl_s=ttl_s, has_left=True), revision)
 
     def close(self) -> None:
         """As `Announcement.close`: nothing is held."""
 
-    def _place(self) -> tuple[str, str]:
+    def _look(self) -> tuple[str, str]:
         """Which revision of the key is there ("0": none), and its lease.
 
         Raises Superseded when it is another start's.
         """
         found = self._gateway.ask("/v3/kv/range", {"key": self._key}).get("kvs") or [{}]
-        pair, entry, mine = found[0], entry_of(found[0]), self._entry.record
-        if (
-            isinstance(entry, Entry)
-            and not entry.has_left
-            and entry.record.incarnation != mine.incarnation
-        ):
-            raise Superseded(f"{entry.record} has announced itself in {self._gateway.url}")
-        is_mine = isinstance(entry, Entry) and not entry.has_left
+        pair, entry, now = found[0], entry_of(found[0]), now_s()
+        there = entry if isinstance(entry, Entry) else None
+        # what has a lease is renewed as long as it is there
+        if rival := self._place.rival(there, None if there is None else now, now):
+            raise Superseded(f"{rival} has announced itself in {self._gateway.url}")
+        is_mine = there is not None and not there.has_left
         return str(pair.get("mod_revision", 0)), str(pair.get("lease", "")) if is_mine else ""
 
     def _has_renewed(self) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from llm_datadist.directory import files
 from llm_datadist.directory.base import DirectoryError, Superseded
 from llm_datadist.directory.folder_watch import FolderWatch
+from llm_datadist.directory.place import Place, now_s
 from llm_datadist.directory.record import Entry, Record
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 #: how often a folder is looked through where the kernel does not tell of others' changes
 LOOK_S: Final = 2.0
-#: another start of our id is dead when it has not renewed its file for so many of its ttl: those
-#: who watch have dropped it by then
-_GIVEN_UP_TTLS: Final = 2
 
 
 class FolderDirectory:
@@ -54,8 +51,7 @@ class _File:
         #: kept open: its number is no other file's then
         self._fd = -1
         self._renewed_at = 0.0
-        #: the file of another start in our place, and since when it is as it is
-        self._rival: tuple[files.Seal, float] | None = None
+        self._place = Place(entry)
         with suppress(OSError):  # to write will say why
             files.sweep(folder, entry.record.cluster_id)
         self._write(entry)
@@ -69,7 +65,7 @@ class _File:
         try:
             if self._is_in_place():
                 os.utime(self._fd)
-                late_at, self._renewed_at = self._renewed_at + self._entry.ttl_s, _now()
+                late_at, self._renewed_at = self._renewed_at + self._entry.ttl_s, now_s()
                 if self._renewed_at < late_at:
                     return
         except OSError as error:
@@ -110,19 +106,12 @@ class _File:
 
     def _require_place(self) -> None:
         """Raises Superseded when another start of our id is in the file's place, and lives."""
-        mine = self._entry.record
-        try:
-            seal, entry = files.read(self._path, mine.cluster_id)
-        except OSError:  # nobody is, or to write will say why not
-            return
-        if isinstance(entry, ValueError) or entry.has_left:
-            return
-        if entry.record.incarnation == mine.incarnation:
-            return
-        if self._rival is None or self._rival[0] != seal:
-            self._rival = seal, _now()
-        if _now() < self._rival[1] + _GIVEN_UP_TTLS * entry.ttl_s:
-            raise Superseded(f"{entry.record} has announced itself in {self._folder}")
+        seal, there = None, None
+        with suppress(OSError):  # nobody is there, or to write will say why not
+            seal, entry = files.read(self._path, self._entry.record.cluster_id)
+            there = entry if isinstance(entry, Entry) else None
+        if rival := self._place.rival(there, seal, now_s()):
+            raise Superseded(f"{rival} has announced itself in {self._folder}")
 
     def _write(self, entry: Entry) -> None:
         try:
@@ -131,12 +120,7 @@ class _File:
             raise self._failed("write", error) from error
         self.close()
         self._fd = fd
-        self._renewed_at = _now()
+        self._renewed_at = now_s()
 
     def _failed(self, verb: str, error: OSError) -> DirectoryError:
         return DirectoryError(f"cannot {verb} the record in {self._folder}: {error.strerror}")
-
-
-def _now() -> float:
-    """Goes on while this host sleeps: others may not."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

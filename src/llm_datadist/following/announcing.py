@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _LONGEST_PAUSE_S: Final = 30.0
 #: who announces itself is heard of before it links to anybody, unless the directory is this slow
 _FIRST_S: Final = 5.0
+_GONE: Final = "this cluster cannot be announced; links stay as they are: %s"
+_SUPERSEDED: Final = "this cluster is announced no more, and links to nobody of its fleet: %s"
 #: so often in each ttl: two may be lost
 _RENEWALS: Final = 3
 
@@ -64,7 +66,7 @@ class Announcer:
     @property
     def is_announced(self) -> bool:
         """Whether the directory has what we want to say, as far as it answered."""
-        return self._said is not None and self._said == self._wanted
+        return self._said is not None and self._said == self._wanted and not self._is_superseded
 
     def say(self, record: Record | None) -> None:
         """From any thread: this is what we are now; None: we have left."""
@@ -125,11 +127,13 @@ class Announcer:
             self._tell(wanted)
         except DirectoryError as error:
             if isinstance(error, Superseded):
+                self._complain(_SUPERSEDED, str(error), is_bad=True)
                 self._is_now_superseded(True)
-            self._complain(str(error), is_bad=isinstance(error, Superseded))
+            else:
+                self._complain(_GONE, str(error), is_bad=False)
             pause_s = self._pauses.next_s()
         except Exception as error:  # another package's directory
-            self._complain(f"{error!r}", is_bad=True)
+            self._complain(_GONE, f"{error!r}", is_bad=True)
             pause_s = self._pauses.next_s()
         else:
             had_problem, self._said, self.problem = bool(self.problem), wanted, ""
@@ -162,10 +166,10 @@ class Announcer:
             self._is_superseded = is_so
             self._tell_superseded(is_so)
 
-    def _complain(self, problem: str, *, is_bad: bool) -> None:
+    def _complain(self, text: str, problem: str, *, is_bad: bool) -> None:
         """Once for each problem: it may last for hours."""
         is_new, self.problem = problem != self.problem, problem
         if is_new:
             log = get_logger().error if is_bad else get_logger().warning
             with suppress(Exception):  # a logging handler of the program's, and this goes on
-                log("this cluster cannot be announced; links stay as they are: %s", problem)
+                log(text, problem)

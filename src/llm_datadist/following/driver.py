@@ -16,7 +16,7 @@ from llm_datadist.observe.log import get_logger
 from llm_datadist.running.bell import Bell
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
     from typing import TypeAlias
 
     from llm_datadist.directory.record import Record
@@ -35,6 +35,9 @@ _PORTION: Final = 64
 _LINK_S: Final = 3.0
 #: what a peer has to agree to be unlinked, beside the calls that run
 _LEAVE_S: Final = 2.0
+_SUPERSEDED: Final = (
+    "another start has this cluster's own place in the fleet, so it links to nobody"
+)
 
 
 class Driver:
@@ -68,6 +71,8 @@ class Driver:
         self._is_taking = False
         #: why nobody is linked: its program switches roles, another start has its place
         self._is_down = self._is_superseded = False
+        #: the incarnations that were linked from here, and by nobody else of this program
+        self._made: set[str] = set()
         self._is_over = False
         #: rung when somebody has come or gone, a link was made or has ended
         self.bell = Bell()
@@ -134,6 +139,10 @@ class Driver:
     def superseded(self, is_so: bool) -> None:
         """Whether another start has our place: then nobody is linked from here."""
         self._is_superseded = is_so
+        if is_so:
+            for session in self._links.all():
+                if self._is_made(session):
+                    self._start(self._end(session, self._sync_timeout_s + _LEAVE_S))
         self._go_on()
 
     def _go_on(self) -> None:
@@ -146,8 +155,12 @@ class Driver:
 
     def link_made(self, session: Session) -> None:
         """As LinkTable tells it."""
+        incarnation = session.instance.hex()
         if self._linker.ours([session]):
-            self.plan.made(session.cluster_id, session.instance.hex(), self._loop.time())
+            self.plan.made(session.cluster_id, incarnation, self._loop.time())
+        if not session.is_caller and self.plan.was_replaced(session.cluster_id, incarnation):
+            # while it lives nobody else may come with that id
+            self._start(session.cut("another start has taken its place in the fleet"))
         self.bell.ring()
 
     def link_ended(self, session: Session) -> None:
@@ -155,19 +168,43 @@ class Driver:
         incarnation = session.instance.hex()
         others = self._linker.ours(self._links.of(session.cluster_id))
         if all(other.instance != session.instance for other in others):
-            self.plan.ended(session.cluster_id, incarnation, self._loop.time())
+            self._made.discard(incarnation)
+            has_yielded = incarnation in self._yielding
+            self.plan.ended(
+                session.cluster_id, incarnation, self._loop.time(), has_yielded=has_yielded
+            )
             self.act()
         self.bell.ring()
 
-    def is_outdated(self, session: Session) -> bool:
-        """As LinkTable asks, in any thread: whether it is of a start that is not the member."""
-        return self.plan.is_outdated(session.cluster_id, session.instance.hex())
+    def used(self, sessions: Sequence[Session]) -> Session | None:
+        """As LinkTable asks, in any thread: that to the start that is announced.
+
+        Where there is none, one that the program has made itself counts, by its own word; and where
+        nobody is announced, any but those to a start that was replaced.
+        """
+        cluster_id = sessions[0].cluster_id
+        member = self.plan.members.get(cluster_id)
+        if member is not None:
+            incarnation = bytes.fromhex(member.record.incarnation)
+            for session in sessions:
+                if session.instance == incarnation:
+                    member.used_at = self._loop.time()
+                    return session
+        for session in sessions:
+            if session.is_caller and not self._is_made(session):
+                return session
+        for session in sessions if member is None else ():
+            if not self.plan.was_replaced(cluster_id, session.instance.hex()):
+                return session
+        return None
 
     def missing(self, cluster_id: int) -> str:
         """As LinkTable asks, in any thread: what is known of a cluster that is not linked."""
         member = self.plan.members.get(cluster_id)
         if member is None:
             return "nobody of that id is announced"
+        if self._is_superseded:
+            return _SUPERSEDED
         self._call_soon(partial(self._asked, cluster_id))
         if member.objection:
             return f"it is announced, and does not fit: {member.objection}"
@@ -179,13 +216,16 @@ class Driver:
         if self._is_over:
             return
         for action in self.plan.decide(self._loop.time()):
-            task = self._loop.create_task(self._do(action))
-            self._tasks.add(task)
-            task.add_done_callback(self._done)
+            self._start(self._do(action))
         if self._timer is not None:
             self._timer.cancel()
         at = self.plan.next_at
         self._timer = None if at is None else self._loop.call_at(at, self.act)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
 
     def _asked(self, cluster_id: int) -> None:
         self.plan.asked(cluster_id, self._loop.time())
@@ -213,8 +253,10 @@ class Driver:
         else:
             self.num_linked += 1
         member = self.plan.find(record.cluster_id, record.incarnation)
-        if not problem and (member is None or member.objection):
-            because = member.objection if member else "it has left the fleet"
+        because = "it has left the fleet" if member is None else member.objection
+        if not because and self._is_superseded:
+            because = _SUPERSEDED
+        if not problem and because:
             await self._leave(Leave(record, because))
         self.act()
 
@@ -226,9 +268,11 @@ class Driver:
             return ""
         target = Target(record.cluster_id, (endpoint,))
         incarnation = bytes.fromhex(record.incarnation)
+        self._made.add(record.incarnation)
         outcome = await self._linker.link(target, _LINK_S, expected=incarnation)
         if outcome.status is LLMStatusCode.LLM_SUCCESS or self._sessions(record):
             return ""
+        self._made.discard(record.incarnation)
         return outcome.reason
 
     async def _leave(self, action: Leave) -> None:
@@ -265,6 +309,9 @@ class Driver:
         for session in self._links.of(action.record.cluster_id):
             if session.instance != incarnation:
                 await session.cut(f"{action.record} has taken its place in the fleet")
+
+    def _is_made(self, session: Session) -> bool:
+        return session.is_caller and session.instance.hex() in self._made
 
     def _sessions(self, record: Record) -> list[Session]:
         """The links to that very incarnation, that are ours to use."""

@@ -74,7 +74,7 @@ class Member:
     attempts: int = 0
     problem: str = ""  #: why the last attempt failed
     retry_at: float = 0.0
-    asked_at: float = 0.0
+    used_at: float = 0.0
 
     @property
     def takes_a_place(self) -> bool:
@@ -117,7 +117,9 @@ class Plan:
         self._pausing: list[tuple[float, int]] = []
         self._ready: list[tuple[int, int]] = []
         self._actions: list[Action] = []
-        self._num_linking = self._num_linked = 0
+        #: what is being linked, as above; and how many are that take a place
+        self._linking: set[tuple[int, str]] = set()
+        self._num_linked = 0
 
     # -- what happened --
 
@@ -135,21 +137,19 @@ class Plan:
         member = self.members.get(cluster_id)
         if member is None or member.objection:
             return
-        member.asked_at = now
+        member.used_at = now
         if member.is_linked:
             return
         if not member.is_asked:
             member.is_wanted = member.is_asked = True
             self._wait(member, max(now, member.retry_at))
         # each time: when it was asked for before, all others may have been in use
-        if self._is_full and not (member.is_linking or member.gets_room):
-            member.gets_room = True
-            self._actions.append(MakeRoom(member.record))
+        self._make_room(member, now)
 
     def yielding(self) -> list[Record]:
-        """Who is linked, and may have to go for others: first who was not asked for for longest."""
+        """Who is linked, and may have to go for others: first who was not used for longest."""
         linked = [member for member in self.members.values() if member.takes_a_place]
-        linked.sort(key=lambda member: member.asked_at)
+        linked.sort(key=lambda member: member.used_at)
         return [member.record for member in linked]
 
     def made_room(self, record: Record) -> None:
@@ -166,8 +166,10 @@ class Plan:
             member.linked_at, member.problem = now, ""
             self._num_linked += member.takes_a_place
 
-    def ended(self, cluster_id: int, incarnation: str, now: float) -> None:
-        """There is no link to it any more."""
+    def ended(
+        self, cluster_id: int, incarnation: str, now: float, *, has_yielded: bool = False
+    ) -> None:
+        """There is no link to it any more; `has_yielded`: to make room."""
         member = self.find(cluster_id, incarnation)
         if member is None or not member.is_linked:
             return
@@ -177,17 +179,21 @@ class Plan:
             member.attempts = 0
         if self._wants is not None and not self._wants.at_once:
             member.is_wanted = False  # until somebody asks again
-        self._pause(member, now)
+        if has_yielded:  # it has failed nobody
+            self._wait(member, now)
+        else:
+            self._pause(member, now)
 
     def tried(self, record: Record, problem: str, now: float) -> None:
         """What came of a `Link`: nothing to complain of, or why it failed."""
-        self._num_linking -= 1
+        self._linking.discard((record.cluster_id, record.incarnation))
         member = self.find(record.cluster_id, record.incarnation)
         if member is None:
             return
         member.is_linking = False
         member.problem = problem
         if problem:
+            member.is_asked = False  # who still wants it asks again
             self._pause(member, now)
 
     # -- what to do --
@@ -199,13 +205,15 @@ class Plan:
             member = self.members.get(cluster_id)
             if member is not None and self._may_link(member, now):
                 self._make_ready(member)
+                if member.is_asked:
+                    self._make_room(member, now)
         while self._ready and not self.is_paused and not self._is_full:
-            if self._num_linking >= MOST_AT_ONCE:
+            if len(self._linking) >= MOST_AT_ONCE:
                 break
             member = self.members.get(heappop(self._ready)[1])
             if member is not None and self._may_link(member, now):
                 member.is_linking = True
-                self._num_linking += 1
+                self._linking.add((member.record.cluster_id, member.record.incarnation))
                 self._actions.append(Link(member.record))
         actions, self._actions = self._actions, []
         return iter(actions)
@@ -220,20 +228,19 @@ class Plan:
         member = self.members.get(cluster_id)
         return member if member and member.record.incarnation == incarnation else None
 
-    def is_outdated(self, cluster_id: int, incarnation: str) -> bool:
-        """In any thread: whether another start of that id is announced, or was behind this one."""
-        member = self.members.get(cluster_id)
-        if member is not None:
-            return member.record.incarnation != incarnation
+    def was_replaced(self, cluster_id: int, incarnation: str) -> bool:
+        """In any thread: whether another start of that id was announced behind this one."""
         return (cluster_id, incarnation) in self._replaced
 
     # -- parts of the above --
 
     @property
     def _is_full(self) -> bool:
-        return self._wants is not None and (
-            self._num_linked + self._num_linking >= self._wants.max_links
-        )
+        if self._wants is None:
+            return False
+        found = (self.find(*each) for each in self._linking)
+        num_coming = sum(member is None or not member.is_linked for member in found)
+        return self._num_linked + num_coming >= self._wants.max_links
 
     def _joined(self, record: Record, now: float) -> None:
         objection = self._objection(record)
@@ -254,14 +261,14 @@ class Plan:
     def _changed(self, before: Record, now_is: Record, now: float) -> None:
         member = self.find(before.cluster_id, before.incarnation)
         if member is None or before.incarnation != now_is.incarnation:
-            was_wanted = member is not None and member.is_wanted
+            was_used = member is not None and (member.is_linked or self._is_asked_for(member))
             if member is not None:
                 self._num_linked -= member.takes_a_place
             self.members.pop(before.cluster_id, None)
             self._replace(before)
             self._actions.append(Cut(now_is))
             self._joined(now_is, now)
-            if was_wanted:
+            if was_used:
                 self.asked(now_is.cluster_id, now)
             return
         self._num_linked -= member.takes_a_place
@@ -272,6 +279,17 @@ class Plan:
         elif not member.is_linked:
             member.attempts = 0
             self._wait(member, now)
+
+    def _is_asked_for(self, member: Member) -> bool:
+        """Whether a call has named it, and not only the fleet."""
+        is_lazy = self._wants is not None and not self._wants.at_once
+        return member.is_asked or (is_lazy and member.is_wanted)
+
+    def _make_room(self, member: Member, now: float) -> None:
+        """If it needs a place, and would use one now."""
+        if self._is_full and self._may_link(member, now) and not member.gets_room:
+            member.gets_room = True
+            self._actions.append(MakeRoom(member.record))
 
     def _replace(self, record: Record) -> None:
         """Others may write what they like: of what they wrote so much is remembered."""

@@ -8,6 +8,8 @@ from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.locks import make_lock
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llm_datadist.endpoint import Endpoint
     from llm_datadist.links.session import Session
     from llm_datadist.observe.recorder import Recorder
@@ -44,8 +46,8 @@ class TableWatcher(Protocol):
         """They do not find it any more."""
         ...
 
-    def is_outdated(self, session: Session) -> bool:
-        """In any thread: whether operations are not to use it, since another start is the peer."""
+    def used(self, sessions: Sequence[Session]) -> Session | None:
+        """In any thread: which of the links to one cluster id an operation uses; newest first."""
         ...
 
     def missing(self, cluster_id: int) -> str:
@@ -105,9 +107,10 @@ class LinkTable:
         """The peer that an operation means. Raises LLMException(LLM_NOT_YET_LINK)."""
         watcher = self.watcher
         with self._lock:
-            sessions = self._sessions.get(cluster_id, ())
-            for session in sessions:
-                if session.peer is not None and not (watcher and watcher.is_outdated(session)):
+            sessions = self._sessions.get(cluster_id)
+            if sessions:
+                session = sessions[0] if watcher is None else watcher.used(sessions)
+                if session is not None and session.peer is not None:
                     return session.peer
             ending = self._endings.get(cluster_id)
         because = f": the last link ended because {ending}" if ending else ""

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _THREADS = 32
 _SHAPE = replace(SHAPES["one-block"], num_blocks=2 * _THREADS)
 _WARM = 20
-_SPAN_S = 1.0
+#: a thread has its turn every 160 ms: the interpreter changes every 5 ms
+_SPAN_S = 3.0
 
 
 def calls(rounds: int, path: str, mode: str) -> Iterator[Figure]:
