@@ -38,5 +38,6 @@ PARTS: Final = (
         memory_mib=4096,
         limit_s=3600.0,
     ),
+    Part("pair", "two machines as two hosts", (*_RDMA, "virtio_net"), is_pair=True),
     Part("doctor", "what doctor says of RDMA devices", (*_RDMA, "veth")),
 )
