@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -49,6 +50,8 @@ FAST = [
     Network(0.1, mbit_per_s=10_000),
 ]
 LOSSY = Network(50, loss=1)
+#: what chance decides is measured for longer
+LONG_TURN_S = 15
 
 
 # -- run by the hosts ------------------------------------------------------------------------------
@@ -133,21 +136,23 @@ def outcome(process: NodeProcess) -> object:
 def pull_bytes_per_s(
     hosts: Hosts, network: Network, nbytes: float, streams: int, *, is_accessible: bool
 ) -> float:
-    """Of a pull behind another one, all bytes of which are right."""
+    """The median of three pulls behind another one, all bytes of which are right."""
     shape = (4, 64, int(nbytes) // 256)
     one, other = linked(hosts, network, 100_000, streams, is_accessible=is_accessible)
     one.call(own, shape, seed=1)
-    for seed in (None, 1):
+    seconds = []
+    for seed in (None, 1, 1, 1):
         other.begin(pull_all, shape, seed)
         status, took_s = cast("tuple[LLMStatusCode, float]", outcome(other))
         assert status is SUCCESS
-    return 4 * 64 * shape[2] / took_s
+        seconds.append(took_s)
+    return 4 * 64 * shape[2] / statistics.median(seconds[1:])
 
 
-def iperf_bytes_per_s(hosts: Hosts, streams: int) -> float:
+def iperf_bytes_per_s(hosts: Hosts, streams: int, turn_s: int = TURN_S) -> float:
     one, other = hosts
     one.call(serve_iperf)
-    return other.call(iperf, streams)
+    return other.call(iperf, streams, turn_s)
 
 
 def said_of(ours: float, iperfs: float) -> str:
@@ -212,7 +217,7 @@ def test_what_more_streams_bring(
 ) -> None:
     """Nothing is asked for but that it arrives: chance decides what a loss takes, and who waits."""
     ours = pull_bytes_per_s(hosts, network, nbytes, streams, is_accessible=True)
-    record_property("measured", said_of(ours, iperf_bytes_per_s(hosts, streams)))
+    record_property("measured", said_of(ours, iperf_bytes_per_s(hosts, streams, LONG_TURN_S)))
 
 
 @pytest.mark.parametrize("network", FAST, ids=str)

@@ -81,11 +81,11 @@ def serve_iperf(node: Node) -> None:
 _servers: list[subprocess.Popen[str]] = []
 
 
-def iperf(node: Node, streams: int) -> float:
+def iperf(node: Node, streams: int, turn_s: int) -> float:
     """Bytes per second that come from the other host."""
     command = [
         *("iperf3", "--client", HOSTS[0], "--reverse", "--parallel", str(streams), "--json"),
-        *("--omit", str(_WARM_UP_S), "--time", str(TURN_S)),
+        *("--omit", str(_WARM_UP_S), "--time", str(turn_s)),
     ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"]) / 8
