@@ -42,7 +42,7 @@ class Outcome:
     passed: int = 0
     failed: int = 0
     skipped: int = 0
-    #: what failed or was skipped, and why
+    #: what failed or was skipped, and why; what was measured
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,12 +83,13 @@ def run(part: Part, kernel: Kernel, accelerated: Sequence[str], select: str) -> 
     near = _shared_folder(part.name)
     tests = [
         sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist",
-        "-o",
-        "faulthandler_timeout=600", "--tb=short", "--durations=5",
+        # of the families this one says what tests record
+        "-o", "faulthandler_timeout=600", "-o", "junit_family=xunit1",
+        "--tb=short", "--durations=5",
         f"--junitxml={SHARED}/report.xml", "-k", select, str(HERE / "inside" / f"{part.name}.py"),
     ]  # fmt: skip
     with ExitStack() as machines:
-        nic = "none"
+        nic = ["-nic", "none"]
         if part.is_pair:
             far = _shared_folder(f"{part.name}-far")
             meeting = far / "wire"
@@ -132,10 +133,11 @@ def _shared_folder(name: str) -> Path:
 
 def _write_script(shared: Path, kernel: Kernel, part: Part, command: Sequence[str]) -> None:
     tests = HERE.parent
+    paths = f"{tests.parent}/src:{tests}:{tests}/e2e"
     modprobe = ["modprobe", "--dirname", str(kernel.root), "--all", *part.modules]
     lines = [
         "export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8",
-        f"export PYTHONPATH={shlex.quote(f'{tests.parent}/src:{tests}')} PYTHONUNBUFFERED=1",
+        f"export PYTHONPATH={shlex.quote(paths)} PYTHONUNBUFFERED=1",
         f"export BED_KERNEL={shlex.quote(str(kernel.root))}",
         "ip link set lo up",
         "ulimit -l unlimited",
@@ -147,15 +149,15 @@ def _write_script(shared: Path, kernel: Kernel, part: Part, command: Sequence[st
     (shared / "run").write_text("\n".join(lines) + "\n")
 
 
-def _nic(meeting: Path, *, is_near: bool) -> str:
+def _nic(meeting: Path, *, is_near: bool) -> list[str]:
     """A wire between two machines: one listens, the other one dials."""
     side = "near" if is_near else "far"
     server = "off" if is_near else "on"
     mac = "52:54:00:00:00:01" if is_near else "52:54:00:00:00:02"
-    return (
-        f"stream,id={side},server={server},addr.type=unix,addr.path={meeting},"
-        f"model=virtio-net-pci,mac={mac}"
-    )
+    return [
+        "-netdev", f"stream,id={side},server={server},addr.type=unix,addr.path={meeting}",
+        "-device", f"virtio-net-pci,netdev={side},mac={mac},romfile=",
+    ]  # fmt: skip
 
 
 def _wait_for(path: Path) -> None:
@@ -192,6 +194,8 @@ def _outcome(part: Part, xml: Path, took_s: float) -> Outcome:
             notes.append(f"skipped {name}: {said['skipped']}")
         else:
             outcome.passed += 1
+        measured = test.iterfind("properties/property[@name='measured']")
+        notes.extend(f"{name}: {each.get('value')}" for each in measured)
     outcome.notes = tuple(notes)
     return outcome
 

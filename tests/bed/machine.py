@@ -48,13 +48,13 @@ def is_fast(accelerator: Sequence[str]) -> bool:
 
 @contextmanager
 def booted(
-    kernel: Kernel, accelerator: Sequence[str], shared: Path, memory_mib: int, nic: str = "none"
+    kernel: Kernel, accelerator: Sequence[str], shared: Path, memory_mib: int, nic: Sequence[str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A machine that runs `shared/run` and ends; its console is `shared/console.log`."""
     files = "local,security_model=none,multidevs=remap"
     command = [
         *_qemu(kernel, accelerator, "rdinit=/init"),
-        "-nic", nic, "-m", str(memory_mib), "-smp", "2",
+        *nic, "-m", str(memory_mib), "-smp", "2",
         "-virtfs", f"{files},path=/,mount_tag=files,readonly=on",
         "-virtfs", f"{files},path={shared},mount_tag=shared",
     ]  # fmt: skip

@@ -31,5 +31,13 @@ PARTS: Final = (
         memory_mib=6144,
         limit_s=3600.0,
     ),
+    Part(
+        "netem",
+        "slow networks between two hosts",
+        ("veth", "sch_netem"),
+        memory_mib=4096,
+        limit_s=3600.0,
+    ),
+    Part("pair", "two machines as two hosts", (*_RDMA, "virtio_net"), is_pair=True),
     Part("doctor", "what doctor says of RDMA devices", (*_RDMA, "veth")),
 )

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 _MAX_SILENT = 256, 512
 #: who is shaking hands; each may keep one of the waiters' threads, of which there are twice as many
 _MAX_HALF_OPEN = 128, 256
-#: one that is not linked has stayed too long by then, whatever it asked for
-HAND_SHAKE_S = 10.0
+#: one that is not linked has stayed too long by then, whatever it asked for; to verify a path takes
+#: seconds on a busy machine (NIXL starts an agent at each end), so what bounds them is how many may
+HAND_SHAKE_S = 60.0
 #: so long nobody has to make room when descriptors run out: to say something, to shake hands
 _FRESH_S = 0.05
 _SHAKING_S = 0.1
