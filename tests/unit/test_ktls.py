@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 #: struct tls12_crypto_info_aes_gcm_128: version, cipher, iv, key, salt, number of the next record
 INFO = struct.Struct("=HH8s16s4s8s")
-TIME = Deadline.after(30.0)
 
 
 def contexts(folder: Path, *able: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
@@ -150,6 +149,7 @@ def test_a_stream_that_has_carried_enough_is_not_lent_again() -> None:
     per_exchange = len(answer) + len(question)
     exchanges_each = 100 // per_exchange + 1
     others: list[socket.socket] = []
+    patience = Deadline.after(30.0)
     with ExitStack() as stack:
 
         def dial(deadline: Deadline, opened: list[socket.socket]) -> Stream:
@@ -159,10 +159,10 @@ def test_a_stream_that_has_carried_enough_is_not_lent_again() -> None:
 
         pool = StreamPool(dial, lambda: None)
         for number in range(3 * exchanges_each):
-            with pool.borrow(TIME) as stream:
+            with pool.borrow(patience) as stream:
                 assert len(others) == number // exchanges_each + 1
                 others[-1].sendall(answer)
-                assert isinstance(stream.ask(m.AskStats(), TIME), m.Attached)
+                assert isinstance(stream.ask(m.AskStats(), patience), m.Attached)
         for other in others:
             assert len(other.recv(1000)) == exchanges_each * len(question)
             assert other.recv(1) == b"", "it is closed"

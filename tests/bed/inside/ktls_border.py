@@ -38,7 +38,7 @@ MAGIC = QUESTION[:4]
 RECORD = b"\x17\x03\x03\x00\x20" + bytes(32)
 ALERT = b"\x15\x03\x03\x00\x02\x01\x00"
 #: the listener is patient with who says nothing
-SOON_S = 5.0
+SOON_S = 8.0
 
 
 @pytest.fixture
