@@ -198,15 +198,35 @@ def connection() -> Iterator[tuple[socket.socket, socket.socket, KernelKeys]]:
         yield near, far, ktls.keys_of(*parts, is_caller=True)
 
 
+def record(keys: KernelKeys, number: int, plain: bytes, kind: bytes = b"\x17") -> bytes:
+    """By hand."""
+    iv, key, salt = keys.sent[4:12], keys.sent[12:28], keys.sent[28:32]
+    nonce = (int.from_bytes(salt + iv, "big") ^ number).to_bytes(12, "big")
+    head = b"\x17\x03\x03" + (len(plain) + 1 + 16).to_bytes(2, "big")
+    return head + AESGCM(key).encrypt(nonce, plain + kind, head)
+
+
 def test_its_records_are_those_of_rfc_8446() -> None:
-    """Made by hand they open. The first byte of a head is the only one that it does not look at."""
+    """The first byte of a head is the only one that it does not look at."""
     with connection() as (near, far, keys):
-        iv, key, salt = keys.sent[4:12], keys.sent[12:28], keys.sent[28:32]
         for number, first in enumerate((b"\x17", b"\x16", b"\x00", b"\x17")):
-            nonce = (int.from_bytes(salt + iv, "big") ^ number).to_bytes(12, "big")
-            head = b"\x17\x03\x03" + (5 + 1 + 16).to_bytes(2, "big")
-            near.sendall(first + head[1:] + AESGCM(key).encrypt(nonce, b"plain\x17", head))
+            near.sendall(first + record(keys, number, b"plain")[1:])
             assert far.recv(100) == b"plain"
+
+
+def test_what_is_empty_is_passed_over_and_is_no_end() -> None:
+    with connection() as (near, far, keys):
+        for number, plain in enumerate((b"", b"", b"plain")):
+            near.sendall(record(keys, number, plain))
+        assert far.recv(100) == b"plain"
+
+
+def test_what_is_sealed_and_no_data_is_an_error() -> None:
+    with connection() as (near, far, keys):
+        near.sendall(record(keys, 0, b"\x01\x00", kind=b"\x15") + record(keys, 1, b"plain"))
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                far.recv(100)
 
 
 def test_a_close_drops_what_is_not_sent() -> None:
