@@ -24,6 +24,8 @@ class Between:
         self.port: int = self._server.getsockname()[1]
         #: what is passed on in place of a record that the listener sends
         self.alter: Callable[[bytes], bytes] = bytes
+        #: so much is passed on at a time; 0: whole records
+        self.piece_nbytes = 0
         #: all that was on the wire, either way
         self.seen = bytearray()
         self._socks: list[socket.socket] = []
@@ -63,7 +65,10 @@ class Between:
                 head = _receive(source, HEAD_NBYTES)
                 record = head + _receive(source, int.from_bytes(head[3:], "big"))
                 self.seen += record
-                target.sendall(self.alter(record) if is_listeners else record)
+                passed = self.alter(record) if is_listeners else record
+                step = self.piece_nbytes or max(1, len(passed))
+                for at in range(0, len(passed), step):
+                    target.sendall(passed[at : at + step])
         _end(source, target)
 
 

@@ -315,6 +315,25 @@ def test_who_alters_records_has_no_byte_arrive(
         assert encryptions(node, peer) == ["ktls", "ktls"], "the link was not harmed"
 
 
+def test_a_network_that_has_records_come_in_parts(
+    node: Node, peer: NodeProcess, settings: dict[str, Any]
+) -> None:
+    """Those of a large request, too, which the owner's loop receives."""
+    shape = 2, 3000, 24
+    with Between(start_owner(peer, **settings)) as between:
+        between.piece_nbytes = 1000
+        peer.call(Node.add_blocks, *shape, seed=5, key=BlocksCacheKey(1, 5))
+        node.start(LLMRole.MIX, 2, **settings)
+        assert node.link(between.port, 1, LINK_TIMEOUT_MS) == SUCCESS
+        cache = node.blocks_cache(*shape)
+        src = list(range(0, 3000, 2))
+        node.manager.pull_blocks(BlocksCacheKey(1, 5), cache, src, src[::-1])
+        expected = np.zeros(shape, np.uint8)
+        expected[:, src[::-1]] = make_array(shape, 5)[:, src]
+        np.testing.assert_array_equal(node.arrays[cache.cache_id], expected)
+        pull(node)
+
+
 def test_the_word_for_it(node: Node, peer: NodeProcess, settings: dict[str, Any]) -> None:
     with Between(start_owner(peer, **settings)) as between:
         node.start(LLMRole.MIX, 2, **settings)
