@@ -62,7 +62,9 @@ def load_tls(security: LinkSecurity) -> TlsContexts:
     ours = [] if records.why_not() else [records.PROTOCOL]
     either = ours if ktls.why_not() else [ktls.PROTOCOL, *ours]
     caller = _context(security, ssl.PROTOCOL_TLS_CLIENT, ours)
-    tcp_caller = _context(security, ssl.PROTOCOL_TLS_CLIENT, either)
+    tcp_caller = caller
+    if either != ours:
+        tcp_caller = _context(security, ssl.PROTOCOL_TLS_CLIENT, either)
     listener = _context(security, ssl.PROTOCOL_TLS_SERVER, either)
     try:
         certificate = _rehearse(caller, listener)
