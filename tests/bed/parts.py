@@ -22,6 +22,8 @@ class Part:
 
 
 _RDMA: Final = ("rdma_rxe", "ib_uverbs", "rdma_ucm")
+#: the ciphers' modules as well: the kernel would have them loaded from a place where they are not
+_TLS: Final = ("tls", "gcm", "ctr", "ghash_generic", "aesni_intel")
 PARTS: Final = (
     Part("yama", "who may read whom, under each ptrace_scope"),
     Part(
@@ -40,4 +42,6 @@ PARTS: Final = (
     ),
     Part("pair", "two machines as two hosts", (*_RDMA, "virtio_net"), is_pair=True),
     Part("doctor", "what doctor says of RDMA devices", (*_RDMA, "veth")),
+    Part("ktls", "links under TLS that the kernel seals", (*_TLS, "veth"), limit_s=3600.0),
+    Part("ktls_border", "where the kernel takes a connection over from TLS", _TLS),
 )

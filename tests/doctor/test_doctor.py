@@ -13,6 +13,7 @@ import trustme
 from doctor_command import WITHOUT_FOREIGN_MEMORY, ask, ask_here, doctor, limited_to
 from typer.testing import CliRunner
 
+from certificates import Authority
 from llm_datadist.cli import app
 
 SECRET = "a secret of more than sixteen bytes"
@@ -135,6 +136,17 @@ def test_a_certificate_is_tried_against_its_ca(
     said = ask_here(security=json.dumps({name: str(file) for name, file in files.items()}))
     assert said.state_of("link security") == state
     assert message in said.text("link security")
+
+
+def test_under_tls_it_says_what_seals_and_why_not_the_kernel(tmp_path: Path) -> None:
+    said = ask_here(security=Authority().issue(tmp_path).option())
+    encryption = said.findings["link security"]["data"]["encryption"]
+    if Path("/proc/net/tls_stat").exists():  # of the kernel's module
+        assert encryption == "ktls"
+        assert "sealed by the kernel" in said.text("link security")
+    else:
+        assert encryption == "tls-records"
+        assert "sealed in records of our own: the kernel " in said.text("link security")
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="nvidia-smi is not asked")

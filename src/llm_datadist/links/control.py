@@ -18,6 +18,7 @@ from llm_datadist.core.frames import FrameReader
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.running import forks
 from llm_datadist.running.deadline import Deadline
+from llm_datadist.transport import ktls
 from llm_datadist.transport.same_host import Process, SameHost
 from llm_datadist.transport.shield import NotAuthentic
 
@@ -139,6 +140,17 @@ class Control:
             raise Unwelcome(f"link security: {error}; {error.remedy}") from error
         except ConnectionEnded as error:
             raise Unwelcome(f"link security: {error}; both ends need the same") from error
+        await self._hand_over()
+
+    async def _hand_over(self) -> None:
+        """To the kernel, if that is to seal: behind our last word. Raises Unwelcome."""
+        if (keys := self.shield.kernels) is None:
+            return
+        await self.flushed()
+        try:
+            ktls.hand_over(self.socket, keys)
+        except OSError as error:
+            raise Unwelcome(f"link security: {ktls.why_not_taken(error)}") from error
 
     async def send(self, message: m.Message) -> None:
         """Sends without a wait, in order. Raises ConnectionEnded.
@@ -155,6 +167,17 @@ class Control:
         while self._unsent:
             self._flushed.clear()
             await self._flushed.wait()
+
+    async def taken(self) -> None:
+        """Waits until it can be closed, and what was sent arrives. Raises ConnectionEnded.
+
+        What the kernel seals it may have taken, and not sent: a close drops that. So the peer must
+        leave first.
+        """
+        await self.flushed()
+        if self.shield.kernels is not None:
+            with suppress(ConnectionEnded, NotAuthentic):
+                await self._receive()
 
     async def receive(self) -> m.AnyMessage:
         """Raises ConnectionEnded."""
@@ -211,12 +234,37 @@ class Control:
 
     async def _receive(self) -> bytes:
         try:
-            data = await asyncio.get_running_loop().sock_recv(self.socket, _CHUNK_NBYTES)
+            if self.shield.kernels is None:
+                data = await asyncio.get_running_loop().sock_recv(self.socket, _CHUNK_NBYTES)
+            else:
+                data = await self._receive_opened()
         except OSError as error:
+            if reason := ktls.why_broken(self.shield, error):
+                raise NotAuthentic(reason) from error
             raise ConnectionEnded(error.strerror or str(error)) from error
         if not data:
             raise ConnectionEnded("the peer closed the connection")
         return data
+
+    async def _receive_opened(self) -> bytes:
+        """What the kernel has opened. Raises OSError."""
+        pause_s = 0.0
+        while True:
+            try:
+                return self.socket.recv(_CHUNK_NBYTES)
+            except BlockingIOError:
+                await asyncio.sleep(pause_s)
+                pause_s = ktls.longer_s(pause_s)
+                await self._readable()
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        came = asyncio.Event()
+        loop.add_reader(self.socket, came.set)
+        try:
+            await came.wait()
+        finally:
+            loop.remove_reader(self.socket)
 
     def end(self) -> None:
         """Ends the connection; whoever is receiving notices, and then closes it."""

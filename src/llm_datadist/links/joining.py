@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
+from llm_datadist.endpoint import Endpoint
 from llm_datadist.errors import LLMException
 from llm_datadist.links.control import ConnectionEnded, Control, dial
 from llm_datadist.links.services import DIAL_BACK_S
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from llm_datadist.core import link as lk
     from llm_datadist.links.context import Context
     from llm_datadist.running.deadline import Deadline
+    from llm_datadist.transport.same_host import Address
     from llm_datadist.transport.shield import Shield
     from llm_datadist.transport.stream import Stream
 
@@ -38,9 +40,10 @@ class Joining:
 
     def dial_stream(self, deadline: Deadline, opened: list[socket.socket]) -> Stream:
         """A stream on which we ask; its sockets are noted in `opened`. Raises LLMException."""
-        control, shield = self._control, self._context.shields.make(is_caller=True)
+        control = self._control
+        at, process = control.at, control.process
+        shield = self._shield_to(at)
         try:
-            at, process = control.at, control.process
             return dial_stream(at, process, shield, self._attach, deadline, opened)
         except RequestRefused as refused:
             peer = self._link.peer
@@ -55,7 +58,7 @@ class Joining:
 
         Raises OSError, ConnectionEnded.
         """
-        shield = self._context.shields.make(is_caller=True)
+        shield = self._shield_to(self._control.at)
         control = await dial(self._control.at, self._context.waiters, shield, DIAL_BACK_S)
         try:
             if control.process != self._control.process:
@@ -71,6 +74,10 @@ class Joining:
             return control
         control.close()
         return None
+
+    def _shield_to(self, at: Address) -> Shield:
+        over_tcp = isinstance(at, Endpoint)
+        return self._context.shields.make(is_caller=True, over_tcp=over_tcp)
 
     def is_peers(self, control: Control, proof: bytes) -> bool:
         """Whether a connection that names this link is its peer's."""

@@ -331,7 +331,8 @@ class Linker:
         self, at: Address, timeout_s: float, failure: LLMStatusCode
     ) -> tuple[Control | None, Outcome]:
         try:
-            shield = self._context.shields.make(is_caller=True)
+            over_tcp = isinstance(at, Endpoint)
+            shield = self._context.shields.make(is_caller=True, over_tcp=over_tcp)
             return await dial(at, self._context.waiters, shield, timeout_s), _OK
         except asyncio.TimeoutError:
             reason = f"no connection to {at} within {timeout_s:.3f} s{_REMEDY}"

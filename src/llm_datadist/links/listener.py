@@ -224,7 +224,7 @@ class Listener:
         context = self._context
         stats = await context.loop.run_in_executor(context.waiters, self._take_snapshot)
         await control.send(m.Stats(stats.told(to_stranger=not context.shields.is_secure)))
-        await control.flushed()
+        await control.taken()
 
     async def _shake_hands(self, control: Control, hello: m.Hello) -> bool:
         self._strangers.said_hello(control)

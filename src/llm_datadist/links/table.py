@@ -30,8 +30,8 @@ class LinkInfo(NamedTuple):
     endpoint: Endpoint | None
     #: which start of the peer's cluster it is: 32 hexadecimal digits
     incarnation: str = ""
-    #: what encrypts all that is said on it and, but for "cma", what is moved: nothing, "tls", or
-    #: "tls-records": larger ones, where both ends have the extra `tls`
+    #: what encrypts all that is said on it and, but for "cma", what is moved: nothing, "tls",
+    #: "tls-records": larger ones, where both ends have the extra `tls`, or "ktls": both kernels
     encryption: str = ""
 
 

@@ -35,6 +35,7 @@ from llm_datadist.observe.recorder import NEVER
 from llm_datadist.owner.answers import MAX_ANSWER_S
 from llm_datadist.owner.checking import Checking
 from llm_datadist.running.deadline import Deadline
+from llm_datadist.transport import ktls
 from llm_datadist.transport.sealed import framed, sealed
 from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.tcp import FrameSender, Permit, Sender
@@ -117,6 +118,8 @@ class StreamService:
         #: the answer that waits for the peer, without a thread; until when
         self._waiting: tuple[FrameSender, Deadline] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        #: how long it looked away last from a connection that had nothing whole
+        self._pause_s = 0.0
         #: in the gate while an answer reads a cache of ours
         self._token: object = None
 
@@ -186,14 +189,29 @@ class StreamService:
         try:
             got = self._socket.recv_into(room)
         except BlockingIOError:
+            self._look_away()
             return False
-        except OSError:
+        except OSError as error:
+            if reason := ktls.why_broken(self._shield, error):
+                raise NotAuthentic(reason) from error
             got = 0
+        self._pause_s = 0.0
         if not got:
             self.close()
             return False
         self._frames.feed(self._shield.open(room[:got], self._frames.max_nbytes))
         return True
+
+    def _look_away(self) -> None:
+        """From what the kernel would say again and again: that a part of a record has come."""
+        if self._shield.kernels is not None:
+            self._pause_s = ktls.longer_s(self._pause_s)
+            self._loop.remove_reader(self._socket)
+            self._loop.call_later(self._pause_s, self._look_again)
+
+    def _look_again(self) -> None:
+        if not self._is_closed:
+            self._loop.add_reader(self._socket, self._readable)
 
     def _put_off(self, request: m.AnyMessage) -> None:
         """The link may be made, and the word of it be on its way."""
@@ -378,7 +396,7 @@ class StreamService:
             try:
                 is_sent = sender.advance(time.monotonic() + _TURN_S)
             except OSError as error:
-                self._resume(_describe(error))
+                self._resume(_describe(error, self._shield))
             else:
                 self._resume("") if is_sent else self._wait(sender, deadline)
 
@@ -389,7 +407,7 @@ class StreamService:
                 self._loop.call_soon_threadsafe(self._wait, sender, deadline)
                 return
         except (OSError, LLMException) as error:
-            failure = _describe(error)
+            failure = _describe(error, self._shield)
         except Exception as error:  # whatever it is, the peer must not wait for it
             get_logger().exception("answering a peer failed")
             failure = f"{type(error).__name__}: {error}"
@@ -426,7 +444,7 @@ class StreamService:
             try:
                 self._waiting[0].look()
             except OSError as error:
-                self._complain(_describe(error))
+                self._complain(_describe(error, self._shield))
                 self.close()
 
     def _give_up(self) -> None:
@@ -469,9 +487,11 @@ def _refusal(error: LLMException) -> m.Refused:
     return m.Refused(error.status_code, m.as_text(str(error)))
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, shield: Shield) -> str:
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET):
         return "the peer closed it in the middle of an answer"
+    if isinstance(error, OSError) and (reason := ktls.why_broken(shield, error)):
+        return reason
     return str(error)
 
 

@@ -8,7 +8,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.dialing import connect
-from llm_datadist.transport.sealed import open_stream
+from llm_datadist.transport.sealed import greeted
 from llm_datadist.transport.shields import Shields
 
 if TYPE_CHECKING:
@@ -29,13 +29,11 @@ def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: floa
     when whoever listens hangs up or LLM_FAILED when it answers otherwise, as for another link
     security; LLM_PARAM_INVALID for certificates that cannot be read.
     """
-    shield = Shields(security).make(is_caller=True)
+    shield = Shields(security).make(is_caller=True, over_tcp=True)
     deadline = Deadline.after(timeout_s)
     sock = connect(endpoint, deadline, LLMStatusCode.LLM_LINK_FAILED)
-    stream = open_stream(sock, shield)
     try:
-        if not shield.is_done:
-            stream.greet(deadline)
+        stream = greeted(sock, shield, deadline)
         answer = stream.ask(m.AskStats(), deadline, m.MAX_STATS_NBYTES)
     except LLMException as error:
         hint = "; the cluster must have the same link security, and a version that can be asked"
@@ -44,7 +42,7 @@ def ask_stats(endpoint: Endpoint, security: LinkSecurity | None, timeout_s: floa
             f"{endpoint}: {error}{'' if is_clear else hint}", error.status_code
         ) from error
     finally:
-        stream.close()
+        sock.close()
     if not isinstance(answer, m.Stats):
         raise LLMException(f"{endpoint} answered {answer!r:.200}", LLMStatusCode.LLM_FAILED)
     return answer.stats

@@ -34,7 +34,7 @@ from llm_datadist.system_errors import refusals_ignored
 from llm_datadist.transport.base import StaleCache
 from llm_datadist.transport.dialing import connect
 from llm_datadist.transport.same_host import Process
-from llm_datadist.transport.sealed import open_stream
+from llm_datadist.transport.sealed import greeted
 from llm_datadist.transport.stream import RequestRefused, Stream
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ class StreamPool:
         stream = loan.stream
         assert stream is not None
         with self._lock:  # nobody cuts it behind this look
-            if not is_good or stream.is_shut or self._closed_because is not None:
+            is_done_with = stream.is_shut or stream.is_worn
+            if not is_good or is_done_with or self._closed_because is not None:
                 self._drop(stream)
             self._lent.pop(stream, None)
         if loan.token is not None:
@@ -311,11 +312,10 @@ def dial_stream(
     if process is not None and Process.of(sock) != process:
         sock.close()
         raise LLMException(f"{at} is another process's by now", LLMStatusCode.LLM_NOT_YET_LINK)
-    stream = open_stream(sock, shield)
     try:
-        stream.greet(deadline)
+        stream = greeted(sock, shield, deadline)
         stream.ask(attach(shield), deadline)
     except BaseException:
-        stream.close()
+        sock.close()
         raise
     return stream

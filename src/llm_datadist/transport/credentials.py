@@ -15,8 +15,8 @@ from llm_datadist.credential_file import is_public, read_credential
 from llm_datadist.errors import invalid
 from llm_datadist.observe.log import get_logger
 from llm_datadist.system_errors import pass_on_handlers, refusals_ignored
+from llm_datadist.transport import ktls, records
 from llm_datadist.transport.certificate import Certificate, NamesNoCluster, fault_of
-from llm_datadist.transport.records import PROTOCOL, why_not
 
 if TYPE_CHECKING:
     from llm_datadist.link_security import LinkSecurity
@@ -34,6 +34,8 @@ class TlsContexts(NamedTuple):
     """What both ends of mutual TLS are made of. Thread-safe."""
 
     caller: ssl.SSLContext
+    #: of connections that the kernel can seal, where it can seal any
+    tcp_caller: ssl.SSLContext
     listener: ssl.SSLContext
     #: when the first of our certificate and those of `ca` that signed it ends, in Unix time
     ends_at: float
@@ -57,8 +59,13 @@ def load_tls(security: LinkSecurity) -> TlsContexts:
         if f"{kind}-----".encode() not in read_credential(_NAME, file):
             what = "private key" if kind == "PRIVATE KEY" else "certificate"
             raise invalid(f"{_NAME}: {file} holds no {what} in PEM format")
-    caller = _context(security, ssl.PROTOCOL_TLS_CLIENT)
-    listener = _context(security, ssl.PROTOCOL_TLS_SERVER)
+    ours = [] if records.why_not() else [records.PROTOCOL]
+    either = ours if ktls.why_not() else [ktls.PROTOCOL, *ours]
+    caller = _context(security, ssl.PROTOCOL_TLS_CLIENT, ours)
+    tcp_caller = caller
+    if either != ours:
+        tcp_caller = _context(security, ssl.PROTOCOL_TLS_CLIENT, either)
+    listener = _context(security, ssl.PROTOCOL_TLS_SERVER, either)
     try:
         certificate = _rehearse(caller, listener)
     except ssl.SSLCertVerificationError as error:
@@ -70,7 +77,7 @@ def load_tls(security: LinkSecurity) -> TlsContexts:
         raise invalid(f"{_NAME}: the certificate {security.certificate} {error}") from None
     issuers = [ca for ca in caller.get_ca_certs() if ca.get("subject") == certificate["issuer"]]
     ends = [ssl.cert_time_to_seconds(str(each["notAfter"])) for each in (certificate, *issuers)]
-    return TlsContexts(caller, listener, min(ends))
+    return TlsContexts(caller, tcp_caller, listener, min(ends))
 
 
 def warn_of_public_files(security: LinkSecurity | None) -> None:
@@ -83,13 +90,14 @@ def warn_of_public_files(security: LinkSecurity | None) -> None:
                 )
 
 
-def _context(security: LinkSecurity, protocol: ssl._SSLMethod) -> ssl.SSLContext:
+def _context(security: LinkSecurity, protocol: ssl._SSLMethod, able: list[str]) -> ssl.SSLContext:
+    """With what this end can do behind the hand-shake, the best first."""
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the authority says who is a cluster; clusters move
     context.verify_mode = ssl.CERT_REQUIRED
-    if not why_not():
-        context.set_alpn_protocols([PROTOCOL])
+    if able:
+        context.set_alpn_protocols(able)
     certificate, key = security.certificate, security.key
     try:
         context.load_verify_locations(security.ca)

@@ -50,6 +50,8 @@ PART_NBYTES: Final = 32
 #: of plain bytes in a record: with less, what Python does for each counts; with more, what was
 #: received has left the processor's cache when it is opened
 RECORD_NBYTES: Final = 256 * 1024
+#: what is said of what does not open
+ALTERED: Final = "a record is not the peer's next one: somebody is in between"
 #: so many records are sealed under one key
 RENEWED_AFTER: Final = 2**15
 
@@ -192,4 +194,4 @@ def _invalid_tag() -> type[Exception]:
 
 
 def _altered() -> NotAuthentic:
-    return NotAuthentic("a record is not the peer's next one: somebody is in between")
+    return NotAuthentic(ALTERED)

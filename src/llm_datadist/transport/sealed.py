@@ -32,10 +32,19 @@ _CHUNK_NBYTES = 256 * 1024
 
 
 def open_stream(sock: socket.socket, shield: Shield) -> Stream:
-    """The asking end of a connection, as its shield wants it."""
+    """The asking end of a connection, as its shield wants it behind the hand-shake."""
     if isinstance(shield, Secret):
         return KeyedStream(sock, shield)
-    return SealedStream(sock, shield) if isinstance(shield, Tls) else Stream(sock, shield)
+    if isinstance(shield, Tls) and shield.seals_all:
+        return SealedStream(sock, shield)
+    return Stream(sock, shield)
+
+
+def greeted(sock: socket.socket, shield: Shield, deadline: Deadline) -> Stream:
+    """As above, of a connection that begins with the shield's hand-shake. Raises LLMException."""
+    if not shield.is_done:
+        Stream(sock, shield).greet(deadline)
+    return open_stream(sock, shield)
 
 
 def framed(message: m.Message, shield: Shield) -> bytes:
@@ -46,7 +55,9 @@ def framed(message: m.Message, shield: Shield) -> bytes:
 
 def sealed(sender: FrameSender, sock: socket.socket, shield: Shield) -> FrameSender:
     """An answer, sealed if the connection's shield says so."""
-    return SealedSender(sender, sock, shield) if isinstance(shield, Tls) else sender
+    if isinstance(shield, Tls) and shield.seals_all:
+        return SealedSender(sender, sock, shield)
+    return sender
 
 
 class KeyedStream(Stream):

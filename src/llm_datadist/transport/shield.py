@@ -6,7 +6,8 @@ TLS goes on to seal all bytes (`tls.py`), a shared secret to key all frames (`se
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import math
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from llm_datadist.core.messages import MAX_REQUEST_BODY_NBYTES
 from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
@@ -28,6 +29,13 @@ class NotAuthentic(Exception):
         self.remedy = remedy
 
 
+class KernelKeys(NamedTuple):
+    """What the kernel is given so that it seals a connection: for what is sent, and what comes."""
+
+    sent: bytes
+    came: bytes
+
+
 class Shield(Protocol):
     """One connection's. Used by one thread at a time."""
 
@@ -35,8 +43,13 @@ class Shield(Protocol):
     is_done: bool
     #: the bytes of caches are sealed, too; else only frames go through `seal` and `open`
     seals_all: bool
-    #: what does, once the hand-shake is over: "tls", "tls-records", or nothing
+    #: what does, once the hand-shake is over: "tls", "tls-records", "ktls" (the kernel, and none of
+    #: it goes through here), or nothing
     encryption: str
+    #: with which the kernel does, to be given to it at once behind the hand-shake (`ktls.py`)
+    kernels: KernelKeys | None
+    #: so much a stream may carry, either way together
+    most_nbytes: float
     #: the peer's, once the hand-shake is over; None where there are none
     peer_certificate: Certificate | None
 
@@ -80,6 +93,8 @@ class Open:
     is_done = True
     seals_all = False
     encryption = ""
+    kernels: KernelKeys | None = None
+    most_nbytes = math.inf
     peer_certificate: Certificate | None = None
     _has_met = False
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.link_security import read_secret
 from llm_datadist.observe.log import get_logger
+from llm_datadist.transport import ktls, records
 from llm_datadist.transport.credentials import load_tls
-from llm_datadist.transport.records import why_not
 from llm_datadist.transport.renewed import Renewed
 from llm_datadist.transport.secret import Secret
 from llm_datadist.transport.shield import Open
@@ -29,8 +29,7 @@ class Shields:
         if security is None:
             return
         if (secret := security.secret) is None:
-            if reason := why_not():
-                get_logger().info("link_security: slow TLS, for want of the extra tls: %s", reason)
+            _say_what_is_missing()
             files = (security.ca, security.certificate, security.key)
             self._contexts = Renewed(files, lambda: load_tls(security))
         elif file := security.secret_file:
@@ -42,11 +41,20 @@ class Shields:
     def is_secure(self) -> bool:
         return self._secret is not None or self._contexts is not None
 
-    def make(self, *, is_caller: bool) -> Shield:
+    def make(self, *, is_caller: bool, over_tcp: bool = False) -> Shield:
+        """A caller says what the connection goes over: only TCP's may be the kernel's to seal."""
         if self._secret is not None:
             return Secret(self._secret.get(), is_caller=is_caller)
         if self._contexts is not None:
             contexts = self._contexts.get()
-            context = contexts.caller if is_caller else contexts.listener
-            return Tls(context, is_caller=is_caller)
+            callers = contexts.tcp_caller if over_tcp else contexts.caller
+            return Tls(callers if is_caller else contexts.listener, is_caller=is_caller)
         return Open()
+
+
+def _say_what_is_missing() -> None:
+    """For faster TLS."""
+    if reason := ktls.why_not():
+        get_logger().info("link_security: TLS without the kernel: %s", reason)
+    if reason := records.why_not():
+        get_logger().info("link_security: slow TLS, for want of the extra tls: %s", reason)

@@ -14,6 +14,7 @@ from llm_datadist.core.segments import skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.memory import native
 from llm_datadist.system_errors import pass_on_handlers, refusals_ignored
+from llm_datadist.transport import ktls
 from llm_datadist.transport.beginnings import Kind, why_to_leave
 from llm_datadist.transport.shield import NotAuthentic
 
@@ -35,6 +36,7 @@ class Stream:
         self._shield = shield
         #: somebody ended it, maybe behind an exchange that was complete
         self.is_shut = False
+        self._carried_nbytes = 0
         #: the seconds after which the kernel gives up, by socket option
         self._limits_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
@@ -45,10 +47,15 @@ class Stream:
             while not self._shield.is_done:
                 answer = self._shield.answer(self._receive_some(_CHUNK_NBYTES, deadline))
                 Stream._send(self, answer, deadline)
+            if (keys := self._shield.kernels) is not None:
+                ktls.hand_over(self._socket, keys)
         except NotAuthentic as error:
             with suppress(LLMException):  # it has left already
                 Stream._send(self, error.parting, deadline)
             raise _unwelcome(str(error)) from error
+        except OSError as error:
+            pass_on_handlers(error)
+            raise lost(ktls.why_not_taken(error)) from error
 
     def ask(
         self, message: m.Message, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES
@@ -104,9 +111,10 @@ class Stream:
                 pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
-                raise _explain(error) from error
+                raise _explain(error, self._shield) from error
             if got == 0:
                 raise lost("it closed the connection")
+            self._carried_nbytes += got
             wanted -= got
             if wanted:
                 vectors = skip_bytes(vectors, got, native.IOV_MAX)
@@ -116,6 +124,11 @@ class Stream:
         self.is_shut = True
         with refusals_ignored():  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def is_worn(self) -> bool:
+        """It has carried as much as its shield is good for: it is not to be used again."""
+        return self._carried_nbytes > self._shield.most_nbytes
 
     def is_on(self, sock: socket.socket) -> bool:
         return self._socket is sock
@@ -133,7 +146,8 @@ class Stream:
                 pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
-                raise _explain(error) from error
+                raise _explain(error, self._shield) from error
+            self._carried_nbytes += sent
             view = view[sent:]
 
     def _complete(self, frame: bytearray, got: int, end: int, deadline: Deadline) -> None:
@@ -158,9 +172,10 @@ class Stream:
                 pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
-                raise _explain(error) from error
+                raise _explain(error, self._shield) from error
             if got == 0:
                 raise lost("it closed the connection")
+            self._carried_nbytes += got
             view, missing = view[got:], missing - got
         return len(buffer) - len(view)
 
@@ -173,7 +188,7 @@ class Stream:
                 pass_on_handlers(error)
                 continue
             except OSError as error:
-                raise _explain(error) from error
+                raise _explain(error, self._shield) from error
             if not data:
                 raise lost("it closed the connection")
             return data
@@ -194,7 +209,7 @@ class RequestRefused(LLMException):
     """The peer answered with a status; the stream is in order and may be used again."""
 
 
-def _explain(error: OSError) -> LLMException:
+def _explain(error: OSError, shield: Shield) -> LLMException:
     pass_on_handlers(error)
     if error.errno == errno.EFAULT:
         return LLMException(
@@ -202,7 +217,7 @@ def _explain(error: OSError) -> LLMException:
             "was the tensor freed after it was registered?",
             LLMStatusCode.LLM_PARAM_INVALID,
         )
-    return lost(error.strerror or str(error))
+    return lost(ktls.why_broken(shield, error) or error.strerror or str(error))
 
 
 def timeval(seconds: float) -> bytes:

@@ -7,6 +7,7 @@ import ssl
 from typing import Final
 
 from llm_datadist.core.messages import MAX_REQUEST_BODY_NBYTES
+from llm_datadist.transport import ktls
 from llm_datadist.transport.beginnings import Kind, why_to_leave, why_to_refuse
 from llm_datadist.transport.certificate import REMEDY, Certificate, NamesNoCluster, explain
 from llm_datadist.transport.records import PART_NBYTES, PROTOCOL, Records
@@ -21,13 +22,13 @@ _RECORD_NBYTES: Final = 16 * 1024
 class Tls(Open):
     """Mutual TLS 1.3: each end has a certificate of one authority, and all bytes are sealed.
 
-    Behind the hand-shake by TLS itself, or in larger records (`records.py`) where both ends can.
+    Behind the hand-shake by the kernel (`ktls.py`) or in larger records (`records.py`), where both
+    ends can; else by TLS itself.
     """
 
-    seals_all = True
-    encryption = "tls"
-
     def __init__(self, context: ssl.SSLContext, *, is_caller: bool) -> None:
+        self.seals_all = True
+        self.encryption = "tls"
         self.is_done = False
         self._is_caller = is_caller
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -35,7 +36,7 @@ class Tls(Open):
         self._is_tls_done = False
         #: what seals behind the hand-shake; None: TLS itself does
         self.records: Records | None = None
-        #: what this end adds to the keys of records; empty where there are none
+        #: what this end adds to the keys of either; empty where there are none
         self._part = b""
         #: what the peer has said within TLS of the hand-shake
         self._heard = b""
@@ -64,6 +65,8 @@ class Tls(Open):
         return self._outgoing.read()
 
     def seal(self, data: bytes | bytearray | memoryview) -> bytes:
+        if self.kernels is not None:
+            return bytes(data)
         if self.records is not None:
             return self.records.seal(data)
         view = memoryview(data)
@@ -74,6 +77,8 @@ class Tls(Open):
     def open(
         self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
     ) -> bytes:
+        if self.kernels is not None:
+            return bytes(data)
         if self.records is not None:
             return self.records.open(data, max_nbytes)
         self._incoming.write(data)
@@ -90,7 +95,7 @@ class Tls(Open):
     def _begin(self) -> None:
         """TLS has met. Raises NamesNoCluster."""
         self.peer_certificate = Certificate.of_peer(self._tls)
-        if self._tls.selected_alpn_protocol() == PROTOCOL:
+        if self._tls.selected_alpn_protocol() in (PROTOCOL, ktls.PROTOCOL):
             self._part = secrets.token_bytes(PART_NBYTES)
         if self._is_caller and self._part:
             self._tls.write(self._part)
@@ -111,9 +116,19 @@ class Tls(Open):
                 raise NotAuthentic("it spoke before the hand-shake had ended")
             ours, theirs = self._part, self._heard[len(word) :]
             parts = (ours, theirs) if self._is_caller else (theirs, ours)
-            self.records = Records(*parts, is_caller=self._is_caller)
-            self.encryption = "tls-records"
+            self._take(*parts)
         self.is_done = True
+
+    def _take(self, callers_part: bytes, listeners_part: bytes) -> None:
+        """What seals from here on, as was agreed."""
+        parts, is_caller = (callers_part, listeners_part), self._is_caller
+        if self._tls.selected_alpn_protocol() == ktls.PROTOCOL:
+            self.kernels = ktls.keys_of(*parts, is_caller=is_caller)
+            self.seals_all, self.encryption = False, ktls.ENCRYPTION
+            self.most_nbytes = ktls.MOST_NBYTES
+        else:
+            self.records = Records(*parts, is_caller=is_caller)
+            self.encryption = "tls-records"
 
     def _meet(self, first: bytes) -> None:
         if self._is_caller:

@@ -23,7 +23,7 @@ from llm_datadist.link_security import LinkSecurity
 from llm_datadist.links.listener import bind
 from llm_datadist.memory import native
 from llm_datadist.options import PATH_VARIABLE, SECURITY_VARIABLE, check_transfer_path
-from llm_datadist.transport import nixl_agent
+from llm_datadist.transport import ktls, nixl_agent, records
 from llm_datadist.transport.cma import ptrace_scope
 from llm_datadist.transport.credentials import load_tls
 
@@ -207,12 +207,25 @@ def _certificate(security: LinkSecurity) -> Finding:
     if (finding := _kept(security.key)) is not None:
         return finding
     days = (load_tls(security).ends_at - time.time()) / _DAY_S
-    data: Data = {"kind": "tls", "days_left": round(days, 1)}
-    found = f"mutual TLS; {security.certificate} or its CA ends in {days:.0f} days"
+    encryption, how = _sealed_by()
+    data: Data = {"kind": "tls", "days_left": round(days, 1), "encryption": encryption}
+    found = f"mutual TLS, {how}; {security.certificate} or its CA ends in {days:.0f} days"
     if days < _SOON_DAYS:
         remedy = "renew it now; clusters that run take the new files by themselves"
         return Finding(_SECURITY, State.PROBLEM, found, remedy, data)
     return Finding(_SECURITY, State.OK, found, data=data)
+
+
+def _sealed_by() -> tuple[str, str]:
+    """What this end can have seal TCP's connections, if the other end can, too; and why no better.
+
+    As links call it, and in words.
+    """
+    if not (no_kernel := ktls.why_not()):
+        return ktls.ENCRYPTION, "sealed by the kernel"
+    if not (no_records := records.why_not()):
+        return "tls-records", f"sealed in records of our own: {no_kernel}"
+    return "tls", f"sealed by TLS alone, slowly: {no_kernel}; {no_records}"
 
 
 def _kept(file: str) -> Finding | None:

@@ -1,0 +1,169 @@
+"""The kernel's TLS where no kernel is needed: keys, agreement, and streams that are worn."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import socket
+import ssl
+import struct
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from certificates import Authority
+from llm_datadist.core import messages as m
+from llm_datadist.link_security import LinkSecurity
+from llm_datadist.peer.streams import StreamPool
+from llm_datadist.running.deadline import Deadline
+from llm_datadist.transport import ktls, records
+from llm_datadist.transport.shield import KernelKeys, NotAuthentic, Open
+from llm_datadist.transport.shields import Shields
+from llm_datadist.transport.stream import Stream
+from llm_datadist.transport.tls import Tls
+
+if TYPE_CHECKING:
+    from llm_datadist.transport.shield import Shield
+
+#: struct tls12_crypto_info_aes_gcm_128: version, cipher, iv, key, salt, number of the next record
+INFO = struct.Struct("=HH8s16s4s8s")
+
+
+def contexts(folder: Path, *able: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A caller's and a listener's, of ends that can do so much."""
+    files = Authority().issue(folder)
+    made = []
+    for protocol in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(files.ca)
+        context.load_cert_chain(files.certificate, files.key)
+        made.append(context)
+    made[0].set_alpn_protocols(list(able))
+    made[1].set_alpn_protocols([ktls.PROTOCOL, records.PROTOCOL])
+    return made[0], made[1]
+
+
+def meet(caller: Shield, listener: Shield) -> None:
+    to, data = listener, caller.start()
+    while data:
+        data, to = to.answer(data), caller if to is listener else listener
+    assert caller.is_done
+    assert listener.is_done
+
+
+def test_keys_are_as_the_kernel_takes_them() -> None:
+    parts = secrets.token_bytes(records.PART_NBYTES), secrets.token_bytes(records.PART_NBYTES)
+    caller = ktls.keys_of(*parts, is_caller=True)
+    listener = ktls.keys_of(*parts, is_caller=False)
+    assert (caller.sent, caller.came) == (listener.came, listener.sent)
+    for info in caller:
+        version, cipher, iv, key, salt, number = INFO.unpack(info)
+        assert (version, cipher, number) == (0x0304, 51, bytes(8)), "TLS 1.3, AES-GCM-128, anew"
+        assert len({iv, key[:8], key[8:]}) == 3
+        assert salt != iv[:4]
+
+
+def test_no_two_keys_are_alike() -> None:
+    """Not of the two directions, of other parts, or of parts that changed places."""
+    parts = bytes(32), b"\x01" * 32
+    made = [
+        *ktls.keys_of(*parts, is_caller=True),
+        *ktls.keys_of(*parts[::-1], is_caller=True),
+        *ktls.keys_of(parts[0], b"\x02" * 32, is_caller=True),
+    ]
+    for first in (4, 12, 28):
+        assert len({info[first : first + 4] for info in made}) == len(made)
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ((ktls.PROTOCOL, records.PROTOCOL), "ktls"),
+        ((records.PROTOCOL, ktls.PROTOCOL), "ktls"),
+        ((ktls.PROTOCOL,), "ktls"),
+        ((records.PROTOCOL,), "tls-records"),
+        (("something later",), "tls"),
+    ],
+)
+def test_both_ends_agree_on_the_best_that_both_can(
+    tmp_path: Path, able: tuple[str, ...], expected: str
+) -> None:
+    ours, theirs = contexts(tmp_path, *able)
+    caller, listener = Tls(ours, is_caller=True), Tls(theirs, is_caller=False)
+    meet(caller, listener)
+    for end in (caller, listener):
+        assert end.encryption == expected
+        assert end.seals_all == (expected != "ktls"), "then the bytes of caches go as they are"
+        assert end.most_nbytes == (2**38 if expected == "ktls" else math.inf)
+    frame = m.encode(m.AskStats())
+    said = caller.seal(frame)
+    assert (said == frame) == (expected == "ktls")
+    assert listener.open(said) == frame
+    if expected == "ktls":
+        assert caller.kernels is not None
+        assert listener.kernels == KernelKeys(caller.kernels.came, caller.kernels.sent)
+    else:
+        assert caller.kernels is listener.kernels is None
+
+
+def test_what_is_said_between_the_keys_and_the_kernel_is_refused(tmp_path: Path) -> None:
+    """It would be taken for what was said under the keys."""
+    ours, theirs = contexts(tmp_path, ktls.PROTOCOL)
+    came, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    caller, listener = ours.wrap_bio(came, sent), Tls(theirs, is_caller=False)
+    with suppress(ssl.SSLWantReadError):
+        caller.do_handshake()
+    came.write(listener.answer(sent.read()))
+    caller.do_handshake()
+    caller.write(bytes(records.PART_NBYTES))
+    with pytest.raises(NotAuthentic, match="before the hand-shake had ended"):
+        listener.answer(sent.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+
+
+def test_where_the_kernel_cannot_a_sentence_says_why(tmp_path: Path) -> None:
+    reason = ktls.why_not()
+    assert (reason == "") == Path("/proc/net/tls_stat").exists(), reason
+    files = [str(file) for file in Authority().issue(tmp_path)]
+    shields = Shields(LinkSecurity(None, "", *files))
+    for over_tcp in (True, False):
+        caller = shields.make(is_caller=True, over_tcp=over_tcp)
+        meet(caller, shields.make(is_caller=False))
+        expected = "tls-records" if reason or not over_tcp else "ktls"
+        assert caller.encryption == expected
+
+
+class Worn(Open):
+    """Good for so much."""
+
+    most_nbytes = 100.0
+
+
+def test_a_stream_that_has_carried_enough_is_not_lent_again() -> None:
+    """It is closed when what is under way is through, and the next one is dialled."""
+    answer, question = m.encode(m.Attached()), m.encode(m.AskStats())
+    per_exchange = len(answer) + len(question)
+    exchanges_each = 100 // per_exchange + 1
+    others: list[socket.socket] = []
+    patience = Deadline.after(30.0)
+    with ExitStack() as stack:
+
+        def dial(deadline: Deadline, opened: list[socket.socket]) -> Stream:
+            here, there = socket.socketpair()
+            others.append(stack.enter_context(there))
+            return Stream(here, Worn())
+
+        pool = StreamPool(dial, lambda: None)
+        for number in range(3 * exchanges_each):
+            with pool.borrow(patience) as stream:
+                assert len(others) == number // exchanges_each + 1
+                others[-1].sendall(answer)
+                assert isinstance(stream.ask(m.AskStats(), patience), m.Attached)
+        for other in others:
+            assert len(other.recv(1000)) == exchanges_each * len(question)
+            assert other.recv(1) == b"", "it is closed"
+        pool.close("over")
