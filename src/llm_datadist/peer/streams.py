@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from llm_datadist.transport.shield import Shield
 
 #: more threads than this on one link wait for each other's streams
-MAX_STREAMS = 16
+MAX_STREAMS = 32
 #: a peer that was asked for a stream, and has not dialled by then, is asked again
 _ASK_AGAIN_S = 5.0
 
@@ -55,13 +55,15 @@ _ASK_AGAIN_S = 5.0
 class Loan:
     """A stream that is lent, to be given back by `with`; or the wish for one."""
 
-    __slots__ = ("_pool", "opened", "stream", "token")
+    __slots__ = ("_pool", "bell", "opened", "stream", "token")
 
     def __init__(self, pool: StreamPool, token: Token | None) -> None:
         self._pool = pool
         #: whose it is; None: of a thread that nothing interrupts, and which gives it back
         self.token = token
         self.stream: Stream | None = None
+        #: its thread waits by it
+        self.bell = Bell()
         #: the sockets of a stream that it dials
         self.opened: list[socket.socket] = []
 
@@ -106,7 +108,6 @@ class StreamPool:
         self._ask = ask
         self._recorder = recorder
         self._lock = make_lock()
-        self._bell = Bell()
         #: all that are open
         self._streams: dict[Stream, None] = {}
         #: those of them that are lent, and to whom
@@ -145,7 +146,8 @@ class StreamPool:
             self._lent.pop(stream, None)
         if loan.token is not None:
             loan.token.waits.pop(loan, None)
-        self._bell.ring()
+        if self._wanting:
+            self._ring_next()
 
     def cut(self, loan: Loan) -> None:
         """Ends what the loan has, or waits for. In any thread."""
@@ -157,14 +159,14 @@ class StreamPool:
                 if not self._has(sock):
                     with refusals_ignored():  # it is not connected yet, or closed already
                         sock.shutdown(socket.SHUT_RDWR)
-        self._bell.ring()
+        self._ring()
 
     def add(self, stream: Stream) -> None:
         """A stream that the peer dialled for us."""
         if self._asked:
             self._asked.popleft()
         self._keep(stream)
-        self._bell.ring()
+        self._ring()
 
     def is_full(self, most: int = MAX_STREAMS) -> bool:
         """Whether there are as many as there may be, or more."""
@@ -185,7 +187,7 @@ class StreamPool:
             else:
                 self._drop(stream)
         self._collect_lost()
-        self._bell.ring()
+        self._ring()
 
     def _claims(self, loan: Loan) -> bool:
         """Whether there was a free stream, which is the loan's from here on."""
@@ -214,12 +216,12 @@ class StreamPool:
                     self._ask()
                 left_s = deadline.require("waiting for a stream to the peer")
                 with self._recorder.waiting("stream") if self._recorder else nullcontext():
-                    self._bell.wait_until(
+                    loan.bell.wait_until(
                         partial(self._is_worth_a_look, loan), min(left_s, _ASK_AGAIN_S)
                     )
         finally:
             self._wanting.pop(loan, None)
-            self._bell.ring()
+            self._ring()
 
     def _open_one(
         self,
@@ -233,7 +235,7 @@ class StreamPool:
             self._keep(dial(deadline, loan.opened), loan)
         finally:
             self._end_dialing(loan)
-            self._bell.ring()
+            self._ring()
 
     def _end_dialing(self, loan: Loan) -> None:
         """Closes what came to nothing. May be called again."""
@@ -268,6 +270,17 @@ class StreamPool:
         if len(self._streams) + coming >= MAX_STREAMS:
             return False
         return self._num_free() + coming < len(self._wanting)
+
+    def _ring(self) -> None:
+        """Something is to be looked at by whoever waits."""
+        for loan in list(self._wanting):
+            loan.bell.ring()
+
+    def _ring_next(self) -> None:
+        """A stream is free: those who are to take one look, and not all who wait."""
+        self._collect_lost()
+        for loan in list(self._wanting)[: max(1, self._num_free())]:
+            loan.bell.ring()
 
     def _collect_lost(self) -> None:
         """Takes out what interrupted threads have left: claims, with their streams, and wishes."""
