@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 SHAPE = (2, 4, 4096)
 #: so many are tried, and so many at most may be there: docs/architecture.md
-TRIED, BOUND = 200, 64
+TRIED, BOUND = 250, 112
 SETTINGS: dict[str, Any] = {"transfer_path": "tcp", "enable_remote_cache_accessible": True}
 
 

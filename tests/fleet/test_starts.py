@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from directory.records import record
 from fleet.members import (
     PROMPTS,
     SOON_S,
@@ -22,6 +23,8 @@ from fleet.members import (
     stop_following,
 )
 from llm_datadist import LLMException, LLMRole, LLMStatusCode, Wants
+from llm_datadist.directory import FolderDirectory, files
+from llm_datadist.directory.record import Entry
 from llm_datadist.testing.cluster import Node, NodeProcess
 from llm_datadist.testing.timing import eventually
 
@@ -108,6 +111,29 @@ def test_one_that_was_replaced_gives_up_its_links(tmp_path: Path) -> None:
         assert eventually(lambda: first.call(linked_ids) == [], SOON_S)
         assert second.call(links_to, 2)
         assert first.call(linked_ids) == []
+
+
+def test_one_that_learns_of_it_by_its_last_word_ends_nothing(node: Node, tmp_path: Path) -> None:
+    """`stop` ends no link from here, whoever has the place by then."""
+    with NodeProcess() as peer:
+        port = peer.call(Node.start, LLMRole.PROMPT, 2, listen_ip_info=ANY_PORT)
+        peer.call(publish, 5)
+        peer.call(follow, tmp_path)
+        assert eventually(lambda: (tmp_path / "2.json").exists(), SOON_S)
+        record_of_peer = files.read(str(tmp_path / "2.json"), 2)[1]
+        peer.call(stop_following)
+        assert isinstance(record_of_peer, Entry)
+        directory = FolderDirectory(tmp_path)
+        directory.announce(record_of_peer.record, 600).close()
+        node.start(LLMRole.DECODER, 1, listen_ip_info=ANY_PORT, sync_kv_timeout=1000)
+        follow(node, tmp_path, PROMPTS, ttl_s=600.0)
+        assert eventually(lambda: linked_ids(node) == [2], SOON_S)
+        directory.announce(record(1, 99), 600).close()
+        follower = follower_of(node)
+        follower.stop()
+        assert "has announced itself" in follower.stats().problem
+        assert node.link(port, 2) is not LLMStatusCode.LLM_SUCCESS, "the loop has had its turn"
+        assert pulls(node, 2)
 
 
 def test_a_link_that_the_program_makes_itself_is_its_word(node: Node, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ class Driver:
     def superseded(self, is_so: bool) -> None:
         """Whether another start has our place: then nobody is linked from here."""
         self._is_superseded = is_so
-        if is_so:
+        if is_so and not self._is_over:
             for session in self._links.all():
                 if self._is_made(session):
                     self._start(self._end(session, self._sync_timeout_s + _LEAVE_S))

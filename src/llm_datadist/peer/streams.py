@@ -62,8 +62,8 @@ class Loan:
         #: whose it is; None: of a thread that nothing interrupts, and which gives it back
         self.token = token
         self.stream: Stream | None = None
-        #: its thread waits by it
-        self.bell = Bell()
+        #: by which its thread waits, where it has to
+        self.bell: Bell
         #: the sockets of a stream that it dials
         self.opened: list[socket.socket] = []
 
@@ -201,6 +201,7 @@ class StreamPool:
 
     def _wait(self, loan: Loan, deadline: Deadline) -> None:
         """Until the loan has a stream. Whoever waits opens what is missing, for all that wait."""
+        loan.bell = Bell()
         try:
             self._wanting[loan] = None
             while not (self._is_next(loan) and self._claims(loan)):
