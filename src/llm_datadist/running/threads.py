@@ -229,6 +229,7 @@ class Errands:
                     start_new_thread(errand.abandon, ())
                 except RuntimeError:  # no thread is to be had
                     errand.abandon()
+                errand.leave()
             raise
 
     def end(self, deadline: Deadline) -> None:
@@ -255,6 +256,9 @@ class _Errand(Generic[T]):
         me = object()
         if self._doer.setdefault(None, me) is not me:
             return
+        if self._fate:  # its caller has gone before it was begun
+            self.over.set()
+            return
         try:
             self._made.append(self._work())
         except BaseException as error:  # the caller gets it
@@ -265,8 +269,12 @@ class _Errand(Generic[T]):
 
     def abandon(self) -> None:
         """Nobody takes what it makes, or has made. In a thread that no exception strikes."""
-        if self._fate.setdefault(None, "abandoned") == "done":
+        if self.leave() == "done":
             self._take_back()
+
+    def leave(self) -> str:
+        """Nobody takes what it makes: it is not begun from here on. What came first."""
+        return self._fate.setdefault(None, "abandoned")
 
     def result(self) -> T:
         if self.error is not None:
