@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,3 +66,18 @@ def replace(file: Path, content: bytes) -> None:
     new.touch(0o600)
     new.write_bytes(content)
     new.rename(file)
+
+
+def contexts_of(files: Files | None, ca: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A caller's and a listener's, with files that `init` would refuse, or none."""
+    made = []
+    for protocol in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(ca)
+        if files is not None:
+            context.load_cert_chain(files.certificate, files.key)
+        made.append(context)
+    return made[0], made[1]

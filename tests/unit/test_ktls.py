@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from certificates import Authority
+from certificates import Authority, contexts_of
 from llm_datadist.core import messages as m
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.peer.streams import StreamPool
@@ -34,18 +34,10 @@ INFO = struct.Struct("=HH8s16s4s8s")
 def contexts(folder: Path, *able: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """A caller's and a listener's, of ends that can do so much."""
     files = Authority().issue(folder)
-    made = []
-    for protocol in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
-        context = ssl.SSLContext(protocol)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(files.ca)
-        context.load_cert_chain(files.certificate, files.key)
-        made.append(context)
-    made[0].set_alpn_protocols(list(able))
-    made[1].set_alpn_protocols([ktls.PROTOCOL, records.PROTOCOL])
-    return made[0], made[1]
+    caller, listener = contexts_of(files, files.ca)
+    caller.set_alpn_protocols(list(able))
+    listener.set_alpn_protocols([ktls.PROTOCOL, records.PROTOCOL])
+    return caller, listener
 
 
 def meet(caller: Shield, listener: Shield) -> None:

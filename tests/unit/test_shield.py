@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from certificates import Authority, Files
+from certificates import Authority, Files, contexts_of
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.link_security import LinkSecurity
@@ -31,21 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SECRET = LinkSecurity(secret=b"a secret of more than sixteen bytes")
-
-
-def contexts_of(files: Files | None, ca: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A caller's and a listener's, with files that `init` would refuse, or none."""
-    made = []
-    for protocol in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
-        context = ssl.SSLContext(protocol)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(ca)
-        if files is not None:
-            context.load_cert_chain(files.certificate, files.key)
-        made.append(context)
-    return made[0], made[1]
 
 
 def meet(caller: Shield, listener: Shield) -> tuple[str, str]:

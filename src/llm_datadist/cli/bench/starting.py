@@ -22,12 +22,7 @@ def startup(rounds: int) -> Iterator[Figure]:
         "import time; begun = time.perf_counter(); import {0}; print(time.perf_counter() - begun)"
     )
     for module in ("llm_datadist", "numpy"):
-        command = [sys.executable, "-c", program.format(module)]
-        seconds = [
-            float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            for _ in range(max(rounds, 5))
-        ]
-        yield Figure(f"import {module}", statistics.median(seconds) * 1e3, "ms")
+        yield Figure(f"import {module}", _median_ms(program.format(module), rounds), "ms")
     yield from _first_block(rounds)
 
 
@@ -36,14 +31,20 @@ def _first_block(rounds: int) -> Iterator[Figure]:
     job = Job(SHAPES["one-block"], path="cma")
     owner = Owner(ours.own, job)
     try:
-        command = [sys.executable, "-c", _PROGRAM.format(port=owner.greeting[0])]
-        seconds = [
-            float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            for _ in range(max(rounds, 5))
-        ]
+        median_ms = _median_ms(_PROGRAM.format(port=owner.greeting[0]), rounds)
     finally:
         owner.close()
-    yield Figure("from import to the first block", statistics.median(seconds) * 1e3, "ms")
+    yield Figure("from import to the first block", median_ms, "ms")
+
+
+def _median_ms(program: str, rounds: int) -> float:
+    """Of what the program says of itself, in seconds, in an interpreter of its own each time."""
+    command = [sys.executable, "-c", program]
+    seconds = [
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(max(rounds, 5))
+    ]
+    return statistics.median(seconds) * 1e3
 
 
 #: as a program would begin: its memory is there

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: typer reads the types when it runs.
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,6 +78,8 @@ def calls(
 
 
 VERBS = (plan, startup, link, fan_out, layers, many_links, calls)
+#: of those that are not in `scenarios`
+_MODULES = {"startup": "starting", "many_links": "many", "calls": "calls"}
 
 
 def _run(
@@ -102,19 +105,6 @@ def _run(
 
 
 def _figures(scenario: str) -> "Callable[..., Iterator[Figure]]":
-    if scenario == "many_links":
-        from llm_datadist.cli.bench.many import many_links
-
-        return many_links
-    if scenario == "calls":
-        from llm_datadist.cli.bench.calls import calls
-
-        return calls
-    if scenario == "startup":
-        from llm_datadist.cli.bench.starting import startup
-
-        return startup
-    from llm_datadist.cli.bench import scenarios
-
-    found: Callable[..., Iterator[Figure]] = getattr(scenarios, scenario)
+    module = import_module(f"llm_datadist.cli.bench.{_MODULES.get(scenario, 'scenarios')}")
+    found: Callable[..., Iterator[Figure]] = getattr(module, scenario)
     return found
