@@ -12,9 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_datadist.core.link import SAME_HOST, Identity
-from llm_datadist.core.messages import PROTOCOL_VERSION
 from llm_datadist.device_options import unequal
-from llm_datadist.errors import LLMException, LLMStatusCode, invalid
+from llm_datadist.errors import LLMException, LLMStatusCode
+from llm_datadist.following.membership import Membership
 from llm_datadist.links.context import Context
 from llm_datadist.links.filing import Filing
 from llm_datadist.links.groups import Groups
@@ -56,19 +56,15 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from llm_datadist.core.registry import Entry
-    from llm_datadist.core.stats import ClusterStats, FleetStats
-    from llm_datadist.directory.base import Directory
-    from llm_datadist.directory.record import Record
+    from llm_datadist.core.stats import ClusterStats
     from llm_datadist.endpoint import Endpoint
-    from llm_datadist.following.follower import Follower
-    from llm_datadist.following.wants import Wants
     from llm_datadist.links.filing import Siblings
     from llm_datadist.links.linker import Target
     from llm_datadist.memory.arena import MemoryPool
     from llm_datadist.observe.recorder import Recorder
     from llm_datadist.options import Options
     from llm_datadist.transport.base import Transport
-    from llm_datadist.types import LLMRole, Placement
+    from llm_datadist.types import Placement
 
 T = TypeVar("T")
 
@@ -114,8 +110,6 @@ class Cluster:
         self._stopped = Latch()
         #: what the catalog had, until no transport can reach it any more
         self._entries: list[Entry] = []
-        #: what follows a fleet for us; stopped ones are kept until the next
-        self._follower: Follower | None = None
         try:
             self._make()
         except BaseException:
@@ -159,7 +153,7 @@ class Cluster:
             errands=errands,
         )
         self._make_links(self._make_context(movers, transports, recorder))
-        self._ending.add("the place in the fleet", self._end_following)
+        self._ending.add("the place in the fleet", self.membership.end)
         #: what moves bytes
         self.transfers = Transfers(
             self.catalog,
@@ -232,19 +226,15 @@ class Cluster:
 
     def _make_links(self, context: Context) -> None:
         cluster_id, instance, recorder = self.cluster_id, context.me.instance, context.recorder
-        self._incarnation = instance.hex()
         #: our live links
         self.links = LinkTable(cluster_id, instance, recorder)
         self._groups = Groups(cluster_id, self.links, is_secure=context.shields.is_secure)
         ids = Ids(self.links)
-        self._filing = filing = Filing(
-            cluster_id, instance, self.links, self._groups, ids, self._siblings
-        )
+        filing = Filing(cluster_id, instance, self.links, self._groups, ids, self._siblings)
         #: makes and ends links, in the loop's thread
         self.linker = Linker(context, self.links, filing)
         strangers = Strangers()
         self._snapshots = Snapshots(cluster_id, self.links, self.catalog, strangers, recorder)
-        self._snapshots.take_fleet = self._fleet_stats
         #: where peers reach us
         self.listening = Listening(
             self.loop,
@@ -257,6 +247,19 @@ class Cluster:
             strangers,
             self._snapshots.take_for_others,
         )
+        #: whom we follow, and as whom
+        self.membership = Membership(
+            cluster_id,
+            instance.hex(),
+            self.options,
+            self.loop,
+            self._errands,
+            self.listening,
+            self.linker,
+            filing,
+            self.links,
+        )
+        self._snapshots.take_fleet = self.membership.stats
         #: links by rank table
         self.ranks = RankLinks(
             cluster_id, self.options, self.loop, self.listening, self._groups, self.linker
@@ -333,8 +336,7 @@ class Cluster:
         """May be called again, when it was interrupted."""
         if self._stopped.is_set:
             return
-        if self._follower is not None:
-            self._follower.begin_end()
+        self.membership.begin_end()
         gates, deadline = self.gates, Deadline.after(self.options.sync_timeout_s)
         for gate in gates:
             gate.shut(gate.door, "the cluster is being finalized")
@@ -413,82 +415,6 @@ class Cluster:
             if watch is not None:
                 watch.ended([outcome.status for outcome in outcomes])
             return outcomes
-
-    @property
-    def follower(self) -> Follower | None:
-        """What follows a fleet for us now."""
-        follower = self._follower
-        return None if follower is None or follower.is_stopped else follower
-
-    def follow(
-        self,
-        directory: Directory,
-        wants: Wants | None,
-        ttl_s: float,
-        facts: Mapping[str, str],
-        make_record: Callable[[], Record],
-    ) -> Follower:
-        """Announces us in a directory, and links to whom we want of those who are there.
-
-        Raises LLMException: LLM_PARAM_INVALID while we follow one, LLM_FAILED for want of threads.
-        """
-        from llm_datadist.following.follower import Follower  # a fifth of what `init` takes
-
-        follower = Follower(
-            directory,
-            wants,
-            ttl_s,
-            facts,
-            self.loop,
-            self.linker,
-            self._filing,
-            self.links,
-            self.cluster_id,
-            self.options.sync_timeout_s,
-        )
-        return self._errands.run(lambda: self._begin(follower, make_record), Follower.stop)
-
-    def _begin(self, follower: Follower, make_record: Callable[[], Record]) -> Follower:
-        if self.follower is not None:
-            raise invalid("this cluster follows a fleet already: stop that first")
-        self._follower = follower
-        follower.begin(make_record)
-        return follower
-
-    def _end_following(self, deadline: Deadline) -> None:
-        if self._follower is not None:
-            self._follower.end(deadline)
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What the library itself needs to be equal at two ends of a link."""
-        return {
-            "protocol": str(PROTOCOL_VERSION),
-            "remote accessible": str(self.options.remote_accessible),
-        }
-
-    def record(
-        self, role: LLMRole, where: str, facts: Mapping[str, str], labels: Mapping[str, str]
-    ) -> Record:
-        """What we say of ourselves now. Raises LLMException(LLM_PARAM_INVALID), ValueError."""
-        from llm_datadist.directory.record import Record  # as in `follow`
-        from llm_datadist.following.follower import advertised
-
-        listen = next(iter(self.listen_endpoints), None)
-        at, reached = "" if listen is None else str(listen), advertised(where, listen)
-        return Record(
-            cluster_id=self.cluster_id,
-            incarnation=self._incarnation,
-            role=role.name,
-            listen=at,
-            advertised="" if reached == at else reached,
-            facts=dict(facts),
-            labels=dict(labels),
-        )
-
-    def _fleet_stats(self, most: int | None) -> FleetStats | None:
-        follower = self.follower
-        return None if follower is None else follower.stats(most)
 
     def _for_each(
         self,

@@ -263,14 +263,14 @@ class LLMDataDist:
         check_type("advertised", advertised, str)
         said = check_dict("facts", {} if facts is None else facts, str, str)
         words = check_dict("labels", {} if labels is None else labels, str, str)
-        known = {**cluster.facts, **said}
+        known = {**cluster.membership.facts, **said}
 
         def record() -> Record:
             assert self._role is not None  # it has been initialised
-            return cluster.record(self._role, advertised, known, words)
+            return cluster.membership.record(self._role, advertised, known, words)
 
         check_record(record(), ttl_s)
-        return cluster.follow(directory, wants, ttl_s, known, record)
+        return cluster.membership.follow(directory, wants, ttl_s, known, record)
 
     @property
     def follower(self) -> Follower | None:
@@ -281,7 +281,7 @@ class LLMDataDist:
         from llm_datadist.cluster import Cluster
 
         cluster = self._require_cluster()
-        return cluster.follower if isinstance(cluster, Cluster) else None
+        return cluster.membership.follower if isinstance(cluster, Cluster) else None
 
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Of the v1 mode: returns when there is a live link to a cluster. Spec 5.3.

@@ -14,6 +14,7 @@ from wire import NONCE, PROBE, TRAILER, Wire, impostor, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
+from llm_datadist.core.packed import columns_of
 from llm_datadist.testing.cluster import Node, NodeProcess, cluster_info, make_array
 from llm_datadist.testing.timing import eventually, takes_at_most
 from llm_datadist.transport.base import PROBE_NBYTES
@@ -136,7 +137,7 @@ def silent_in_the_middle_of_the_probe(wire: Wire) -> None:
         wire.send(WELCOME)
     else:
         wire.send(m.Attached())
-        _, lengths = m.columns_of(wire.expect(m.Read).columns, 2)
+        _, lengths = columns_of(wire.expect(m.Read).columns, 2)
         wire.send(m.Sending(int(lengths.sum())))
         wire.send_bytes(NONCE[:7])
     assert wire.is_ended()

@@ -16,6 +16,7 @@ from wire import Wire, impostor, owner
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.core import messages as m
+from llm_datadist.core.packed import pack_layers
 from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def keyed(number: int) -> m.CacheInfo:
 
 
 def layered(number: int) -> m.CacheInfo:
-    names = m.pack_layers(range(m.MAX_LAYERS))
+    names = pack_layers(range(m.MAX_LAYERS))
     layout = m.LayoutInfo(names, (0, 1, 1), 1, 1, 1, 2, "LKBND", [2, 1, 0, 0, 0])
     one = cache(number, layout=layout)
     one.num_tensors, one.num_rows, one.row_nbytes = 1, 1, 2**20

@@ -28,6 +28,7 @@ with atheris.instrument_imports(include=["llm_datadist"]):
     from llm_datadist.core.combs import Combs, overlap
     from llm_datadist.core.fetches import names_of, pieces_of
     from llm_datadist.core.frames import FrameReader
+    from llm_datadist.core.packed import columns_of, pack_columns
     from llm_datadist.core.remote import understand
     from llm_datadist.transport.same_host import SameHost
     from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
@@ -87,7 +88,7 @@ def check(message: m.AnyMessage) -> None:
     for info in infos:
         understand(info)
     if isinstance(message, m.Read | m.Digest):
-        m.columns_of(message.columns, 2)
+        columns_of(message.columns, 2)
     if isinstance(message, m.Fetch):
         take(message)
 
@@ -128,8 +129,8 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
 def corpus() -> list[bytes]:
     """One frame of each message, with values that msgspec accepts, and a Fetch that is meant."""
     samples = [sample(kind) for kind in get_args(m.AnyMessage)]
-    comb = m.pack_columns(*np.array([[0, 8, 24], [64, 0, 16]], dtype=np.uint64))
-    places = m.pack_columns(*np.array([[4096, 8192], [4096, 5000]], dtype=np.uint64))
+    comb = pack_columns(*np.array([[0, 8, 24], [64, 0, 16]], dtype=np.uint64))
+    places = pack_columns(*np.array([[4096, 8192], [4096, 5000]], dtype=np.uint64))
     samples.append(m.Fetch(1, 1, 1, 1, 8, 1000, 1.0, places, comb, 8))
     return [b"\xff" + m.encode(message) for message in samples]
 

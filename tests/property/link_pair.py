@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from llm_datadist.core import link as lk
+from llm_datadist.core import link_actions as act
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMStatusCode
 
@@ -56,8 +57,8 @@ class End:
     drains: int = 0
     is_retracted: bool = False
     dialled: int = 0
-    learned: list[lk.Learn] = field(default_factory=list)
-    close: lk.Close | None = None
+    learned: list[act.Learn] = field(default_factory=list)
+    close: act.Close | None = None
 
     def join(self, peer: End) -> None:
         self._peer, peer._peer = peer, self
@@ -105,32 +106,32 @@ class End:
         elif event == "timed_out":
             self.perform(self.link.timed_out("it took too long"))
 
-    def perform(self, actions: Sequence[lk.Action]) -> None:
+    def perform(self, actions: Sequence[act.Action]) -> None:
         for action in actions:
             assert self.close is None, f"{action} after {self.close}"
-            if isinstance(action, lk.Send):
+            if isinstance(action, act.Send):
                 assert self.is_retracted or not isinstance(action.message, m.ByeDone)
                 self._send(action.message)
-            elif isinstance(action, lk.Probe):
+            elif isinstance(action, act.Probe):
                 assert self.probing is None
                 self.probing = action.path
-            elif isinstance(action, lk.Meet):
+            elif isinstance(action, act.Meet):
                 assert not self.link.is_same_host
                 self.is_meeting = True
-            elif isinstance(action, lk.Publish):
+            elif isinstance(action, act.Publish):
                 assert action.path in self.verified
                 assert self.published is None
                 self.published = action.path
-            elif isinstance(action, lk.Drain):
+            elif isinstance(action, act.Drain):
                 self.drains += 1
-            elif isinstance(action, lk.Retract):
+            elif isinstance(action, act.Retract):
                 assert self.published is not None
                 self.is_retracted = True
-            elif isinstance(action, lk.SayWhether):
+            elif isinstance(action, act.SayWhether):
                 self._send(m.Vouched(action.connection, True))
-            elif isinstance(action, lk.Learn):
+            elif isinstance(action, act.Learn):
                 self.learned.append(action)
-            elif isinstance(action, lk.Dial):
+            elif isinstance(action, act.Dial):
                 self.dialled += action.count
             else:
                 if action.status is LLMStatusCode.LLM_SUCCESS:  # the link goes on elsewhere

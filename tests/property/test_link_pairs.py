@@ -10,6 +10,7 @@ from link_pair import EVENTS, Pair, make_identity
 from wire_messages import messages
 
 from llm_datadist.core import link as lk
+from llm_datadist.core import link_actions as act
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMStatusCode
 
@@ -380,7 +381,7 @@ def test_a_refusal_without_a_status_of_ours_is_a_failure_and_never_success(
 ) -> None:
     end = pair_after(steps).ends[side]
     end.perform(end.link.received(m.Refused(number, "no")))
-    assert end.close == lk.Close(LLMStatusCode.LLM_FAILED, "no")
+    assert end.close == act.Close(LLMStatusCode.LLM_FAILED, "no")
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llm_datadist.core import messages as m
 from llm_datadist.core.generations import Generations
 from llm_datadist.core.geometry import CacheKind, Geometry, Layout
+from llm_datadist.core.packed import pack_layers
 from llm_datadist.core.registry import Entry, KeyName, Registry
 from llm_datadist.core.remote import Guard, RemoteTable, describe, understand
 from llm_datadist.core.remote_keys import RemoteKeys, pack_keys
@@ -189,7 +190,7 @@ def test_what_is_understood_lies_within_the_address_space(
 
 
 #: of the layout of a cache, which has half of its bytes
-LAYOUT = m.LayoutInfo(m.pack_layers(["a", 1]), (0, 1, 1), 8, 2, 4, 2, "BND", [32, 8, 1])
+LAYOUT = m.LayoutInfo(pack_layers(["a", 1]), (0, 1, 1), 8, 2, 4, 2, "BND", [32, 8, 1])
 
 
 def with_layout(**changes: object) -> m.CacheInfo:
@@ -210,8 +211,8 @@ def test_a_layout_is_understood_as_its_owner_said_it() -> None:
 @pytest.mark.parametrize(
     "lie",
     [
-        pytest.param({"layers": m.pack_layers(["a", "a"])}, id="a layer twice"),
-        pytest.param({"layers": m.pack_layers(["a"])}, id="fewer layers than tensors"),
+        pytest.param({"layers": pack_layers(["a", "a"])}, id="a layer twice"),
+        pytest.param({"layers": pack_layers(["a"])}, id="fewer layers than tensors"),
         pytest.param({"layers": msgspec.msgpack.encode([])}, id="no layers"),
         pytest.param(
             {"layers": msgspec.msgpack.encode([*range(m.MAX_LAYERS + 1)])}, id="too many layers"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.packed import pack_layers
 from llm_datadist.core.registry import KeyName
 from llm_datadist.core.remote_keys import pack_keys
 from llm_datadist.core.stats import (
@@ -33,7 +34,7 @@ _INFO = m.CacheInfo(
     pack_keys({KeyName(5, 1): 2, KeyName(6, 1, is_prefix=True): 3}),
 )  # fmt: skip
 _LAYOUT = m.LayoutInfo(
-    m.pack_layers(["layers.0", 1]),
+    pack_layers(["layers.0", 1]),
     (4, 2, 8),
     512,
     16,

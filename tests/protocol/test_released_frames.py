@@ -10,7 +10,8 @@ import pytest
 from record import FOLDER, Recorded, difference, file_of, recorded, what_to_do
 
 from llm_datadist.core import messages as m
-from llm_datadist.core.link import Identity, ListenerLink, Send
+from llm_datadist.core.link import Identity, ListenerLink
+from llm_datadist.core.link_actions import Send
 from llm_datadist.core.stats import ClusterStats
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.combs import Combs, Teeth, overlap
 from llm_datadist.core.fetches import names_of, pieces_of
 from llm_datadist.core.messages import MAX_COMB_NBYTES, MAX_REQUEST_SEGMENTS, MAX_TEETH
+from llm_datadist.core.packed import pack_columns
 from llm_datadist.core.segments import Segments
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def test_what_a_plan_makes_is_within_the_bounds() -> None:
 
 
 def packed(*columns: U64) -> bytes:
-    return m.pack_columns(*columns)
+    return pack_columns(*columns)
 
 
 PAIR = column(0, 8)
@@ -114,7 +115,7 @@ def test_what_no_plan_makes_is_refused(request_: m.Fetch) -> None:
 
 @pytest.mark.parametrize(
     ("teeth", "nbytes"),
-    [(m.pack_columns(*[column(*range(513))] * 2), 1), (b"", MAX_COMB_NBYTES + 1)],
+    [(pack_columns(*[column(*range(513))] * 2), 1), (b"", MAX_COMB_NBYTES + 1)],
 )
 def test_what_is_too_large_is_not_even_decoded(teeth: bytes, nbytes: int) -> None:
     frame = m.encode(fetch(b"", teeth, nbytes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_datadist.core import link as lk
+from llm_datadist.core import link_actions as act
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMStatusCode
 
@@ -93,28 +94,28 @@ def test_a_caller_begins_with_hello() -> None:
         PROBE,
         nonce=NONCE,
     )
-    assert link.start(NONCE, is_fresh=True, timeout_ms=1000) == [lk.Send(hello)]
+    assert link.start(NONCE, is_fresh=True, timeout_ms=1000) == [act.Send(hello)]
 
 
 def test_a_caller_proposes_a_path_only_when_it_has_verified_it() -> None:
     link = greeting_caller("tcp")
-    assert link.received(make_welcome("tcp")) == [lk.Probe("tcp")]
-    assert link.probed("tcp", None, is_remarkable=False) == [lk.Send(m.Ready("tcp"))]
+    assert link.received(make_welcome("tcp")) == [act.Probe("tcp")]
+    assert link.probed("tcp", None, is_remarkable=False) == [act.Send(m.Ready("tcp"))]
 
 
 def test_a_caller_tries_the_next_path_when_its_peer_cannot_use_one() -> None:
     link = agreeing_caller("nixl", "tcp")
-    assert link.received(m.Unusable("nixl", "not allowed", False)) == [lk.Probe("tcp")]
+    assert link.received(m.Unusable("nixl", "not allowed", False)) == [act.Probe("tcp")]
     assert link.rejected == [("nixl", "not allowed", False)]
 
 
 def test_a_caller_without_a_path_left_says_what_it_tried() -> None:
     link = agreeing_caller("nixl")
     refusal, close = link.received(m.Unusable("nixl", "another user", True))
-    assert isinstance(close, lk.Close)
+    assert isinstance(close, act.Close)
     assert close.status is LLMStatusCode.LLM_LINK_FAILED
     assert "nixl: another user" in close.reason
-    assert refusal == lk.Send(m.Refused(LLMStatusCode.LLM_LINK_FAILED, close.reason))
+    assert refusal == act.Send(m.Refused(LLMStatusCode.LLM_LINK_FAILED, close.reason))
 
 
 def test_a_caller_does_not_link_by_another_path_than_it_proposed() -> None:
@@ -128,12 +129,12 @@ def test_a_caller_dials_for_its_listener_as_soon_as_that_verifies_a_path(is_link
     link = agreeing_caller("tcp")
     if is_linked:
         link.received(m.Linked("tcp"))
-    assert link.received(m.DialBack(3)) == [lk.Dial(3)]
+    assert link.received(m.DialBack(3)) == [act.Dial(3)]
 
 
 def test_a_caller_does_not_dial_for_a_stranger() -> None:
     link = greeting_caller("tcp")
-    assert lk.Dial(3) not in link.received(m.DialBack(3))
+    assert act.Dial(3) not in link.received(m.DialBack(3))
     assert link.state is lk.State.CLOSED
 
 
@@ -143,24 +144,24 @@ def test_a_caller_does_not_dial_for_a_stranger() -> None:
 def test_a_listener_answers_hello_with_its_offers_and_the_token_of_the_link() -> None:
     link = lk.ListenerLink(make_identity("tcp"), token=TOKEN)
     welcome = m.Welcome(m.PROTOCOL_VERSION, 1, b"i" * 16, TOKEN, {"tcp": b""}, PROBE)
-    assert link.admit(make_hello("tcp"), is_known=False) == [lk.Send(welcome)]
+    assert link.admit(make_hello("tcp"), is_known=False) == [act.Send(welcome)]
 
 
 def test_a_listener_that_turns_a_caller_away_says_why() -> None:
     link = lk.ListenerLink(make_identity("tcp"), token=TOKEN)
     assert link.refuse(LLMStatusCode.LLM_LINK_FAILED, "no such group") == [
-        lk.Send(m.Refused(LLMStatusCode.LLM_LINK_FAILED, "no such group")),
-        lk.Close(LLMStatusCode.LLM_LINK_FAILED, "no such group"),
+        act.Send(m.Refused(LLMStatusCode.LLM_LINK_FAILED, "no such group")),
+        act.Close(LLMStatusCode.LLM_LINK_FAILED, "no such group"),
     ]
     assert link.state is lk.State.CLOSED
 
 
 def test_a_listener_publishes_before_it_tells_the_caller() -> None:
     link = offering_listener("tcp")
-    assert link.received(m.Ready("tcp")) == [lk.Probe("tcp")]
+    assert link.received(m.Ready("tcp")) == [act.Probe("tcp")]
     assert link.probed("tcp", None, is_remarkable=False) == [
-        lk.Publish("tcp"),
-        lk.Send(m.Linked("tcp")),
+        act.Publish("tcp"),
+        act.Send(m.Linked("tcp")),
     ]
 
 
@@ -168,16 +169,16 @@ def test_a_listener_waits_for_another_path_after_one_that_fails() -> None:
     link = offering_listener("nixl", "tcp")
     link.received(m.Ready("nixl"))
     assert link.probed("nixl", "another user", is_remarkable=True) == [
-        lk.Send(m.Unusable("nixl", "another user", True))
+        act.Send(m.Unusable("nixl", "another user", True))
     ]
-    assert link.received(m.Ready("tcp")) == [lk.Probe("tcp")]
+    assert link.received(m.Ready("tcp")) == [act.Probe("tcp")]
 
 
 def test_a_reason_of_any_length_fits_into_the_message_that_carries_it() -> None:
     link = offering_listener("nixl", "tcp")
     link.received(m.Ready("nixl"))
     [answer] = link.probed("nixl", "why " * 5000, is_remarkable=True)
-    assert isinstance(answer, lk.Send)
+    assert isinstance(answer, act.Send)
     assert m.decode(m.encode(answer.message)[m.HEADER.size :]) == answer.message
 
 
@@ -185,12 +186,12 @@ def test_a_reason_of_any_length_fits_into_the_message_that_carries_it() -> None:
 def test_a_listener_does_not_probe_a_path_that_it_does_not_allow(path: str) -> None:
     link = offering_listener("nixl", "tcp", path="tcp")
     [answer] = link.received(m.Ready(path))
-    assert answer == lk.Send(m.Unusable(path, "cluster 1 does not allow it", False))
+    assert answer == act.Send(m.Unusable(path, "cluster 1 does not allow it", False))
 
 
 def test_a_listener_dials_for_nobody() -> None:
     link = linked_listener()
-    assert lk.Dial(1) not in link.received(m.DialBack(1))
+    assert act.Dial(1) not in link.received(m.DialBack(1))
     assert link.state is lk.State.CLOSED
 
 
@@ -201,8 +202,8 @@ def test_a_message_out_of_turn_is_refused_and_named() -> None:
     link = offering_listener("tcp")
     refusal, close = link.received(m.Linked("tcp"))
     reason = "Linked is not expected while offered"
-    assert close == lk.Close(LLMStatusCode.LLM_FAILED, reason)
-    assert refusal == lk.Send(m.Refused(LLMStatusCode.LLM_FAILED, reason))
+    assert close == act.Close(LLMStatusCode.LLM_FAILED, reason)
+    assert refusal == act.Send(m.Refused(LLMStatusCode.LLM_FAILED, reason))
 
 
 def test_a_probe_that_ends_after_the_link_did_changes_nothing() -> None:
@@ -217,7 +218,7 @@ def test_a_probe_that_ends_after_the_link_did_changes_nothing() -> None:
 def test_a_linked_end_that_is_refused_closes(refusal: m.Refused) -> None:
     link = linked_listener()
     [close] = link.received(refusal)
-    assert isinstance(close, lk.Close)
+    assert isinstance(close, act.Close)
     assert close.status is LLMStatusCode.LLM_FAILED
 
 
@@ -225,23 +226,23 @@ def test_the_status_of_a_refusal_is_that_of_the_peer() -> None:
     link = greeting_caller("tcp")
     number = int(LLMStatusCode.LLM_ALREADY_LINK)
     assert link.received(m.Refused(number, "linked")) == [
-        lk.Close(LLMStatusCode.LLM_ALREADY_LINK, "linked")
+        act.Close(LLMStatusCode.LLM_ALREADY_LINK, "linked")
     ]
 
 
 def test_leaving_says_bye_and_waits() -> None:
     link = linked_listener()
-    assert link.leave() == [lk.Send(m.Bye())]
+    assert link.leave() == [act.Send(m.Bye())]
     assert link.state is lk.State.LEAVING
 
 
 def test_a_bye_is_answered_when_transfers_have_ended() -> None:
     link = linked_listener()
-    assert link.received(m.Bye()) == [lk.Drain()]
+    assert link.received(m.Bye()) == [act.Drain()]
     retract, answer, close = link.drained()
-    assert retract == lk.Retract()
-    assert answer == lk.Send(m.ByeDone())
-    assert isinstance(close, lk.Close)
+    assert retract == act.Retract()
+    assert answer == act.Send(m.ByeDone())
+    assert isinstance(close, act.Close)
 
 
 @pytest.mark.parametrize("state", ["new", "offered", "probing", "closed"])

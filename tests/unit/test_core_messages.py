@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.packed import columns_of, pack_columns, pack_layers
 
 
 def test_a_frame_begins_with_its_magic_and_the_length_of_its_body() -> None:
@@ -72,7 +73,7 @@ def test_what_no_peer_could_decode_is_not_encoded(message: m.Message) -> None:
 )
 def test_layers_that_no_peer_could_decode_are_not_packed(names: list[int | str]) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  (as above)
-        m.pack_layers(names)
+        pack_layers(names)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 64])
@@ -114,19 +115,19 @@ def test_a_body_that_is_no_message_is_a_protocol_error(body: bytes) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_columns_arrive_as_they_were_packed(count: int) -> None:
     sent = [np.arange(start, start + 4, dtype=np.uint64) << np.uint64(55) for start in range(count)]
-    received = m.columns_of(m.pack_columns(*sent), count)
+    received = columns_of(pack_columns(*sent), count)
     assert [column.tolist() for column in received] == [column.tolist() for column in sent]
 
 
 def test_columns_are_little_endian_on_the_wire() -> None:
-    assert m.pack_columns(np.array([1], dtype=np.uint64)) == b"\x01" + bytes(7)
+    assert pack_columns(np.array([1], dtype=np.uint64)) == b"\x01" + bytes(7)
 
 
 def test_the_columns_of_no_segments_are_empty() -> None:
-    assert [column.tolist() for column in m.columns_of(b"", 3)] == [[], [], []]
+    assert [column.tolist() for column in columns_of(b"", 3)] == [[], [], []]
 
 
 @pytest.mark.parametrize("nbytes", [1, 8, 24, 16 * m.MAX_REQUEST_SEGMENTS + 16])
 def test_bytes_that_are_no_two_columns_or_too_long_ones_are_a_protocol_error(nbytes: int) -> None:
     with pytest.raises(m.ProtocolError, match="columns"):
-        m.columns_of(bytes(nbytes), 2)
+        columns_of(bytes(nbytes), 2)

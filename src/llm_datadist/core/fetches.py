@@ -18,9 +18,8 @@ from llm_datadist.core.messages import (
     MAX_REQUEST_SEGMENTS,
     MAX_TEETH,
     ProtocolError,
-    columns_of,
-    pack_columns,
 )
+from llm_datadist.core.packed import columns_of, pack_columns
 from llm_datadist.core.segments import Segments
 
 if TYPE_CHECKING:

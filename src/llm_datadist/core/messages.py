@@ -8,19 +8,13 @@ are within the bounds of their fields, and words that will be shown to people ar
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from llm_datadist.core.stats import ClusterStats  # noqa: TC001  (msgspec reads it)
 from llm_datadist.core.words import heard, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from llm_datadist.core.segments import U64
 
 PROTOCOL_VERSION = 1
 
@@ -51,14 +45,11 @@ MAX_KEYS = 65536
 KEY_NBYTES = 32
 #: layers of one cache that peers are told
 MAX_LAYERS = 4096
-_MAX_LAYERS_NBYTES = 1024 * 1024
+MAX_LAYERS_NBYTES = 1024 * 1024
 #: characters of either text of a notice
 MAX_NOTICE = 1024
 
 UInt: TypeAlias = Annotated[int, Meta(ge=0)]
-#: segments are listed in columns of these
-_COLUMN: Final = np.dtype("<u8")
-
 #: as many as the longest timeout has that a program can set, 2**31 seconds
 Millis: TypeAlias = Annotated[int, Meta(ge=0, le=2**41)]
 #: of a monotonic clock, in seconds
@@ -227,7 +218,7 @@ class LayoutInfo(Message):
     `layers` is packed by `pack_layers`: the names of a whole table are not all read at once.
     """
 
-    layers: Annotated[bytes, Meta(max_length=_MAX_LAYERS_NBYTES)]
+    layers: Annotated[bytes, Meta(max_length=MAX_LAYERS_NBYTES)]
     heads: tuple[UInt, UInt, UInt]
     num_blocks: UInt
     block_tokens: UInt
@@ -416,9 +407,6 @@ _SPOKEN = (Ready, Unusable, Linked, Refused, Stats)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
-_layers_decoder: msgspec.msgpack.Decoder[list[int | str]] = msgspec.msgpack.Decoder(
-    Annotated[list[int | Text], Meta(min_length=1, max_length=MAX_LAYERS)]
-)
 
 
 def as_text(reason: str) -> str:
@@ -475,44 +463,6 @@ def decode_frame(frame: bytes | bytearray | memoryview) -> AnyMessage:
     ):
         raise ProtocolError(f"{len(frame)} bytes are not one frame")
     return decode(memoryview(frame)[HEADER.size :])
-
-
-def columns_of(data: bytes, count: int) -> list[U64]:
-    """The `count` equal columns in which a request lists segments. Raises ProtocolError."""
-    if len(data) % (8 * count) or len(data) > 8 * count * MAX_REQUEST_SEGMENTS:
-        raise ProtocolError(f"{len(data)} bytes are no {count} columns of segments")
-    each = len(data) // (8 * count)
-    return [np.frombuffer(data, _COLUMN, each, 8 * each * number) for number in range(count)]
-
-
-def pack_columns(*columns: U64) -> bytes:
-    """The reverse of `columns_of`."""
-    return np.concatenate(columns).astype(_COLUMN, copy=False).tobytes()
-
-
-def pack_vectors(vectors: U64) -> bytes:
-    """The columns of (address, length) pairs."""
-    return vectors.T.astype(_COLUMN, copy=False).tobytes()
-
-
-def pack_layers(names: Sequence[int | str]) -> bytes:
-    """The names of layers, in order. Raises ValueError for what `layers_of` does not take."""
-    try:
-        packed = _encoder.encode(tuple(names))
-        layers_of(packed)
-    except (OverflowError, ProtocolError) as error:
-        raise ValueError(str(error)) from error
-    if len(packed) > _MAX_LAYERS_NBYTES:
-        raise ValueError(f"{len(packed)} bytes of names, {_MAX_LAYERS_NBYTES} are possible")
-    return packed
-
-
-def layers_of(data: bytes) -> list[int | str]:
-    """The reverse of `pack_layers`. Raises ProtocolError."""
-    try:
-        return _layers_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"no names of layers: {error}") from error
 
 
 def decode(body: bytes | bytearray | memoryview) -> AnyMessage:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from llm_datadist.core.addresses import Addresses
-from llm_datadist.core.messages import MAX_KEYS, pack_layers
+from llm_datadist.core.messages import MAX_KEYS
+from llm_datadist.core.packed import pack_layers
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
 from llm_datadist.keys import NO_ID, BlocksCacheKey, is_valid_id
 

@@ -14,9 +14,8 @@ from llm_datadist.core.messages import (
     CacheInfo,
     LayoutInfo,
     ProtocolError,
-    layers_of,
-    pack_layers,
 )
+from llm_datadist.core.packed import layers_of, pack_layers
 from llm_datadist.core.ranges import Ranges
 from llm_datadist.core.registry import Entry, KeyName
 from llm_datadist.core.remote_keys import RemoteKeys, has_request_at, pack_keys

@@ -7,8 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from llm_datadist.core.stats import FleetStats, MemberStats
-from llm_datadist.endpoint import Endpoint
-from llm_datadist.errors import LLMException, invalid
+from llm_datadist.errors import LLMException
 from llm_datadist.following.announcing import Announcer, longest_pause_s
 from llm_datadist.following.driver import Driver
 from llm_datadist.following.watching import Watcher
@@ -33,7 +32,6 @@ _STOP_S: Final = 2.0
 #: what a directory has to be told that we leave for a while, and peers to agree to be unlinked
 _LAST_WORD_S: Final = 1.0
 _AGREE_S: Final = 1.0
-_EVERY_ADDRESS: Final = ("0.0.0.0", "::")
 
 
 class MemberInfo(NamedTuple):
@@ -231,30 +229,6 @@ class Follower:
     def _require_here(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(f"this process follows no fleet: {forks.FORKED}")
-
-
-def advertised(text: str, listen: Endpoint | None) -> str:
-    """Where others reach a cluster that listens there, as `host:port`; empty when it does not.
-
-    Raises LLMException (LLM_PARAM_INVALID) where nobody could tell.
-    """
-    if listen is None:
-        return ""
-    if not text:
-        if listen.host in _EVERY_ADDRESS:
-            raise invalid(
-                f"this cluster listens on {listen}, which is every address: say by which one "
-                "others reach it (advertised)"
-            )
-        return str(listen)
-    if _has_port(text):
-        return str(Endpoint.parse(text, "advertised"))
-    return str(Endpoint(text.strip("[]"), listen.port))
-
-
-def _has_port(text: str) -> bool:
-    host, _, port = text.rpartition(":")
-    return port.isdigit() and (":" not in host or host.endswith("]"))
 
 
 def _member(info: MemberInfo) -> MemberStats:

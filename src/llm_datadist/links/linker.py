@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from llm_datadist.core import link as lk
+from llm_datadist.core import link_actions as act
 from llm_datadist.core import messages as m
 from llm_datadist.endpoint import LACKS_ZONE, Endpoint
 from llm_datadist.errors import LLMStatusCode
@@ -163,7 +164,7 @@ class Linker:
 
     def _begin(
         self, control: Control, call: Call, deadline: Deadline, expected: bytes = b""
-    ) -> tuple[Session, Sequence[lk.Action], float]:
+    ) -> tuple[Session, Sequence[act.Action], float]:
         """A session, with what its hand-shake begins with, and how long that may take."""
         link = lk.CallerLink(
             self._context.me, control.is_same_host, expected=expected, only=call.only

@@ -25,7 +25,7 @@ from llm_datadist.transport.sealed import open_stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from llm_datadist.core.link import Action
+    from llm_datadist.core.link_actions import Action
     from llm_datadist.core.stats import ClusterStats
     from llm_datadist.links.context import Context
     from llm_datadist.links.groups import Groups

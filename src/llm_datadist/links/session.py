@@ -22,6 +22,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from llm_datadist.core import link as lk
+from llm_datadist.core import link_actions as act
 from llm_datadist.core import messages as m
 from llm_datadist.errors import LLMStatusCode
 from llm_datadist.links.control import ConnectionEnded, Control, Unwelcome
@@ -99,7 +100,7 @@ class Session:
         #: links of others that end when this one is made
         self.displaced: Sequence[Session] = ()
         self._vouching = Vouching(
-            lambda which: self.perform([lk.Send(m.Vouch(which))]), self._is_known_gone
+            lambda which: self.perform([act.Send(m.Vouch(which))]), self._is_known_gone
         )
         #: what this end answers to when it is asked whether the connection is its own
         self._names: set[bytes] = set()
@@ -226,7 +227,7 @@ class Session:
 
     # -- the link's life, in the loop's thread --
 
-    async def greet(self, actions: Sequence[lk.Action], timeout_s: float) -> None:
+    async def greet(self, actions: Sequence[act.Action], timeout_s: float) -> None:
         """The hand-shake from its first actions on; afterwards the link is made or closed."""
         self._deadline = Deadline.after(timeout_s)
         try:
@@ -294,33 +295,33 @@ class Session:
     async def cut(self, reason: str) -> None:
         await self.perform(self._link.cut(reason))
 
-    async def perform(self, actions: Sequence[lk.Action]) -> None:
+    async def perform(self, actions: Sequence[act.Action]) -> None:
         """Does what the machine decided, and what it decides on the results."""
         todo = deque(actions)
         while todo:
             action = todo.popleft()
-            if isinstance(action, lk.Send):
+            if isinstance(action, act.Send):
                 todo.extend(await self._send(action.message))
-            elif isinstance(action, lk.Probe):
+            elif isinstance(action, act.Probe):
                 self._spawn(self._probe(action.path))
-            elif isinstance(action, lk.Meet):
+            elif isinstance(action, act.Meet):
                 self._meeting_task = self._spawn(self._meet(action.offer))
-            elif isinstance(action, lk.Publish):
+            elif isinstance(action, act.Publish):
                 # apart: others are asked about it meanwhile, and the peer may ask on this very link
                 self._spawn(self._publish(tuple(todo)))
                 return
-            elif isinstance(action, lk.Dial):
+            elif isinstance(action, act.Dial):
                 self.services.owe(action.count)
-            elif isinstance(action, lk.SayWhether):
+            elif isinstance(action, act.SayWhether):
                 context, name = self._context, action.connection
                 is_ours = name in context.called or name in context.answered
                 todo.extend(await self._send(m.Vouched(action.connection, is_ours)))
-            elif isinstance(action, lk.Learn):
+            elif isinstance(action, act.Learn):
                 self._vouching.learn(action.connection, action.is_theirs)
-            elif isinstance(action, lk.Drain):
+            elif isinstance(action, act.Drain):
                 if self._draining is None or self._draining.done():  # more Byes say no more
                     self._draining = self._spawn(self._drain_for_peer())
-            elif isinstance(action, lk.Retract):
+            elif isinstance(action, act.Retract):
                 self._registrar.retracted(self, "the peer unlinked")
             else:
                 self._close(action)
@@ -328,7 +329,7 @@ class Session:
     def when_closed(self, call: Callable[[], object]) -> None:
         self._on_close.append(call)
 
-    async def _shake_hands(self, actions: Sequence[lk.Action]) -> None:
+    async def _shake_hands(self, actions: Sequence[act.Action]) -> None:
         await self.perform(actions)
         if not self.is_closed:
             self._listening = self._spawn(self._listen())
@@ -371,7 +372,7 @@ class Session:
     def _ours(self) -> set[bytes]:
         return self._context.called if self.is_caller else self._context.answered
 
-    async def _send(self, message: m.Message) -> Sequence[lk.Action]:
+    async def _send(self, message: m.Message) -> Sequence[act.Action]:
         self._name_by(message)
         try:
             await self.control.send(message)
@@ -398,7 +399,7 @@ class Session:
     async def _probe(self, path: str) -> None:
         await self.perform(await self._verify(path))
 
-    async def _verify(self, path: str) -> Sequence[lk.Action]:
+    async def _verify(self, path: str) -> Sequence[act.Action]:
         try:
             await self._paths.verify(path, self._said, self._deadline)
         except PathUnavailable as error:
@@ -416,7 +417,7 @@ class Session:
         """A stream that the peer dialled for us."""
         self._streams.add(stream)
 
-    async def _publish(self, rest: Sequence[lk.Action]) -> None:
+    async def _publish(self, rest: Sequence[act.Action]) -> None:
         """The link is made; then the rest of what was decided."""
         context = self._context
         self.peer = Peer(
@@ -464,9 +465,9 @@ class Session:
     def _ask_for_stream(self) -> None:
         """In any thread."""
         loop = self._context.loop
-        loop.call_soon_threadsafe(lambda: self._spawn(self.perform([lk.Send(m.DialBack(1))])))
+        loop.call_soon_threadsafe(lambda: self._spawn(self.perform([act.Send(m.DialBack(1))])))
 
-    def _close(self, action: lk.Close) -> None:
+    def _close(self, action: act.Close) -> None:
         self.status, self.reason, self.was_agreed = action.status, action.reason, action.is_agreed
         ending = f"the link ended because {action.reason}"
         self._context.gate.shut(self.door, ending)

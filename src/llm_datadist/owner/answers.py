@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
+from llm_datadist.core.packed import columns_of
 from llm_datadist.core.registry import KeyName
 from llm_datadist.core.segments import Segments, total_of
 from llm_datadist.errors import LLMException, LLMStatusCode, invalid
@@ -95,7 +96,7 @@ class Answers:
 
         The token's call uses it from here on, as long as the permit holds.
         """
-        addrs, nbytes = m.columns_of(read.columns, 2)
+        addrs, nbytes = columns_of(read.columns, 2)
         entry = self._catalog.serve(token, read.cache_id, permit, reader)
         if isinstance(read, m.Read) and read.claim is not None:
             key_id, model_id, is_prefix, row = read.claim

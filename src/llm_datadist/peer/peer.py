@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.fetches import names_of
+from llm_datadist.core.packed import pack_columns
 from llm_datadist.core.pattern import Windows
 from llm_datadist.core.segments import Segments
 from llm_datadist.core.transfer import Pull, Receipt
@@ -233,7 +234,7 @@ class Peer:
         Raises LLMException(LLM_FAILED) when it differs, StaleCache when the owner has it no more.
         """
         for piece in part.windows(m.MAX_REQUEST_SEGMENTS):
-            columns = m.pack_columns(piece.src, piece.nbytes)
+            columns = pack_columns(piece.src, piece.nbytes)
             timeout_ms = max(1, int(deadline.require("the checksum of a transfer") * 1000))
             with self._streams.borrow(deadline) as stream:
                 question = m.Digest(src.cache_id, src.generation, timeout_ms, columns)

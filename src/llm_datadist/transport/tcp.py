@@ -25,6 +25,7 @@ import numpy as np
 
 from llm_datadist.core import messages as m
 from llm_datadist.core.generations import STALE, WORD_NBYTES
+from llm_datadist.core.packed import pack_vectors
 from llm_datadist.core.segments import FEW, iovecs, skip_bytes
 from llm_datadist.errors import LLMException, LLMStatusCode
 from llm_datadist.locks import is_owned
@@ -120,7 +121,7 @@ class TcpChannel:
 def _read_window(stream: Stream, window: Pieces, guard: Guard, deadline: Deadline) -> None:
     timeout_ms = max(1, int(deadline.require("the transfer") * 1000))
     claim = guard.claim and (*guard.claim.key, guard.claim.row)
-    columns = m.pack_vectors(window.src_iovecs())
+    columns = pack_vectors(window.src_iovecs())
     read = m.Read(guard.cache_id, guard.generation, timeout_ms, columns, claim)
     likely_nbytes = len(m.encode(m.Sending(window.total_nbytes)))
     stream.tell(read, deadline)
