@@ -244,9 +244,11 @@ def impostor(serve: Callable[[Wire], None]) -> Iterator[int]:
 
 
 def owner(
-    answer: Callable[[Wire, m.AnyMessage], None], instance: bytes = b"an owner by hand"
+    answer: Callable[[Wire, m.AnyMessage], None],
+    instance: bytes = b"an owner by hand",
+    told: Sequence[m.CacheInfo] = (),
 ) -> Callable[[Wire], None]:
-    """For `impostor`: an owner of cluster id 1 that links honestly, over tcp.
+    """For `impostor`: an owner of cluster id 1 that links over tcp, honestly but for what it tells.
 
     It then answers every request of the caller by `answer`.
     """
@@ -256,7 +258,7 @@ def owner(
         if isinstance(first, m.Hello):
             wire.send(m.Welcome(m.PROTOCOL_VERSION, 1, instance, NONCE, {"tcp": b""}, PROBE))
             wire.expect(m.Ready)
-            wire.send(m.Linked("tcp"))
+            wire.send(m.Linked("tcp", list(told)))
             wire.is_ended()
         else:
             assert isinstance(first, m.Attach), first

@@ -33,6 +33,7 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.link_actions import (
     Action,
     Close,
+    Confirm,
     Dial,
     Drain,
     Learn,
@@ -46,7 +47,7 @@ from llm_datadist.core.link_actions import (
 from llm_datadist.errors import LLMStatusCode, code_to_status
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 #: best first; a transport from outside that is not named here comes after "cma"
 PREFERENCE = ("cma", "nixl", "tcp")
@@ -238,6 +239,8 @@ class CallerLink(Link):
     only: int | None = None
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
+    #: of which caches the listener has told
+    told: Sequence[m.CacheInfo] = ()
     #: why the first connection ended while the ends met; empty while it lives
     _lost_because: str = ""
 
@@ -286,7 +289,7 @@ class CallerLink(Link):
             return self._welcomed(message)
         if self.state is State.AGREEING:
             if isinstance(message, m.Linked) and message.path == self.path:
-                self.state = State.LINKED
+                self.state, self.told = State.LINKED, message.caches
                 return [Publish(self.path)]
             if isinstance(message, m.Unusable):
                 self.rejected.append((message.path, message.reason, message.is_remarkable))
@@ -436,7 +439,7 @@ class ListenerLink(Link):
 
     def _path_works(self, path: str) -> list[Action]:
         self.path, self.state = path, State.LINKED
-        return [Publish(path), Send(m.Linked(path))]
+        return [Publish(path), Confirm(path)]
 
     def _path_failed(self, path: str, reason: str, is_remarkable: bool) -> list[Action]:
         self.state = State.OFFERED
