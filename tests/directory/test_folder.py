@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -342,3 +343,60 @@ def test_a_dead_members_file_is_taken_away(tmp_path: Path, monkeypatch: pytest.M
     assert os.listdir(tmp_path) == []
     for each in (dead, gone, watch):
         each.close()
+
+
+@pytest.mark.parametrize("name", ["empty", "torn"])
+def test_a_file_that_was_written_into_is_written_anew(
+    tmp_path: Path, watch: Watch, name: str
+) -> None:
+    """Not replaced: its number is the same, and no watcher is told."""
+    ours = FolderDirectory(tmp_path).announce(record(7), TTL_S)
+    assert until(watch, bool).joined == (record(7),)
+    (tmp_path / "7.json").write_text(HOSTILE[name])
+    ours.renew()
+    assert json.loads((tmp_path / "7.json").read_text())["record"]["cluster_id"] == 7
+    assert nothing(watch, TTL_S / 2)
+    ours.close()
+
+
+def test_another_start_that_was_written_into_a_file_has_its_place(tmp_path: Path) -> None:
+    ours = FolderDirectory(tmp_path).announce(record(7, 1), TTL_S)
+    (tmp_path / "7.json").write_text(_text(7))
+    with pytest.raises(Superseded, match="has announced itself"):
+        ours.renew()
+    ours.close()
+
+
+STOPPED_AT_A_LOOK = """
+import os, signal, sys, time
+from llm_datadist.directory import FolderDirectory
+stops = [signal.SIGSTOP]
+def hook(event, args):
+    if event == "open" and str(args[0]).endswith("/1.json") and stops:
+        os.kill(os.getpid(), stops.pop())
+sys.addaudithook(hook)
+watch = FolderDirectory(sys.argv[1]).watch()
+there, end = set(), time.monotonic() + 3.0
+while time.monotonic() < end:
+    changes = watch.wait(0.5)
+    there |= {record.cluster_id for record in changes.joined}
+    there -= {record.cluster_id for record in changes.left}
+print(sorted(there))
+"""
+
+
+def test_who_renews_is_seen_however_long_a_look_takes(tmp_path: Path) -> None:
+    """The watcher stands still where it opens the file, for longer than a ttl."""
+    member = FolderDirectory(tmp_path).announce(record(1), TTL_S)
+    command = [sys.executable, "-c", STOPPED_AT_A_LOOK, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as watcher:
+        assert watcher.stdout is not None
+        os.waitpid(watcher.pid, os.WUNTRACED)
+        for renewals in range(25):
+            member.renew()
+            if renewals == 5:
+                os.kill(watcher.pid, signal.SIGCONT)
+            threading.Event().wait(TTL_S / 4)
+        assert watcher.stdout.read() == "[1]\n"
+    member.close()

@@ -367,3 +367,5 @@ def test_failures_name_the_device(pair: Several, caplog: pytest.LogCaptureFixtur
     cache = pair.add(SHAPE)
     assert pull(pair, c.CacheIndex(5, 1), cache, [1]) == c.LLM_NOT_YET_LINK
     assert "device 0: cluster 1 is not linked to cluster 5" in logged(caplog)
+    assert pull(pair, c.CacheIndex(1, 1), cache, [1]) == c.LLM_PARAM_INVALID
+    assert "the key names this cluster itself" in logged(caplog)

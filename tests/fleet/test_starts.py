@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from directory.records import record
@@ -199,3 +200,30 @@ def is_announced(node: Node) -> bool:
 
 def links_to(node: Node, cluster_id: int) -> bool:
     return follower_of(node).wait_for(cluster_id, SOON_S)
+
+
+def test_a_record_that_copies_an_incarnation_keeps_no_link(node: Node, tmp_path: Path) -> None:
+    """The link of a start that was replaced ends, whoever else is said to be at its other end."""
+    with NodeProcess() as peer, NodeProcess() as second:
+        peer.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info=ANY_PORT)
+        peer.call(follow, tmp_path)
+        node.start(LLMRole.DECODER, 2, listen_ip_info=ANY_PORT, sync_kv_timeout=1000)
+        follow(node, tmp_path, PROMPTS)
+        assert eventually(lambda: linked_ids(node) == [1], SOON_S)
+        real = follower_of(node).find(1)
+        assert real is not None
+        peer.call(stop_following)  # else it cuts the link of the replaced start by itself
+        directory = FolderDirectory(tmp_path)
+        directory.announce(real, 600.0).close()
+        directory.announce(msgspec.structs.replace(real, cluster_id=9), 600.0).close()
+        assert eventually(lambda: says_why(node, 9, "cluster 1 answers there"), SOON_S)
+        assert eventually(lambda: linked_ids(node) == [1], SOON_S)
+        second.call(Node.start, LLMRole.DECODER, 2, listen_ip_info=ANY_PORT)
+        second.call(follow, tmp_path, PROMPTS)
+        assert eventually(lambda: second.call(linked_ids) == [1], SOON_S)
+        assert linked_ids(node) == []
+
+
+def says_why(node: Node, cluster_id: int, reason: str) -> bool:
+    members = follower_of(node).members()
+    return any(each.record.cluster_id == cluster_id and reason in each.reason for each in members)

@@ -50,6 +50,8 @@ class _File:
         self._entry = entry
         #: kept open: its number is no other file's then
         self._fd = -1
+        #: as we left it: who wrote into it since has changed that
+        self._seal: files.Seal | None = None
         self._renewed_at = 0.0
         self._place = Place(entry)
         with suppress(OSError):  # to write will say why
@@ -57,7 +59,7 @@ class _File:
         self._write(entry)
 
     def renew(self) -> None:
-        """Sets the time of our file, or writes it again where it is missing.
+        """Sets the time of our file, or writes it again where it is missing or was written into.
 
         Also when we were late, as a process that was stopped is, or its file system: others have
         forgotten us, and do not look at the times of files that they know nothing of.
@@ -65,6 +67,7 @@ class _File:
         try:
             if self._is_in_place():
                 os.utime(self._fd)
+                self._seal = files.Seal.of(os.fstat(self._fd))
                 late_at, self._renewed_at = self._renewed_at + self._entry.ttl_s, now_s()
                 if self._renewed_at < late_at:
                     return
@@ -99,7 +102,7 @@ class _File:
         if self._fd < 0:
             return False
         try:
-            return os.path.samestat(os.stat(self._path, follow_symlinks=False), os.fstat(self._fd))
+            return files.Seal.of(os.stat(self._path, follow_symlinks=False)) == self._seal
         except FileNotFoundError:
             os.stat(self._folder)  # raises when it is the folder that is gone
             return False
@@ -119,7 +122,7 @@ class _File:
         except OSError as error:
             raise self._failed("write", error) from error
         self.close()
-        self._fd = fd
+        self._fd, self._seal = fd, files.Seal.of(os.fstat(fd))
         self._renewed_at = now_s()
 
     def _failed(self, verb: str, error: OSError) -> DirectoryError:

@@ -58,7 +58,7 @@ class FolderWatch:
         end = time.monotonic() + timeout_s
         try:
             while True:
-                self._look(time.monotonic())
+                self._look()
                 changes = self._members.take()
                 if changes or self._is_interrupted or not self._has_more(end):
                     return changes
@@ -92,24 +92,25 @@ class FolderWatch:
         is_told = bool(poll.poll(max(0.0, left_s) * 1000 + 1))
         return is_told or time.monotonic() < end
 
-    def _look(self, now: float) -> None:
+    def _look(self) -> None:
+        """A look may take long: each file counts as seen when it was."""
         if self._is_open and self._inotify is not None:
             events = self._inotify.read()
             if events.is_gone or self._identity != _identity_of(self._folder):
                 self._shut()
             elif events.is_incomplete:
-                self._read(self._names(), now)
+                self._read(self._names())
             else:
-                self._read(events.names, now)
+                self._read(events.names)
         if not self._is_open:
-            self._open(now)
-        elif self._look_at is not None and now >= self._look_at:
-            self._read(self._names(), now)
+            self._open()
+        elif self._look_at is not None and time.monotonic() >= self._look_at:
+            self._read(self._names())
             self._look_at = time.monotonic() + self._look_s
-        self._look_at_overdue(now)
-        self._sweep(now)
+        self._look_at_overdue()
+        self._sweep()
 
-    def _open(self, now: float) -> None:
+    def _open(self) -> None:
         """From nothing, or after the folder was gone."""
         self._identity = _identity_of(self._folder)
         try:
@@ -120,11 +121,11 @@ class FolderWatch:
                 "%.1f s", self._folder, error.strerror, self._look_s,
             )  # fmt: skip
         is_told = self._inotify is not None and _type_of(self._folder) in _LOCAL
-        self._look_at = None if is_told else now + self._look_s
+        self._look_at = None if is_told else time.monotonic() + self._look_s
         self._is_open = True
-        self._read(self._names(), now)
+        self._read(self._names())
         if self._was_open:
-            self._members.forgive(now)
+            self._members.forgive(time.monotonic())
         self._was_open = True
 
     def _shut(self) -> None:
@@ -133,20 +134,20 @@ class FolderWatch:
             self._inotify.close()
         self._inotify = None
 
-    def _read(self, names: Iterable[str], now: float) -> None:
+    def _read(self, names: Iterable[str]) -> None:
         for name in names:
             cluster_id = files.id_of(name)
             if cluster_id is not None and (
                 cluster_id in self._seals or len(self._seals) < MAX_MEMBERS
             ):
-                self._read_file(cluster_id, now)
+                self._read_file(cluster_id)
 
     def _names(self) -> list[str]:
         """Of so many files that nobody can exhaust our memory with them."""
         with os.scandir(self._folder) as there:
             return [each.name for each in islice(there, 2 * MAX_MEMBERS)]
 
-    def _read_file(self, cluster_id: int, now: float) -> None:
+    def _read_file(self, cluster_id: int) -> None:
         """What is torn, or no record, says nothing: its member has the rest of its ttl."""
         path = self._path(cluster_id)
         known = self._seals.get(cluster_id)
@@ -156,7 +157,7 @@ class FolderWatch:
             seal, entry = files.read(path, cluster_id)
         except FileNotFoundError:
             if self._seals.pop(cluster_id, None) is not None:
-                self._members.missing(cluster_id, now)
+                self._members.missing(cluster_id, time.monotonic())
             return
         except OSError as error:
             self._complaints.add(path, str(error.strerror))
@@ -165,21 +166,23 @@ class FolderWatch:
         if isinstance(entry, ValueError):
             self._complaints.add(path, str(entry))
             return
+        now = time.monotonic()
         if entry.has_left:
             self._stale[cluster_id] = (seal, now + _KEPT_TTLS * entry.ttl_s)
         self._members.heard(entry, now)
 
-    def _look_at_overdue(self, now: float) -> None:
-        for cluster_id in self._members.overdue(now):
+    def _look_at_overdue(self) -> None:
+        for cluster_id in self._members.overdue(time.monotonic()):
             before = self._seals.get(cluster_id)
-            self._read_file(cluster_id, now)
+            self._read_file(cluster_id)
             after = self._seals.get(cluster_id)
             if after is not None and after == before:
                 kept_s = _KEPT_TTLS * self._members.ttl_s(cluster_id)
-                self._stale[cluster_id] = (after, now + kept_s)
+                self._stale[cluster_id] = (after, time.monotonic() + kept_s)
 
-    def _sweep(self, now: float) -> None:
+    def _sweep(self) -> None:
         """Takes away what a dead member left, long after; who lives writes it again."""
+        now = time.monotonic()
         for cluster_id, (seal, at) in tuple(self._stale.items()):
             if now >= at or self._seals.get(cluster_id) != seal:
                 del self._stale[cluster_id]

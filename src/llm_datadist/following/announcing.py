@@ -75,8 +75,9 @@ class Announcer:
 
     def stop(self) -> None:
         """From any thread: says that we have left, once, and ends. May be called again."""
+        self._wanted = None  # first: what is said behind the end's beginning is the last word
         self._is_ending = True
-        self.say(None)
+        self._wakes.put(None)
 
     def wait_until_said(self, timeout_s: float) -> bool:
         """Whether what was to be said was said in time; also when there is nothing to be said."""

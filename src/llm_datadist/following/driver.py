@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llm_datadist.running.loop import Loop
 
     Facts: TypeAlias = Mapping[str, str]
+    #: a cluster id and an incarnation: whose record copies another's incarnation is not that one
+    Start: TypeAlias = tuple[int, str]
 
 #: so many members are looked at before the loop has its turn again
 _PORTION: Final = 64
@@ -64,15 +66,15 @@ class Driver:
         self.plan = Plan(cluster_id, wants, facts, random.random)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        #: the incarnations that are being unlinked to make room for others
-        self._yielding: set[str] = set()
+        #: the members that are being unlinked to make room for others
+        self._yielding: set[Start] = set()
         #: what the directory said, and was not looked at yet
         self._news: deque[Changes] = deque()
         self._is_taking = False
         #: why nobody is linked: its program switches roles, another start has its place
         self._is_down = self._is_superseded = False
-        #: the incarnations that were linked from here, and by nobody else of this program
-        self._made: set[str] = set()
+        #: the members that were linked from here, and by nobody else of this program
+        self._made: set[Start] = set()
         self._is_over = False
         #: rung when somebody has come or gone, a link was made or has ended
         self.bell = Bell()
@@ -168,8 +170,8 @@ class Driver:
         incarnation = session.instance.hex()
         others = self._linker.ours(self._links.of(session.cluster_id))
         if all(other.instance != session.instance for other in others):
-            self._made.discard(incarnation)
-            has_yielded = incarnation in self._yielding
+            self._made.discard(_start_of(session))
+            has_yielded = _start_of(session) in self._yielding
             self.plan.ended(
                 session.cluster_id, incarnation, self._loop.time(), has_yielded=has_yielded
             )
@@ -268,11 +270,11 @@ class Driver:
             return ""
         target = Target(record.cluster_id, (endpoint,))
         incarnation = bytes.fromhex(record.incarnation)
-        self._made.add(record.incarnation)
+        self._made.add(_start(record))
         outcome = await self._linker.link(target, _LINK_S, expected=incarnation)
         if outcome.status is LLMStatusCode.LLM_SUCCESS or self._sessions(record):
             return ""
-        self._made.discard(record.incarnation)
+        self._made.discard(_start(record))
         return outcome.reason
 
     async def _leave(self, action: Leave) -> None:
@@ -291,18 +293,18 @@ class Driver:
         other = next(idle, None)
         try:
             if other is not None:
-                self._yielding.add(other.incarnation)
+                self._yielding.add(_start(other))
                 await self._leave(Leave(other, f"{record} needs its place"))
         finally:
             if other is not None:
-                self._yielding.discard(other.incarnation)
+                self._yielding.discard(_start(other))
             self.plan.made_room(record)
         self.act()
 
     def _may_yield(self, record: Record) -> bool:
         sessions = self._sessions(record)
         is_used = any(each.num_running for each in sessions)
-        return bool(sessions) and not is_used and record.incarnation not in self._yielding
+        return bool(sessions) and not is_used and _start(record) not in self._yielding
 
     async def _cut(self, action: Cut) -> None:
         incarnation = bytes.fromhex(action.record.incarnation)
@@ -311,7 +313,7 @@ class Driver:
                 await session.cut(f"{action.record} has taken its place in the fleet")
 
     def _is_made(self, session: Session) -> bool:
-        return session.is_caller and session.instance.hex() in self._made
+        return session.is_caller and _start_of(session) in self._made
 
     def _sessions(self, record: Record) -> list[Session]:
         """The links to that very incarnation, that are ours to use."""
@@ -336,6 +338,14 @@ class Driver:
             logger.info("%s has left the fleet", record)
         for change in changes.changed:
             logger.info("%s is %s now, at %s", change.before, change.now, change.now.endpoint)
+
+
+def _start(record: Record) -> Start:
+    return record.cluster_id, record.incarnation
+
+
+def _start_of(session: Session) -> Start:
+    return session.cluster_id, session.instance.hex()
 
 
 def _portions(changes: Changes, us: int) -> Iterator[Changes]:

@@ -57,7 +57,7 @@ class Moving:
         Raises LLMException, which names the first device that failed; nothing arrives after it was
         raised.
         """
-        if isinstance(asked, Pull | Push):
+        if isinstance(asked, Pull | Push) and not self._is_of_ourselves(asked):
             self._require_links(asked.place.cluster_id)
         each = [self._of_device(asked, device) for device in range(len(self._places))]
 
@@ -118,6 +118,10 @@ class Moving:
                 except LLMException as error:
                     get_logger().warning("an owner does not know what was pulled of it: %s", error)
                 return
+
+    def _is_of_ourselves(self, asked: Pull | Push) -> bool:
+        """A pull that each device refuses, and says why."""
+        return isinstance(asked, Pull) and self._places[0].links.is_self(asked.place.cluster_id)
 
     def _require_links(self, cluster_id: int) -> None:
         """Before anything moves. Raises LLMException(LLM_NOT_YET_LINK)."""

@@ -69,11 +69,12 @@ def is_finalizer() -> bool:
 def start_thread(
     target: Callable[[], object], name: str, *, runs_program: bool = False
 ) -> threading.Thread:
-    """A daemon thread; `runs_program`: it calls what the program gave us.
+    """A daemon thread; `runs_program`: it calls what the program gave us, which waits for its end
+    as for that of any thread of its own.
 
     Raises LLMException(LLM_FAILED) when the system has none to give.
     """
-    thread = _OurThread(target=target, name=name, daemon=True)
+    thread = _OurThread(target=target, name=name, daemon=not runs_program)
     thread.runs_program = runs_program
     try:
         thread.start()
@@ -244,7 +245,7 @@ class _Errand(Generic[T]):
         self._work = work
         self._undo = undo
         self._made: list[T] = []
-        #: who does it
+        #: who does it; None: nobody, its caller has gone before it was begun
         self._doer: dict[None, object] = {}
         self.error: BaseException | None = None
         #: who came first: the work, or its caller's leaving
@@ -255,9 +256,6 @@ class _Errand(Generic[T]):
         """Once, however often it is called."""
         me = object()
         if self._doer.setdefault(None, me) is not me:
-            return
-        if self._fate:  # its caller has gone before it was begun
-            self.over.set()
             return
         try:
             self._made.append(self._work())
@@ -274,6 +272,7 @@ class _Errand(Generic[T]):
 
     def leave(self) -> str:
         """Nobody takes what it makes: it is not begun from here on. What came first."""
+        self._doer.setdefault(None, None)  # in one step with who would begin it
         return self._fate.setdefault(None, "abandoned")
 
     def result(self) -> T:
