@@ -134,7 +134,7 @@ def test_a_member_reads_what_is_registered_and_nothing_else(
         reverse.serve_probe()
         while isinstance(said := control.receive(), m.DialBack):
             pass
-        assert isinstance(said, m.Linked)
+        assert said == m.Linked("tcp")
         stream.send(m.ListCaches())
         [info] = stream.expect(m.Caches).infos
         addr = int(np.frombuffer(info.addrs, "<u8")[0])

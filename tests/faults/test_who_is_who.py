@@ -83,7 +83,7 @@ def test_who_is_what_it_says_is_linked_and_only_its_own_memory_is_read(
     mine, data = Memory(), np.frombuffer(SECRET[::-1], np.uint8).copy()
     with meet(victim.offer) as control:
         welcome, answer = try_to_link(control, greeting(b"", mine.probe))
-        assert isinstance(answer, m.Linked)
+        assert answer == m.Linked("cma")
         with meet(victim.offer) as stream:
             stream.send(m.Attach(welcome.token, False))
             stream.expect(m.Attached)
@@ -131,7 +131,7 @@ def test_only_the_process_of_a_link_adds_streams_to_it(
 ) -> None:
     with meet(victim.offer) as control, Wire.dial(victim.port) as by_tcp:
         welcome, answer = try_to_link(control, greeting(b"", (mine := Memory()).probe))
-        assert isinstance(answer, m.Linked), mine
+        assert answer == m.Linked("cma"), mine
         neighbour = clusters[NEIGHBOUR].process
         told = neighbour.call(attach_to, victim.offer, welcome.token)
         by_tcp.send(m.Attach(welcome.token, False))

@@ -244,11 +244,9 @@ def impostor(serve: Callable[[Wire], None]) -> Iterator[int]:
 
 
 def owner(
-    answer: Callable[[Wire, m.AnyMessage], None],
-    instance: bytes = b"an owner by hand",
-    told: Sequence[m.CacheInfo] = (),
+    answer: Callable[[Wire, m.AnyMessage], None], instance: bytes = b"an owner by hand"
 ) -> Callable[[Wire], None]:
-    """For `impostor`: an owner of cluster id 1 that links over tcp, honestly but for what it tells.
+    """For `impostor`: an owner of cluster id 1 that links honestly, over tcp.
 
     It then answers every request of the caller by `answer`.
     """
@@ -258,7 +256,7 @@ def owner(
         if isinstance(first, m.Hello):
             wire.send(m.Welcome(m.PROTOCOL_VERSION, 1, instance, NONCE, {"tcp": b""}, PROBE))
             wire.expect(m.Ready)
-            wire.send(m.Linked("tcp", list(told)))
+            wire.send(m.Linked("tcp"))
             wire.is_ended()
         else:
             assert isinstance(first, m.Attach), first

@@ -122,9 +122,6 @@ class End:
                 assert action.path in self.verified
                 assert self.published is None
                 self.published = action.path
-            elif isinstance(action, act.Confirm):
-                assert action.path == self.published
-                self._send(m.Linked(action.path))
             elif isinstance(action, act.Drain):
                 self.drains += 1
             elif isinstance(action, act.Retract):

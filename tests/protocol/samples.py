@@ -81,7 +81,6 @@ def samples() -> Iterator[m.Message]:
     yield m.Ready("cma")
     yield m.Unusable("cma", "Operation not permitted", True)
     yield m.Linked("tcp")
-    yield m.Linked("cma", [_INFO])
     yield m.Refused(5, "clusters 1 and 2 are linked already")
     yield m.DialBack(4)
     yield m.Bye()

@@ -161,7 +161,7 @@ def test_a_listener_publishes_before_it_tells_the_caller() -> None:
     assert link.received(m.Ready("tcp")) == [act.Probe("tcp")]
     assert link.probed("tcp", None, is_remarkable=False) == [
         act.Publish("tcp"),
-        act.Confirm("tcp"),
+        act.Send(m.Linked("tcp")),
     ]
 
 

@@ -33,7 +33,6 @@ from llm_datadist.core import messages as m
 from llm_datadist.core.link_actions import (
     Action,
     Close,
-    Confirm,
     Dial,
     Drain,
     Learn,
@@ -47,7 +46,7 @@ from llm_datadist.core.link_actions import (
 from llm_datadist.errors import LLMStatusCode, code_to_status
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 #: best first; a transport from outside that is not named here comes after "cma"
 PREFERENCE = ("cma", "nixl", "tcp")
@@ -239,8 +238,6 @@ class CallerLink(Link):
     only: int | None = None
     _candidates: list[str] = field(default_factory=list)
     token: bytes = b""
-    #: of which caches the listener has told
-    told: Sequence[m.CacheInfo] = ()
     #: why the first connection ended while the ends met; empty while it lives
     _lost_because: str = ""
 
@@ -289,7 +286,7 @@ class CallerLink(Link):
             return self._welcomed(message)
         if self.state is State.AGREEING:
             if isinstance(message, m.Linked) and message.path == self.path:
-                self.state, self.told = State.LINKED, message.caches
+                self.state = State.LINKED
                 return [Publish(self.path)]
             if isinstance(message, m.Unusable):
                 self.rejected.append((message.path, message.reason, message.is_remarkable))
@@ -439,7 +436,7 @@ class ListenerLink(Link):
 
     def _path_works(self, path: str) -> list[Action]:
         self.path, self.state = path, State.LINKED
-        return [Publish(path), Confirm(path)]
+        return [Publish(path), Send(m.Linked(path))]
 
     def _path_failed(self, path: str, reason: str, is_remarkable: bool) -> list[Action]:
         self.state = State.OFFERED

@@ -37,13 +37,6 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class Confirm:
-    """Tell the caller that the link is made by that path, and of our caches if they are few."""
-
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
 class Dial:
     """Open `count` streams on which the peer makes the requests."""
 
@@ -86,5 +79,5 @@ class Close:
 
 
 Action: TypeAlias = (
-    Send | Probe | Meet | Publish | Confirm | Dial | SayWhether | Learn | Drain | Retract | Close
+    Send | Probe | Meet | Publish | Dial | SayWhether | Learn | Drain | Retract | Close
 )

@@ -39,10 +39,6 @@ MAX_REQUEST_NBYTES = 2**40
 
 #: caches in one table: its owner tells of the newest, and is asked about others
 MAX_CACHES = 65536
-#: caches that a hand-shake tells of …
-MAX_TOLD_CACHES = 16
-#: … and what their addresses, keys and layouts may take
-MAX_TOLD_NBYTES = 16 * 1024
 #: keys of one cache that peers are told
 MAX_KEYS = 65536
 #: what a key takes: four u64
@@ -132,6 +128,12 @@ class Unusable(Message, tag=4):
     path: Text
     reason: Text
     is_remarkable: bool
+
+
+class Linked(Message, tag=5):
+    """Both directions are verified and the listener has published the link."""
+
+    path: Text
 
 
 class Refused(Message, tag=6):
@@ -248,17 +250,6 @@ class CacheInfo(Message, tag=21):
     layout: LayoutInfo | None = None
     #: its owner counts who has pulled of it, and is told by UseUp
     is_counted: bool = False
-
-
-class Linked(Message, tag=5):
-    """Both directions are verified and the listener has published the link.
-
-    With few caches it tells of all that the caller may reach, which then need not ask for its table
-    first; what changes behind that is found out as it is of every table.
-    """
-
-    path: Text
-    caches: Annotated[list[CacheInfo], Meta(max_length=MAX_TOLD_CACHES)] = []
 
 
 class Resolved(Message, tag=22):

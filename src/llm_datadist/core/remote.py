@@ -183,10 +183,8 @@ class RemoteTable:
         #: those that have keys
         self._keyed = [cache for cache in self._by_id.values() if cache.keys]
         self._keys = RemoteKeys([cache.keys for cache in self._keyed])
-        #: those that were found before; a few are at once: numpy takes as long as a small pull
-        self._found: dict[KeyName, tuple[RemoteCache, int]] = {
-            KeyName(*key): (self._keyed[index], row) for key, (index, row) in self._keys.few()
-        }
+        #: those that were found before
+        self._found: dict[KeyName, tuple[RemoteCache, int]] = {}
         self._ranges: Ranges | None = None
 
     def find(self, cache_id: int) -> RemoteCache | None:

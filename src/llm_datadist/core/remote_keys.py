@@ -6,16 +6,14 @@ seconds. Of a table's keys few are ever asked for.
 
 from __future__ import annotations
 
-from bisect import bisect
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from llm_datadist.core.messages import KEY_NBYTES
-from llm_datadist.core.segments import FEW
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from llm_datadist.core.registry import KeyName
     from llm_datadist.core.segments import U64
@@ -33,14 +31,6 @@ class RemoteKeys:
         self._columns = np.concatenate([none, *map(_columns_of, packed)], axis=1)
         #: where the keys of each cache end
         self._ends = np.cumsum([len(each) // KEY_NBYTES for each in packed])
-
-    def few(self) -> Iterator[tuple[tuple[int, int, bool], tuple[int, int]]]:
-        """Each key (id, model id, whether it is a prefix), and what `find` says; none of many."""
-        if self._columns.shape[1] > FEW:
-            return
-        ends = self._ends.tolist()
-        for number, (key_id, model_id, is_prefix, row) in enumerate(self._columns.T.tolist()):
-            yield (key_id, model_id, bool(is_prefix)), (bisect(ends, number), row)
 
     def find(self, key: KeyName) -> tuple[int, int] | None:
         """Which of the caches has the key, and at which row; of several the last."""

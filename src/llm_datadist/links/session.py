@@ -310,8 +310,6 @@ class Session:
                 # apart: others are asked about it meanwhile, and the peer may ask on this very link
                 self._spawn(self._publish(tuple(todo)))
                 return
-            elif isinstance(action, act.Confirm):
-                todo.extend(await self._send(m.Linked(action.path, self._told())))
             elif isinstance(action, act.Dial):
                 self.services.owe(action.count)
             elif isinstance(action, act.SayWhether):
@@ -430,7 +428,6 @@ class Session:
             self.door,
             self.bundle,
             is_one_sided=context.me.is_remote_accessible,
-            told=self._link.told if isinstance(self._link, lk.CallerLink) else (),
             checking=context.checking,
         )
         self.reopen()
@@ -438,11 +435,6 @@ class Session:
         await self._registrar.linked(self)
         await self.perform(rest)
         self._settled.set()
-
-    def _told(self) -> list[m.CacheInfo]:
-        """Of which caches the caller is told: its first pull need not ask for them."""
-        context = self._context
-        return context.serving.answers.told() if context.me.is_remote_accessible else []
 
     def report(self) -> None:
         """That the link is made, and why not by a better path."""

@@ -81,13 +81,6 @@ class Answers:
             raise invalid(f"cluster {self._cluster_id} does not have the path {request.path!r}")
         return m.Exports(transport.exports())
 
-    def told(self) -> list[m.CacheInfo]:
-        """What a hand-shake tells of: all caches that peers may reach, or none if that is much."""
-        if self._catalog.num_entries > m.MAX_TOLD_CACHES:
-            return []
-        infos = self._catalog.describe_all()
-        return infos if sum(map(_nbytes, infos)) <= m.MAX_TOLD_NBYTES else []
-
     def is_probe(self, request: m.Read) -> bool:
         """Whether it reads the nonce of a hand-shake, and no cache."""
         return request.cache_id == self._catalog.probe.cache_id
@@ -134,12 +127,6 @@ class Answers:
         if pieces.total_nbytes > holds:
             raise invalid(f"a push of more bytes than cache {entry.cache_id} has, which is {holds}")
         return entry
-
-
-def _nbytes(info: m.CacheInfo) -> int:
-    """What a description takes, about."""
-    layers = b"" if info.layout is None else info.layout.layers
-    return len(info.addrs) + len(info.keys) + len(layers)
 
 
 def _check_reach(entry: Entry, generation: int, addrs: U64, nbytes: U64) -> None:

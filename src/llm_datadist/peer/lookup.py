@@ -35,27 +35,17 @@ class Lookup:
     """The caches of one peer. Thread-safe.
 
     In remote-accessible mode (`is_tabled`) the owner's table, of all that peers may reach, is
-    fetched once, unless the hand-shake told of it, and again when something is missing from it or
-    proved stale. In two-sided mode the owner is asked; where it checks claims with each read
-    (`remembers`), its answer is kept until a read proves it stale.
+    fetched once, and again when something is missing from it or proved stale. In two-sided mode the
+    owner is asked; where it checks claims with each read (`remembers`), its answer is kept until a
+    read proves it stale.
     """
 
-    def __init__(
-        self,
-        streams: StreamPool,
-        *,
-        is_tabled: bool,
-        remembers: bool,
-        told: Sequence[m.CacheInfo] = (),
-    ) -> None:
+    def __init__(self, streams: StreamPool, *, is_tabled: bool, remembers: bool) -> None:
         self._streams = streams
         self._is_tabled = is_tabled
         self._remembers = remembers
         self._fetching = Turns()
         self._table: RemoteTable | None = None
-        if is_tabled and told:
-            with suppress(m.ProtocolError):  # who asks for the table is told what is wrong with it
-                self._table = RemoteTable(map(understand, told))
         self._answers: dict[int | KeyName, Found] = {}
 
     def find(self, name: int | KeyName, deadline: Deadline) -> Found:

@@ -27,7 +27,7 @@ from llm_datadist.transport.base import StaleCache
 from llm_datadist.transport.stream import RequestRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from llm_datadist.core.combs import Pieces
     from llm_datadist.core.registry import Entry, KeyName
@@ -63,13 +63,9 @@ class Peer:
         bundle: bytes,
         *,
         is_one_sided: bool,
-        told: Sequence[m.CacheInfo],
         checking: Movers | None,
     ) -> None:
-        """`is_one_sided`: remote-accessible mode. `told`: the caches that the hand-shake told of.
-
-        `checking`: compares what arrived; None: not.
-        """
+        """`is_one_sided`: remote-accessible mode. `checking`: compares what arrived; None: not."""
         self.cluster_id = cluster_id
         #: what calls that use this peer go through
         self.door = door
@@ -83,7 +79,7 @@ class Peer:
         self._has_warned = False
         # where the owner takes part in each read, it checks there what it once answered
         remembers = transport.asks_owner and not is_one_sided
-        self._lookup = Lookup(streams, is_tabled=is_one_sided, remembers=remembers, told=told)
+        self._lookup = Lookup(streams, is_tabled=is_one_sided, remembers=remembers)
 
     @property
     def path(self) -> str:
