@@ -67,9 +67,10 @@ class _File:
         try:
             if self._is_in_place():
                 os.utime(self._fd)
-                self._seal = files.Seal.of(os.fstat(self._fd))
+                before, self._seal = self._seal, files.Seal.of(os.fstat(self._fd))
                 late_at, self._renewed_at = self._renewed_at + self._entry.ttl_s, now_s()
-                if self._renewed_at < late_at:
+                is_whole = before is not None and before.nbytes == self._seal.nbytes
+                if is_whole and self._renewed_at < late_at:
                     return
         except OSError as error:
             raise self._failed("renew", error) from error

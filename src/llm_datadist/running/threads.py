@@ -250,6 +250,8 @@ class _Errand(Generic[T]):
         self.error: BaseException | None = None
         #: who came first: the work, or its caller's leaving
         self._fate: dict[None, str] = {}
+        #: who undoes it: who abandons it may be struck, and do so again
+        self._undoer: dict[None, object] = {}
         self.over = Latch()
 
     def do(self) -> None:
@@ -281,7 +283,8 @@ class _Errand(Generic[T]):
         return self._made[0]
 
     def _take_back(self) -> None:
-        if self._undo is not None and self._made:
+        me = object()
+        if self._undo is not None and self._made and self._undoer.setdefault(None, me) is me:
             self._undo(self._made[0])
 
 

@@ -153,8 +153,9 @@ def begin(
 ) -> None:
     """Sends in a thread of its own, which completes the task whatever happens.
 
-    Not a daemon's: a program that ends behind the call has sent all layers then (spec 6.12). Raises
-    LLMException when no thread can be started.
+    Not a daemon's: a program that ends behind the call has sent all layers then (spec 6.12), but
+    for a call in an exit handler, before which Python has waited. Raises LLMException when no
+    thread can be started.
     """
     run = contextvars.copy_context().run  # spans belong to the caller's
     work = partial(run, _run, transfers, asked, synchronizer, task)
