@@ -184,9 +184,9 @@ class Follower:
         if os.getpid() != self._pid:
             return  # the parent's threads would hear of it
         self.is_stopped = True
+        self._loop.call_soon(self._driver.stop)  # first: what the last word meets ends no link
         self._announcer.stop()
         self._watcher.stop()
-        self._loop.call_soon(self._driver.stop)
         self._driver.bell.ring()
 
     def end(self, deadline: Deadline) -> None:
