@@ -18,6 +18,7 @@ import pytest
 from directory.records import nothing, record, until
 from llm_datadist.directory import DirectoryError, FolderDirectory, Superseded
 from llm_datadist.directory.record import MAX_NBYTES
+from programs import environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,7 +126,7 @@ def test_a_writer_that_dies_in_the_middle_leaves_the_old_record(tmp_path: Path) 
         writer = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path)],
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=environment(),
         )
         assert writer.stdout is not None
         writer.stdout.readline()
@@ -389,14 +390,15 @@ def test_who_renews_is_seen_however_long_a_look_takes(tmp_path: Path) -> None:
     """The watcher stands still where it opens the file, for longer than a ttl."""
     member = FolderDirectory(tmp_path).announce(record(1), TTL_S)
     command = [sys.executable, "-c", STOPPED_AT_A_LOOK, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as watcher:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as watcher:
         assert watcher.stdout is not None
         os.waitpid(watcher.pid, os.WUNTRACED)
         for renewals in range(25):
             member.renew()
             if renewals == 5:
                 os.kill(watcher.pid, signal.SIGCONT)
-            threading.Event().wait(TTL_S / 4)
+            with suppress(subprocess.TimeoutExpired):
+                watcher.wait(TTL_S / 4)
+                break
         assert watcher.stdout.read() == "[1]\n"
     member.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from llm_datadist import (
     TransferWithCacheKeyConfig,
 )
 from llm_datadist.testing.cluster import Node
+from programs import environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,7 +144,7 @@ except LLMException as error:
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment(),
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert "LLM_FEATURE_NOT_ENABLED" in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 
 from llm_datadist import BlocksCacheKey, LLMRole
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
+from programs import environment
 
 SHAPE = (4, 2, 4096)
 
@@ -41,7 +41,6 @@ def test_a_program_that_ends_has_sent_its_layers(peer: NodeProcess, path: str) -
     )  # fmt: skip
     cache_id = peer.call(Node.add_blocks, *SHAPE, key=BlocksCacheKey(1, 0))
     command = [sys.executable, "-c", PROGRAM, str(port), path, *map(str, SHAPE)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
     assert (ended.returncode, ended.stderr) == (0, "")
     np.testing.assert_array_equal(peer.call(Node.array_of, cache_id), make_array(SHAPE, 5))

@@ -20,6 +20,7 @@ from llm_datadist import BlocksCacheKey, LLMRole
 from llm_datadist.core import messages as m
 from llm_datadist.testing.cluster import Node, NodeProcess
 from llm_datadist.transport.same_host import SameHost
+from programs import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -215,8 +216,7 @@ def _dying(script: str, offer: bytes) -> Iterator[tuple[list[int], subprocess.Po
     name = SameHost.offered(offer)[0].id.hex()
     with ours, theirs:
         command = [sys.executable, "-c", script, str(theirs.fileno()), name]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        process = subprocess.Popen(command, env=environment(), pass_fds=[theirs.fileno()])
         theirs.close()
         try:
             _, fds, _, _ = socket.recv_fds(ours, 1, 2)

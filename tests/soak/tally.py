@@ -96,5 +96,5 @@ def resident_nbytes(pid: int | str = "self") -> int:
     if pid == "self":
         gc.collect()
     with open(f"/proc/{pid}/status") as file:
-        found = next(line for line in file if line.startswith("RssAnon:"))
-    return int(found.split()[1]) * 1024
+        ours = [line.split()[1] for line in file if line.startswith(("RssAnon:", "RssShmem:"))]
+    return sum(map(int, ours)) * 1024

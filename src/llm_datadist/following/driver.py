@@ -170,8 +170,8 @@ class Driver:
         incarnation = session.instance.hex()
         others = self._linker.ours(self._links.of(session.cluster_id))
         if all(other.instance != session.instance for other in others):
-            self._made.discard(_start_of(session))
-            has_yielded = _start_of(session) in self._yielding
+            self._made.discard(_linked(session))
+            has_yielded = _linked(session) in self._yielding
             self.plan.ended(
                 session.cluster_id, incarnation, self._loop.time(), has_yielded=has_yielded
             )
@@ -270,11 +270,11 @@ class Driver:
             return ""
         target = Target(record.cluster_id, (endpoint,))
         incarnation = bytes.fromhex(record.incarnation)
-        self._made.add(_start(record))
+        self._made.add(_announced(record))
         outcome = await self._linker.link(target, _LINK_S, expected=incarnation)
         if outcome.status is LLMStatusCode.LLM_SUCCESS or self._sessions(record):
             return ""
-        self._made.discard(_start(record))
+        self._made.discard(_announced(record))
         return outcome.reason
 
     async def _leave(self, action: Leave) -> None:
@@ -293,18 +293,18 @@ class Driver:
         other = next(idle, None)
         try:
             if other is not None:
-                self._yielding.add(_start(other))
+                self._yielding.add(_announced(other))
                 await self._leave(Leave(other, f"{record} needs its place"))
         finally:
             if other is not None:
-                self._yielding.discard(_start(other))
+                self._yielding.discard(_announced(other))
             self.plan.made_room(record)
         self.act()
 
     def _may_yield(self, record: Record) -> bool:
         sessions = self._sessions(record)
         is_used = any(each.num_running for each in sessions)
-        return bool(sessions) and not is_used and _start(record) not in self._yielding
+        return bool(sessions) and not is_used and _announced(record) not in self._yielding
 
     async def _cut(self, action: Cut) -> None:
         incarnation = bytes.fromhex(action.record.incarnation)
@@ -313,7 +313,7 @@ class Driver:
                 await session.cut(f"{action.record} has taken its place in the fleet")
 
     def _is_made(self, session: Session) -> bool:
-        return session.is_caller and _start_of(session) in self._made
+        return session.is_caller and _linked(session) in self._made
 
     def _sessions(self, record: Record) -> list[Session]:
         """The links to that very incarnation, that are ours to use."""
@@ -340,11 +340,11 @@ class Driver:
             logger.info("%s is %s now, at %s", change.before, change.now, change.now.endpoint)
 
 
-def _start(record: Record) -> Start:
+def _announced(record: Record) -> Start:
     return record.cluster_id, record.incarnation
 
 
-def _start_of(session: Session) -> Start:
+def _linked(session: Session) -> Start:
     return session.cluster_id, session.instance.hex()
 
 
