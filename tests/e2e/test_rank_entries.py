@@ -20,6 +20,7 @@ from rank_members import (
     record_log,
     settle,
     start,
+    unlink,
 )
 from two_hosts import HOSTS, enter_host
 
@@ -35,6 +36,8 @@ machines, apart, hosts = two_hosts.machines, two_hosts.apart, two_hosts.hosts
 BASE = 61_000
 #: of the visible devices, as an engine finds them in its machine's table
 DEVICES = (4, 6, 5)
+#: a crossing of calls is rare
+NUM_TIMES = 40
 
 
 @pytest.fixture
@@ -114,6 +117,22 @@ def test_two_engines_of_a_host_with_the_same_local_rank_and_one_elsewhere(
     assert call_all(members, settle, 1) == [OK] * 3
     for cluster_id, member in enumerate(members, 1):
         assert all(member.call(pulls, other) for other in (1, 2, 3) if other != cluster_id)
+
+
+@pytest.mark.shows("relies.3")
+def test_members_that_look_for_each_other_at_the_same_places_link_when_all_call_at_once(
+    hosts: Members, second_engine: NodeProcess
+) -> None:
+    """Without ranks a member is called at all places, and answers at that of another."""
+    members = [*hosts, second_engine]
+    table = without_ranks(table_of(*map(entry, range(3), (*HOSTS, HOSTS[0]), DEVICES)))
+    start_with_local_ranks(members, (0, 0, 0))
+    for attempt in range(NUM_TIMES):
+        ids = call_all(members, link, f"kv{attempt}", (1, 2, 3), table)
+        for member, comm_id in zip(members, ids, strict=True):
+            assert member.call(settle, comm_id) is OK, attempt
+        for member, comm_id in zip(members, ids, strict=True):
+            member.call(unlink, comm_id)
 
 
 def take_port(node: Node, host: str, port: int) -> None:

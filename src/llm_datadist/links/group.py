@@ -37,8 +37,8 @@ class Group:
     sessions: dict[int, Session] = field(default_factory=dict)
     #: whom we have reached with a call of ours, where, and which process that is if it is known
     calling: dict[tuple[int, Address], Process | None] = field(default_factory=dict)
-    #: whose call we answered last
-    answered: dict[int, Session] = field(default_factory=dict)
+    #: of calls that we answered, by whose they are: who looks for others may call more than once
+    answered: dict[int, list[Session]] = field(default_factory=dict)
     #: why the last calls to a member failed, by where they went
     failures: dict[int, dict[Address, str]] = field(default_factory=dict)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -54,11 +54,15 @@ class Group:
 
         Not before: the member's own call may be the only one that can get through.
         """
-        answered = self.answered.get(member)
-        if answered is not None and not answered.is_closed:
+        if any(not session.is_closed for session in self.answered.get(member, ())):
             return "it is calling us"
         self.calling[member, at] = process
         return ""
+
+    def answer(self, caller: int, session: Session) -> None:
+        """A call is being answered."""
+        others = [each for each in self.answered.get(caller, ()) if not each.is_closed]
+        self.answered[caller] = [*others, session]
 
     def is_calling(self, member: int, process: Process | None) -> bool:
         """Whether a call of ours goes on that reached the member, who is that process.

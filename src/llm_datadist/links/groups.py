@@ -98,7 +98,7 @@ class Groups:
         """A call that was not refused is being answered."""
         group = self._open_group(session.group)
         if group is not None:
-            group.answered[caller] = session
+            group.answer(caller, session)
             session.group = group.plan.name  # the caller's table may say something else
 
     async def join(self, session: Session) -> None:

@@ -117,6 +117,7 @@ class Linker:
                 named=target.cluster_id,
                 bundle=bundle,
                 expected=expected,
+                only=target.cluster_id if expected else None,
             )
         finally:
             turn.release()
@@ -132,12 +133,14 @@ class Linker:
         bundle: bytes = b"",
         claim: Callable[[Process | None], str] | None = None,
         expected: bytes = b"",
+        only: int | None = None,
     ) -> Outcome:
         """Links to whoever listens there; `is_fresh` when no link to it is known here.
 
-        `named` is the id that the program expects there; another one is linked, too, and said,
-        unless an instance is `expected`, which has just that id. Once it is reached `claim` may say
-        why the call is to end there, as LLM_PROCESSING_LINK.
+        `named` is the id that the program expects there; another one is linked, too, and said.
+        Nobody but the instance that is `expected` and the cluster that is `only` to answer is
+        linked to. Once it is reached `claim` may say why the call is to end there, as
+        LLM_PROCESSING_LINK.
         """
         deadline = Deadline.after(timeout_s)
         control, outcome = await self._connect(at, timeout_s, LLMStatusCode.LLM_LINK_FAILED)
@@ -149,7 +152,6 @@ class Linker:
         reached = control.reached
         if named is None and not group and self._is_linked_at(reached):
             is_fresh = False  # by another name: whoever has our link says that it does
-        only = named if expected else None
         call = Call(at, named, is_fresh, group, bundle, only, reached)
         session, first, left_s = self._begin(control, call, deadline, expected)
         await session.greet(first, left_s)

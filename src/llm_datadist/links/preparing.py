@@ -98,7 +98,10 @@ async def _call_until_answered(
         left_s = max(0.001, deadline.remaining_s())
         claim, name = partial(group.claim, member, at), group.plan.name
         try:
-            outcome = await linker.call(at, left_s, is_fresh=True, group=name, claim=claim)
+            # whoever else answers may be calling us: each end would keep another one of two links
+            outcome = await linker.call(
+                at, left_s, is_fresh=True, group=name, claim=claim, only=member
+            )
         finally:
             group.calling.pop((member, at), None)
         busy = outcome.status is LLMStatusCode.LLM_PROCESSING_LINK
