@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import select
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import proxied
@@ -26,6 +29,7 @@ from proxied import (
 )
 
 from llm_datadist import BlocksCacheKey, LLMException
+from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import eventually, takes_at_most
 
 bystander_process, bystander = proxied.bystander_process, proxied.bystander
@@ -208,6 +212,27 @@ def test_a_network_that_is_slow_enough_moves_all_bytes(ends: Ends) -> None:
     ends.proxy.slow(40 * SHAPE[0] * SHAPE[2])
     with takes_at_most(BUDGET_S):
         assert ends.pull(dst=[30, 0, 5]) == SUCCESS
+
+
+def test_a_slow_network_is_shared_evenly() -> None:
+    nbytes = 1 << 20
+    with (
+        ThreadPoolExecutor() as pool,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        FaultProxy(server.getsockname()[1]) as proxy,
+        ExitStack() as ends,
+    ):
+        proxy.slow(4 * nbytes)
+        address = ("127.0.0.1", proxy.port)
+        callers = [ends.enter_context(socket.create_connection(address)) for _ in range(3)]
+        senders = [ends.enter_context(server.accept()[0]) for _ in callers]
+        for sender in senders:
+            pool.submit(sender.sendall, bytes(nbytes))
+        arrived = dict.fromkeys(callers, 0)
+        while max(arrived.values()) < nbytes:
+            for caller in select.select(callers, [], [], SOON_S)[0]:
+                arrived[caller] += len(caller.recv(nbytes))
+        assert min(arrived.values()) > nbytes / 2
 
 
 def test_a_push_over_a_network_that_is_too_slow_is_a_timeout(pushing: Ends) -> None:

@@ -166,7 +166,7 @@ def test_nothing_arrives_after_a_pull_has_timed_out(node: Node, victim: NodeProc
         begun = time.monotonic()
         assert eventually(lambda: bool(array[0, 0, 0] == 1))
         victim.pause()
-        assert array[-1, -1, -1] == 0, "the pull must be in its middle"
+        assert not array.all(), "the pull must be in its middle"
         with pytest.raises(LLMException) as error:
             pulling.result(10)
         assert time.monotonic() - begun <= 1.2 + 0.1

@@ -122,7 +122,8 @@ class Relay:
         """Watches for what can go on now."""
         can_read, can_write = self.faults.can_read, self.faults.can_write(now)
         self._watch(self._server, selectors.EVENT_READ if can_read else 0)
-        for connection in self.connections:
+        # who is watched first is served first, and a slow network serves one at a time
+        for connection in sorted(self.connections, key=lambda each: each.served_at):
             interests = connection.interests(can_read=can_read, can_write=can_write)
             for sock, events in interests.items():
                 self._watch(sock, events, connection)
@@ -177,6 +178,7 @@ class Relay:
             elif pipe.chunk and self.faults.can_write(time.monotonic()):
                 with suppress(BlockingIOError):
                     self._pass_on(pipe)
+                connection.served_at = time.monotonic()
             if connection not in self.connections:
                 return  # that was the byte to cut behind
         if all(pipe.is_done for pipe in connection.pipes.values()):
@@ -222,6 +224,8 @@ class Connection:
 
     def __init__(self, caller: socket.socket, listener: socket.socket) -> None:
         self.caller, self.listener = caller, listener
+        #: when bytes were passed on last
+        self.served_at = 0.0
         for sock in (caller, listener):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
