@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing as mp
 import os
-import platform
 import stat
-import struct
 import subprocess
 from contextlib import contextmanager
 from multiprocessing import spawn
@@ -21,12 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_FILTER = 4, 38, 22, 2
+_PR_SET_DUMPABLE = 4
 _CLONE_NEWNET = 0x40000000
-#: process_vm_readv
-_NUMBERS = {"x86_64": 310, "aarch64": 270}
-_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_ALLOW, _EPERM = 0x7FFF0000, 0x00050001
 
 needs_root = pytest.mark.skipif(
     os.getuid() != 0, reason="to be another user, or have namespaces of one's own, needs root"
@@ -69,27 +63,6 @@ def become(_: Node, uid: int) -> None:
 def leave_network(_: Node) -> None:
     """Takes this process to a network namespace of its own. Raises OSError."""
     _check(_libc.unshare(_CLONE_NEWNET), "unshare")
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
-
-
-def refuse_foreign_memory(_: Node) -> None:
-    """As the seccomp profile of many a container: process_vm_readv is not permitted here.
-
-    Raises OSError; KeyError on a machine whose system calls we do not know.
-    """
-    lines = (
-        (_LOAD, 0, 0, 0),  # the number of the system call
-        (_JUMP_IF_EQUAL, 0, 1, _NUMBERS[platform.machine()]),
-        (_RETURN, 0, 0, _EPERM),
-        (_RETURN, 0, 0, _ALLOW),
-    )
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
-    program = _Program(len(lines), ctypes.addressof(code))
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_FILTER, ctypes.byref(program), 0, 0))
 
 
 def _check(result: int, what: str = "prctl") -> None:

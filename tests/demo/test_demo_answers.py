@@ -95,7 +95,7 @@ def test_a_path_that_is_insisted_on_but_not_permitted_is_an_error_with_the_remed
 
 
 def _run_without_foreign_memory(*options: str) -> Any:
-    script = Path(__file__).parents[1] / "without_foreign_memory.py"
+    script = Path(__file__).parents[1] / "sandbox.py"
     return run(sys.executable, str(script), *COMMAND, "demo", *options)
 
 

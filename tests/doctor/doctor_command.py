@@ -16,7 +16,7 @@ from llm_datadist.options import BASE_PORT_VARIABLE, PATH_VARIABLE, SECURITY_VAR
 
 #: what denies the program in its arguments the memory of other processes, as some containers do
 WITHOUT_FOREIGN_MEMORY = (
-    sys.executable, str(Path(__file__).parents[1] / "without_foreign_memory.py"),
+    sys.executable, str(Path(__file__).parents[1] / "sandbox.py"),
 )  # fmt: skip
 _LIMITED = """
 import os, resource, sys

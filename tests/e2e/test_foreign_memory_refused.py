@@ -20,7 +20,7 @@ from certificates import Authority
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMException, LLMRole, Placement
 from llm_datadist.testing.cluster import Bytes, Node, NodeProcess, make_array
 from llm_datadist.testing.timing import takes_at_most
-from without_foreign_memory import forbid
+from sandbox import forbid_foreign_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,7 @@ def security(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, object
 
 
 def test_copies_bring_every_byte(victim: NodeProcess) -> None:
-    victim.call(forbid)
+    victim.call(forbid_foreign_memory)
     victim.call(Node.start, LLMRole.MIX, 1)
     src = make_array(SHAPE, 1)
     np.testing.assert_array_equal(victim.call(copy_blocks_backwards), src[:, ::-1])
@@ -57,7 +57,7 @@ def test_copies_bring_every_byte(victim: NodeProcess) -> None:
 
 
 def test_copies_of_small_blocks_go_to_their_places(victim: NodeProcess) -> None:
-    victim.call(forbid)
+    victim.call(forbid_foreign_memory)
     victim.call(Node.start, LLMRole.MIX, 1)
     copied = victim.call(copy_every_other, (3, 4000, 24))
     np.testing.assert_array_equal(copied[:, 1::2], make_array((3, 4000, 24), 1)[:, ::2])
@@ -65,7 +65,7 @@ def test_copies_of_small_blocks_go_to_their_places(victim: NodeProcess) -> None:
 
 @pytest.mark.parametrize("is_source", [True, False])
 def test_a_copy_of_memory_that_is_gone_is_an_error(victim: NodeProcess, is_source: bool) -> None:
-    victim.call(forbid)
+    victim.call(forbid_foreign_memory)
     victim.call(Node.start, LLMRole.MIX, 1)
     with pytest.raises(LLMException, match="memory that is not mapped") as refused:
         victim.call(copy_with_hole, is_source=is_source)
@@ -78,7 +78,7 @@ def test_a_copy_of_memory_that_is_gone_is_an_error(victim: NodeProcess, is_sourc
 def test_links_use_tcp_and_say_why_once(
     node: Node, victim: NodeProcess, security: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    victim.call(forbid)
+    victim.call(forbid_foreign_memory)
     port = victim.call(Node.start, LLMRole.PROMPT, 1, listen_ip_info="127.0.0.1:0", **security)
     victim.call(publish)
     node.start(LLMRole.DECODER, 2, **security)
@@ -129,8 +129,8 @@ def test_an_owner_without_a_descriptor_for_the_pipe_answers_at_once(tmp_path: Pa
 
 def link(owner: NodeProcess, reader: NodeProcess, **settings: object) -> None:
     """Both may not read foreign memory."""
-    owner.call(forbid)
-    reader.call(forbid)
+    owner.call(forbid_foreign_memory)
+    reader.call(forbid_foreign_memory)
     settings["enable_remote_cache_accessible"] = True
     listen = {"listen_ip_info": "127.0.0.1:0", **settings}
     port = owner.call(Node.start, LLMRole.PROMPT, 1, **listen)

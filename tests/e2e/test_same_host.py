@@ -13,11 +13,12 @@ import pytest
 from rank_members import logged, record_log
 from two_hosts import HOSTS, lay_cable, leave_host, start_apart
 
-from isolation import become, hide_tmp, needs_root, refuse_foreign_memory, unshared
+from isolation import become, hide_tmp, needs_root, unshared
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
 from llm_datadist.testing.cluster import Node, NodeProcess, make_array
 from llm_datadist.testing.faults import FaultProxy
 from llm_datadist.testing.timing import eventually
+from sandbox import forbid_foreign_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -185,7 +186,7 @@ def test_a_process_that_may_not_read_others_is_linked_by_tcp(
     here: NodeProcess, is_caller: bool
 ) -> None:
     with NodeProcess() as apart:
-        apart.call(refuse_foreign_memory)
+        apart.call(forbid_foreign_memory)
         pair = (here, apart) if is_caller else (apart, here)
         [(path, reason), at_called] = link(*pair)
         assert (path, at_called) == ("tcp", ("tcp", reason))

@@ -7,6 +7,8 @@ import secrets
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from certificates import Authority, contexts_of
+from isolation import needs_root
 from llm_datadist.core import messages as m
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.peer.streams import StreamPool
@@ -23,6 +26,7 @@ from llm_datadist.transport.shield import KernelKeys, NotAuthentic, Open
 from llm_datadist.transport.shields import Shields
 from llm_datadist.transport.stream import Stream
 from llm_datadist.transport.tls import Tls
+from programs import environment
 
 if TYPE_CHECKING:
     from llm_datadist.transport.shield import Shield
@@ -127,6 +131,53 @@ def test_where_the_kernel_cannot_a_sentence_says_why(tmp_path: Path) -> None:
         meet(caller, shields.make(is_caller=False))
         expected = "tls-records" if reason or not over_tcp else "ktls"
         assert caller.encryption == expected
+
+
+IN_A_SANDBOX = """
+import sandbox, socket
+from llm_datadist.transport import ktls
+from llm_datadist.transport.records import PART_NBYTES
+
+sandbox.pretend_kernel_tls()
+print(ktls.why_not())
+with socket.create_server(("127.0.0.1", 0)) as server:
+    caller = socket.create_connection(server.getsockname())
+    try:
+        ktls.hand_over(caller, ktls.keys_of(bytes(PART_NBYTES), bytes(PART_NBYTES), is_caller=True))
+    except OSError as error:
+        print(ktls.why_not_taken(error))
+"""
+WITHOUT_LOOPBACK = """
+import ctypes, time
+from llm_datadist.transport import ktls
+
+assert ctypes.CDLL(None).unshare(0x50000000) == 0  # user and network
+begun = time.monotonic()
+print(ktls.why_not())
+print(time.monotonic() - begun < 1.0)
+"""
+
+
+def said_by(program: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(), capture_output=True, text=True, check=True, timeout=60.0,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+def test_a_kernel_that_only_says_that_it_encrypts_is_not_believed() -> None:
+    """As sandboxes do that answer options which they do not know with success."""
+    reason, not_taken = said_by(IN_A_SANDBOX)
+    assert reason == "the kernel takes keys, and sends in plain"
+    assert not_taken.startswith("the kernel does not take the connection over: ")
+
+
+@needs_root
+def test_a_host_whose_loopback_is_down_says_so_at_once() -> None:
+    reason, is_soon = said_by(WITHOUT_LOOPBACK)
+    assert reason == "no connection within this host shows it (Network is unreachable)"
+    assert is_soon == "True"
 
 
 class Worn(Open):

@@ -7,7 +7,9 @@ on bytes here, not on sockets. As with records of our own (`records.py`) the han
 and the keys are ours. Why that is as safe as what TLS 1.3 does:
 
 - *Agreement.* As with records, by a name of its own (ALPN), which each end says only over TCP and
-  where a trial has shown that its kernel can: a loopback connection on which bytes cross both ways.
+  where a trial has shown that its kernel can: a loopback connection on which a byte crosses each
+  way, looked at first as it is on the wire. A sandbox that answers options which it does not know
+  with success would let all pass in plain; so each connection is asked for its keys as well.
 - *Keys.* As with records: 32 random bytes of each end, sent inside TLS; HMACs under labels of their
   own. A key seals what one end sends on one connection, and the kernel keeps it.
 - *The border.* TLS's own bytes and the kernel's lie behind each other in one stream, so no byte may
@@ -34,10 +36,12 @@ and the keys are ours. Why that is as safe as what TLS 1.3 does:
   45 days.
 
 What the kernel does with calls that a plain socket knows: a vector that is not mapped is EFAULT, of
-which no byte of its record is sent, or taken; MSG_DONTWAIT, MSG_WAITALL, time-outs, shutdown, and
-options of TCP stay what they are. A call to send that has ended may leave a part of a record with
-the kernel, which goes on sending it, and drops it when the socket is closed: so whoever closes
-behind an answer waits until the peer has left (`links/listener.py`).
+which no byte of its record is sent, or taken; MSG_DONTWAIT, time-outs, shutdown, and options of TCP
+stay what they are. MSG_WAITALL does not: each record has the time-out anew, so a peer that trickles
+them would hold one call for ever; nothing here asks for it (`stream.py`). A call to send that has
+ended may leave a part of a record with the kernel, which goes on sending it, and drops it when the
+socket is closed: so whoever closes behind an answer waits until the peer has left
+(`links/listener.py`).
 
 A loop that waits for several sockets is told of a part of a record as of bytes to be read, again
 and again, by Linux 6.1 at least: so whoever is told and gets nothing looks away for a moment, which
@@ -56,7 +60,7 @@ import secrets
 import select
 import socket
 import struct
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
@@ -85,11 +89,14 @@ _TLS_1_3, _AES_GCM_128 = 0x0304, 51
 _INFO: Final = struct.Struct("=HH8s16s4sQ")
 _KEY_NBYTES, _SALT_NBYTES, _IV_NBYTES = 16, 4, 8
 #: what the kernel says of what is not the peer's next record
-_BROKEN: Final = (errno.EBADMSG, errno.EIO, errno.EMSGSIZE, errno.EINVAL)
+_BROKEN: Final = (errno.EBADMSG, errno.EIO, errno.EMSGSIZE, errno.EINVAL, errno.EKEYEXPIRED)
 #: a part of a record has come, and may be all for long
 _PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.064
 #: the trial is with this very process
 _TRIAL_S: Final = 2.0
+#: what is sent then, and how the record of it begins: data, TLS 1.3's type and the tag behind it
+_TRIAL: Final = b"\x01"
+_TRIAL_HEAD: Final = struct.pack("!BHH", 23, 0x0303, len(_TRIAL) + 1 + 16)
 
 
 def keys_of(callers_part: bytes, listeners_part: bytes, *, is_caller: bool) -> KernelKeys:
@@ -105,13 +112,11 @@ def hand_over(sock: socket.socket, keys: KernelKeys) -> None:
     Raises OSError, behind which the connection is of no use.
     """
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, _ULP)
-    _set_keys(sock, keys)
-
-
-def _set_keys(sock: socket.socket, keys: KernelKeys) -> None:
-    """The sender's first: nobody can send a plain byte from here on. Raises OSError."""
+    # the sender's first: nobody can send a plain byte from here on
     sock.setsockopt(_SOL_TLS, _TLS_TX, keys.sent)
     sock.setsockopt(_SOL_TLS, _TLS_RX, keys.came)
+    if sock.getsockopt(_SOL_TLS, _TLS_TX, _INFO.size) != keys.sent:
+        raise OSError(errno.EOPNOTSUPP, "it has taken the keys, and does not have them")
 
 
 def why_broken(shield: Shield, error: OSError) -> str:
@@ -122,6 +127,8 @@ def why_broken(shield: Shield, error: OSError) -> str:
 
 def why_not_taken(error: OSError) -> str:
     """Of an error of `hand_over`."""
+    if error.errno == errno.ENOTCONN:
+        return "the peer left in the hand-shake"
     return f"the kernel does not take the connection over: {error.strerror or error}"
 
 
@@ -130,38 +137,49 @@ def longer_s(pause_s: float) -> float:
     return min(max(2 * pause_s, _PAUSE_S), _LONGEST_PAUSE_S)
 
 
-@cache
 def why_not() -> str:
-    """Why the kernel cannot encrypt for this process; empty where it can. Tried once."""
+    """Why the kernel cannot encrypt for this process; empty where it can."""
     try:
-        with _loopback() as (caller, listener):
-            return _why_not(caller, listener)
-    except OSError as error:
+        return _why_not()
+    except OSError as error:  # that may pass
         pass_on_handlers(error)
         return f"no connection within this host shows it ({error.strerror})"
 
 
-def _why_not(caller: socket.socket, listener: socket.socket) -> str:
-    """By a byte each way. Raises OSError."""
-    try:
-        for sock in (caller, listener):
-            sock.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, _ULP)
-    except OSError as error:
-        pass_on_handlers(error)
-        return f"the kernel has no module tls, or it is not loaded: modprobe tls ({error.strerror})"
-    parts = secrets.token_bytes(PART_NBYTES), secrets.token_bytes(PART_NBYTES)
-    try:
-        _set_keys(caller, keys_of(*parts, is_caller=True))
-        _set_keys(listener, keys_of(*parts, is_caller=False))
-        for source, target in ((caller, listener), (listener, caller)):
-            source.send(b"\x01")
-            _wait_for(target)
-            if target.recv(2) != b"\x01":
-                return "what the kernel encrypts does not come out as it was"
-    except OSError as error:
-        pass_on_handlers(error)
-        return f"the kernel does not encrypt by TLS 1.3 with AES-GCM ({error.strerror})"
-    return ""
+@cache
+def _why_not() -> str:
+    """By a trial, once. Raises OSError where there can be none."""
+    with _loopback() as (caller, listener):
+        try:
+            for sock in (caller, listener):
+                sock.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, _ULP)
+        except OSError as error:
+            pass_on_handlers(error)
+            return (
+                "the kernel has no module tls, or it is not loaded: modprobe tls "
+                f"({error.strerror})"
+            )
+        parts = secrets.token_bytes(PART_NBYTES), secrets.token_bytes(PART_NBYTES)
+        keys = keys_of(*parts, is_caller=True)
+        try:
+            ways = _try(caller, listener, keys.sent), _try(listener, caller, keys.came)
+        except OSError as error:
+            pass_on_handlers(error)
+            return f"the kernel does not encrypt by TLS 1.3 with AES-GCM ({error.strerror})"
+        return next(filter(None, ways), "")
+
+
+def _try(source: socket.socket, target: socket.socket, key: bytes) -> str:
+    """What is wrong with a byte that goes this way, if anything is. Raises OSError."""
+    source.setsockopt(_SOL_TLS, _TLS_TX, key)
+    source.send(_TRIAL)
+    _wait_for(target)
+    if not target.recv(64, socket.MSG_PEEK).startswith(_TRIAL_HEAD):
+        return "the kernel takes keys, and sends in plain"
+    target.setsockopt(_SOL_TLS, _TLS_RX, key)
+    _wait_for(target)
+    is_same = target.recv(2) == _TRIAL
+    return "" if is_same else "what the kernel encrypts does not come out as it was"
 
 
 @contextmanager
@@ -173,7 +191,8 @@ def _loopback() -> Iterator[tuple[socket.socket, socket.socket]]:
         server.listen(1)
         for sock in (server, caller):
             sock.setblocking(False)
-        caller.connect_ex(server.getsockname())
+        with suppress(BlockingIOError):
+            caller.connect(server.getsockname())
         _wait_for(server)
         listener = stack.enter_context(forks.accept(server)[0])
         listener.setblocking(False)
@@ -181,10 +200,11 @@ def _loopback() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def _wait_for(sock: socket.socket) -> None:
-    """Until something has come, or not in time."""
+    """Until something has come. Raises OSError when it takes too long."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
-    poller.poll(_TRIAL_S * 1000)
+    if not poller.poll(_TRIAL_S * 1000):
+        raise OSError(errno.ETIMEDOUT, f"nothing came within {_TRIAL_S:.0f} s")
 
 
 def _info(secret: bytes) -> bytes:

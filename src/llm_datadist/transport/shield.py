@@ -35,6 +35,9 @@ class KernelKeys(NamedTuple):
     sent: bytes
     came: bytes
 
+    def __repr__(self) -> str:  # which logs and tracebacks may show
+        return "KernelKeys(...)"
+
 
 class Shield(Protocol):
     """One connection's. Used by one thread at a time."""

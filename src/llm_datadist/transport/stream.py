@@ -106,7 +106,7 @@ class Stream:
         while wanted:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
-                got = native.recvmsg(self._socket.fileno(), vectors, native.MSG_WAITALL)
+                got = native.recvmsg(self._socket.fileno(), vectors, self._all_flag)
             except BlockingIOError as error:
                 pass_on_handlers(error)
                 continue  # `_limit` knows whether that was the deadline
@@ -162,7 +162,7 @@ class Stream:
         self, buffer: bytearray | memoryview, deadline: Deadline, at_least: int | None = None
     ) -> int:
         """With the next bytes: all of it, or what there is beyond the least; how many they are."""
-        view, flags = memoryview(buffer), 0 if at_least else native.MSG_WAITALL
+        view, flags = memoryview(buffer), 0 if at_least else self._all_flag
         missing = at_least or len(view)
         while missing > 0:
             self._limit(socket.SO_RCVTIMEO, deadline)
@@ -178,6 +178,11 @@ class Stream:
             self._carried_nbytes += got
             view, missing = view[got:], missing - got
         return len(buffer) - len(view)
+
+    @property
+    def _all_flag(self) -> int:
+        """Has one call fetch all that it asks for, where its time-out is one for all of it."""
+        return native.MSG_WAITALL if self._shield.kernels is None else 0
 
     def _receive_some(self, max_nbytes: int, deadline: Deadline) -> bytes:
         while True:

@@ -117,6 +117,7 @@ class Tls(Open):
             ours, theirs = self._part, self._heard[len(word) :]
             parts = (ours, theirs) if self._is_caller else (theirs, ours)
             self._take(*parts)
+            self._part = self._heard = b""
         self.is_done = True
 
     def _take(self, callers_part: bytes, listeners_part: bytes) -> None:

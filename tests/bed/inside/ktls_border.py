@@ -7,9 +7,11 @@ import select
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -18,11 +20,14 @@ from llm_datadist.core import messages as m
 from llm_datadist.endpoint import Endpoint
 from llm_datadist.link_security import LinkSecurity
 from llm_datadist.peer.asking import ask_stats
+from llm_datadist.running.deadline import Deadline
 from llm_datadist.testing.cluster import Node
 from llm_datadist.testing.timing import takes_at_most
 from llm_datadist.transport import ktls
 from llm_datadist.transport.records import PART_NBYTES
+from llm_datadist.transport.shield import Open
 from llm_datadist.transport.shields import Shields
+from llm_datadist.transport.stream import Stream
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
@@ -227,6 +232,34 @@ def test_what_is_sealed_and_no_data_is_an_error() -> None:
         for _ in range(2):
             with pytest.raises(OSError, match="Input/output error"):
                 far.recv(100)
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["one call", "in calls"])
+def test_a_peer_that_trickles_records_is_timed_out(is_whole: bool) -> None:
+    """The kernel would give each of them the whole time."""
+    with connection() as (near, far, keys), ThreadPoolExecutor(1) as pool:
+        shield = Open()
+        shield.kernels = keys
+        room = np.zeros(1000, np.uint8)
+        stream, left = Stream(far, shield), threading.Event()
+
+        def receive() -> None:
+            if is_whole:
+                vectors = np.array([[room.ctypes.data, len(room)]], np.uint64)
+                stream.receive_into(vectors, len(room), Deadline.after(1.0))
+            else:
+                stream.receive(Deadline.after(1.0))
+
+        receiving = pool.submit(receive)
+        receiving.add_done_callback(lambda _: left.set())
+        with takes_at_most(3.0):
+            for number, byte in enumerate(QUESTION):
+                near.sendall(record(keys, number, bytes([byte])))
+                if left.wait(0.4):
+                    break
+            with pytest.raises(LLMException) as error:
+                receiving.result()
+        assert error.value.status_code == LLMStatusCode.LLM_TIMEOUT
 
 
 def test_a_close_drops_what_is_not_sent() -> None:
