@@ -215,6 +215,5 @@ def test_a_refusal_under_tls_is_not_waited_behind(tmp_path: Path, text: str) -> 
     here, there = socket.socketpair()
     with here, there:
         there.sendall(listener.seal(m.encode(refused)))
-        likely_nbytes = len(m.encode(m.Sending(2**40)))
         with pytest.raises(RequestRefused):
-            SealedStream(here, caller).answer(Deadline.after(2.0), likely_nbytes=likely_nbytes)
+            SealedStream(here, caller).answer(Deadline.after(2.0), likely=m.Sending(2**40))

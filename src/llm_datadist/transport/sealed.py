@@ -68,11 +68,17 @@ class KeyedStream(Stream):
         self._secret = shield
 
     def receive(
-        self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES, likely_nbytes: int = 0
+        self,
+        deadline: Deadline,
+        max_nbytes: int = m.MAX_BODY_NBYTES,
+        likely: m.AnyMessage | None = None,
     ) -> m.AnyMessage:
         self._secret.rest()
-        keyed = bytearray(KEYED_HEAD_NBYTES + likely_nbytes)
+        foreseen = b"" if likely is None else self._secret.foreseen(m.encode(likely))
+        keyed = bytearray(max(KEYED_HEAD_NBYTES, len(foreseen)))
         got = self._fill(keyed, deadline, KEYED_HEAD_NBYTES)
+        if likely is not None and got == len(keyed) and self._secret.is_foreseen(keyed, foreseen):
+            return likely
         try:
             end = KEYED_HEAD_NBYTES + self._secret.frame_nbytes(keyed, max_nbytes)
             self._complete(keyed, got, end, deadline)

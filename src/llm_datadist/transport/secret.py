@@ -29,6 +29,8 @@ _TAG_NBYTES: Final = 16
 _KEYED: Final = struct.Struct(f"<I{_TAG_NBYTES}s")
 KEYED_HEAD_NBYTES: Final = _KEYED.size
 _COUNT: Final = struct.Struct("<Q")
+#: so short a frame, as nearly all answers are, is likely to be sent again
+_SHORT_NBYTES: Final = 32
 
 
 class _Tags:
@@ -53,10 +55,20 @@ class _Tags:
 
     def tag(self, frame: bytes | bytearray | memoryview) -> bytes:
         """The next MAC."""
-        tag = self.begin()
+        tag = self._begun or self.begin()
         self._begun, self._number = None, self._number + 1
         tag.update(frame)
         return tag.digest()
+
+    def ahead(self, frame: bytes) -> bytes:
+        """The next MAC if that is the next frame, and still the next one behind this."""
+        tag = self.begin().copy()
+        tag.update(frame)
+        return tag.digest()
+
+    def skip(self) -> None:
+        """The next MAC was made ahead, and is used."""
+        self._begun, self._number = None, self._number + 1
 
 
 class Secret(Open):
@@ -75,6 +87,8 @@ class Secret(Open):
         self._session_key = b""
         #: of what is sent, and of what comes
         self._sent, self._opened = _Tags(b""), _Tags(b"")
+        #: the last frame that was sent if it is short, and what to send if it is the next one, too
+        self._last = self._again = b""
 
     def start(self) -> bytes:
         return _GREETING + self._mine if self._is_caller else b""
@@ -86,19 +100,40 @@ class Secret(Open):
         return self._answer_caller()
 
     def seal(self, data: bytes | bytearray | memoryview) -> bytes:
+        if self._again and data == self._last:
+            self._sent.skip()
+            keyed, self._again = self._again, b""
+            return keyed
+        self._last, self._again = bytes(data) if len(data) <= _SHORT_NBYTES else b"", b""
         return _KEYED.pack(len(data), self._sent.tag(data)) + data
 
     def rest(self) -> None:
-        self._sent.begin()
         self._opened.begin()
+        if self._last:
+            self._again = _KEYED.pack(len(self._last), self._sent.ahead(self._last)) + self._last
+        else:
+            self._sent.begin()
+
+    def foreseen(self, frame: bytes) -> bytes:
+        """What comes if that is the peer's next frame."""
+        return _KEYED.pack(len(frame), self._opened.ahead(frame)) + frame
+
+    def is_foreseen(self, keyed: bytearray, foreseen: bytes) -> bool:
+        """Whether that is what has come; if so, the peer's next frame is the one behind it."""
+        is_foreseen = hmac.compare_digest(keyed, foreseen)
+        if is_foreseen:
+            self._opened.skip()
+        return is_foreseen
 
     def open(
         self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
     ) -> bytes:
         if not self._came and len(data) >= KEYED_HEAD_NBYTES:
-            end = KEYED_HEAD_NBYTES + self.frame_nbytes(data, max_nbytes)
-            if len(data) == end:  # one frame, as nearly always
-                return bytes(self.open_frame(data))
+            nbytes, tag = _KEYED.unpack_from(data)
+            if len(data) == KEYED_HEAD_NBYTES + nbytes <= KEYED_HEAD_NBYTES + max_nbytes:
+                frame = bytes(data[KEYED_HEAD_NBYTES:])  # one, as nearly always
+                self._check_next(tag, frame)
+                return frame
         self._came += data
         frames = []
         while len(self._came) >= KEYED_HEAD_NBYTES:
@@ -121,9 +156,12 @@ class Secret(Open):
         """The frame of a whole keyed one, if that is the peer's next. Raises NotAuthentic."""
         _, tag = _KEYED.unpack_from(keyed)
         frame = memoryview(keyed)[KEYED_HEAD_NBYTES:]
+        self._check_next(tag, frame)
+        return frame
+
+    def _check_next(self, tag: bytes, frame: bytes | memoryview) -> None:
         if not hmac.compare_digest(tag, self._opened.tag(frame)):
             raise NotAuthentic("a frame is not the peer's next one: somebody is in between")
-        return frame
 
     def proof(self, link: Shield) -> bytes:
         assert isinstance(link, Secret)

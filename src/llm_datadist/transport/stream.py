@@ -72,20 +72,29 @@ class Stream:
         self._send(m.encode(message), deadline)
 
     def answer(
-        self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES, likely_nbytes: int = 0
+        self,
+        deadline: Deadline,
+        max_nbytes: int = m.MAX_BODY_NBYTES,
+        likely: m.AnyMessage | None = None,
     ) -> m.AnyMessage:
         """The answer to what was told. Raises as `ask` does."""
-        answer = self.receive(deadline, max_nbytes, likely_nbytes)
+        answer = self.receive(deadline, max_nbytes, likely)
         if isinstance(answer, m.Refused):
             raise RequestRefused(answer.message, status_of(answer.status))
         return answer
 
     def receive(
-        self, deadline: Deadline, max_nbytes: int = m.MAX_BODY_NBYTES, likely_nbytes: int = 0
+        self,
+        deadline: Deadline,
+        max_nbytes: int = m.MAX_BODY_NBYTES,
+        likely: m.AnyMessage | None = None,
     ) -> m.AnyMessage:
-        """The next frame, which saves a call if it is as long as is likely. Raises LLMException."""
-        frame = bytearray(max(m.HEADER.size, likely_nbytes))
+        """The next frame, which comes sooner if it is what is likely. Raises LLMException."""
+        foreseen = b"" if likely is None else m.encode(likely)
+        frame = bytearray(max(m.HEADER.size, len(foreseen)))
         got = self._fill(frame, deadline, m.HEADER.size)
+        if likely is not None and got == len(frame) and frame == foreseen:
+            return likely
         try:
             end = m.HEADER.size + m.body_nbytes(frame[: m.HEADER.size], max_nbytes)
             self._complete(frame, got, end, deadline)

@@ -123,13 +123,12 @@ def _read_window(stream: Stream, window: Pieces, guard: Guard, deadline: Deadlin
     claim = guard.claim and (*guard.claim.key, guard.claim.row)
     columns = pack_vectors(window.src_iovecs())
     read = m.Read(guard.cache_id, guard.generation, timeout_ms, columns, claim)
-    likely_nbytes = len(m.encode(m.Sending(window.total_nbytes)))
     stream.tell(read, deadline)
     # while the owner is at it
     trailer = array("Q", (0, 0))
     vectors = window.dst_iovecs(behind=[(trailer.buffer_info()[0], _TRAILER_NBYTES)])
     try:
-        answer = stream.answer(deadline, likely_nbytes=likely_nbytes)
+        answer = stream.answer(deadline, likely=m.Sending(window.total_nbytes))
     except RequestRefused as refused:
         if refused.status_code is LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:
             raise StaleCache(guard) from refused
