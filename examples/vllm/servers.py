@@ -33,6 +33,8 @@ _ENDING_S = 20.0
 _POLL_S = 0.2
 #: a thread that takes so many of the 100 ticks of a second, at each of several looks, polls
 _LOOKS, _LOOK_S, _BUSY_TICKS = 3, 1.0, 20
+#: each has the port behind that of the one before
+_MOST_RANKS = 2
 _HERE = Path(__file__).parent
 
 _ENVIRONMENT = {
@@ -216,8 +218,8 @@ def server_pair(
             options,
         )
         for name, role, kv_port, options in (
-            ("prefill", "producer", free_port(), prefill_options),
-            ("decode", "consumer", free_port(), decode_options),
+            ("prefill", "producer", free_port(_MOST_RANKS), prefill_options),
+            ("decode", "consumer", free_port(_MOST_RANKS), decode_options),
         )
     )
     command = [sys.executable, str(toy_proxy or _HERE / "proxy.py")]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
-import socket
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from llm_datadist import hixl as h
-from llm_datadist.testing.cluster import Bytes, make_array
+from llm_datadist.testing.cluster import Bytes, free_port, make_array
 from llm_datadist.testing.process import ObjectProcess
 from llm_datadist.testing.timing import eventually
 
@@ -25,14 +23,6 @@ NOBODY = "127.0.0.1:9"
 #: time enough on a machine that is busy
 LONG_MS = 20_000
 SHAPE = (4096,)
-
-
-def free_port() -> int:
-    """Below those that the system gives to calls, which may take a port that is free now."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise OSError("no port is free")
 
 
 class Range(NamedTuple):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hixl_engine import LONG_MS, Engine, engine, engines, free_port, range_of, whole
+from hixl_engine import LONG_MS, Engine, engine, engines, range_of, whole
 
 from llm_datadist import hixl as h
 from llm_datadist.hixl import MemDesc, MemType
-from llm_datadist.testing.cluster import make_array
+from llm_datadist.testing.cluster import free_port, make_array
 from llm_datadist.testing.timing import takes_at_most
 
 if TYPE_CHECKING:

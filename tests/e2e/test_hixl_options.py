@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from hixl_engine import LONG_MS, Engine, engine, engines, free_port, resources
+from hixl_engine import LONG_MS, Engine, engine, engines, resources
 
 from llm_datadist import hixl as h
+from llm_datadist.testing.cluster import free_port
 
 WRONG = {
     "AutoConnect": ["", "2", "yes"],

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -198,3 +201,23 @@ def pid_of(_: Counter) -> int:
 
 def linked_ids(node: Node) -> list[int]:
     return sorted(link.cluster_id for link in node.datadist.links())
+
+
+# -- ports -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_free_ports_in_a_row_are_free_and_connections_take_none(count: int) -> None:
+    limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    for _ in range(50):
+        first = free_port(count)
+        with ExitStack() as servers:
+            for port in range(first, first + count):
+                assert port not in range(int(limits[0]), int(limits[1]) + 1)
+                servers.enter_context(socket.create_server(("127.0.0.1", port)))
+            assert free_port(count) not in range(first - count + 1, first + count)
+
+
+def test_so_many_free_ports_in_a_row_are_not_found() -> None:
+    with pytest.raises(OSError, match="in a row were not found"):
+        free_port(20_000)

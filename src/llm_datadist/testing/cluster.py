@@ -10,7 +10,10 @@ process, or in a `NodeProcess`, which runs its methods, and plain functions, on 
 
 from __future__ import annotations
 
+import errno
 import socket
+from contextlib import ExitStack, suppress
+from random import SystemRandom
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 
 Bytes = npt.NDArray[np.uint8]
+#: below those that Linux gives to connections
+_PORTS, _MOST_TRIES = range(20_000, 32_000), 100
 
 
 class Node:
@@ -187,14 +192,19 @@ def cluster_info(
     return info
 
 
-def free_port() -> int:
+def free_port(count: int = 1) -> int:
     """A port of 127.0.0.1 that nobody has: for programs that do not take 0.
 
-    Somebody else may take it before the caller does; the system hands out others first.
+    The first of `count` in a row, for those that count on. Somebody else may take them before the
+    caller does; connections do not, since the system gives those others. Raises OSError.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    firsts = _PORTS[: max(0, len(_PORTS) - count + 1)]
+    for port in SystemRandom().sample(firsts, min(len(firsts), _MOST_TRIES)):
+        with ExitStack() as servers, suppress(OSError):
+            for each in range(port, port + count):
+                servers.enter_context(socket.create_server(("127.0.0.1", each)))
+            return port
+    raise OSError(errno.EADDRINUSE, f"{count} free port(s) in a row were not found")
 
 
 def make_array(shape: tuple[int, ...], seed: int | None) -> Bytes:
