@@ -97,3 +97,18 @@ def test_unlinking_needs_no_address_and_no_link(
     with takes_at_most(0.5):
         assert node.datadist.unlink_clusters([info], 3000, force) == (SUCCESS, [SUCCESS])
         assert node.unlink(port, 1, force=force) is SUCCESS
+
+
+@pytest.mark.shows("datadist.switch_role")
+def test_a_role_is_switched_at_the_port_that_was_taken(node: Node, path: str) -> None:
+    port = start(node, 2, path)
+    for options in (None, listen(0), listen(port)):
+        node.datadist.switch_role(LLMRole.DECODER, options)
+        assert [each.port for each in node.datadist.listen_endpoints] == [port]
+    with pytest.raises(LLMException, match=f"the address stays 127.0.0.1:{port}") as error:
+        node.datadist.switch_role(LLMRole.DECODER, listen(port + 1))
+    assert error.value.status_code is LLMStatusCode.LLM_FEATURE_NOT_ENABLED
+
+
+def listen(port: int) -> dict[str, str]:
+    return {"llm.listenIpInfo": f"127.0.0.1:{port}"}

@@ -122,9 +122,9 @@ class Listening:
         """
         if options.transfer_backend is None:
             self.move(endpoint)
-        elif endpoint not in (None, options.listen):
+        elif endpoint not in (None, options.listen, self.endpoint):
             raise LLMException(
-                f"with a transfer backend the address stays {options.listen}",
+                f"with a transfer backend the address stays {self.endpoint or options.listen}",
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             )
 
