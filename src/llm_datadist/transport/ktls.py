@@ -162,11 +162,10 @@ def _why_not() -> str:
         parts = secrets.token_bytes(PART_NBYTES), secrets.token_bytes(PART_NBYTES)
         keys = keys_of(*parts, is_caller=True)
         try:
-            ways = _try(caller, listener, keys.sent), _try(listener, caller, keys.came)
+            return _try(caller, listener, keys.sent) or _try(listener, caller, keys.came)
         except OSError as error:
             pass_on_handlers(error)
             return f"the kernel does not encrypt by TLS 1.3 with AES-GCM ({error.strerror})"
-        return next(filter(None, ways), "")
 
 
 def _try(source: socket.socket, target: socket.socket, key: bytes) -> str:
