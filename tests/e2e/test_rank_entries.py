@@ -13,6 +13,7 @@ import rank_members
 import two_hosts
 from rank_members import (
     OK,
+    SOON_S,
     Members,
     call_all,
     link,
@@ -133,6 +134,24 @@ def test_members_that_look_for_each_other_at_the_same_places_link_when_all_call_
             assert member.call(settle, comm_id) is OK, attempt
         for member, comm_id in zip(members, ids, strict=True):
             member.call(unlink, comm_id)
+
+
+@pytest.mark.shows("relies.3")
+def test_a_place_where_nobody_says_anything_holds_nobody_up(
+    hosts: Members, second_engine: NodeProcess
+) -> None:
+    """Without ranks it may be anybody's: a stopped engine, or another program."""
+    members, silent = [*hosts, second_engine], 9
+    places = (HOSTS[0], *HOSTS, HOSTS[0]), (silent, *DEVICES)
+    table = without_ranks(table_of(*map(entry, range(4), *places)))
+    start_with_local_ranks(members, (0, 0, 0))
+    hosts[0].call(take_port, HOSTS[0], BASE + silent)
+    try:
+        ids = call_all(members, link, "kv", (1, 2, 3), table)
+        for member, comm_id in zip(members, ids, strict=True):
+            assert member.call(settle, comm_id, SOON_S) is OK
+    finally:
+        hosts[0].call(free_port)
 
 
 def take_port(node: Node, host: str, port: int) -> None:

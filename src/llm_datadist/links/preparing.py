@@ -26,9 +26,9 @@ _DEFAULT_TOTAL_S = 120
 _CALL_S = 10.0
 #: between calls to a member that is just calling us
 _BUSY_S = 0.05
-#: who takes longer on this host may stand still, or be no member: the next is called meanwhile
+#: who takes longer may stand still, or be no member: the next place is called meanwhile
 _PATIENCE_S = 0.5
-#: … and so long with all of this host together: whoever holds many places says nothing at any
+#: … and so long with all places of this host together: whoever holds many places says nothing at any
 _PATIENCE_WITH_ALL_S = 1.5
 #: a member that cannot be called calls the others so often
 _AGAIN_S = 2.0
@@ -72,7 +72,8 @@ async def _call(group: Group, member: int, linker: Linker, deadline: Deadline) -
                 return
             call = asyncio.create_task(_call_at(group, member, at, linker, deadline))
             calls.add(call)
-            await asyncio.wait({call}, timeout=patience_s if isinstance(at, SameHost) else None)
+            timeout_s = patience_s if isinstance(at, SameHost) else _PATIENCE_S
+            await asyncio.wait({call}, timeout=timeout_s)
         while calls and member not in group.sessions:
             done, calls = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             for call in done:

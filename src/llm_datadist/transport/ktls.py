@@ -38,10 +38,10 @@ and the keys are ours. Why that is as safe as what TLS 1.3 does:
 What the kernel does with calls that a plain socket knows: a vector that is not mapped is EFAULT, of
 which no byte of its record is sent, or taken; MSG_DONTWAIT, time-outs, shutdown, and options of TCP
 stay what they are. MSG_WAITALL does not: each record has the time-out anew, so a peer that trickles
-them would hold one call for ever; nothing here asks for it (`stream.py`). A call to send that has
-ended may leave a part of a record with the kernel, which goes on sending it, and drops it when the
-socket is closed: so whoever closes behind an answer waits until the peer has left
-(`links/listener.py`).
+them would hold one call for ever; nothing here asks for it (`stream.py`). Records with nothing in
+them, which only the peer itself can make, still do that. A call to send that has ended may leave a
+part of a record with the kernel, which goes on sending it, and drops it when the socket is closed:
+so whoever closes behind an answer waits until the peer has left (`links/listener.py`).
 
 A loop that waits for several sockets is told of a part of a record as of bytes to be read, again
 and again, by Linux 6.1 at least: so whoever is told and gets nothing looks away for a moment, which
@@ -90,6 +90,8 @@ _INFO: Final = struct.Struct("=HH8s16s4sQ")
 _KEY_NBYTES, _SALT_NBYTES, _IV_NBYTES = 16, 4, 8
 #: what the kernel says of what is not the peer's next record
 _BROKEN: Final = (errno.EBADMSG, errno.EIO, errno.EMSGSIZE, errno.EINVAL, errno.EKEYEXPIRED)
+#: what says nothing of the kernel's TLS
+_PASSING: Final = (errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS)
 #: a part of a record has come, and may be all for long
 _PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.064
 #: the trial is with this very process
@@ -165,6 +167,8 @@ def _why_not() -> str:
             return _try(caller, listener, keys.sent) or _try(listener, caller, keys.came)
         except OSError as error:
             pass_on_handlers(error)
+            if error.errno in _PASSING:
+                raise
             return f"the kernel does not encrypt by TLS 1.3 with AES-GCM ({error.strerror})"
 
 
