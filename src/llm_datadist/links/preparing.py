@@ -28,7 +28,7 @@ _CALL_S = 10.0
 _BUSY_S = 0.05
 #: who takes longer may stand still, or be no member: the next place is called meanwhile
 _PATIENCE_S = 0.5
-#: … and so long with all places of this host together: whoever holds many places says nothing at any
+#: … and so long with all of this host together: whoever holds many places says nothing at any
 _PATIENCE_WITH_ALL_S = 1.5
 #: a member that cannot be called calls the others so often
 _AGAIN_S = 2.0

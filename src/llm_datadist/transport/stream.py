@@ -37,6 +37,8 @@ class Stream:
         #: somebody ended it, maybe behind an exchange that was complete
         self.is_shut = False
         self._carried_nbytes = 0
+        #: has one call fetch all that it asks for, where its time-out is one for all of it
+        self._all_flag = native.MSG_WAITALL if shield.kernels is None else 0
         #: the seconds after which the kernel gives up, by socket option
         self._limits_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
@@ -49,6 +51,7 @@ class Stream:
                 Stream._send(self, answer, deadline)
             if (keys := self._shield.kernels) is not None:
                 ktls.hand_over(self._socket, keys)
+                self._all_flag = 0
         except NotAuthentic as error:
             with suppress(LLMException):  # it has left already
                 Stream._send(self, error.parting, deadline)
@@ -187,11 +190,6 @@ class Stream:
             self._carried_nbytes += got
             view, missing = view[got:], missing - got
         return len(buffer) - len(view)
-
-    @property
-    def _all_flag(self) -> int:
-        """Has one call fetch all that it asks for, where its time-out is one for all of it."""
-        return native.MSG_WAITALL if self._shield.kernels is None else 0
 
     def _receive_some(self, max_nbytes: int, deadline: Deadline) -> bytes:
         while True:
