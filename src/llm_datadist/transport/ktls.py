@@ -36,16 +36,17 @@ and the keys are ours. Why that is as safe as what TLS 1.3 does:
   45 days.
 
 What the kernel does with calls that a plain socket knows: a vector that is not mapped is EFAULT, of
-which no byte of its record is sent, or taken; MSG_DONTWAIT, time-outs, shutdown, and options of TCP
-stay what they are. MSG_WAITALL does not: each record has the time-out anew, so a peer that trickles
-them would hold one call for ever; nothing here asks for it (`stream.py`). Records with nothing in
-them, which only the peer itself can make, still do that. A call to send that has ended may leave a
-part of a record with the kernel, which goes on sending it, and drops it when the socket is closed:
-so whoever closes behind an answer waits until the peer has left (`links/listener.py`).
+which no byte of its record is sent, or taken; MSG_DONTWAIT, shutdown, and options of TCP stay what
+they are. Time-outs do not: a call that receives has its time anew for each record that gives less
+than it asks for, so a peer that trickles them, or some with nothing in them, would hold one for
+ever. So nothing here waits in such a call, but beside it (`stream.py`). A call to send that has
+ended may leave a part of a record with the kernel, which goes on sending it, and drops it when the
+socket is closed: so whoever closes behind an answer waits until the peer has left
+(`links/listener.py`).
 
 A loop that waits for several sockets is told of a part of a record as of bytes to be read, again
 and again, by Linux 6.1 at least: so whoever is told and gets nothing looks away for a moment, which
-grows (`longer_s`). A thread that waits in `recv` is woken by whole records.
+grows (`longer_s`), be it the loop or the thread of a call.
 
 Rejected: OP_ENABLE_KTLS, see above; the exporter's keys and TLS's own traffic secrets, which Python
 does not give; a KeyUpdate in place of another connection (kernels before 6.14 refuse new keys);

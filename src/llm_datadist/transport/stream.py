@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 import struct
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -37,8 +39,10 @@ class Stream:
         #: somebody ended it, maybe behind an exchange that was complete
         self.is_shut = False
         self._carried_nbytes = 0
-        #: has one call fetch all that it asks for, where its time-out is one for all of it
-        self._all_flag = native.MSG_WAITALL if shield.kernels is None else 0
+        #: with which one call fetches something, and all that it asks for
+        self._some_flag, self._all_flag = 0, native.MSG_WAITALL
+        if shield.kernels is not None:
+            self._wait_by_polling()
         #: the seconds after which the kernel gives up, by socket option
         self._limits_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
@@ -51,7 +55,7 @@ class Stream:
                 Stream._send(self, answer, deadline)
             if (keys := self._shield.kernels) is not None:
                 ktls.hand_over(self._socket, keys)
-                self._all_flag = 0
+                self._wait_by_polling()
         except NotAuthentic as error:
             with suppress(LLMException):  # it has left already
                 Stream._send(self, error.parting, deadline)
@@ -114,20 +118,21 @@ class Stream:
 
         An address that is not mapped is LLM_PARAM_INVALID.
         """
-        wanted = nbytes
+        wanted, pause_s = nbytes, 0.0
         while wanted:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 got = native.recvmsg(self._socket.fileno(), vectors, self._all_flag)
             except BlockingIOError as error:
                 pass_on_handlers(error)
+                pause_s = self._pause(pause_s, deadline)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
                 raise _explain(error, self._shield) from error
             if got == 0:
                 raise lost("it closed the connection")
             self._carried_nbytes += got
-            wanted -= got
+            wanted, pause_s = wanted - got, 0.0
             if wanted:
                 vectors = skip_bytes(vectors, got, native.IOV_MAX)
 
@@ -174,22 +179,43 @@ class Stream:
         self, buffer: bytearray | memoryview, deadline: Deadline, at_least: int | None = None
     ) -> int:
         """With the next bytes: all of it, or what there is beyond the least; how many they are."""
-        view, flags = memoryview(buffer), 0 if at_least else self._all_flag
-        missing = at_least or len(view)
+        view, flags = memoryview(buffer), self._some_flag if at_least else self._all_flag
+        missing, pause_s = at_least or len(view), 0.0
         while missing > 0:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
                 got = self._socket.recv_into(view, 0, flags)
             except BlockingIOError as error:
                 pass_on_handlers(error)
+                pause_s = self._pause(pause_s, deadline)
                 continue  # `_limit` knows whether that was the deadline
             except OSError as error:
                 raise _explain(error, self._shield) from error
             if got == 0:
                 raise lost("it closed the connection")
             self._carried_nbytes += got
-            view, missing = view[got:], missing - got
+            view, missing, pause_s = view[got:], missing - got, 0.0
         return len(buffer) - len(view)
+
+    def _wait_by_polling(self) -> None:
+        """The kernel opens: it would give each record the whole time that a call has."""
+        self._some_flag = self._all_flag = native.MSG_DONTWAIT
+
+    def _pause(self, pause_s: float, deadline: Deadline) -> float:
+        """Nothing has come: waits for it, where the call itself has not; how long the next time.
+
+        What made it stop waiting may have been a part of a record, or nothing but one's head.
+        """
+        if self._shield.kernels is None:
+            return 0.0
+        left_s = max(0.0, deadline.remaining_s())
+        if pause_s:
+            time.sleep(min(pause_s, left_s))
+        else:
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN)
+            poller.poll(left_s * 1000)
+        return ktls.longer_s(pause_s)
 
     def _receive_some(self, max_nbytes: int, deadline: Deadline) -> bytes:
         while True:

@@ -234,8 +234,9 @@ def test_what_is_sealed_and_no_data_is_an_error() -> None:
                 far.recv(100)
 
 
+@pytest.mark.parametrize("is_empty", [False, True], ids=["bytes", "nothing"])
 @pytest.mark.parametrize("is_whole", [True, False], ids=["one call", "in calls"])
-def test_a_peer_that_trickles_records_is_timed_out(is_whole: bool) -> None:
+def test_a_peer_that_trickles_records_is_timed_out(is_whole: bool, is_empty: bool) -> None:
     """The kernel would give each of them the whole time."""
     with connection() as (near, far, keys), ThreadPoolExecutor(1) as pool:
         shield = Open()
@@ -254,11 +255,44 @@ def test_a_peer_that_trickles_records_is_timed_out(is_whole: bool) -> None:
         receiving.add_done_callback(lambda _: left.set())
         with takes_at_most(3.0):
             for number, byte in enumerate(QUESTION):
-                near.sendall(record(keys, number, bytes([byte])))
+                near.sendall(record(keys, number, b"" if is_empty else bytes([byte])))
                 if left.wait(0.4):
                     break
             with pytest.raises(LLMException) as error:
                 receiving.result()
+        assert error.value.status_code == LLMStatusCode.LLM_TIMEOUT
+
+
+def test_a_record_that_comes_in_parts_is_waited_for_and_takes_no_cpu() -> None:
+    with connection() as (near, far, keys), ThreadPoolExecutor(1) as pool:
+        shield = Open()
+        shield.kernels = keys
+        sealed = record(keys, 0, QUESTION)
+        receiving = pool.submit(Stream(far, shield).receive, Deadline.after(TIME_S))
+        begun = time.process_time()
+        for at in range(0, len(sealed), 8):
+            near.sendall(sealed[at : at + 8])
+            assert not select.select([near], [], [], 0.3)[0]
+        assert isinstance(receiving.result(), m.AskStats)
+        assert time.process_time() - begun < 0.5
+
+
+def test_a_peer_that_takes_little_is_timed_out() -> None:
+    with connection() as (near, far, keys), ThreadPoolExecutor(1) as pool:
+        shield = Open()
+        shield.kernels = keys
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_000)
+        question = m.Read(1, 1, 1000, bytes(1 << 20))
+        sending = pool.submit(Stream(far, shield).tell, question, Deadline.after(1.0))
+        ended = threading.Event()
+        sending.add_done_callback(lambda _: ended.set())
+        with takes_at_most(3.0):
+            for _ in range(20):
+                near.recv(16_406)
+                if ended.wait(0.4):
+                    break
+            with pytest.raises(LLMException) as error:
+                sending.result()
         assert error.value.status_code == LLMStatusCode.LLM_TIMEOUT
 
 
