@@ -11,7 +11,6 @@ import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,10 +25,8 @@ from llm_datadist.transport.shield import KernelKeys, NotAuthentic, Open
 from llm_datadist.transport.shields import Shields
 from llm_datadist.transport.stream import Stream
 from llm_datadist.transport.tls import Tls
+from meeting import meet
 from programs import environment
-
-if TYPE_CHECKING:
-    from llm_datadist.transport.shield import Shield
 
 #: struct tls12_crypto_info_aes_gcm_128: version, cipher, iv, key, salt, number of the next record
 INFO = struct.Struct("=HH8s16s4s8s")
@@ -42,14 +39,6 @@ def contexts(folder: Path, *able: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     caller.set_alpn_protocols(list(able))
     listener.set_alpn_protocols([ktls.PROTOCOL, records.PROTOCOL])
     return caller, listener
-
-
-def meet(caller: Shield, listener: Shield) -> None:
-    to, data = listener, caller.start()
-    while data:
-        data, to = to.answer(data), caller if to is listener else listener
-    assert caller.is_done
-    assert listener.is_done
 
 
 def test_keys_are_as_the_kernel_takes_them() -> None:
@@ -91,7 +80,7 @@ def test_both_ends_agree_on_the_best_that_both_can(
 ) -> None:
     ours, theirs = contexts(tmp_path, *able)
     caller, listener = Tls(ours, is_caller=True), Tls(theirs, is_caller=False)
-    meet(caller, listener)
+    assert meet(caller, listener) == ("", "")
     for end in (caller, listener):
         assert end.encryption == expected
         assert end.seals_all == (expected != "ktls"), "then the bytes of caches go as they are"
@@ -128,7 +117,7 @@ def test_where_the_kernel_cannot_a_sentence_says_why(tmp_path: Path) -> None:
     shields = Shields(LinkSecurity(None, "", *files))
     for over_tcp in (True, False):
         caller = shields.make(is_caller=True, over_tcp=over_tcp)
-        meet(caller, shields.make(is_caller=False))
+        assert meet(caller, shields.make(is_caller=False)) == ("", "")
         expected = "tls-records" if reason or not over_tcp else "ktls"
         assert caller.encryption == expected
 
@@ -148,10 +137,10 @@ with socket.create_server(("127.0.0.1", 0)) as server:
         print(ktls.why_not_taken(error))
 """
 WITHOUT_LOOPBACK = """
-import ctypes, time
+import isolation, time
 from llm_datadist.transport import ktls
 
-assert ctypes.CDLL(None).unshare(0x50000000) == 0  # user and network
+isolation.leave_network(None)
 begun = time.monotonic()
 print(ktls.why_not())
 print(time.monotonic() - begun < 1.0)

@@ -14,6 +14,7 @@ from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.sealed import KeyedStream
 from llm_datadist.transport.secret import KEYED_HEAD_NBYTES, Secret
 from llm_datadist.transport.shield import NotAuthentic
+from meeting import meet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,11 +30,7 @@ LONG = m.encode(m.Refused(1, "a text that is longer than an answer"))
 @pytest.fixture
 def ends() -> tuple[Secret, Secret]:
     caller, listener = Secret(SECRET, is_caller=True), Secret(SECRET, is_caller=False)
-    to, data = listener, caller.start()
-    while data:
-        data, to = to.answer(data), caller if to is listener else listener
-    assert caller.is_done
-    assert listener.is_done
+    assert meet(caller, listener) == ("", "")
     return caller, listener
 
 

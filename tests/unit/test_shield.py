@@ -22,31 +22,16 @@ from llm_datadist.running.deadline import Deadline
 from llm_datadist.transport.certificate import Certificate
 from llm_datadist.transport.records import PART_NBYTES, PROTOCOL, RECORD_NBYTES
 from llm_datadist.transport.sealed import SealedStream
-from llm_datadist.transport.shield import NotAuthentic, Shield
+from llm_datadist.transport.shield import NotAuthentic
 from llm_datadist.transport.shields import Shields
 from llm_datadist.transport.stream import RequestRefused
 from llm_datadist.transport.tls import Tls
+from meeting import meet
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SECRET = LinkSecurity(secret=b"a secret of more than sixteen bytes")
-
-
-def meet(caller: Shield, listener: Shield) -> tuple[str, str]:
-    """What each end says of the other: nothing, once both are done."""
-    reasons = {caller: "", listener: ""}
-    to, data = listener, caller.start()
-    while data:
-        try:
-            data = to.answer(data)
-        except NotAuthentic as error:
-            reasons[to], data = str(error), error.parting
-        to = caller if to is listener else listener
-        if reasons[to]:
-            break
-    assert any(reasons.values()) or (caller.is_done and listener.is_done)
-    return reasons[caller], reasons[listener]
 
 
 @pytest.mark.parametrize("stranger", ["caller", "listener"])

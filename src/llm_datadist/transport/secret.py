@@ -55,8 +55,8 @@ class _Tags:
 
     def tag(self, frame: bytes | bytearray | memoryview) -> bytes:
         """The next MAC."""
-        tag = self._begun or self.begin()
-        self._begun, self._number = None, self._number + 1
+        tag = self.begin()
+        self.skip()
         tag.update(frame)
         return tag.digest()
 
@@ -129,11 +129,9 @@ class Secret(Open):
         self, data: bytes | bytearray | memoryview, max_nbytes: int = MAX_REQUEST_BODY_NBYTES
     ) -> bytes:
         if not self._came and len(data) >= KEYED_HEAD_NBYTES:
-            nbytes, tag = _KEYED.unpack_from(data)
-            if len(data) == KEYED_HEAD_NBYTES + nbytes <= KEYED_HEAD_NBYTES + max_nbytes:
-                frame = bytes(data[KEYED_HEAD_NBYTES:])  # one, as nearly always
-                self._check_next(tag, frame)
-                return frame
+            end = KEYED_HEAD_NBYTES + self.frame_nbytes(data, max_nbytes)
+            if len(data) == end:  # one frame, as nearly always
+                return bytes(self.open_frame(data))
         self._came += data
         frames = []
         while len(self._came) >= KEYED_HEAD_NBYTES:
@@ -156,12 +154,9 @@ class Secret(Open):
         """The frame of a whole keyed one, if that is the peer's next. Raises NotAuthentic."""
         _, tag = _KEYED.unpack_from(keyed)
         frame = memoryview(keyed)[KEYED_HEAD_NBYTES:]
-        self._check_next(tag, frame)
-        return frame
-
-    def _check_next(self, tag: bytes, frame: bytes | memoryview) -> None:
         if not hmac.compare_digest(tag, self._opened.tag(frame)):
             raise NotAuthentic("a frame is not the peer's next one: somebody is in between")
+        return frame
 
     def proof(self, link: Shield) -> bytes:
         assert isinstance(link, Secret)

@@ -39,15 +39,16 @@ class Stream:
         #: somebody ended it, maybe behind an exchange that was complete
         self.is_shut = False
         self._carried_nbytes = 0
-        #: with which one call fetches something, and all that it asks for
+        #: with which one call fetches something, and all that it asks for; where the kernel opens
+        #: none waits, for it would give each record the whole time that a call has
         self._some_flag, self._all_flag = 0, native.MSG_WAITALL
         if shield.kernels is not None:
-            self._wait_by_polling()
+            self._some_flag = self._all_flag = native.MSG_DONTWAIT
         #: the seconds after which the kernel gives up, by socket option
         self._limits_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
     def greet(self, deadline: Deadline) -> None:
-        """The shield's hand-shake, first of all. Raises LLMException."""
+        """The shield's hand-shake; what is behind it is for another stream. Raises LLMException."""
         Stream._send(self, self._shield.start(), deadline)
         try:
             while not self._shield.is_done:
@@ -55,7 +56,6 @@ class Stream:
                 Stream._send(self, answer, deadline)
             if (keys := self._shield.kernels) is not None:
                 ktls.hand_over(self._socket, keys)
-                self._wait_by_polling()
         except NotAuthentic as error:
             with suppress(LLMException):  # it has left already
                 Stream._send(self, error.parting, deadline)
@@ -196,10 +196,6 @@ class Stream:
             self._carried_nbytes += got
             view, missing, pause_s = view[got:], missing - got, 0.0
         return len(buffer) - len(view)
-
-    def _wait_by_polling(self) -> None:
-        """The kernel opens: it would give each record the whole time that a call has."""
-        self._some_flag = self._all_flag = native.MSG_DONTWAIT
 
     def _pause(self, pause_s: float, deadline: Deadline) -> float:
         """Nothing has come: waits for it, where the call itself has not; how long the next time.

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from llm_datadist.transport.stream import Stream
 from llm_datadist.types import LLMRole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from llm_datadist.transport.shield import KernelKeys, Shield
 
@@ -234,15 +235,35 @@ def test_what_is_sealed_and_no_data_is_an_error() -> None:
                 far.recv(100)
 
 
+def stream_on(sock: socket.socket, keys: KernelKeys) -> Stream:
+    """That of a connection which the kernel has taken over."""
+    shield = Open()
+    shield.kernels = keys
+    return Stream(sock, shield)
+
+
+def status_of(call: Callable[[], object], steps: Iterable[Callable[[], object]]) -> LLMStatusCode:
+    """How a call of a second ends in time, while the peer takes a step now and then."""
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool, takes_at_most(3.0):
+        calling = pool.submit(call)
+        calling.add_done_callback(lambda _: ended.set())
+        for step in steps:
+            step()
+            if ended.wait(0.4):
+                break
+        with pytest.raises(LLMException) as error:
+            calling.result()
+    return error.value.status_code
+
+
 @pytest.mark.parametrize("is_empty", [False, True], ids=["bytes", "nothing"])
 @pytest.mark.parametrize("is_whole", [True, False], ids=["one call", "in calls"])
 def test_a_peer_that_trickles_records_is_timed_out(is_whole: bool, is_empty: bool) -> None:
     """The kernel would give each of them the whole time."""
-    with connection() as (near, far, keys), ThreadPoolExecutor(1) as pool:
-        shield = Open()
-        shield.kernels = keys
-        room = np.zeros(1000, np.uint8)
-        stream, left = Stream(far, shield), threading.Event()
+    room = np.zeros(1000, np.uint8)
+    with connection() as (near, far, keys):
+        stream = stream_on(far, keys)
 
         def receive() -> None:
             if is_whole:
@@ -251,24 +272,18 @@ def test_a_peer_that_trickles_records_is_timed_out(is_whole: bool, is_empty: boo
             else:
                 stream.receive(Deadline.after(1.0))
 
-        receiving = pool.submit(receive)
-        receiving.add_done_callback(lambda _: left.set())
-        with takes_at_most(3.0):
-            for number, byte in enumerate(QUESTION):
-                near.sendall(record(keys, number, b"" if is_empty else bytes([byte])))
-                if left.wait(0.4):
-                    break
-            with pytest.raises(LLMException) as error:
-                receiving.result()
-        assert error.value.status_code == LLMStatusCode.LLM_TIMEOUT
+        sealed = [
+            record(keys, number, b"" if is_empty else bytes([byte]))
+            for number, byte in enumerate(QUESTION)
+        ]
+        steps = [partial(near.sendall, each) for each in sealed]
+        assert status_of(receive, steps) == LLMStatusCode.LLM_TIMEOUT
 
 
 def test_a_record_that_comes_in_parts_is_waited_for_and_takes_no_cpu() -> None:
     with connection() as (near, far, keys), ThreadPoolExecutor(1) as pool:
-        shield = Open()
-        shield.kernels = keys
         sealed = record(keys, 0, QUESTION)
-        receiving = pool.submit(Stream(far, shield).receive, Deadline.after(TIME_S))
+        receiving = pool.submit(stream_on(far, keys).receive, Deadline.after(TIME_S))
         begun = time.process_time()
         for at in range(0, len(sealed), 8):
             near.sendall(sealed[at : at + 8])
@@ -278,22 +293,14 @@ def test_a_record_that_comes_in_parts_is_waited_for_and_takes_no_cpu() -> None:
 
 
 def test_a_peer_that_takes_little_is_timed_out() -> None:
-    with connection() as (near, far, keys), ThreadPoolExecutor(1) as pool:
-        shield = Open()
-        shield.kernels = keys
+    with connection() as (near, far, keys):
         far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8_000)
-        question = m.Read(1, 1, 1000, bytes(1 << 20))
-        sending = pool.submit(Stream(far, shield).tell, question, Deadline.after(1.0))
-        ended = threading.Event()
-        sending.add_done_callback(lambda _: ended.set())
-        with takes_at_most(3.0):
-            for _ in range(20):
-                near.recv(16_406)
-                if ended.wait(0.4):
-                    break
-            with pytest.raises(LLMException) as error:
-                sending.result()
-        assert error.value.status_code == LLMStatusCode.LLM_TIMEOUT
+        stream, question = stream_on(far, keys), m.Read(1, 1, 1000, bytes(1 << 20))
+        steps = [partial(near.recv, 16_406)] * 20
+        assert (
+            status_of(lambda: stream.tell(question, Deadline.after(1.0)), steps)
+            == LLMStatusCode.LLM_TIMEOUT
+        )
 
 
 def test_a_close_drops_what_is_not_sent() -> None:
