@@ -181,11 +181,13 @@ class StreamPool:
         with self._lock:
             self._closed_because = because
             streams = list(self._streams)
+        closing = Loan(self, None)  # so that nobody claims what is being closed
         for stream in streams:
-            if stream in self._lent:
-                stream.shutdown()  # its thread notices, and closes it
-            else:
+            if self._lent.setdefault(stream, closing) is closing:
                 self._drop(stream)
+                self._lent.pop(stream, None)
+            else:
+                stream.shutdown()  # its thread notices, and closes it
         self._collect_lost()
         self._ring()
 
